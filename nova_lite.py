@@ -1,0 +1,2431 @@
+#!/usr/bin/env python3
+# /// script
+# requires-python = ">=3.10"
+# dependencies = ["gevent>=24.10", "gevent-websocket>=0.10.1,<0.11", "bottle>=0.13,<0.14"]
+# ///
+"""nova_lite: Erlang Nova's WebSockets and pub/sub, in one Python file.
+
+    from gevent import monkey; monkey.patch_all()
+    from nova_lite import Nova, WebSocketHandler, pubsub
+
+    class Chat(WebSocketHandler):
+        def init(self, state):
+            pubsub.join("chat")
+            return "ok", state
+        def websocket_handle(self, frame, state):
+            pubsub.broadcast("chat", "said", frame[1])
+            return "ok", state
+        def websocket_info(self, info, state):
+            return "reply", ("text", info[4]), state
+
+    Nova([{"routes": [("/chat", Chat, {"protocol": "ws"})]}]).run(port=8080)
+
+The map. The file reads from top to bottom; a room uses only the rooms above it.
+
+    processes               mailboxes, runners; spawn, send, receive, monitor, link
+    gen_server, supervisor  servers that answer calls; restarting what has crashed
+    pub/sub                 who is in which channel; broadcast
+    requests, responses     what a controller takes and what it gives back
+    frames                  RFC 6455, in pure functions and one incremental parser
+    websocket process       a connection: its loop, its single writer, its limits
+    Nova                    routes as data, security, the gate before the 101
+    server                  HTTP, handing sockets over, draining, reloading
+    demo, main              the tutorial, working; the command line
+
+Erlang's words, here. An atom is a string, a tuple a tuple, a pid a `Pid`; `Pid ! Msg` is `pid.send(msg)`, `self()` is
+`self_pid()`, `receive ... after` is `receive(timeout, match)`, a behaviour is a class (or any object) with the
+callbacks, and a value that a callback returns means what it means in OTP, in Nova and in Cowboy.
+
+What differs from Erlang:
+
+  * Processes take turns: a callback that computes for long holds up all the others; one that waits holds up nobody.
+  * A payload is handed on, not copied: who has sent it no longer changes it.
+  * `receive` takes the first message that its predicate accepts, and answers None when the time is over.
+  * Membership is a set: joining twice is joining once (pg counts).
+  * A greenlet that becomes a process by asking for its pid ends with its greenlet, in a request with the request. The
+    main greenlet is nobody's to kill: an exit signal that it does not trap is logged, and it goes on.
+  * Another OS thread may `send`, `broadcast` and `exit`; it has no mailbox of its own.
+  * Sending to a name that nobody has is silent, as sending to the dead is.
+  * `init` of a WebSocket handler runs in the connection's own process, so joining there works over HTTP/1.1 as well.
+  * `terminate` of a WebSocket handler runs whatever ends the connection, `exit(pid, "kill")` included.
+  * The default view of ("ok", variables) is named after the controller function, not after its module.
+"""
+
+from __future__ import annotations
+
+if __name__ == "__main__":  # before anything imports threading, socket or bottle: they must see the patched modules
+    from gevent import monkey
+
+    monkey.patch_all()
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Prologue: imports, and the defaults with their reasons.
+# House rule: importing this file patches nothing, opens nothing, starts nothing and logs nothing.
+# ---------------------------------------------------------------------------------------------------------------------
+
+import _socket
+import codecs
+import errno
+import json
+import logging
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+import traceback
+import weakref
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import suppress
+from dataclasses import dataclass, fields, replace
+from io import BytesIO
+from itertools import count
+from socket import IPPROTO_TCP, TCP_NODELAY, gethostname
+from time import monotonic
+from typing import Any, ClassVar, NoReturn
+from urllib.parse import parse_qsl, urlsplit
+
+import bottle
+import gevent
+import gevent.event
+import gevent.monkey
+import gevent.pywsgi
+from bottle import HTTPError, HTTPResponse
+from gevent.hub import Waiter, get_hub
+from geventwebsocket.handler import WebSocketHandler as UpgradeHandler
+from greenlet import getcurrent, greenlet
+
+__version__ = "0.1.0"
+__all__ = [
+    "CallError",
+    "CallTimeout",
+    "GenServer",
+    "Message",
+    "NoProc",
+    "Nova",
+    "Pid",
+    "Server",
+    "ServerDied",
+    "WebSocketHandler",
+    "call",
+    "cancel_timer",
+    "cast",
+    "demonitor",
+    "exit",
+    "link",
+    "monitor",
+    "process_flag",
+    "pubsub",
+    "receive",
+    "register",
+    "reply",
+    "self_pid",
+    "send",
+    "send_after",
+    "spawn",
+    "start_link",
+    "start_supervisor",
+    "stop",
+    "unlink",
+    "whereis",
+]
+
+log = logging.getLogger("nova_lite" if __name__ == "__main__" else __name__)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What `Nova(..., name=value)` sets for an application and a route's options for one route."""
+
+    max_body: int = 1024 * 1024
+    """Bytes of a request's body: 413 beyond. Ample for JSON; an upload wants bottle's `request.body`."""
+    max_message_size: int = 1_000_000
+    """Bytes of a WebSocket message, fragments counted: closed with 1009 beyond, before the bytes are held."""
+    idle_timeout: float = 60.0
+    """Seconds without a byte from the client before it is taken for gone (Cowboy's default)."""
+    ping_interval: float = 25.0
+    """Seconds of silence after which the server pings: two chances to answer within `idle_timeout`."""
+    mailbox_limit: int = 1_000
+    """Messages that may wait for a client that does not read; then it is cut with 1013."""
+    send_timeout: float = 10.0
+    """Seconds that a client may take nothing of what is ready for it; then it is cut with 1013."""
+    backlog: int = 64
+    """Frames that may wait for their handler before reading pauses, and TCP holds the sender back."""
+    origins: Any = None
+    """None: the request's own host, or no Origin header at all; else a list of origins, or "*"."""
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Processes: a mailbox, a turn on a runner, and signals, as Erlang has them.
+# House rule: this room knows no sockets.
+#
+# A process waits as a mailbox and a state, nothing more. What reaches an idle one puts it on the ready queue; one hub
+# callback hands the queue to a runner, a greenlet that takes process after process and lets each empty its mailbox. A
+# callback that blocks keeps that runner until it returns; the hub callback carries on with another. Hence:
+#
+#   * a process is on the queue or on a runner at most once (`wake` is None all the while);
+#   * whatever a turn raises ends that process, never its runner;
+#   * only the hub's own thread touches a process: other threads hand what they want over to the hub.
+# ---------------------------------------------------------------------------------------------------------------------
+
+TIME_SLICE = 0.005  # seconds that turns may take before sockets and timers get theirs; gevent's own switch interval
+SPARE_RUNNERS = 64  # idle runners kept: a burst of callbacks that block should not cost as many stacks ever after
+
+# Patched, get_ident would tell greenlets apart, not threads.
+_get_ident: Callable[[], int] = gevent.monkey.get_original("_thread", "get_ident")
+_node = "nova@" + gethostname()
+_serials = count(1)
+_refs = count(1)
+_processes: dict[int, Process] = {}  # every live process, by its serial
+_names: dict[str, Process] = {}
+_exit_hooks: list[Callable[[Process], None]] = []  # what other rooms do when a process has ended
+
+
+class ProcessExit(gevent.GreenletExit):
+    """Ends the process in which it is raised; `except Exception` does not stop it."""
+
+    def __init__(self, reason: Any = "normal") -> None:
+        super().__init__(reason)
+        self.reason = reason
+
+
+class Pid:
+    """The handle of a process that everybody holds: hashable, printed like `<nova@host.42>`."""
+
+    __slots__ = ("serial",)
+    serial: int
+
+    def send(self, message: Any) -> None:
+        """Puts `message` into the mailbox. Never fails and never blocks; silent to the dead; from any thread."""
+        raise NotImplementedError
+
+    def __repr__(self) -> str:
+        return f"<{_node}.{self.serial}>"
+
+
+class Process(Pid):
+    """A local process. Its kinds say what a turn is: `step`."""
+
+    __slots__ = ("channels", "exiting", "links", "mailbox", "name", "trapping", "wake", "watchers", "watching")
+
+    def __init__(self) -> None:
+        self.serial = next(_serials)
+        self.mailbox: deque[Any] = deque()  # _NOWHERE once it has ended
+        self.wake: Callable[[Any], None] | None = None  # what the next message calls for; None: it is queued or running
+        self.exiting: ProcessExit | None = None  # a signal that is to end it
+        self.trapping = False
+        self.name: str | None = None
+        self.links: Any = ()  # a set once there are some; symmetric
+        self.watchers: dict[int, Any] | None = None  # ref -> who monitors this process
+        self.watching: dict[int, Process] | None = None  # ref -> whom it monitors, to be forgotten there at its end
+        self.channels: Any = ()  # pub/sub's own
+        _processes[self.serial] = self
+
+    def step(self) -> None:
+        """One turn, on a runner."""
+        raise NotImplementedError
+
+    def send(self, message: Any) -> None:
+        if _get_ident() == _scheduler.thread:
+            self.deliver(message)
+        else:
+            _scheduler.at_home(self.deliver, message)
+
+    def deliver(self, message: Any) -> None:
+        """`send` for those who know that they are in the hub's thread."""
+        self.mailbox.append(message)
+        wake = self.wake
+        if wake is not None:
+            wake(self)
+
+    def rest(self) -> None:
+        """At the end of a turn: waits for the next message, or queues again for those that are there."""
+        if self.mailbox or self.exiting is not None:
+            _enqueue(self)
+        else:
+            self.wake = _enqueue
+
+    def blocks(self) -> None:
+        """A callback is about to wait; called in its own greenlet, and must not wait itself."""
+
+    # -- signals
+
+    def signal(self, source: Pid, reason: Any) -> None:
+        """An exit signal, from `exit` or along a link."""
+        if self.trapping:
+            self.deliver(("EXIT", source, reason))
+        elif reason != "normal" or source is self:
+            self.kill(reason)
+
+    def kill(self, reason: Any) -> None:
+        """Ends the process: here and now if it is the one that runs, else as soon as the hub comes by."""
+        if self.mailbox is _NOWHERE or (self.exiting is not None and reason != "killed"):
+            return
+        self.exiting = ProcessExit(reason)
+        if _current() is self:
+            raise self.exiting
+        if any(runner.process is self for runner in _scheduler.runners):
+            _scheduler.hub.loop.run_callback(self._interrupt, self.exiting)
+        elif self.wake is not None:
+            _enqueue(self)
+
+    def _interrupt(self, signal: ProcessExit) -> None:
+        # Between `kill` and this callback the runner may have finished with the process: then `rest` has seen to it.
+        for runner in list(_scheduler.runners):
+            if runner.process is self and self.exiting is signal:
+                runner.throw(signal)
+
+    def ends(self, error: BaseException) -> None:
+        """A turn was left by `error`, or a signal came between turns: last words, then the end. Never raises."""
+        try:
+            reason = self.last_words(error)
+        except BaseException as failure:
+            reason = self.crashed(failure, "its last words")
+        self.finish(reason)
+        if isinstance(error, KeyboardInterrupt | SystemExit):
+            get_hub().handle_system_error(type(error), error, error.__traceback__)
+
+    def last_words(self, error: BaseException) -> Any:
+        """Does what is left to do and tells the exit reason."""
+        return error.reason if isinstance(error, ProcessExit) else self.crashed(error, "")
+
+    def crashed(self, error: BaseException, where: str) -> Any:
+        """Logs a crash, once, with its traceback; a death by signal is none. Tells the exit reason."""
+        if isinstance(error, ProcessExit):
+            return error.reason
+        if not isinstance(error, KeyboardInterrupt | SystemExit):
+            log.error("%r%s crashed%s", self, self.title(), where and f" in {where}", exc_info=error)
+        return error
+
+    def title(self) -> str:
+        """What the log says behind the pid."""
+        return f" {self.name}" if self.name else ""
+
+    def finish(self, reason: Any) -> None:
+        """The one and only end: name and channels go, monitors and links hear of it."""
+        if self.mailbox is _NOWHERE:
+            return
+        self.mailbox, self.wake = _NOWHERE, None
+        _processes.pop(self.serial, None)
+        if self.name is not None:
+            del _names[self.name]
+        for hook in _exit_hooks:
+            hook(self)
+        for ref, target in (self.watching or {}).items():
+            target.watchers.pop(ref, None)  # type: ignore[union-attr]
+        watchers, links = self.watchers or {}, self.links
+        self.watchers, self.watching, self.links = None, None, ()
+        for ref, watcher in watchers.items():
+            watcher.down(ref, self, reason)
+        for other in links:
+            other.links.discard(self)
+            other.signal(self, reason)
+
+    def down(self, ref: int, process: Pid, reason: Any) -> None:
+        """A process that this one monitors has ended."""
+        if self.watching:
+            self.watching.pop(ref, None)
+        self.deliver(("DOWN", ref, "process", process, reason))
+
+
+_NOWHERE: deque[Any] = deque(maxlen=0)  # the mailbox of the dead: takes everything, keeps nothing
+
+
+class Task(Process):
+    """What `spawn` starts: a function that keeps its runner for life, since it waits where it pleases."""
+
+    __slots__ = ("args", "fn")
+
+    def __init__(self, fn: Callable[..., Any], args: tuple[Any, ...]) -> None:
+        super().__init__()
+        self.fn, self.args = fn, args
+
+    def step(self) -> None:
+        self.fn(*self.args)
+        self.finish("normal" if self.exiting is None else self.exiting.reason)
+
+    def title(self) -> str:
+        return super().title() or f" {getattr(self.fn, '__qualname__', self.fn)}"
+
+
+class Adopted(Process):
+    """A greenlet that somebody else has started, and that became a process by asking for its pid."""
+
+    __slots__ = ("greenlet",)
+
+    def __init__(self, current: greenlet) -> None:
+        super().__init__()
+        self.greenlet = weakref.ref(current, self._collected)
+        if isinstance(current, gevent.Greenlet):
+            current.rawlink(self._ended)
+
+    def _ended(self, done: gevent.Greenlet) -> None:
+        value = done.value if done.successful() else done.exception
+        self.finish(value.reason if isinstance(value, ProcessExit) else done.exception or "normal")
+
+    def _collected(self, _greenlet: Any) -> None:
+        _scheduler.at_home(self.finish, "normal")
+
+    def kill(self, reason: Any) -> None:
+        target = self.greenlet()
+        if target is None or self.mailbox is _NOWHERE:
+            return
+        if target.parent is None or target is _scheduler.hub:
+            log.error("%r is the main greenlet and goes on; the exit signal was %r", self, reason)
+        elif target is getcurrent():
+            raise ProcessExit(reason)
+        else:
+            _scheduler.hub.loop.run_callback(target.throw, ProcessExit(reason))
+
+
+class Runner(greenlet):
+    """A greenlet that gives turns to processes; `process` is the one that it runs, or that blocks it."""
+
+    process: Process | None = None
+
+    def run(self) -> None:
+        scheduler = _scheduler
+        ready = scheduler.ready
+        while True:
+            while ready and monotonic() < scheduler.deadline:
+                process = self.process = ready.popleft()
+                try:
+                    if process.exiting is None:
+                        process.step()
+                    else:
+                        process.ends(process.exiting)
+                except BaseException as error:
+                    process.ends(error)
+            self.process = None
+            if len(scheduler.idle) >= SPARE_RUNNERS:
+                scheduler.runners.discard(self)
+                return
+            scheduler.idle.append(self)
+            scheduler.hub.switch()
+
+    def switch_out(self) -> None:
+        """gevent's hook: this greenlet is about to wait."""
+        if self.process is not None:
+            self.process.blocks()
+
+
+class Scheduler:
+    """The ready queue and its runners. At home in the thread that has started the first process."""
+
+    def __init__(self) -> None:
+        self.thread: int | None = None
+        self.hub: Any = None
+        self.ready: deque[Process] = deque()
+        self.idle: list[Runner] = []
+        self.runners: set[Runner] = set()
+        self.deadline = 0.0
+        self.called = False  # `serve` is among the hub's callbacks
+
+    def enqueue(self, process: Process) -> None:
+        process.wake = None
+        self.ready.append(process)
+        if not self.called:
+            self.called = True
+            self.hub.loop.run_callback(self.serve)
+
+    def serve(self) -> None:
+        """Hub callback: runners take turns until the queue is empty or the time slice is over."""
+        self.deadline = monotonic() + TIME_SLICE
+        while self.ready and monotonic() < self.deadline:
+            runner = self.idle.pop() if self.idle else self.new_runner()
+            runner.switch()  # comes back when it is idle, or when a callback blocks it
+        self.called = bool(self.ready)
+        if self.called:
+            self.hub.loop.run_callback(self.serve)
+
+    def new_runner(self) -> Runner:
+        runner = Runner(parent=self.hub)
+        self.runners.add(runner)
+        return runner
+
+    def settle(self) -> None:
+        """Makes this thread and its hub the home of all processes, unless there is one."""
+        if self.thread is None:
+            self.thread, self.hub = _get_ident(), get_hub()
+
+    def at_home(self, fn: Callable[..., Any], *args: Any) -> None:
+        """Calls `fn` in the home thread: at once if this is it, else as a callback of its hub, in order."""
+        if self.thread is None or self.thread == _get_ident():
+            fn(*args)
+        else:
+            self.hub.loop.run_callback_threadsafe(fn, *args)
+
+
+_scheduler = Scheduler()
+_enqueue = _scheduler.enqueue
+_adopted: weakref.WeakKeyDictionary[greenlet, Process] = weakref.WeakKeyDictionary()
+
+
+def _current() -> Process | None:
+    """The process that the current greenlet runs, if it is one."""
+    current = getcurrent()
+    return current.process if type(current) is Runner else _adopted.get(current)
+
+
+def self_pid() -> Pid:
+    """The pid of the calling process. Any greenlet becomes a process by asking (erlang:self/0)."""
+    return _current() or _adopt(getcurrent())
+
+
+def _adopt(current: greenlet) -> Process:
+    process = _adopted[current] = Adopted(current)
+    if _scheduler.thread not in (None, _get_ident()):
+        process.finish("noproc")  # in another thread: it can be named as a sender, but has no mailbox
+    return process
+
+
+def _me() -> Process:
+    """The calling process, for those who need its mailbox. Raises RuntimeError in a thread that is not the hub's."""
+    _scheduler.settle()
+    if _get_ident() != _scheduler.thread:
+        raise RuntimeError("only send, broadcast and exit work from a thread other than the hub's")
+    return self_pid()  # type: ignore[return-value]
+
+
+def _resolve(target: Pid | str) -> Any:
+    """A pid, or the process that has this name, or None. Raises TypeError for anything else."""
+    if isinstance(target, str):
+        return _names.get(target)
+    if isinstance(target, Pid):
+        return target
+    raise TypeError(f"a pid or a registered name is needed, not {target!r}")
+
+
+def _wait(waiter: Waiter, timeout: float | None) -> Any:
+    """What `waiter` is given, or None after `timeout` seconds."""
+    if timeout is None:
+        return waiter.get()
+    with get_hub().loop.timer(max(timeout, 0)) as timer:
+        timer.start(waiter.switch, None)
+        return waiter.get()
+
+
+def spawn(fn: Callable[..., Any], *args: Any) -> Pid:
+    """Starts a process that runs `fn(*args)` in a greenlet of its own (erlang:spawn/1)."""
+    if not callable(fn):
+        raise TypeError(f"spawn needs a function, not {fn!r}")
+    _scheduler.settle()
+    task = Task(fn, args)
+    _scheduler.at_home(_enqueue, task)
+    return task
+
+
+def send(target: Pid | str, message: Any) -> Any:
+    """Sends to a pid or a registered name, and answers the message (erlang:send/2). Silent where nobody listens."""
+    process = _resolve(target)
+    if process is not None:
+        process.send(message)
+    return message
+
+
+def receive(timeout: float | None = None, match: Callable[[Any], Any] | None = None) -> Any:
+    """The first message that `match` accepts, or None after `timeout` seconds; the others stay, in their order."""
+    me = _me()
+    deadline = None if timeout is None else monotonic() + timeout
+    seen = 0  # messages that `match` has refused
+    while True:
+        mailbox = me.mailbox
+        while seen < len(mailbox):
+            message = mailbox[seen]
+            if match is None or match(message):
+                del mailbox[seen]
+                return message
+            seen += 1
+        if deadline is not None and monotonic() >= deadline:
+            return None
+        _await_message(me, None if deadline is None else deadline - monotonic())
+
+
+def _await_message(me: Process, timeout: float | None) -> None:
+    if me.exiting is not None:
+        raise me.exiting
+    waiter = Waiter()
+
+    def wake(process: Process) -> None:
+        process.wake = None
+        waiter.hub.loop.run_callback(waiter.switch, True)
+
+    me.wake = wake
+    try:
+        _wait(waiter, timeout)
+    finally:
+        me.wake = None
+
+
+def register(name: str, pid: Pid) -> None:
+    """Gives a process a name (erlang:register/2). Raises ValueError where either has one already, or is dead."""
+    if not isinstance(name, str) or not name:
+        raise ValueError(f"a name is a string that is not empty, not {name!r}")
+    if not isinstance(pid, Process) or pid.mailbox is _NOWHERE:
+        raise ValueError(f"{pid!r} is no live process of this node")
+    if name in _names or pid.name is not None:
+        raise ValueError(f"{name!r} or {pid!r} is registered already")
+    _names[name], pid.name = pid, name
+
+
+def whereis(name: str) -> Pid | None:
+    """The process of that name (erlang:whereis/1)."""
+    return _names.get(name)
+
+
+def monitor(target: Pid | str) -> int:
+    """From now on one ("DOWN", ref, "process", pid, reason) when `target` ends; at once, "noproc", if it is dead."""
+    me, process, ref = _me(), _resolve(target), next(_refs)
+    if process is None or process.mailbox is _NOWHERE:
+        me.deliver(("DOWN", ref, "process", process or target, "noproc"))
+        return ref
+    if process.watchers is None:
+        process.watchers = {}
+    if me.watching is None:
+        me.watching = {}
+    process.watchers[ref], me.watching[ref] = me, process
+    return ref
+
+
+def demonitor(ref: int, flush: bool = False) -> bool:
+    """Ends a monitor; tells whether there was one. With `flush`, a DOWN that has come already goes too."""
+    me = _me()
+    target = (me.watching or {}).pop(ref, None)
+    if target is not None and target.watchers is not None:
+        target.watchers.pop(ref, None)
+    elif flush:
+        receive(0, _down(ref))
+    return target is not None
+
+
+def _down(ref: int) -> Callable[[Any], bool]:
+    """Accepts the DOWN of this monitor, and nothing else."""
+    return lambda message: isinstance(message, tuple) and message[:2] == ("DOWN", ref)
+
+
+def link(pid: Pid) -> bool:
+    """Ties the calling process and `pid`: if one ends abnormally, so does the other (erlang:link/1)."""
+    me, other = _me(), _resolve(pid)
+    if other is me:
+        return True
+    if other is None or other.mailbox is _NOWHERE:
+        me.signal(pid if other is None else other, "noproc")
+        return True
+    for one, two in ((me, other), (other, me)):
+        if not one.links:
+            one.links = set()
+        one.links.add(two)
+    return True
+
+
+def unlink(pid: Pid) -> bool:
+    """Unties them (erlang:unlink/1)."""
+    me, other = _me(), _resolve(pid)
+    if me.links and other in me.links:
+        me.links.discard(other)
+        other.links.discard(me)
+    return True
+
+
+def exit(pid: Pid | str, reason: Any) -> bool:
+    """Sends an exit signal (erlang:exit/2). "normal" is ignored but by oneself; "kill" cannot be trapped."""
+    process = _resolve(pid)
+    if process is not None and reason == "kill":
+        _scheduler.at_home(process.kill, "killed")
+    elif process is not None:
+        _scheduler.at_home(process.signal, self_pid(), reason)
+    return True
+
+
+def process_flag(flag: str, value: bool) -> bool:
+    """Sets "trap_exit" of the calling process and answers what it was. Raises ValueError for any other flag."""
+    if flag != "trap_exit":
+        raise ValueError(f"the only flag is 'trap_exit', not {flag!r}")
+    me = _me()
+    old, me.trapping = me.trapping, bool(value)
+    return old
+
+
+@dataclass(eq=False)
+class Timer:
+    """What `send_after` answers; for `cancel_timer`."""
+
+    watcher: Any
+    due: float
+
+    def fire(self, target: Pid | str, message: Any) -> None:
+        self.watcher.close()
+        send(target, message)
+
+
+def send_after(seconds: float, target: Pid | str, message: Any) -> Timer:
+    """Sends `message` in so many seconds (erlang:send_after/3). Raises TypeError where `target` is no pid or name."""
+    _me(), _resolve(target)
+    timer = Timer(_scheduler.hub.loop.timer(max(seconds, 0)), monotonic() + seconds)
+    timer.watcher.start(timer.fire, target, message)
+    return timer
+
+
+def cancel_timer(timer: Timer) -> float | bool:
+    """Cancels it: the seconds that were left, or False if it had fired or was cancelled (erlang:cancel_timer/1)."""
+    left = max(timer.due - monotonic(), 0.0) if timer.watcher.active else False
+    timer.watcher.close()
+    return left
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# gen_server, supervisor: OTP's two behaviours that everything else is built from.
+# House rule: uses processes only.
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class CallError(Exception):
+    """A `call` that got no answer."""
+
+
+class CallTimeout(CallError, TimeoutError):
+    """The server did not answer in time. If it still does, nobody hears it."""
+
+
+class NoProc(CallError):
+    """There is no such process."""
+
+
+class ServerDied(CallError):
+    """The server ended, for `reason`, before it answered."""
+
+    def __init__(self, reason: Any) -> None:
+        super().__init__(reason)
+        self.reason = reason
+
+
+class Alias(Pid):
+    """An address for one answer, as OTP's process aliases: once nobody waits any more, it is deaf."""
+
+    __slots__ = ("waiter",)
+
+    def __init__(self) -> None:
+        self.serial, self.waiter = next(_serials), Waiter()
+
+    def send(self, message: Any) -> None:
+        _scheduler.at_home(self.waiter.hub.loop.run_callback, self.waiter.switch, message)
+
+    def down(self, _ref: int, _process: Pid, reason: Any) -> None:
+        self.send(("DOWN", reason))
+
+
+def _ask(process: Process, alias: Alias, timeout: float | None) -> Any:
+    """What `process` sends to `alias`, ("DOWN", reason) if it ends before, or None after `timeout` seconds."""
+    ref = next(_refs)
+    if process.watchers is None:
+        process.watchers = {}
+    process.watchers[ref] = alias
+    try:
+        return _wait(alias.waiter, timeout)
+    finally:
+        if process.watchers:
+            process.watchers.pop(ref, None)
+
+
+class GenServer:
+    """The callbacks of a server, one instance a server (OTP's gen_server). All run in the server's own process."""
+
+    def init(self, args: Any) -> Any:
+        """("ok", state), ("stop", reason) or "ignore"."""
+        return "ok", args
+
+    def handle_call(self, request: Any, from_: Any, state: Any) -> Any:
+        """("reply", value, state), ("noreply", state), ("stop", reason, value, state) or ("stop", reason, state)."""
+        return "stop", ("bad_call", request), state
+
+    def handle_cast(self, request: Any, state: Any) -> Any:
+        """("noreply", state) or ("stop", reason, state)."""
+        return "stop", ("bad_cast", request), state
+
+    def handle_info(self, info: Any, state: Any) -> Any:
+        """As handle_cast, for any other message."""
+        log.warning("%r %s: unexpected message %r", self_pid(), type(self).__name__, info)
+        return "noreply", state
+
+    def terminate(self, reason: Any, state: Any) -> None:
+        """The server is about to end by its own doing, by a crash, or by its parent's exit signal if it traps exits."""
+
+
+class _Stop(Exception):
+    """A callback has asked for the end."""
+
+    def __init__(self, reason: Any, answer: Callable[[], Any] | None = None) -> None:
+        super().__init__(reason)
+        self.reason, self.answer = reason, answer
+
+
+def _is_normal(reason: Any) -> bool:
+    """Whether OTP takes this exit reason for an orderly end."""
+    return reason in ("normal", "shutdown") or (isinstance(reason, tuple) and reason[:1] == ("shutdown",))
+
+
+class ServerProcess(Process):
+    """The loop of a gen_server."""
+
+    __slots__ = ("args", "parent", "server", "starter", "state", "timer")
+
+    def __init__(self, server: Any, args: Any, parent: Process) -> None:
+        super().__init__()
+        self.server, self.args, self.parent = server, args, parent
+        self.starter: Alias | None = Alias()  # who waits for init's answer
+        self.state: Any = None
+        self.timer: Any = None  # runs while it rests, if a callback has asked for "timeout"
+
+    def step(self) -> None:
+        if self.timer is not None:
+            self.timer.close()
+            self.timer = None
+        timeout = self._init() if self.starter is not None else None
+        mailbox = self.mailbox
+        while mailbox and self.exiting is None:
+            timeout = self._handle(mailbox.popleft())
+            if monotonic() > _scheduler.deadline:
+                break
+        self.rest()
+        if isinstance(timeout, int | float) and self.wake is not None:
+            self.timer = _scheduler.hub.loop.timer(max(timeout, 0))
+            self.timer.start(self.deliver, "timeout")
+
+    def _init(self) -> Any:
+        result, starter = self.server.init(self.args), self.starter
+        match result:
+            case ("ok", state, *timeout) if len(timeout) < 2:
+                self.state, self.starter = state, None
+                starter.send("ok")  # type: ignore[union-attr]
+                return timeout[0] if timeout else None
+            case ("stop", reason):
+                raise _Stop(reason)
+            case "ignore":
+                raise _Stop("normal", lambda: starter.send("ignore"))  # type: ignore[union-attr]
+        raise _Stop(("bad_return_value", result))
+
+    def _handle(self, message: Any) -> Any:
+        """Handles one message and tells the timeout that the callback asks for."""
+        match message:
+            case ("$gen_call", (_, Pid()) as from_, request):
+                return self._take(self.server.handle_call(request, from_, self.state), from_)
+            case ("$gen_cast", request):
+                return self._take(self.server.handle_cast(request, self.state))
+            case ("$stop", reason):
+                raise _Stop(reason)
+            case ("EXIT", self.parent, reason):
+                raise _Stop(reason)
+        return self._take(self.server.handle_info(message, self.state))
+
+    def _take(self, result: Any, from_: Any = None) -> Any:
+        match result:
+            case ("noreply", state, *timeout) if len(timeout) < 2:
+                self.state = state
+            case ("reply", value, state, *timeout) if from_ and len(timeout) < 2:
+                self.state = state
+                reply(from_, value)
+            case ("stop", reason, state):
+                self.state = state
+                raise _Stop(reason)
+            case ("stop", reason, value, state) if from_:
+                self.state = state
+                raise _Stop(reason, lambda: reply(from_, value))
+            case _:
+                raise _Stop(("bad_return_value", result))
+        return timeout[0] if timeout else None
+
+    def last_words(self, error: BaseException) -> Any:
+        if self.timer is not None:
+            self.timer.close()
+        if self.starter is not None:
+            return self._never_started(error)
+        if isinstance(error, ProcessExit):
+            return error.reason
+        reason = self._reason(error)
+        try:
+            self.server.terminate(reason, self.state)
+        except BaseException as failure:
+            reason = self.crashed(failure, "terminate")
+        if isinstance(error, _Stop) and error.answer:
+            error.answer()
+        return reason
+
+    def _never_started(self, error: BaseException) -> Any:
+        """`start_link` tells its caller; no exit signal does it a second time."""
+        if self.parent in self.links:
+            self.links.discard(self.parent)
+            self.parent.links.discard(self)
+        if isinstance(error, _Stop) and error.answer:
+            error.answer()
+        return error.reason if isinstance(error, _Stop) else self.crashed(error, "init")
+
+    def _reason(self, error: BaseException) -> Any:
+        if not isinstance(error, _Stop):
+            return self.crashed(error, _culprit(error))
+        if not _is_normal(error.reason):
+            log.error("%r%s stopped: %r", self, self.title(), error.reason)
+        return error.reason
+
+    def title(self) -> str:
+        return super().title() or f" {getattr(type(self.server), '__name__', '')}"
+
+
+def _culprit(error: BaseException) -> str:
+    """The callback in which `error` was raised: the frame below the last one of this file."""
+    names = [(frame.f_code.co_filename, frame.f_code.co_name) for frame, _ in traceback.walk_tb(error.__traceback__)]
+    own = [at for at, (filename, _) in enumerate(names) if filename == __file__]
+    foreign = names[own[-1] + 1 :] if own else names
+    return foreign[0][1] if foreign else names[-1][1] if names else ""
+
+
+def start_link(cls: Any, args: Any = None, name: str | None = None) -> Any:
+    """Starts a server, linked to the caller, and waits for its `init` (gen_server:start_link/4).
+
+    `cls` is a class, or any object with the callbacks. Answers the Pid; ("error", reason) if `init` stops or crashes,
+    ("error", ("already_started", pid)) if `name` is taken; "ignore" if `init` says so.
+    """
+    me = _me()
+    if name is not None and name in _names:
+        return "error", ("already_started", _names[name])
+    server = ServerProcess(cls() if isinstance(cls, type) else cls, args, me)
+    if name is not None:
+        register(name, server)
+    link(server)
+    starter = server.starter
+    _enqueue(server)
+    match _ask(server, starter, None):  # type: ignore[arg-type]
+        case "ok":
+            return server
+        case ("DOWN", reason):
+            return "error", reason
+    return "ignore"
+
+
+def call(server: Pid | str, request: Any, timeout: float | None = 5.0) -> Any:
+    """Asks a server and waits for its answer (gen_server:call/3); `timeout` in seconds, None for ever.
+
+    Raises CallTimeout, NoProc or ServerDied, all of them CallError.
+    """
+    me, process = _me(), _resolve(server)
+    if process is None or process.mailbox is _NOWHERE:
+        raise NoProc(server)
+    if process is me:
+        raise CallError(f"{me!r} calls itself")
+    alias = Alias()
+    process.deliver(("$gen_call", (me, alias), request))
+    match _ask(process, alias, timeout):
+        case ("reply", value):
+            return value
+        case ("DOWN", reason):
+            raise ServerDied(reason)
+    raise CallTimeout(f"no answer from {server!r} to {request!r} in {timeout} s")
+
+
+def cast(server: Pid | str, request: Any) -> str:
+    """Sends a request that nobody answers; "ok", whether the server lives or not (gen_server:cast/2)."""
+    send(server, ("$gen_cast", request))
+    return "ok"
+
+
+def reply(from_: tuple[Pid, Pid], value: Any) -> str:
+    """Answers a call from anywhere; `from_` is what handle_call was given (gen_server:reply/2)."""
+    from_[1].send(("reply", value))
+    return "ok"
+
+
+def stop(server: Pid | str, reason: Any = "normal", timeout: float | None = None) -> str:
+    """Lets a server end after what is in its mailbox, and waits for it (gen_server:stop/3).
+
+    Raises NoProc if there is none, and CallTimeout after `timeout` seconds.
+    """
+    process = _resolve(server)
+    if process is None or process.mailbox is _NOWHERE:
+        raise NoProc(server)
+    _me()
+    process.deliver(("$stop", reason))
+    if _ask(process, Alias(), timeout) is None:
+        raise CallTimeout(f"{server!r} did not stop in {timeout} s")
+    return "ok"
+
+
+class Supervisor(GenServer):
+    """OTP's supervisor, one_for_one: a child that ends is started again, unless that happens too often.
+
+    Its state is {id: (spec, pid)} in starting order; pid is None for a child that is not running.
+    """
+
+    SHUTDOWN = 5.0  # seconds that a child has to end before it is killed (OTP's default)
+
+    def __init__(self, children: list[dict[str, Any]], intensity: int, period: float) -> None:
+        self.children, self.intensity, self.period = children, intensity, period
+        self.restarts: deque[float] = deque()
+
+    def init(self, _args: Any) -> Any:
+        process_flag("trap_exit", True)
+        state: dict[Any, Any] = {}
+        for spec in self.children:
+            pid = self._start(spec)
+            if isinstance(pid, tuple):
+                self.terminate("shutdown", state)
+                return "stop", ("failed_to_start_child", spec["id"], pid[1])
+            state[spec["id"]] = (spec, pid)
+        return "ok", state
+
+    def _start(self, spec: dict[str, Any]) -> Any:
+        """The Pid of a child; None if it said "ignore"; ("error", reason)."""
+        fn, *args = spec["start"]
+        try:
+            pid = fn(*args)
+        except Exception as error:
+            log.error("%r child %r could not be started", self_pid(), spec["id"], exc_info=error)
+            return "error", error
+        if isinstance(pid, Pid):
+            link(pid)
+        return None if pid == "ignore" else pid
+
+    def handle_call(self, request: Any, from_: Any, state: Any) -> Any:
+        if request == "which_children":
+            return "reply", [(id, pid, spec["restart"]) for id, (spec, pid) in state.items()], state
+        return "reply", ("error", "unknown_request"), state
+
+    def handle_info(self, info: Any, state: Any) -> Any:
+        match info:
+            case ("EXIT", pid, reason):
+                ids = [id for id, (_, child) in state.items() if child is pid]
+                return self._ended(ids[0], reason, state) if ids else ("noreply", state)
+            case ("$restart", id) if id in state and state[id][1] is None:
+                return self._restart(id, state)
+        return "noreply", state
+
+    def _ended(self, id: Any, reason: Any, state: Any) -> Any:
+        spec, pid = state[id]
+        state[id] = (spec, None)
+        if spec["restart"] == "temporary":
+            del state[id]
+        elif spec["restart"] == "permanent" or not _is_normal(reason):
+            log.warning("%r child %r, %r, ended: %r; starting it again", self_pid(), id, pid, reason)
+            return self._restart(id, state)
+        return "noreply", state
+
+    def _restart(self, id: Any, state: Any) -> Any:
+        now = monotonic()
+        self.restarts.append(now)
+        while now - self.restarts[0] > self.period:
+            self.restarts.popleft()
+        if len(self.restarts) > self.intensity:
+            log.error("%r gives up: more than %d restarts in %s s", self_pid(), self.intensity, self.period)
+            return "stop", "shutdown", state
+        spec, _ = state[id]
+        pid = self._start(spec)
+        if isinstance(pid, tuple):
+            pid = None
+            self_pid().send(("$restart", id))
+        state[id] = (spec, pid)
+        return "noreply", state
+
+    def terminate(self, reason: Any, state: Any) -> None:
+        for _, pid in reversed(state.values()):
+            if pid is not None:
+                self._shut_down(pid)
+
+    def _shut_down(self, pid: Pid) -> None:
+        ref = monitor(pid)
+        exit(pid, "shutdown")
+        if receive(self.SHUTDOWN, _down(ref)) is None:
+            exit(pid, "kill")
+            receive(None, _down(ref))
+
+
+def start_supervisor(
+    children: Iterable[dict[str, Any]], intensity: int = 1, period: float = 5, name: str | None = None
+) -> Any:
+    """Starts the children in order and keeps them running (OTP's supervisor, one_for_one).
+
+    A child is {"id", "start": (fn, *args), "restart": "permanent" (the default) | "transient" | "temporary"}. More than
+    `intensity` restarts in `period` seconds end the children in reverse order and then the supervisor, with "shutdown".
+    `call(supervisor, "which_children")` lists (id, pid, restart). Answers as `start_link`; ValueError for a bad child.
+    """
+    specs = [{"restart": "permanent", **child} for child in children]
+    for spec in specs:
+        if not {"id", "start"} <= set(spec) or spec["restart"] not in ("permanent", "transient", "temporary"):
+            raise ValueError(f"a child needs an id, a start and one of the three kinds of restart: {spec!r}")
+    if len({spec["id"] for spec in specs}) < len(specs):
+        raise ValueError("two children have the same id")
+    return start_link(Supervisor(specs, intensity, period), name=name)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# pub/sub: who is in which channel, and broadcast.
+# House rule: knows Pids, not what they do.
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class Message(tuple):
+    """What members receive: ("nova_pubsub", channel, sender, topic, payload)."""
+
+    _memo: dict[Any, Any] | None = None
+
+    def once(self, fn: Callable[[Message], Any]) -> Any:
+        """`fn(self)`, worked out for the first receiver and shared with the others.
+
+        `fn` is known by its code, so that a lambda will do; its value must depend on the message alone.
+        """
+        if self._memo is None:
+            self._memo = {}
+        key = getattr(fn, "__code__", fn)
+        if key not in self._memo:
+            self._memo[key] = fn(self)
+        return self._memo[key]
+
+
+class PubSub:
+    """Channels and their members (nova_pubsub, on OTP's pg). The one instance is `pubsub`."""
+
+    def __init__(self) -> None:
+        self._channels: dict[str, set[Process]] = {}  # no set is ever empty
+        self._monitors: dict[str, dict[int, Process]] = {}  # channel -> ref -> who wants to know
+        _exit_hooks.append(self._forget)
+
+    def join(self, channel: str, pid: Pid | None = None) -> str:
+        """Makes `pid`, or the caller, a member: "ok". Joining twice is joining once; the dead do not stay."""
+        _scheduler.at_home(self._join, _channel(channel), self._local(pid))
+        return "ok"
+
+    def leave(self, channel: str, pid: Pid | None = None) -> str:
+        """Ends a membership: "ok", or "not_joined"."""
+        process = self._local(pid)
+        if process not in self._channels.get(_channel(channel), ()):
+            return "not_joined"
+        process.channels.discard(channel)
+        _scheduler.at_home(self._leave, channel, process)
+        return "ok"
+
+    def broadcast(self, channel: str, topic: str | bytes, payload: Any) -> str:
+        """Sends to every member on every node, the caller included if it is one: "ok"."""
+        return self.local_broadcast(channel, topic, payload)
+
+    def local_broadcast(self, channel: str, topic: str | bytes, payload: Any) -> str:
+        """Sends to every member on this node: "ok"."""
+        _scheduler.at_home(self._deliver, self._message(channel, topic, payload), None)
+        return "ok"
+
+    def broadcast_from(self, pid: Pid, channel: str, topic: str | bytes, payload: Any) -> str:
+        """As `broadcast`, to all but `pid`."""
+        _scheduler.at_home(self._deliver, self._message(channel, topic, payload), pid)
+        return "ok"
+
+    def get_members(self, channel: str) -> list[Pid]:
+        """The members on all nodes."""
+        return self.get_local_members(channel)
+
+    def get_local_members(self, channel: str) -> list[Pid]:
+        """The members on this node."""
+        return list(self._channels.get(_channel(channel), ()))
+
+    def which_channels(self) -> list[str]:
+        """The channels that have members (pg:which_groups/1)."""
+        return list(self._channels)
+
+    def monitor(self, channel: str) -> tuple[int, list[Pid]]:
+        """(ref, members), and from now on (ref, "join" | "leave", channel, [pid]) for each change (pg:monitor/2)."""
+        ref = next(_refs)
+        self._monitors.setdefault(_channel(channel), {})[ref] = _me()
+        return ref, self.get_members(channel)
+
+    def demonitor(self, ref: int) -> bool:
+        """Ends such a monitor; tells whether there was one (pg:demonitor/2)."""
+        for channel, watchers in self._monitors.items():
+            if watchers.pop(ref, None):
+                if not watchers:
+                    del self._monitors[channel]
+                return True
+        return False
+
+    # -- in the home thread
+
+    def _join(self, channel: str, process: Process) -> None:
+        members = self._channels.get(channel, ())
+        if process in members or process.mailbox is _NOWHERE:
+            return
+        self._channels.setdefault(channel, set()).add(process)
+        if not process.channels:
+            process.channels = set()
+        process.channels.add(channel)
+        self._tell(channel, "join", process)
+
+    def _leave(self, channel: str, process: Process) -> None:
+        members = self._channels.get(channel, set())
+        members.discard(process)
+        if not members:
+            self._channels.pop(channel, None)
+        self._tell(channel, "leave", process)
+
+    def _tell(self, channel: str, change: str, process: Process) -> None:
+        for ref, watcher in self._monitors.get(channel, {}).items():
+            watcher.deliver((ref, change, channel, [process]))
+
+    def _forget(self, process: Process) -> None:
+        """Exit hook: a process that dies leaves all its channels."""
+        for channel in process.channels:
+            self._leave(channel, process)
+        process.channels = ()
+        for watchers in list(self._monitors.values()) if self._monitors else ():
+            for ref in [ref for ref, watcher in watchers.items() if watcher is process]:
+                self.demonitor(ref)
+
+    def _deliver(self, message: Message, but: Pid | None) -> None:
+        # No callback runs in here, nor anything that joins or leaves: `deliver` only queues.
+        for process in self._channels.get(message[1], ()):
+            if process is not but:
+                process.deliver(message)
+
+    def _message(self, channel: str, topic: str | bytes, payload: Any) -> Message:
+        if not isinstance(topic, str | bytes):
+            raise TypeError(f"a topic is a string or bytes, not {topic!r}")
+        return Message(("nova_pubsub", _channel(channel), self_pid(), topic, payload))
+
+    def _local(self, pid: Pid | None) -> Process:
+        process = _me() if pid is None else pid
+        if not isinstance(process, Process):
+            raise TypeError(f"only a process of this node can join, not {pid!r}")
+        return process
+
+
+def _channel(channel: str) -> str:
+    if not isinstance(channel, str):
+        raise TypeError(f"a channel is a string, not {channel!r}")
+    if not channel:
+        raise ValueError("a channel needs a name")
+    return channel
+
+
+pubsub = PubSub()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Requests and responses: what a controller takes and what it gives back.
+# House rule: no sockets; WSGI's environ in, a bottle response out.
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class Request(Mapping[str, Any]):
+    """What a controller is given: a read-only mapping, worked out lazily, that `match` takes apart.
+
+    `method`, `path`, `bindings` (from the route), `params` (the JSON object or the form of the body), `json` (any JSON),
+    `body` (bytes), `qs` (the query), `headers` (whatever case), `cookies`, `peer` (address, port), `auth_data` (what
+    security said). Asking for `body`, `json` or `params` may raise an HTTPError: 400, 408 or 413.
+    """
+
+    KEYS = ("method", "path", "bindings", "params", "json", "body", "qs", "headers", "cookies", "peer", "auth_data")
+    __slots__ = ("_known", "environ", "max_body")
+
+    def __init__(self, environ: dict[str, Any], bindings: dict[str, Any], max_body: int = Settings.max_body) -> None:
+        self.environ, self.max_body = environ, max_body
+        self._known: dict[str, Any] = {"bindings": bindings, "auth_data": None}
+
+    def __getitem__(self, key: str) -> Any:
+        if key not in self._known:
+            if key not in self.KEYS:
+                raise KeyError(key)
+            self._known[key] = getattr(self, f"_{key}")()
+        return self._known[key]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.KEYS)
+
+    def __len__(self) -> int:
+        return len(self.KEYS)
+
+    def __repr__(self) -> str:
+        return f"<Request {self['method']} {self['path']}>"
+
+    def detach(self) -> None:
+        """Outlives its HTTP request: keeps what the client has said, and lets go of the server's buffers."""
+        self.environ = {key: value for key, value in self.environ.items() if type(value) is str}
+
+    def authorized(self, auth_data: Any) -> None:
+        """Security has said yes, and this."""
+        self._known["auth_data"] = auth_data
+
+    def _method(self) -> str:
+        return self.environ["REQUEST_METHOD"].upper()
+
+    def _path(self) -> str:
+        return self.environ.get("SCRIPT_NAME", "") + self.environ["PATH_INFO"]
+
+    def _qs(self) -> dict[str, str]:
+        return dict(parse_qsl(self.environ.get("QUERY_STRING", ""), keep_blank_values=True))
+
+    def _headers(self) -> Mapping[str, str]:
+        return bottle.WSGIHeaderDict(self.environ)
+
+    def _cookies(self) -> dict[str, str]:
+        return dict(bottle.BaseRequest(self.environ).cookies.decode())
+
+    def _peer(self) -> tuple[str, int]:
+        return self.environ.get("REMOTE_ADDR", ""), int(self.environ.get("REMOTE_PORT") or 0)
+
+    def _body(self) -> bytes:
+        return read_body(self.environ, self.max_body)
+
+    def _json(self) -> Any:
+        content_type = self.environ.get("CONTENT_TYPE", "").partition(";")[0].strip().lower()
+        if content_type == "application/json" or content_type.endswith("+json"):
+            return parse_json(self["body"])
+        return None
+
+    def _params(self) -> Mapping[str, Any]:
+        if isinstance(self["json"], dict):
+            return self["json"]
+        content_type = self.environ.get("CONTENT_TYPE", "").partition(";")[0].strip().lower()
+        if content_type == "application/x-www-form-urlencoded":
+            return dict(parse_qsl(self["body"].decode("utf-8", "replace"), keep_blank_values=True))
+        if content_type == "multipart/form-data":
+            read_body(self.environ, self.max_body)
+            return dict(bottle.BaseRequest(self.environ).forms.decode())
+        return {}
+
+
+def read_body(environ: dict[str, Any], limit: int) -> bytes:
+    """The body, leaving it to be read again by bottle's `request`. HTTPError: 413 over `limit` bytes, 400 if cut off."""
+    try:
+        length = int(environ.get("CONTENT_LENGTH") or 0)
+        if length > limit:
+            raise HTTPError(413, f"the body is larger than {limit} bytes")
+        chunked = environ.get("wsgi.input_terminated") and "chunked" in environ.get("HTTP_TRANSFER_ENCODING", "").lower()
+        body = environ["wsgi.input"].read(limit + 1 if chunked else length)
+    except (OSError, ValueError) as error:
+        raise HTTPError(400, "the body could not be read") from error
+    if len(body) > limit:
+        raise HTTPError(413, f"the body is larger than {limit} bytes")
+    # The server has taken the chunks apart already; bottle would try once more.
+    environ.pop("HTTP_TRANSFER_ENCODING", None)
+    environ["wsgi.input"], environ["CONTENT_LENGTH"] = BytesIO(body), str(len(body))
+    return body
+
+
+def _not_json(constant: str) -> NoReturn:
+    raise ValueError(f"{constant} is not JSON")
+
+
+_json_decoder = json.JSONDecoder(parse_constant=_not_json)
+_json_encoder = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+
+
+def parse_json(body: bytes) -> Any:
+    """What the bytes say (RFC 8259). HTTPError 400 where they say nothing that could be said back: NaN, half a pair."""
+    try:
+        text = body.decode("utf-8")
+        value = _json_decoder.decode(text)
+        if "\\u" in text:
+            _json_encoder.encode(value).encode()  # a lone surrogate is no character, and no UTF-8 can carry it
+        return value
+    except (ValueError, RecursionError) as error:
+        reason = "nested too deep" if isinstance(error, RecursionError) else str(error)
+        raise HTTPError(400, f"invalid JSON: {reason}") from None
+
+
+def to_response(result: Any, method: str = "GET", name: str = "") -> HTTPResponse:
+    """A controller's value as a response; ValueError where it is none. `name` is the view that goes without saying.
+
+    A status of 400 and more without a body becomes bottle's HTTPError, so that error pages apply, as in Nova.
+    """
+    match result:
+        case HTTPResponse():
+            return result
+        case ("json", data):
+            return _json_response(201 if method == "POST" else 200, {}, data)
+        case ("json", int(status), Mapping() as headers, data):
+            return _json_response(status, headers, data)
+        case ("status", int(status)) if status >= 400:
+            return HTTPError(status)
+        case ("status", int(status), Mapping() as headers) if status >= 400:
+            return HTTPError(status, None, None, None, **headers)
+        case ("status", int(status)):
+            return HTTPResponse(b"", status)
+        case ("status", int(status), Mapping() as headers):
+            return HTTPResponse(b"", status, headers)
+        case ("status", int(status), Mapping() as headers, dict() as data):
+            return _json_response(status, headers, data)
+        case ("status", int(status), Mapping() as headers, str() | bytes() as body):
+            return HTTPResponse(body, status, headers)
+        case ("ok" | "view", Mapping() as variables):
+            return _view(name, variables, {})
+        case ("ok" | "view", Mapping() as variables, Mapping() as options):
+            return _view(options.get("view", name), variables, options)
+        case ("redirect", str(url)):
+            return HTTPResponse(b"", 302, {"Location": url})
+        case ("sendfile", int(status), Mapping() as headers, (int(offset), int() | None as length, path), str(mime)):
+            return _file(status, headers, offset, length, path, mime)
+    raise ValueError(f"not a response: {result!r}")
+
+
+def _json_response(status: int, headers: Mapping[str, str], data: Any) -> HTTPResponse:
+    body = _json_encoder.encode(data).encode()
+    return HTTPResponse(body, status, {"Content-Type": "application/json", **headers})
+
+
+def _view(name: str, variables: Mapping[str, Any], options: Mapping[str, Any]) -> HTTPResponse:
+    body = bottle.template(name, **variables)
+    return HTTPResponse(body, options.get("status_code", 200), dict(options.get("headers", {})))
+
+
+def _file(status: int, headers: Mapping[str, str], offset: int, length: int | None, path: Any, mime: str) -> HTTPResponse:
+    """A file, or `length` bytes of it from `offset` on; HTTPError 404 where there is none."""
+    try:
+        size = os.stat(path).st_size - offset
+    except OSError as error:
+        raise HTTPError(404, "there is no such file") from error
+    length = max(0, size if length is None else min(length, size))
+
+    def chunks(left: int) -> Iterator[bytes]:
+        with open(path, "rb") as file:
+            file.seek(offset)
+            while left > 0 and (chunk := file.read(min(left, 65536))):
+                left -= len(chunk)
+                yield chunk
+
+    return HTTPResponse(chunks(length), status, {"Content-Type": mime, "Content-Length": str(length), **headers})
+
+
+def error_body(status_line: str, text: str, accept: str) -> tuple[str, bytes]:
+    """(content type, body) of an error, in the form that the client accepts: a small page for who asks for HTML."""
+    if "text/html" in accept.lower():
+        title, text = bottle.html_escape(status_line), bottle.html_escape(text)
+        page = f"<!doctype html><meta charset=utf-8><title>{title}</title><h1>{title}</h1><p>{text}</p>\n"
+        return "text/html; charset=utf-8", page.encode("utf-8", "replace")
+    return "application/json", json.dumps({"error": text}).encode()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Frames: RFC 6455, in pure functions and one incremental parser.
+# House rule: no I/O and no greenlets; bytes in, values out.
+# ---------------------------------------------------------------------------------------------------------------------
+
+CONTINUATION, TEXT, BINARY, CLOSE, PING, PONG = 0x0, 0x1, 0x2, 0x8, 0x9, 0xA  # §5.2
+NO_STATUS = 1005  # §7.1.5: a close frame without a code; never on the wire
+Frame = tuple[Any, ...]
+
+_xor_tables = [bytes(byte ^ key for byte in range(256)) for key in range(256)]
+_TRANSLATE_FROM = 1_000  # bytes from which translating beats one big integer
+
+
+class ProtocolError(Exception):
+    """What the client has sent ends the connection: `code` is the close code, `what` Cowboy's word for it."""
+
+    def __init__(self, code: int, text: str) -> None:
+        super().__init__(text)
+        self.code, self.text = code, text
+        self.what = {1007: "badencoding", 1009: "badsize"}.get(code, "badframe")
+
+
+def unmask(data: bytes, mask: bytes) -> bytes:
+    """XOR with the client's mask (§5.3)."""
+    size = len(data)
+    if size < _TRANSLATE_FROM:
+        key = (mask * ((size + 3) >> 2))[:size]
+        return (int.from_bytes(data, "little") ^ int.from_bytes(key, "little")).to_bytes(size, "little")
+    result = bytearray(data)
+    for offset, key_byte in enumerate(mask):
+        result[offset::4] = result[offset::4].translate(_xor_tables[key_byte])
+    return bytes(result)
+
+
+def frame_head(opcode: int, size: int) -> bytes:
+    """The head of an unmasked, final frame (§5.2)."""
+    if size < 126:
+        return bytes((0x80 | opcode, size))
+    if size < 65536:
+        return bytes((0x80 | opcode, 126)) + size.to_bytes(2, "big")
+    return bytes((0x80 | opcode, 127)) + size.to_bytes(8, "big")
+
+
+def is_close_code(code: int) -> bool:
+    """Whether an endpoint may send it (§7.4.1, and the registry that it founded)."""
+    return code in (1000, 1001, 1002, 1003) or 1007 <= code <= 1014 or 3000 <= code <= 4999
+
+
+def close_frame(code: int, reason: str = "") -> bytes:
+    """A close frame; a reason over 123 bytes is cut at a character, NO_STATUS leaves the body empty (§5.5.1)."""
+    if code == NO_STATUS:
+        return frame_head(CLOSE, 0)
+    body = code.to_bytes(2, "big") + reason.encode()[:123].decode("utf-8", "ignore").encode()
+    return frame_head(CLOSE, len(body)) + body
+
+
+def encode_frame(frame: Any) -> bytes:
+    """What a handler replies, as bytes; ValueError where it is no frame."""
+    match frame:
+        case ("text", str(text)):
+            data = text.encode()
+            return frame_head(TEXT, len(data)) + data
+        case ("binary", bytes() | bytearray() | memoryview() as data):
+            return frame_head(BINARY, len(data)) + data
+        case ("ping" | "pong" as name, bytes(data)) if len(data) <= 125:
+            return frame_head(PING if name == "ping" else PONG, len(data)) + data
+        case "ping" | "pong":
+            return frame_head(PING if frame == "ping" else PONG, 0)
+        case ("close", int(code), str(reason)) if is_close_code(code):
+            return close_frame(code, reason)
+        case "close":
+            return close_frame(NO_STATUS)
+    raise ValueError(f"not a frame: {frame!r}")
+
+
+class Parser:
+    """The frames of a client, out of bytes that come in any portions. A message is one frame here, however cut.
+
+    Data is checked and unmasked as it comes, so that a bad byte fails at once, and is held in one buffer no larger than
+    `limit`; only heads and control frames, up to 139 bytes, are kept to be looked at again.
+    """
+
+    __slots__ = ("decoder", "done", "failure", "final", "left", "limit", "mask", "message", "opcode", "tail")
+
+    def __init__(self, limit: int) -> None:
+        self.limit = limit
+        self.tail = b""  # bytes that make no sense yet
+        self.opcode = 0  # of the message under way; 0: none
+        self.message: bytearray | None = None  # what is there of it; None: nothing
+        self.decoder: Any = None  # says whether a text is UTF-8 so far
+        self.left, self.mask, self.final = 0, b"", False  # of the data frame under way: bytes to come, key, FIN
+        self.done = False  # a close frame or a failure has come: nothing behind it is looked at
+        self.failure: ProtocolError | None = None
+
+    def feed(self, data: bytes) -> list[Frame]:
+        """The frames that `data` completes; what is wrong behind them is then in `failure`."""
+        frames: list[Frame] = []
+        if self.done:
+            return frames
+        if self.tail:
+            data, self.tail = self.tail + data, b""
+        position, end = 0, len(data)
+        try:
+            while position < end and not self.done:
+                if self.left:
+                    position = self._payload(data, position, frames)
+                else:
+                    after = self._frame(data, position, frames)
+                    if after == position:
+                        self.tail = data[position:]
+                        break
+                    position = after
+        except ProtocolError as error:
+            self.done, self.failure, self.message, self.decoder = True, error, None, None
+        return frames
+
+    def _frame(self, data: bytes, position: int, frames: list[Frame]) -> int:
+        """Takes the head at `position` and what is there of its frame; answers the position behind, or the same."""
+        available = len(data) - position
+        if available < 2:
+            return position
+        first, second = data[position], data[position + 1]
+        opcode, size, head = first & 0x0F, second & 0x7F, position + 2
+        self._check_start(first, second, opcode)
+        if size > 125:
+            width = 2 if size == 126 else 8
+            if available < 2 + width:
+                return position
+            head += width
+            size = self._check_size(int.from_bytes(data[head - width : head], "big"), width)
+        if opcode < CLOSE:
+            self._check_data(opcode, size)
+        elif len(data) < head + 4 + size:
+            return position
+        if len(data) < head + 4:
+            return position
+        mask, start, stop = data[head : head + 4], head + 4, head + 4 + size
+        if opcode >= CLOSE:
+            frames.append(self._control(opcode, unmask(data[start:stop], mask)))
+            return stop
+        if first & 0x80 and not self.opcode and stop <= len(data):  # the common case: a whole message in one piece
+            frames.append(_message(opcode, unmask(data[start:stop], mask)))
+            return stop
+        self.opcode = self.opcode or opcode
+        self.left, self.mask, self.final = size, mask, bool(first & 0x80)
+        return self._payload(data, start, frames)
+
+    def _payload(self, data: bytes, position: int, frames: list[Frame]) -> int:
+        """Takes what is there of the data frame under way; answers the position behind."""
+        part = data[position : position + self.left]
+        taken = len(part)
+        part = unmask(part, self.mask)
+        turn = taken & 3
+        self.left, self.mask = self.left - taken, self.mask[turn:] + self.mask[:turn]
+        ends = self.final and not self.left
+        if self.opcode == TEXT:
+            self._check_text(part, ends)
+        if self.message is None:
+            self.message = bytearray()
+        self.message += part
+        if ends:
+            frames.append(_message(self.opcode, bytes(self.message)))
+            self.opcode, self.message, self.decoder = 0, None, None
+        return position + taken
+
+    def _check_start(self, first: int, second: int, opcode: int) -> None:
+        if first & 0x70:
+            raise ProtocolError(1002, "reserved bits without an extension")  # §5.2
+        if opcode not in (CONTINUATION, TEXT, BINARY, CLOSE, PING, PONG):
+            raise ProtocolError(1002, f"unknown opcode {opcode}")  # §5.2
+        if not second & 0x80:
+            raise ProtocolError(1002, "a client's frame without a mask")  # §5.1
+        if opcode >= CLOSE and not (first & 0x80 and second & 0x7F <= 125):
+            raise ProtocolError(1002, "a control frame in fragments or over 125 bytes")  # §5.5
+
+    def _check_size(self, size: int, width: int) -> int:
+        if size < (126 if width == 2 else 65536) or size >> 63:
+            raise ProtocolError(1002, "a length that is not in its shortest form")  # §5.2
+        return size
+
+    def _check_data(self, opcode: int, size: int) -> None:
+        if (opcode == CONTINUATION) != bool(self.opcode):
+            raise ProtocolError(1002, "a fragment out of order")  # §5.4
+        if size + len(self.message or b"") > self.limit:
+            raise ProtocolError(1009, f"a message over {self.limit} bytes")
+
+    def _check_text(self, part: bytes, ends: bool) -> None:
+        if self.decoder is None:
+            self.decoder = codecs.getincrementaldecoder("utf-8")()
+        try:
+            self.decoder.decode(part, ends)
+        except UnicodeDecodeError:
+            raise ProtocolError(1007, "a text that is not UTF-8") from None  # §8.1
+
+    def _control(self, opcode: int, body: bytes) -> Frame:
+        if opcode != CLOSE:
+            return "ping" if opcode == PING else "pong", body
+        self.done = True
+        if not body:
+            return "close", NO_STATUS, ""
+        code = int.from_bytes(body[:2], "big")
+        if len(body) < 2 or not is_close_code(code):
+            raise ProtocolError(1002, "a close code that no client may send")  # §7.4
+        try:
+            return "close", code, body[2:].decode()
+        except UnicodeDecodeError:
+            raise ProtocolError(1007, "a close reason that is not UTF-8") from None
+
+
+def _message(opcode: int, body: bytes) -> Frame:
+    if opcode == BINARY:
+        return "binary", body
+    try:
+        return "text", body.decode()
+    except UnicodeDecodeError:
+        raise ProtocolError(1007, "a text that is not UTF-8") from None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# WebSocket process: a connection, from its init to the last byte.
+# House rule: the only room that touches a WebSocket's socket.
+#
+#   in    socket readable -> hub callback reads, parses -> inbox -> ready queue. No greenlet waits for a client.
+#   out   a turn handles all that inbox and mailbox hold, collects the frames, and writes them with one send. What the
+#         socket does not take waits with a write watcher, and the process rests until it is gone.
+#   end   a close frame, `terminate`, the end of the process; then the socket alone waits for the client's half.
+# ---------------------------------------------------------------------------------------------------------------------
+
+READ_SIZE = 65536  # bytes; one read a wake-up, so that one client's flood leaves room for the others
+TURN_SIZE = 256  # messages that one turn handles at most, for the same reason
+LINGER = 5.0  # seconds that a closed connection waits for the client to close as well
+CACHED_FRAMES, CACHED_BYTES = 256, 1_000_000  # of broadcasts: a flood of 64 channels still finds its frames again
+
+
+class WebSocketHandler:
+    """The callbacks of a connection, one instance each (nova_websocket). All run in the connection's own process.
+
+    They answer ("ok", state), ("reply", frame or [frame, ...], state) or ("stop", state), with or without a trailing
+    "hibernate", or plain "ok". A frame is ("text", str), ("binary", bytes), ("ping", bytes), ("pong", bytes),
+    ("close", code, reason), or a bare "ping", "pong", "close".
+    """
+
+    def init(self, state: Any) -> Any:
+        """Before the 101; `state` is {"req": req}. Anything but ("ok", state) refuses the connection with a 500."""
+        return "ok", state
+
+    def websocket_handle(self, frame: Frame, state: Any) -> Any:
+        """A frame from the client: text, binary, ping (answered already) or pong."""
+        return "ok", state
+
+    def websocket_info(self, info: Any, state: Any) -> Any:
+        """A message from another process."""
+        return "ok", state
+
+    # Optional: websocket_init(state), after the 101, and terminate(reason, req, state), with one of Cowboy's reasons:
+    # "stop", "timeout", "remote", ("remote", code, reason), ("error", what), ("crash", class, exception), or what an
+    # exit signal said ("shutdown" when the server drains).
+
+
+class Ending(Exception):
+    """A connection is to end: close code (None: no close frame), its text, and the reason for `terminate`."""
+
+    def __init__(self, code: int | None, text: str, reason: Any) -> None:
+        super().__init__(reason)
+        self.code, self.text, self.reason = code, text, reason
+
+
+PING_CLIENT = ("$ping",)  # the sweep's wish for a ping, in the inbox
+_frame_cache: dict[str, bytes] = {}
+_frame_cache_size = 0
+
+
+def shared_frame(frame: Any) -> bytes:
+    """`encode_frame` for what many are told at once: a text that has just been encoded is not encoded again."""
+    global _frame_cache_size
+    if type(frame) is not tuple or frame[0] != "text" or type(frame[1]) is not str:
+        return encode_frame(frame)
+    data = _frame_cache.get(frame[1])
+    if data is None:
+        data = encode_frame(frame)
+        if len(_frame_cache) >= CACHED_FRAMES or _frame_cache_size > CACHED_BYTES:
+            _frame_cache.clear()
+            _frame_cache_size = 0
+        _frame_cache[frame[1]] = data
+        _frame_cache_size += len(data)
+    return data
+
+
+class Connection(Process):
+    """A WebSocket's process: waits as this object, an io watcher and a descriptor; holds no greenlet, no HTTP handler.
+
+    Its life: `Connection(...)`, `start` (runs init), `open` (the socket is handed over), turns, `ends`, lingering.
+    """
+
+    __slots__ = (
+        "closing", "handler", "inbox", "lounge", "out", "parser", "quiet", "reader", "req", "said", "settings", "sock",
+        "stalled", "starter", "state", "writer",
+    )  # fmt: skip
+
+    def __init__(self, handler: Any, req: Request, settings: Settings) -> None:
+        super().__init__()
+        self.handler = handler() if isinstance(handler, type) else handler
+        self.req, self.settings = req, settings
+        self.state: Any = {"req": req}
+        self.starter: Alias | None = None  # the gate, which waits for init's answer
+        self.sock: Any = None  # non-blocking; None before `open` and once it is closed
+        self.reader: Any = None
+        self.writer: Any = None  # there while `out` is
+        self.out: Any = b""  # what the socket has not taken yet
+        self.said: list[bytes] = []  # the frames of this turn
+        self.inbox: list[Any] = []  # the client's frames, and perhaps an Ending behind them
+        self.parser = Parser(settings.max_message_size)
+        self.quiet = 0.0  # seconds without a byte from the client
+        self.stalled = 0.0  # seconds in which the client has taken nothing of `out`
+        self.closing = False  # the process has ended; the socket lingers
+        self.lounge: Lounge | None = None
+
+    # -- before the 101
+
+    def start(self) -> bool:
+        """Runs init in the new process, and tells whether it has answered ("ok", state)."""
+        _scheduler.settle()
+        starter = self.starter = Alias()
+        _enqueue(self)
+        return _ask(self, starter, None) == "ok"
+
+    def _init(self) -> None:
+        match self.handler.init(self.state):
+            case ("ok", state):
+                self.state = state
+            case result:
+                raise ValueError(f"init answered {result!r}, not ('ok', state)")
+        starter, self.starter = self.starter, None
+        starter.send("ok")  # type: ignore[union-attr]
+
+    def open(self, sock: Any, early: bytes, lounge: Lounge) -> None:
+        """After the 101: takes over the socket, and the bytes that came right behind the handshake."""
+        if self.exiting is not None:  # killed meanwhile
+            return sock.close()
+        self.sock, self.lounge = sock, lounge
+        lounge.enter(self)
+        self.reader = _scheduler.hub.loop.io(sock.fileno(), 1)
+        self.reader.start(self.readable)
+        if hasattr(self.handler, "websocket_init"):
+            self.inbox.append("$init")
+        if early:
+            self._take_in(early)
+        self.rest()
+
+    # -- a turn
+
+    def step(self) -> None:
+        if self.starter is not None:
+            self._init()
+            return self.rest()
+        if self.inbox:
+            self._handle_inbox()
+        mailbox, info = self.mailbox, self.handler.websocket_info
+        for _ in range(min(len(mailbox), TURN_SIZE)):
+            result = info(mailbox.popleft(), self.state)
+            if type(result) is tuple and len(result) == 3 and result[0] == "reply" and type(result[1]) is tuple:
+                self.state = result[2]
+                self.said.append(shared_frame(result[1]))
+                if result[1][0] == "close":
+                    raise Ending(None, "", "stop")
+            else:
+                self._take(result)
+        self.flush()
+        self.rest()
+
+    def _handle_inbox(self) -> None:
+        inbox, self.inbox = self.inbox[:TURN_SIZE], self.inbox[TURN_SIZE:]
+        if not self.reader.active and not self.parser.done and len(self.inbox) < self.settings.backlog:
+            self.reader.start(self.readable)
+        for frame in inbox:
+            if type(frame) is not tuple:
+                self._handle_event(frame)
+            elif frame[0] == "close":
+                raise Ending(frame[1], "", "remote" if frame[1] == NO_STATUS else ("remote", *frame[1:]))
+            elif frame is PING_CLIENT:
+                self.said.append(encode_frame("ping"))
+            else:
+                if frame[0] == "ping":
+                    self.said.append(encode_frame(("pong", frame[1])))
+                self._take(self.handler.websocket_handle(frame, self.state))
+
+    def _handle_event(self, event: Any) -> None:
+        if isinstance(event, Ending):
+            raise event
+        self._take(self.handler.websocket_init(self.state))
+
+    def _take(self, result: Any) -> None:
+        """What a callback has answered."""
+        match result:
+            case "ok":
+                pass
+            case ("ok", state) | ("ok", state, "hibernate"):
+                self.state = state
+            case ("reply", answer, state) | ("reply", answer, state, "hibernate"):
+                self.state = state
+                for frame in answer if isinstance(answer, list) else [answer]:
+                    self.said.append(encode_frame(frame))
+                    if frame == "close" or frame[0] == "close":
+                        raise Ending(None, "", "stop")
+            case ("stop", state) | ("stop", state, "hibernate"):
+                self.state = state
+                raise Ending(1000, "", "stop")
+            case _:
+                raise ValueError(f"a callback answered {result!r}")
+
+    def rest(self) -> None:
+        if (self.out or self.sock is None) and self.exiting is None:
+            self.wake = _check_mailbox
+        elif self.inbox or self.mailbox or self.exiting is not None:
+            _enqueue(self)
+        else:
+            self.wake = _enqueue
+
+    def blocks(self) -> None:
+        """What was said before a callback waits goes out before it waits."""
+        if self.said and self.sock is not None:
+            self.flush()
+
+    # -- reading and writing
+
+    def readable(self) -> None:
+        """Hub callback."""
+        try:
+            data = self.sock.recv(READ_SIZE)
+        except BlockingIOError:
+            return
+        except OSError:
+            data = b""
+        self.quiet = 0.0
+        if self.closing:
+            self._linger(data)
+            return
+        self._take_in(data)
+        if self.wake is _enqueue:
+            _enqueue(self)
+
+    def _take_in(self, data: bytes) -> None:
+        self.inbox += self.parser.feed(data)
+        failure = self.parser.failure
+        if failure is not None:
+            self.inbox.append(Ending(failure.code, failure.text, ("error", failure.what)))
+        elif not data:
+            self.inbox.append(Ending(None, "", ("error", "closed")))
+        if len(self.inbox) >= self.settings.backlog or self.parser.done or not data:
+            self.reader.stop()
+
+    def flush(self) -> None:
+        """Writes what was said with one send; what the socket does not take waits in `out`."""
+        said = self.said
+        if not said:
+            return
+        data = said[0] if len(said) == 1 else b"".join(said)
+        said.clear()
+        if self.out:
+            self.out = bytes(self.out) + data
+            return
+        sent = self._send(data)
+        if sent < len(data):
+            self.out, self.stalled = memoryview(data)[sent:], 0.0
+            self.writer = _scheduler.hub.loop.io(self.sock.fileno(), 2)
+            self.writer.start(self.writable)
+
+    def _send(self, data: Any) -> int:
+        try:
+            return self.sock.send(data)
+        except BlockingIOError:
+            return 0
+        except OSError:
+            return len(data)  # nobody is there to read it; `readable` is about to hear so as well
+
+    def writable(self) -> None:
+        """Hub callback."""
+        sent = self._send(self.out)
+        if sent:
+            self.out, self.stalled = self.out[sent:], 0.0
+        if self.out:
+            return
+        self.writer.close()
+        self.writer = None
+        if self.closing:
+            self._half_close()
+        elif self.wake is _check_mailbox:
+            self.rest()
+
+    def tick(self, seconds: float) -> None:
+        """The sweep comes by, so many seconds after the last time."""
+        before, self.quiet = self.quiet, self.quiet + seconds
+        self.stalled += seconds
+        settings = self.settings
+        if self.closing:
+            if self.stalled > LINGER:
+                self.cut()
+        elif self.out and self.stalled > settings.send_timeout:
+            self.kill(SLOW)
+        elif self.quiet > settings.idle_timeout:
+            self.kill(IDLE)
+        elif before // settings.ping_interval < self.quiet // settings.ping_interval and self.wake is _enqueue:
+            self.inbox.append(PING_CLIENT)
+            _enqueue(self)
+
+    # -- the end
+
+    def last_words(self, error: BaseException) -> Any:
+        if self.starter is not None:
+            return self.crashed(error, f"{type(self.handler).__name__}.init")
+        ending = self._verdict(error)
+        if self.sock is not None:
+            self._say_goodbye(ending)
+        log.info("%r%s closed: %r", self, self.title(), ending.reason)
+        if hasattr(self.handler, "terminate"):
+            self.handler.terminate(ending.reason, self.req, self.state)
+        if isinstance(error, ProcessExit) and not isinstance(error.reason, Ending):
+            return error.reason
+        return "normal" if ending.reason[0] != "crash" else error
+
+    def _verdict(self, error: BaseException) -> Ending:
+        """How a connection ends that is left by `error`."""
+        if isinstance(error, ProcessExit):
+            if isinstance(error.reason, Ending):
+                return error.reason
+            return Ending(1001 if _is_normal(error.reason) else 1011, "", error.reason)
+        if isinstance(error, Ending):
+            return error
+        self.crashed(error, f"{type(self.handler).__name__}.{_culprit(error)}")
+        return Ending(1011, "", ("crash", type(error), error))
+
+    def title(self) -> str:
+        return "{} {}:{}".format(f" {self.req['path']}", *self.req["peer"])
+
+    def _say_goodbye(self, ending: Ending) -> None:
+        """The close frame, and from here on the socket is on its own."""
+        if ending.code is not None:
+            self.said.append(close_frame(ending.code, ending.text))
+        self.flush()
+        self.closing, self.stalled, self.inbox = True, 0.0, []
+        if ending.reason == ("error", "closed"):
+            return self.cut()
+        if not self.reader.active:
+            self.reader.start(self.readable)
+        if not self.out:
+            self._half_close()
+
+    def _linger(self, data: bytes) -> None:
+        """The client's half of the close handshake: its close frame, or its end of TCP (§7.1.1)."""
+        if not data:
+            self.cut()
+        else:
+            self.parser.feed(data)
+            if self.parser.done and not self.out:
+                self._half_close()
+
+    def _half_close(self) -> None:
+        """All is said. Once the client has said its close too, the server is the one to close TCP; and it reads on to
+        the end, since closing with bytes unread would reset the connection and might take our close frame with it."""
+        if self.parser.done:
+            with suppress(OSError):  # the client is gone; `readable` is about to hear so
+                self.sock.shutdown(_socket.SHUT_WR)
+
+    def cut(self) -> None:
+        """Closes the socket, whatever is still to be said."""
+        if self.sock is None:
+            return
+        for watcher in (self.reader, self.writer):
+            if watcher is not None:
+                watcher.close()
+        self.sock.close()
+        self.sock = self.reader = self.writer = None
+        self.lounge.leave(self)  # type: ignore[union-attr]
+
+
+SLOW = Ending(1013, "too slow", ("error", "slow"))
+IDLE = Ending(1000, "idle", "timeout")
+
+
+def _check_mailbox(connection: Connection) -> None:
+    """What a message calls for while the socket takes nothing: a client that does not read may have so many waiting."""
+    if len(connection.mailbox) > connection.settings.mailbox_limit:
+        connection.kill(SLOW)
+
+
+class Lounge:
+    """The connections of a server, with one sweep for the time limits of all."""
+
+    def __init__(self) -> None:
+        self.connections: set[Connection] = set()
+        self.interval = 1.0  # seconds; a quarter of the shortest limit, at most this
+        self.timer: Any = None  # runs while there are connections
+
+    def enter(self, connection: Connection) -> None:
+        settings = connection.settings
+        shortest = min(settings.idle_timeout, settings.ping_interval, settings.send_timeout, LINGER) / 4
+        self.connections.add(connection)
+        if self.timer is None or shortest < self.interval:
+            self.interval = min(self.interval, shortest)
+            self._stop()
+            self.timer = _scheduler.hub.loop.timer(self.interval, self.interval)
+            self.timer.start(self._sweep)
+
+    def leave(self, connection: Connection) -> None:
+        self.connections.discard(connection)
+        if not self.connections:
+            self._stop()
+
+    def _stop(self) -> None:
+        if self.timer is not None:
+            self.timer.close()
+            self.timer = None
+
+    def _sweep(self) -> None:
+        for connection in list(self.connections):
+            connection.tick(self.interval)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Nova: routes to bottle, security, the gate before the 101.
+# House rule: a route is data; what it means is decided when the application is made, not when it is asked.
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class Nova(bottle.Bottle):
+    """An application made of groups of routes; for the rest a `bottle.Bottle`, with all that it can.
+
+    A group is {"routes": [(path, controller[, options])], "prefix", "security", "plugins"}. A controller is a function
+    of `req`, or, with {"protocol": "ws"}, a handler: a class, a module or any object with the callbacks. Options are
+    "methods" (a list), "protocol" ("http" or "ws"), and the names in `Settings`, which `Nova` takes for all routes.
+    Raises ValueError for what it does not know.
+    """
+
+    def __init__(self, groups: Iterable[Mapping[str, Any]] = (), **settings: Any) -> None:
+        super().__init__()
+        self.settings = _settings(Settings(), settings)
+        for group in [groups] if isinstance(groups, Mapping) else groups:
+            self._add_group(group)
+
+    def _add_group(self, group: Mapping[str, Any]) -> None:
+        unknown = set(group) - {"prefix", "security", "routes", "plugins"}
+        if unknown:
+            raise ValueError(f"a group of routes has no {', '.join(sorted(unknown))}")
+        security = group.get("security", False)
+        if security is not False and not callable(security):
+            raise ValueError(f"security is False or a function of req, not {security!r}")
+        for path, controller, *options in group.get("routes", ()):
+            rule = _rule(group.get("prefix", ""), path)
+            self._add(rule, controller, security, options[0] if options else {}, group.get("plugins", []))
+
+    def _add(self, rule: str, controller: Any, security: Any, options: Mapping[str, Any], plugins: list[Any]) -> None:
+        options = dict(options)
+        methods, protocol = options.pop("methods", None), options.pop("protocol", "http")
+        settings = _settings(self.settings, options)
+        if protocol == "ws":
+            endpoint, methods = _WebSocketEndpoint(controller, security, settings), ["get"]
+        elif protocol == "http" and callable(controller):
+            endpoint = _Endpoint(controller, security, settings)
+        else:
+            raise ValueError(f"{rule}: {controller!r} cannot serve the protocol {protocol!r}")
+        self.route(rule, [method.upper() for method in methods or ["ANY"]], endpoint, apply=plugins)
+
+    def default_error_handler(self, res: HTTPError) -> bytes:
+        accept = bottle.request.environ.get("HTTP_ACCEPT", "")
+        text = str(res.body or res.status_line.partition(" ")[2])
+        bottle.response.content_type, body = error_body(res.status_line, text, accept)
+        return body
+
+    def run(self, **options: Any) -> None:
+        """Serves until SIGINT or SIGTERM: see the function `run` for host, port and the other options."""
+        run(self, **options)
+
+
+def _settings(settings: Settings, options: Mapping[str, Any]) -> Settings:
+    unknown = set(options) - {field.name for field in fields(Settings)}
+    if unknown:
+        raise ValueError(f"there is no option {', '.join(sorted(unknown))}")
+    return replace(settings, **options)
+
+
+def _rule(prefix: str, path: str) -> str:
+    """Nova's path as bottle's rule: `:id` is `<id>`, and the prefix alone needs no slash behind it."""
+    joined = prefix.rstrip("/") + ("" if prefix and path == "/" else path)
+    return re.sub(r"(?<=/):(\w+)", r"<\1>", "/" + joined.lstrip("/"))
+
+
+def name_of(controller: Any) -> str:
+    return getattr(controller, "__qualname__", None) or type(controller).__qualname__
+
+
+class _Endpoint:
+    """A controller as bottle calls it."""
+
+    def __init__(self, controller: Any, security: Any, settings: Settings) -> None:
+        self.controller, self.security, self.settings = controller, security, settings
+
+    def __call__(self, **bindings: Any) -> HTTPResponse:
+        req = Request(bottle.request.environ, bindings, self.settings.max_body)
+        return self.refusal(req) or self.respond(req)
+
+    def refusal(self, req: Request) -> HTTPResponse | None:
+        """What security answers in place of the controller, if it does; whatever it says that is no yes is a no."""
+        if self.security is False:
+            return None
+        match self.attempt(self.security, req):
+            case True:
+                return None
+            case (True, auth_data):
+                req.authorized(auth_data)
+                return None
+            case (False, Mapping() as headers):
+                return HTTPError(401, None, None, None, **headers)
+            case (False, int(status), Mapping() as headers):
+                return HTTPError(status, None, None, None, **headers)
+            case (False, int(status), Mapping() as headers, body):
+                return to_response(("status", status, headers, body))
+            case ("redirect", url):
+                return to_response(("redirect", url))
+            case HTTPResponse() as response:
+                return response
+        return HTTPError(401)
+
+    def respond(self, req: Request) -> HTTPResponse:
+        result = self.attempt(self.controller, req)
+        try:
+            return to_response(result, req["method"], getattr(self.controller, "__name__", ""))
+        except HTTPResponse as response:
+            return response
+        except Exception:
+            log.exception("controller %s answered %r", name_of(self.controller), result)
+            return HTTPError(500)
+
+    def attempt(self, fn: Any, req: Request) -> Any:
+        """`fn(req)`; what it raises becomes the response."""
+        try:
+            return fn(req)
+        except HTTPResponse as response:
+            return response
+        except Exception:
+            log.exception("%s crashed at %s %s", name_of(fn), req["method"], req["path"])
+            return HTTPError(500)
+
+
+class _WebSocketEndpoint(_Endpoint):
+    """The gate before the 101: every refusal is plain HTTP."""
+
+    def __init__(self, handler: Any, security: Any, settings: Settings) -> None:
+        missing = [name for name in ("init", "websocket_handle", "websocket_info") if not hasattr(handler, name)]
+        if missing:
+            raise ValueError(f"the WebSocket handler {handler!r} lacks {', '.join(missing)}")
+        super().__init__(handler, security, settings)
+
+    def __call__(self, **bindings: Any) -> HTTPResponse:
+        environ = bottle.request.environ
+        req = Request(environ, bindings, self.settings.max_body)
+        return check_handshake(environ, self.settings.origins) or self.refusal(req) or self.respond(req)
+
+    def respond(self, req: Request) -> HTTPResponse:
+        lobby = req.environ.get("nova_lite.lobby")
+        if lobby is None:
+            log.error("%s needs nova_lite's own server: app.run() or Server(app)", name_of(self.controller))
+            return HTTPError(501, "this server does not do WebSockets")
+        connection = Connection(self.controller, req, self.settings)
+        if not connection.start():
+            return HTTPError(500)
+        lobby.append(connection)  # the server sends the 101 and hands over the socket
+        return HTTPResponse(b"", 101)
+
+
+def check_handshake(environ: Mapping[str, Any], origins: Any) -> HTTPResponse | None:
+    """The refusal of a request that is no opening handshake (RFC 6455 §4.2.1), or that comes from a foreign origin."""
+    connection = [token.strip() for token in environ.get("HTTP_CONNECTION", "").lower().split(",")]
+    if environ.get("HTTP_UPGRADE", "").lower() != "websocket":
+        return HTTPError(426, "a WebSocket is served here", Upgrade="websocket", Connection="Upgrade")
+    if environ["SERVER_PROTOCOL"] != "HTTP/1.1" or "upgrade" not in connection:
+        return HTTPError(400, "a WebSocket handshake is HTTP/1.1 with Connection: Upgrade")
+    if environ.get("HTTP_SEC_WEBSOCKET_VERSION") != "13":
+        return HTTPError(426, "only version 13 is served here", Sec_WebSocket_Version="13")
+    if not re.fullmatch(r"[A-Za-z0-9+/]{22}==", environ.get("HTTP_SEC_WEBSOCKET_KEY", "")):
+        return HTTPError(400, "Sec-WebSocket-Key is missing or no 16 bytes in base64")
+    if not is_own_origin(environ, origins):
+        return HTTPError(403, "this origin may not connect")
+    return None
+
+
+def is_own_origin(environ: Mapping[str, Any], origins: Any) -> bool:
+    """Whether a page from this Origin may connect. Browsers send one always, others need not (RFC 6455 §10.2)."""
+    origin = environ.get("HTTP_ORIGIN")
+    if origin is None or origins == "*":
+        return True
+    if origins is not None:
+        return origin in origins
+    own = f"{environ['wsgi.url_scheme']}://{environ.get('HTTP_HOST', '')}"
+    return _endpoint_of(origin) == _endpoint_of(own)
+
+
+def _endpoint_of(url: str) -> tuple[str, str | None, int | None] | None:
+    try:
+        parts = urlsplit(url)
+        return parts.scheme, parts.hostname, parts.port or {"http": 80, "https": 443}.get(parts.scheme)
+    except ValueError:
+        return None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Server: pywsgi, handing sockets over, draining, reloading.
+# House rule: HTTP is pywsgi's and the handshake gevent-websocket's; only what they cannot do is done here.
+# ---------------------------------------------------------------------------------------------------------------------
+
+DRAIN_TIME = 5.0  # seconds that a stopping server gives requests and clients to finish
+DISCARD_SIZE, DISCARD_TIME = 1024 * 1024, 2.0  # bytes and seconds spent on a body that nobody has read
+BACKLOG = 2048  # connections that may wait to be accepted: a restart brings all clients at once
+
+
+class RequestHandler(UpgradeHandler):
+    """A client's HTTP connection. gevent-websocket's upgrade is kept for when the application has said 101."""
+
+    busy = False  # between a request's first line and the end of its response
+    response_headers: list[tuple[bytes, bytes]]
+    logger = log  # gevent-websocket would set up one of its own
+
+    def handle(self) -> None:
+        self.server.handlers.add(self)
+        try:
+            super().handle()
+        finally:
+            self.server.handlers.discard(self)
+
+    def read_request(self, raw_requestline: str) -> bool:
+        self.busy = True
+        return super().read_request(raw_requestline)
+
+    def run_application(self) -> None:
+        lobby = self.environ["nova_lite.lobby"] = []
+        try:
+            gevent.pywsgi.WSGIHandler.run_application(self)
+            if lobby and self.code == 101:
+                self._hand_over(lobby.pop())
+        finally:
+            for connection in lobby:  # the 101 was replaced by a hook or a plugin, or did not get through
+                connection.kill(("error", "closed"))
+
+    def process_result(self) -> None:
+        if self.code == 101:
+            extra = [header for header in self.response_headers if header[0] not in (b"Content-Type", b"Content-Length")]
+            self.upgrade_connection()
+            self.websocket.closed = True  # else its __del__ writes a close frame of its own
+            self.response_headers += extra
+            self.write(b"")
+        else:
+            super().process_result()
+
+    def _hand_over(self, connection: Connection) -> None:
+        """The socket goes to the connection's process; pywsgi lets go of its own handle, buffers and greenlet."""
+        self.socket.setblocking(False)
+        early = self.rfile.peek()  # frames that came right behind the handshake
+        sock = self.socket
+        raw = _socket.socket(sock.family, sock.type, sock.proto, sock.detach())
+        self.socket, self.websocket = None, None
+        connection.req.detach()
+        connection.open(raw, early, self.server.lounge)
+
+    def handle_one_response(self) -> None:
+        try:
+            super().handle_one_response()
+        finally:
+            self.busy = False
+            process = _current()
+            if process is not None:  # a request is a process for as long as it lasts
+                process.finish("normal")
+                del _adopted[getcurrent()]
+            if self.server.draining:
+                self.close_connection = True
+
+    def _write_with_headers(self, data: bytes) -> None:
+        """Head and body in one packet: in two, a kept-alive client's delayed ACK holds the second back for 40 ms."""
+        self.headers_sent = True
+        self.finalize_headers()
+        lines = [b"HTTP/1.1 " + self.status, *(b"%b: %b" % header for header in self.response_headers), b"\r\n"]
+        head = b"\r\n".join(lines)
+        if self.response_use_chunked or len(data) > 65536:
+            self._sendall(head)
+            self._write(data)
+        else:
+            self._sendall(head + data)
+
+    def log_request(self) -> None:
+        if log.isEnabledFor(logging.INFO):
+            milliseconds = (self.time_finish - self.time_start) * 1000
+            peer = "%s:%s" % self.client_address[:2] if isinstance(self.client_address, tuple) else "-"
+            status = (self._orig_status or "000").split()[0]
+            log.info('%s "%s" %s %d %.1f ms', peer, self.requestline, status, self.response_length, milliseconds)
+
+    def log_error(self, msg: str, *args: Any) -> None:
+        log.info("bad request: " + msg, *args)  # noqa: G003 -- pywsgi's messages are formats
+
+
+class Server(gevent.pywsgi.WSGIServer):
+    """Serves an application; `with Server(app, port=0) as server:` starts it and stops it, `server.port` tells where.
+
+    For programs that have a main loop of their own; `Nova.run` is for those that have none. Raises OSError where the
+    address is taken.
+    """
+
+    def __init__(self, app: Any, host: str = "127.0.0.1", port: int = 8080, drain_time: float = DRAIN_TIME) -> None:
+        self.lounge = Lounge()
+        self.handlers: set[RequestHandler] = set()
+        self.draining = False
+        self.drain_time = drain_time
+        super().__init__((host, port), app, BACKLOG, log=None, error_log=log, handler_class=RequestHandler)
+
+    def __enter__(self) -> Server:
+        self.start()
+        return self
+
+    @property
+    def port(self) -> int:
+        return self.address[1]
+
+    def init_socket(self) -> None:
+        super().init_socket()
+        self.socket.setsockopt(IPPROTO_TCP, TCP_NODELAY, 1)  # accepted sockets inherit it
+
+    def stop(self, timeout: float | None = None) -> None:
+        """Closes the listener, lets requests finish, closes WebSockets with 1001; what is left after `timeout` is cut."""
+        deadline = monotonic() + (self.drain_time if timeout is None else timeout)
+        self.draining = True
+        self.close()
+        for connection in list(self.lounge.connections):
+            exit(connection, "shutdown")
+        for handler in list(self.handlers):
+            if not handler.busy:
+                with suppress(OSError):
+                    handler.socket.shutdown(_socket.SHUT_RDWR)
+        while (self.handlers or self.lounge.connections) and monotonic() < deadline:
+            gevent.sleep(0.01)
+        for handler in list(self.handlers):
+            handler.socket.close()
+        for connection in list(self.lounge.connections):
+            connection.cut()
+
+
+def run(
+    app: Any,
+    host: str = "127.0.0.1",
+    port: int = 8080,
+    *,
+    drain_time: float = DRAIN_TIME,
+    reload: bool = False,
+    log_level: str = "info",
+) -> None:
+    """Serves `app` until SIGINT or SIGTERM, then drains for at most `drain_time` seconds and returns.
+
+    `reload` starts the program again whenever one of its files changes. Raises OSError where the address is taken.
+    """
+    logging.basicConfig(level=log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    if reload and _RELOADED not in os.environ:
+        sys.exit(_reload_for_ever())
+    _warn_unless_patched()
+    _raise_descriptor_limit()
+    asked_to_stop = gevent.event.Event()
+    with Server(app, host, port, min(drain_time, 0.3) if reload else drain_time) as server:
+        watchers = [gevent.signal_handler(number, _on_signal, asked_to_stop) for number in (signal.SIGINT, signal.SIGTERM)]
+        log.info("serving on http://%s:%d/ (Ctrl-C stops)", f"[{host}]" if ":" in host else host, server.port)
+        asked_to_stop.wait()
+        log.info("stopping: %d requests and WebSockets to finish", len(server.handlers) + len(server.lounge.connections))
+    for watcher in watchers:
+        watcher.cancel()
+
+
+def _on_signal(asked_to_stop: gevent.event.Event) -> None:
+    if asked_to_stop.is_set():
+        os._exit(1)  # asked twice: somebody is in a hurry
+    asked_to_stop.set()
+
+
+def _warn_unless_patched() -> None:
+    """If another greenlet sees the request that this one binds, bottle was imported before the patch."""
+    bottle.request.bind({})
+    shared = gevent.spawn(hasattr, bottle.request, "environ").get()
+    if shared or not gevent.monkey.is_module_patched("socket"):
+        when = "too late" if gevent.monkey.is_module_patched("threading") else "not at all"
+        log.warning(
+            "the standard library is patched %s: whatever blocks will stop every connection. "
+            "Make this the first line of your program: from gevent import monkey; monkey.patch_all()",
+            when,
+        )
+
+
+def _raise_descriptor_limit() -> None:
+    with suppress(ImportError, OSError, ValueError):
+        import resource  # not on Windows
+
+        _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+
+_RELOADED = "NOVA_LITE_RELOADED"  # in the environment of the process that serves
+
+
+def _reload_for_ever() -> int:
+    """Runs this program as a child, again whenever a file of it changes; answers the child's exit code if it ends well.
+
+    A child that fails is not started again before a file has changed: it would only fail again.
+    """
+    while True:
+        stamps = _file_stamps()
+        child = subprocess.Popen([sys.executable, *sys.argv], env={**os.environ, _RELOADED: "1"})
+        try:
+            while _file_stamps() == stamps:
+                time.sleep(0.2)
+                if child.poll() == 0:
+                    return 0
+        except (KeyboardInterrupt, SystemExit):
+            return child.wait()
+        finally:
+            child.terminate()
+            child.wait()
+        log.info("a file has changed: starting again")
+
+
+def _file_stamps() -> dict[str, float]:
+    """When each file of the program has changed: what is imported, less what is installed."""
+    stamps = {}
+    for module in list(sys.modules.values()):
+        path = getattr(module, "__file__", None) or ""
+        if path and not path.startswith((sys.prefix, sys.base_prefix)):
+            with suppress(OSError):
+                stamps[path] = os.stat(path).st_mtime
+    return stamps
