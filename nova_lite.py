@@ -65,7 +65,6 @@ if __name__ == "__main__":  # before anything imports threading, socket or bottl
 
 import _socket
 import codecs
-import errno
 import json
 import logging
 import os
@@ -84,7 +83,7 @@ from io import BytesIO
 from itertools import count
 from socket import IPPROTO_TCP, TCP_NODELAY, gethostname
 from time import monotonic
-from typing import Any, ClassVar, NoReturn
+from typing import Any, NoReturn
 from urllib.parse import parse_qsl, urlsplit
 
 import bottle
@@ -99,38 +98,11 @@ from greenlet import getcurrent, greenlet
 
 __version__ = "0.1.0"
 __all__ = [
-    "CallError",
-    "CallTimeout",
-    "GenServer",
-    "Message",
-    "NoProc",
-    "Nova",
-    "Pid",
-    "Server",
-    "ServerDied",
-    "WebSocketHandler",
-    "call",
-    "cancel_timer",
-    "cast",
-    "demonitor",
-    "exit",
-    "link",
-    "monitor",
-    "process_flag",
-    "pubsub",
-    "receive",
-    "register",
-    "reply",
-    "self_pid",
-    "send",
-    "send_after",
-    "spawn",
-    "start_link",
-    "start_supervisor",
-    "stop",
-    "unlink",
-    "whereis",
-]
+    "CallError", "CallTimeout", "GenServer", "Message", "NoProc", "Nova", "Pid", "Server", "ServerDied", "Settings",
+    "WebSocketHandler", "call", "cancel_timer", "cast", "demonitor", "exit", "link", "monitor", "process_flag",
+    "pubsub", "receive", "register", "reload_on_change", "reply", "run", "self_pid", "send", "send_after", "spawn",
+    "start_link", "start_supervisor", "stop", "unlink", "whereis",
+]  # fmt: skip
 
 log = logging.getLogger("nova_lite" if __name__ == "__main__" else __name__)
 
@@ -1294,7 +1266,9 @@ def read_body(environ: dict[str, Any], limit: int) -> bytes:
         length = int(environ.get("CONTENT_LENGTH") or 0)
         if length > limit:
             raise HTTPError(413, f"the body is larger than {limit} bytes")
-        chunked = environ.get("wsgi.input_terminated") and "chunked" in environ.get("HTTP_TRANSFER_ENCODING", "").lower()
+        chunked = (
+            environ.get("wsgi.input_terminated") and "chunked" in environ.get("HTTP_TRANSFER_ENCODING", "").lower()
+        )
         body = environ["wsgi.input"].read(limit + 1 if chunked else length)
     except (OSError, ValueError) as error:
         raise HTTPError(400, "the body could not be read") from error
@@ -1372,7 +1346,9 @@ def _view(name: str, variables: Mapping[str, Any], options: Mapping[str, Any]) -
     return HTTPResponse(body, options.get("status_code", 200), dict(options.get("headers", {})))
 
 
-def _file(status: int, headers: Mapping[str, str], offset: int, length: int | None, path: Any, mime: str) -> HTTPResponse:
+def _file(
+    status: int, headers: Mapping[str, str], offset: int, length: int | None, path: Any, mime: str
+) -> HTTPResponse:
     """A file, or `length` bytes of it from `offset` on; HTTPError 404 where there is none."""
     try:
         size = os.stat(path).st_size - offset
@@ -2243,7 +2219,9 @@ class RequestHandler(UpgradeHandler):
 
     def process_result(self) -> None:
         if self.code == 101:
-            extra = [header for header in self.response_headers if header[0] not in (b"Content-Type", b"Content-Length")]
+            extra = [
+                header for header in self.response_headers if header[0] not in (b"Content-Type", b"Content-Length")
+            ]
             self.upgrade_connection()
             self.websocket.closed = True  # else its __del__ writes a close frame of its own
             self.response_headers += extra
@@ -2355,16 +2333,20 @@ def run(
     `reload` starts the program again whenever one of its files changes. Raises OSError where the address is taken.
     """
     logging.basicConfig(level=log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s")
-    if reload and _RELOADED not in os.environ:
-        sys.exit(_reload_for_ever())
+    if reload:
+        reload_on_change()
     _warn_unless_patched()
     _raise_descriptor_limit()
     asked_to_stop = gevent.event.Event()
     with Server(app, host, port, min(drain_time, 0.3) if reload else drain_time) as server:
-        watchers = [gevent.signal_handler(number, _on_signal, asked_to_stop) for number in (signal.SIGINT, signal.SIGTERM)]
+        watchers = [
+            gevent.signal_handler(number, _on_signal, asked_to_stop) for number in (signal.SIGINT, signal.SIGTERM)
+        ]
         log.info("serving on http://%s:%d/ (Ctrl-C stops)", f"[{host}]" if ":" in host else host, server.port)
         asked_to_stop.wait()
-        log.info("stopping: %d requests and WebSockets to finish", len(server.handlers) + len(server.lounge.connections))
+        log.info(
+            "stopping: %d requests and WebSockets to finish", len(server.handlers) + len(server.lounge.connections)
+        )
     for watcher in watchers:
         watcher.cancel()
 
@@ -2377,9 +2359,15 @@ def _on_signal(asked_to_stop: gevent.event.Event) -> None:
 
 def _warn_unless_patched() -> None:
     """If another greenlet sees the request that this one binds, bottle was imported before the patch."""
+    seen: list[dict[str, Any]] = []
+
+    def look() -> None:
+        with suppress(RuntimeError):  # "Request context not initialized", as it should be
+            seen.append(bottle.request.environ)
+
     bottle.request.bind({})
-    shared = gevent.spawn(hasattr, bottle.request, "environ").get()
-    if shared or not gevent.monkey.is_module_patched("socket"):
+    gevent.spawn(look).join()
+    if seen or not gevent.monkey.is_module_patched("socket"):
         when = "too late" if gevent.monkey.is_module_patched("threading") else "not at all"
         log.warning(
             "the standard library is patched %s: whatever blocks will stop every connection. "
@@ -2399,21 +2387,24 @@ def _raise_descriptor_limit() -> None:
 _RELOADED = "NOVA_LITE_RELOADED"  # in the environment of the process that serves
 
 
-def _reload_for_ever() -> int:
-    """Runs this program as a child, again whenever a file of it changes; answers the child's exit code if it ends well.
+def reload_on_change() -> None:
+    """Runs this program as a child, again whenever a file of it changes. In the child it returns at once.
 
     A child that fails is not started again before a file has changed: it would only fail again.
     """
+    if _RELOADED in os.environ:
+        return
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     while True:
         stamps = _file_stamps()
         child = subprocess.Popen([sys.executable, *sys.argv], env={**os.environ, _RELOADED: "1"})
         try:
             while _file_stamps() == stamps:
-                time.sleep(0.2)
+                time.sleep(0.1)
                 if child.poll() == 0:
-                    return 0
-        except (KeyboardInterrupt, SystemExit):
-            return child.wait()
+                    sys.exit(0)
+        except KeyboardInterrupt:  # the child has had it as well
+            sys.exit(child.wait())
         finally:
             child.terminate()
             child.wait()
@@ -2429,3 +2420,452 @@ def _file_stamps() -> dict[str, float]:
             with suppress(OSError):
                 stamps[path] = os.stat(path).st_mtime
     return stamps
+
+
+# ----- delete from here when vendoring -------------------------------------------------------------------------------
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Demo: Nova's tutorial, working: echo, live comments, notes with notifications, and their indexer.
+# House rule: uses the public API only, as your program would.
+# ---------------------------------------------------------------------------------------------------------------------
+
+import argparse
+import sqlite3
+
+from gevent.threadpool import ThreadPool
+
+
+class Notes:
+    """The store: one SQLite file, one transaction a change. Queries run in a thread of their own, off the hub."""
+
+    FIELDS = ("id", "title", "body", "author")
+
+    def __init__(self, path: str) -> None:
+        self.thread = ThreadPool(1)  # one: SQLite has one writer anyway, and commits keep their order
+        self.db: sqlite3.Connection = self.thread.apply(self._open, (path,))
+
+    def _open(self, path: str) -> sqlite3.Connection:
+        db = sqlite3.connect(path, check_same_thread=False, isolation_level=None)
+        db.execute("PRAGMA journal_mode=WAL")
+        db.execute("PRAGMA synchronous=FULL")  # a 201 outlives a crash of the machine
+        db.execute(
+            "CREATE TABLE IF NOT EXISTS notes (id INTEGER PRIMARY KEY AUTOINCREMENT,"  # AUTOINCREMENT: no id twice
+            " title TEXT NOT NULL, body TEXT NOT NULL, author TEXT NOT NULL)"
+        )
+        return db
+
+    def _query(self, sql: str, *values: Any) -> list[dict[str, Any]]:
+        rows = self.thread.apply(lambda: self.db.execute(sql, values).fetchall())
+        return [dict(zip(self.FIELDS, row, strict=True)) for row in rows]
+
+    def close(self) -> None:
+        self.thread.apply(self.db.close)
+        self.thread.kill()
+
+    def all(self) -> list[dict[str, Any]]:
+        return self._query("SELECT id, title, body, author FROM notes ORDER BY id")
+
+    def get(self, id: int) -> dict[str, Any] | None:
+        return next(iter(self._query("SELECT id, title, body, author FROM notes WHERE id = ?", id)), None)
+
+    def create(self, title: str, body: str, author: str) -> dict[str, Any]:
+        sql = "INSERT INTO notes (title, body, author) VALUES (?, ?, ?) RETURNING id, title, body, author"
+        return self._query(sql, title, body, author)[0]
+
+    def update(self, id: int, title: str, body: str) -> dict[str, Any] | None:
+        sql = "UPDATE notes SET title = ?, body = ? WHERE id = ? RETURNING id, title, body, author"
+        return next(iter(self._query(sql, title, body, id)), None)
+
+    def delete(self, id: int) -> bool:
+        return bool(self._query("DELETE FROM notes WHERE id = ? RETURNING id, title, body, author", id))
+
+
+NOT_FOUND = ("json", 404, {}, {"error": "note not found"})
+
+
+class NotesController:
+    """The REST API. A change is broadcast once it is committed."""
+
+    def __init__(self, notes: Notes) -> None:
+        self.notes = notes
+
+    def index(self, _req: Request) -> Any:
+        return "json", {"notes": self.notes.all()}
+
+    def create(self, req: Request) -> Any:
+        match req["params"]:
+            case {"title": str(title), "body": str(body), "author": str(author)} if title and body and author:
+                note = self.notes.create(title, body, author)
+                pubsub.broadcast("notes", "note_created", note)
+                return "json", 201, {}, note
+        return "json", 422, {}, {"error": "title, body and author are required"}
+
+    def show(self, req: Request) -> Any:
+        note = self.notes.get(note_id(req))
+        return ("json", note) if note else NOT_FOUND
+
+    def update(self, req: Request) -> Any:
+        match req["params"]:
+            case {"title": str(title), "body": str(body)} if title and body:
+                note = self.notes.update(note_id(req), title, body)
+                if note is None:
+                    return NOT_FOUND
+                pubsub.broadcast("notes", "note_updated", note)
+                return "json", note
+        return "json", 422, {}, {"error": "title and body are required"}
+
+    def delete(self, req: Request) -> Any:
+        id = note_id(req)
+        if not self.notes.delete(id):
+            return NOT_FOUND
+        pubsub.broadcast("notes", "note_deleted", {"id": id})
+        return "status", 204
+
+    def search(self, req: Request) -> Any:
+        try:
+            ids = call("note_indexer", ("search", req["qs"].get("q", "")))
+        except CallError:
+            return "json", 503, {"Retry-After": "1"}, {"error": "the indexer is being restarted"}
+        return "json", {"notes": [note for id in ids if (note := self.notes.get(id))]}
+
+
+def note_id(req: Request) -> int:
+    """The id in the path; 0, which no note has, where it is no number that SQLite could hold."""
+    id = req["bindings"]["id"]
+    return int(id) if re.fullmatch(r"[0-9]{1,18}", id) else 0
+
+
+class EchoHandler(WebSocketHandler):
+    def websocket_handle(self, frame: Frame, state: Any) -> Any:
+        match frame:
+            case ("text", text):
+                return "reply", ("text", "Echo: " + text), state
+        return "ok", state
+
+
+class CommentsHandler(WebSocketHandler):
+    def init(self, state: Any) -> Any:
+        pubsub.join("comments")
+        return "ok", state
+
+    def websocket_handle(self, frame: Frame, state: Any) -> Any:
+        match frame:
+            case ("text", text):
+                pubsub.broadcast("comments", "new_comment", text)
+        return "ok", state
+
+    def websocket_info(self, info: Any, state: Any) -> Any:
+        match info:
+            case ("nova_pubsub", "comments", _sender, "new_comment", text):
+                return "reply", ("text", text), state
+        return "ok", state
+
+
+class NotificationsHandler(WebSocketHandler):
+    def init(self, state: Any) -> Any:
+        pubsub.join("notes")
+        return "ok", state
+
+    def websocket_handle(self, frame: Frame, state: Any) -> Any:
+        match frame:
+            case ("text", "ping"):
+                return "reply", ("text", "pong"), state
+        return "ok", state
+
+    def websocket_info(self, info: Any, state: Any) -> Any:
+        match info:
+            case ("nova_pubsub", "notes", _sender, _topic, _payload):
+                return "reply", ("text", info.once(as_json)), state
+        return "ok", state
+
+
+def as_json(message: Message) -> str:
+    return json.dumps({"event": message[3], "data": message[4]})
+
+
+class NoteIndexer(GenServer):
+    """Which notes have which words; its state is {id: words}. It learns from the channel what the controllers do."""
+
+    def init(self, notes: Notes) -> Any:
+        pubsub.join("notes")  # before reading: what changes meanwhile comes as a message, and may well come twice
+        return "ok", {note["id"]: words_of(note) for note in notes.all()}
+
+    def handle_call(self, request: Any, from_: Any, state: Any) -> Any:
+        match request:
+            case ("search", str(text)):
+                words = words_of({"title": text, "body": ""})
+                return "reply", sorted(id for id, known in state.items() if words and words <= known), state
+        return "reply", ("error", "unknown_request"), state
+
+    def handle_info(self, info: Any, state: Any) -> Any:
+        match info:
+            case ("nova_pubsub", "notes", _sender, "note_created" | "note_updated", note):
+                log.info("indexing note %s: %s", note["id"], note["title"])
+                state[note["id"]] = words_of(note)
+            case ("nova_pubsub", "notes", _sender, "note_deleted", {"id": id}):
+                log.info("removing note %s from the index", id)
+                state.pop(id, None)
+        return "noreply", state
+
+
+def words_of(note: Mapping[str, Any]) -> set[str]:
+    return set(re.findall(r"\w+", f"{note['title']} {note['body']}".lower()))
+
+
+def demo(notes: Notes) -> Nova:
+    """The tutorial's application, and its indexer under a supervisor."""
+    start_supervisor(
+        [{"id": "note_indexer", "start": (start_link, NoteIndexer, notes, "note_indexer")}], name="note_supervisor"
+    )
+    api = NotesController(notes)
+    page = {"Content-Type": "text/html; charset=utf-8"}
+    return Nova([
+        {
+            "routes": [
+                ("/", lambda _req: ("status", 200, page, PAGE), {"methods": ["get"]}),
+                ("/heartbeat", lambda _req: ("status", 200), {"methods": ["get"]}),
+                ("/ws", EchoHandler, {"protocol": "ws"}),
+                ("/comments", CommentsHandler, {"protocol": "ws"}),
+                ("/notifications", NotificationsHandler, {"protocol": "ws"}),
+            ],
+        },
+        {
+            "prefix": "/api/notes",
+            "routes": [
+                ("/", api.index, {"methods": ["get"]}),
+                ("/", api.create, {"methods": ["post"]}),
+                ("/search", api.search, {"methods": ["get"]}),
+                ("/:id", api.show, {"methods": ["get"]}),
+                ("/:id", api.update, {"methods": ["put"]}),
+                ("/:id", api.delete, {"methods": ["delete"]}),
+            ],
+        },
+    ])  # fmt: skip
+
+
+PAGE = """<!doctype html>
+<html lang="en">
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>nova_lite</title>
+<link rel="icon" href="data:,">
+<style>
+  :root { color-scheme: light dark; --bg: #f6f5f2; --card: #fff; --ink: #1d1c1a; --dim: #6b6760; --line: #e3e0da;
+          --accent: #b3263a; --good: #2c7a4b; --warn: #a35b00 }
+  @media (prefers-color-scheme: dark) { :root { --bg: #171614; --card: #211f1d; --ink: #eeebe6; --dim: #a29c92;
+          --line: #37332f; --accent: #f0788a; --good: #6cc592; --warn: #e8a64c } }
+  * { box-sizing: border-box }
+  body { margin: 0 auto; max-width: 64rem; padding: 1.5rem 1rem; background: var(--bg); color: var(--ink);
+         font: 16px/1.5 system-ui, sans-serif }
+  header { display: flex; flex-wrap: wrap; gap: .5rem 1rem; align-items: baseline; margin-bottom: 1.25rem }
+  h1 { font-size: 1.5rem; margin: 0; letter-spacing: -.01em } h2 { font-size: 1.05rem; margin: 0 0 .75rem }
+  header p { margin: 0; color: var(--dim); flex: 1 1 16rem }
+  #state { font-size: .875rem; padding: .15rem .7rem; border: 1px solid currentColor; border-radius: 1rem }
+  #state.up { color: var(--good) } #state.down { color: var(--warn) }
+  main { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(20rem, 100%), 1fr)); gap: 1rem }
+  section { background: var(--card); border: 1px solid var(--line); border-radius: .75rem; padding: 1rem; min-width: 0 }
+  ul { list-style: none; margin: 1rem 0 0; padding: 0 }
+  li { padding: .5rem 0; border-top: 1px solid var(--line); overflow-wrap: anywhere; white-space: pre-wrap }
+  li small { color: var(--dim); display: block } li .actions { display: flex; gap: .5rem; margin-top: .25rem }
+  #comments { max-height: 24rem; overflow: auto }
+  form { display: grid; gap: .5rem } .row { display: flex; gap: .5rem }
+  input, textarea, button { font: inherit; color: inherit; border: 1px solid var(--line); border-radius: .4rem;
+         padding: .4rem .6rem; background: var(--bg); min-width: 0 } input, textarea { width: 100% }
+  button { cursor: pointer; white-space: nowrap } button:hover { border-color: var(--dim) }
+  button.main { background: var(--accent); color: var(--card); border-color: transparent; font-weight: 600 }
+  li button { font-size: .8rem; padding: .1rem .5rem }
+  :focus-visible { outline: 2px solid var(--accent); outline-offset: 1px }
+  #error { color: var(--accent); min-height: 1.5em; margin: 0; font-size: .875rem } .empty { color: var(--dim) }
+</style>
+<header>
+  <h1>nova_lite</h1>
+  <p>Open this page in a second window: what you do in one shows in the other.</p>
+  <span id="state" class="down" role="status">connecting</span>
+</header>
+<main>
+  <section aria-labelledby="comments-title">
+    <h2 id="comments-title">Live comments</h2>
+    <form id="say" class="row" style="display: flex">
+      <input name="text" aria-label="Your comment" placeholder="Say something" autocomplete="off" required>
+      <button class="main">Send</button>
+    </form>
+    <ul id="comments" aria-live="polite"></ul>
+  </section>
+  <section aria-labelledby="notes-title">
+    <h2 id="notes-title">Notes</h2>
+    <form id="edit">
+      <input name="title" aria-label="Title" placeholder="Title" required>
+      <textarea name="body" aria-label="Text" placeholder="Text" rows="3" required></textarea>
+      <input name="author" aria-label="Author" placeholder="Author" required>
+      <div class="row"><button class="main">Add note</button><button type="button" id="cancel" hidden>Cancel</button></div>
+      <p id="error" role="alert"></p>
+    </form>
+    <ul id="notes"></ul>
+  </section>
+</main>
+<script>
+"use strict";
+const $ = id => document.getElementById(id), state = {};
+
+function element(tag, text, ...children) {  // text is only ever text: what people write cannot become markup
+  const node = document.createElement(tag);
+  node.textContent = text;
+  node.append(...children);
+  return node;
+}
+
+function live(path, onopen, onmessage) {  // a WebSocket that comes back: 0.5 s, doubled up to 30 s, with jitter
+  const line = { socket: null, tries: 0 };
+  (function connect() {
+    const socket = line.socket = new WebSocket(location.origin.replace(/^http/, "ws") + path);
+    socket.onopen = () => { line.tries = 0; report(path, 0); onopen(); };
+    socket.onmessage = event => onmessage(event.data);
+    socket.onclose = () => {
+      const delay = Math.min(30, 0.5 * 2 ** line.tries++) * (0.5 + Math.random() / 2);
+      report(path, delay);
+      setTimeout(connect, delay * 1000);
+    };
+  })();
+  return line;
+}
+
+function report(path, delay) {
+  state[path] = delay;
+  const wait = Math.max(...Object.values(state));
+  $("state").className = wait ? "down" : "up";
+  $("state").textContent = wait ? `reconnecting in ${wait.toFixed(1)} s` : "connected";
+}
+
+const comments = live("/comments", () => {}, text => {
+  $("comments").prepend(element("li", text));
+  while ($("comments").children.length > 100) $("comments").lastChild.remove();
+});
+$("say").onsubmit = event => {
+  event.preventDefault();
+  const text = event.target.text;
+  if (comments.socket.readyState === WebSocket.OPEN) { comments.socket.send(text.value); text.value = ""; }
+};
+
+const notes = new Map();
+let editing = null;
+
+function show() {
+  const items = [...notes.values()].sort((a, b) => b.id - a.id).map(note => {
+    const edit = element("button", "Edit"), remove = element("button", "Delete");
+    edit.setAttribute("aria-label", `Edit ${note.title}`);
+    remove.setAttribute("aria-label", `Delete ${note.title}`);
+    edit.onclick = () => fill(note);
+    remove.onclick = () => api("DELETE", `/${note.id}`);
+    const actions = element("span", "", edit, remove);
+    actions.className = "actions";
+    return element("li", "", element("strong", note.title), element("span", "\\n" + note.body),
+                   element("small", note.author), actions);
+  });
+  const empty = element("li", "No notes yet.");
+  empty.className = "empty";
+  $("notes").replaceChildren(...(items.length ? items : [empty]));
+}
+
+function fill(note) {
+  const form = $("edit");
+  editing = note && note.id;
+  form.title.value = note ? note.title : "";
+  form.body.value = note ? note.body : "";
+  form.author.disabled = !!note;
+  form.querySelector(".main").textContent = note ? "Save" : "Add note";
+  $("cancel").hidden = !note;
+  $("error").textContent = "";
+  form.title.focus();
+}
+
+async function api(method, path, data) {  // the page changes when the notification comes, here as in all other tabs
+  $("error").textContent = "";
+  try {
+    const answer = await fetch("/api/notes" + path, { method, headers: { "Content-Type": "application/json" },
+                                                      body: data && JSON.stringify(data) });
+    if (answer.ok) return answer.status === 204 ? {} : await answer.json();
+    $("error").textContent = (await answer.json()).error;
+  } catch { $("error").textContent = "The server cannot be reached."; }
+  return null;
+}
+
+async function load() {
+  const answer = await api("GET", "");
+  if (!answer) return;
+  notes.clear();
+  answer.notes.forEach(note => notes.set(note.id, note));
+  show();
+}
+
+live("/notifications", load, text => {
+  const { event, data } = JSON.parse(text);
+  if (event === "note_deleted") notes.delete(data.id); else notes.set(data.id, data);
+  show();
+});
+$("edit").onsubmit = async event => {
+  event.preventDefault();
+  const { title, body, author } = event.target;
+  const data = { title: title.value, body: body.value, author: author.value };
+  if (await (editing ? api("PUT", `/${editing}`, data) : api("POST", "", data))) fill(null);
+};
+$("cancel").onclick = () => fill(null);
+</script>
+</html>
+"""
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Main: the command line.
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def command_line() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="nova_lite.py",
+        description="Serves the demo: live comments, notes and their notifications. Open the URL in two windows.",
+        epilog="HOST and PORT in the environment are the defaults for --host and --port. "
+        "To build your own: from nova_lite import Nova, WebSocketHandler, pubsub.",
+    )
+    env = os.environ
+    parser.add_argument("--host", default=env.get("HOST", "127.0.0.1"), help="address to listen on (%(default)s)")
+    parser.add_argument(
+        "--port", type=port_number, default=env.get("PORT", "8080"), help="port, 0 for a free one (%(default)s)"
+    )
+    parser.add_argument(
+        "--db", default="notes.db", metavar="FILE", help='the notes\' SQLite file, or ":memory:" (%(default)s)'
+    )
+    parser.add_argument("--reload", action="store_true", help="start again whenever the program changes")
+    levels = ["debug", "info", "warning", "error"]
+    parser.add_argument("--log-level", choices=levels, default="info", help="how much to log (%(default)s)")
+    parser.add_argument("--version", action="version", version=f"nova_lite {__version__}")
+    return parser
+
+
+def port_number(text: str) -> int:
+    port = int(text)
+    if not 0 <= port <= 65535:
+        raise argparse.ArgumentTypeError(f"{text} is no port: 0 to 65535")
+    return port
+
+
+def main() -> int:
+    """Runs the demo and answers the exit code."""
+    args = command_line().parse_args()
+    logging.basicConfig(level=args.log_level.upper(), format="%(asctime)s %(levelname)s %(message)s")
+    if args.reload:
+        reload_on_change()  # before the database is opened: only the child needs it
+    try:
+        notes = Notes(args.db)
+    except sqlite3.Error as error:
+        print(f"nova_lite: the database {args.db} cannot be used: {error}", file=sys.stderr)
+        return 1
+    try:
+        demo(notes).run(host=args.host, port=args.port, reload=args.reload, log_level=args.log_level)
+    except OSError as error:
+        print(f"nova_lite: cannot listen on {args.host}:{args.port}: {error.strerror}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
