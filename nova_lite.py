@@ -13,7 +13,8 @@
             pubsub.join("chat")
             return "ok", state
         def websocket_handle(self, frame, state):
-            pubsub.broadcast("chat", "said", frame[1])
+            match frame:
+                case ("text", text): pubsub.broadcast("chat", "said", text)
             return "ok", state
         def websocket_info(self, info, state):
             return "reply", ("text", info[4]), state
@@ -98,7 +99,7 @@ from greenlet import getcurrent, greenlet
 
 __version__ = "0.1.0"
 __all__ = [
-    "CallError", "CallTimeout", "GenServer", "Message", "NoProc", "Nova", "Pid", "Server", "ServerDied", "Settings",
+    "CallError", "CallTimeout", "GenServer", "Message", "NoProc", "Nova", "Pid", "Request", "Server", "ServerDied", "Settings",
     "WebSocketHandler", "call", "cancel_timer", "cast", "demonitor", "exit", "link", "monitor", "process_flag",
     "pubsub", "receive", "register", "reload_on_change", "reply", "run", "self_pid", "send", "send_after", "spawn",
     "start_link", "start_supervisor", "stop", "unlink", "whereis",
@@ -2613,11 +2614,13 @@ def words_of(note: Mapping[str, Any]) -> set[str]:
     return set(re.findall(r"\w+", f"{note['title']} {note['body']}".lower()))
 
 
+def start_indexer(notes: Notes) -> Any:
+    """The indexer, under a supervisor that starts it again should it crash."""
+    return start_supervisor([{"id": "note_indexer", "start": (start_link, NoteIndexer, notes, "note_indexer")}])
+
+
 def demo(notes: Notes) -> Nova:
-    """The tutorial's application, and its indexer under a supervisor."""
-    start_supervisor(
-        [{"id": "note_indexer", "start": (start_link, NoteIndexer, notes, "note_indexer")}], name="note_supervisor"
-    )
+    """The tutorial's application."""
     api = NotesController(notes)
     page = {"Content-Type": "text/html; charset=utf-8"}
     return Nova([
@@ -2672,11 +2675,11 @@ PAGE = """<!doctype html>
   form { display: grid; gap: .5rem } .row { display: flex; gap: .5rem }
   input, textarea, button { font: inherit; color: inherit; border: 1px solid var(--line); border-radius: .4rem;
          padding: .4rem .6rem; background: var(--bg); min-width: 0 } input, textarea { width: 100% }
-  button { cursor: pointer; white-space: nowrap } button:hover { border-color: var(--dim) }
+  button { cursor: pointer; white-space: nowrap; flex: none } button:hover { border-color: var(--dim) }
   button.main { background: var(--accent); color: var(--card); border-color: transparent; font-weight: 600 }
   li button { font-size: .8rem; padding: .1rem .5rem }
   :focus-visible { outline: 2px solid var(--accent); outline-offset: 1px }
-  #error { color: var(--accent); min-height: 1.5em; margin: 0; font-size: .875rem } .empty { color: var(--dim) }
+  #error { color: var(--accent); margin: 0; font-size: .875rem } .empty { color: var(--dim) }
 </style>
 <header>
   <h1>nova_lite</h1>
@@ -2748,7 +2751,7 @@ $("say").onsubmit = event => {
 };
 
 const notes = new Map();
-let editing = null;
+let editing = null, author = "";
 
 function show() {
   const items = [...notes.values()].sort((a, b) => b.id - a.id).map(note => {
@@ -2769,9 +2772,11 @@ function show() {
 
 function fill(note) {
   const form = $("edit");
+  if (!editing) author = form.author.value;
   editing = note && note.id;
   form.title.value = note ? note.title : "";
   form.body.value = note ? note.body : "";
+  form.author.value = note ? note.author : author;
   form.author.disabled = !!note;
   form.querySelector(".main").textContent = note ? "Save" : "Add note";
   $("cancel").hidden = !note;
@@ -2860,6 +2865,7 @@ def main() -> int:
         print(f"nova_lite: the database {args.db} cannot be used: {error}", file=sys.stderr)
         return 1
     try:
+        start_indexer(notes)
         demo(notes).run(host=args.host, port=args.port, reload=args.reload, log_level=args.log_level)
     except OSError as error:
         print(f"nova_lite: cannot listen on {args.host}:{args.port}: {error.strerror}", file=sys.stderr)
