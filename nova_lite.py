@@ -2044,10 +2044,6 @@ class Nova(bottle.Bottle):
         bottle.response.content_type, body = error_body(res.status_line, text, accept)
         return body
 
-    def run(self, **options: Any) -> None:
-        """Serves until SIGINT or SIGTERM: see the function `run` for host, port and the other options."""
-        run(self, **options)
-
 
 def _settings(settings: Settings, options: Mapping[str, Any]) -> Settings:
     unknown = set(options) - {field.name for field in fields(Settings)}
@@ -2198,6 +2194,8 @@ class RequestHandler(UpgradeHandler):
     logger = log  # gevent-websocket would set up one of its own
 
     def handle(self) -> None:
+        if self.server.draining:  # accepted just before the listener closed
+            return
         self.server.handlers.add(self)
         try:
             super().handle()
@@ -2308,16 +2306,17 @@ class Server(gevent.pywsgi.WSGIServer):
         self.close()
         for connection in list(self.lounge.connections):
             exit(connection, "shutdown")
-        for handler in list(self.handlers):
-            if not handler.busy:
-                with suppress(OSError):
-                    handler.socket.shutdown(_socket.SHUT_RDWR)
+        self._hang_up(lambda handler: not handler.busy)
         while (self.handlers or self.lounge.connections) and monotonic() < deadline:
             gevent.sleep(0.01)
-        for handler in list(self.handlers):
-            handler.socket.close()
+        self._hang_up(lambda handler: True)
         for connection in list(self.lounge.connections):
             connection.cut()
+
+    def _hang_up(self, which: Callable[[RequestHandler], bool]) -> None:
+        for handler in filter(which, list(self.handlers)):
+            with suppress(OSError):
+                handler.socket.shutdown(_socket.SHUT_RDWR)
 
 
 def run(
@@ -2350,6 +2349,9 @@ def run(
         )
     for watcher in watchers:
         watcher.cancel()
+
+
+Nova.run = run  # type: ignore[method-assign]  # app.run(port=8080), in the place of bottle's
 
 
 def _on_signal(asked_to_stop: gevent.event.Event) -> None:
@@ -2444,7 +2446,7 @@ class Notes:
 
     def __init__(self, path: str) -> None:
         self.thread = ThreadPool(1)  # one: SQLite has one writer anyway, and commits keep their order
-        self.db: sqlite3.Connection = self.thread.apply(self._open, (path,))
+        self.db: sqlite3.Connection = self._in_thread(self._open, path)
 
     def _open(self, path: str) -> sqlite3.Connection:
         db = sqlite3.connect(path, check_same_thread=False, isolation_level=None)
@@ -2457,11 +2459,23 @@ class Notes:
         return db
 
     def _query(self, sql: str, *values: Any) -> list[dict[str, Any]]:
-        rows = self.thread.apply(lambda: self.db.execute(sql, values).fetchall())
+        rows = self._in_thread(lambda: self.db.execute(sql, values).fetchall())
         return [dict(zip(self.FIELDS, row, strict=True)) for row in rows]
 
+    def _in_thread(self, fn: Callable[..., Any], *args: Any) -> Any:
+        def attempt() -> tuple[Any, Exception | None]:  # gevent prints what a thread raises, even if it is caught
+            try:
+                return fn(*args), None
+            except Exception as error:
+                return None, error
+
+        result, error = self.thread.apply(attempt)
+        if error is not None:
+            raise error
+        return result
+
     def close(self) -> None:
-        self.thread.apply(self.db.close)
+        self._in_thread(self.db.close)
         self.thread.kill()
 
     def all(self) -> list[dict[str, Any]]:
@@ -2868,7 +2882,10 @@ def main() -> int:
         start_indexer(notes)
         demo(notes).run(host=args.host, port=args.port, reload=args.reload, log_level=args.log_level)
     except OSError as error:
-        print(f"nova_lite: cannot listen on {args.host}:{args.port}: {error.strerror}", file=sys.stderr)
+        print(
+            f"nova_lite: cannot listen on {args.host}:{args.port}: {str(error.strerror).partition(':')[0]}",
+            file=sys.stderr,
+        )
         return 1
     return 0
 
