@@ -29,14 +29,25 @@ import signal
 import socket
 import subprocess
 import sys
+import tracemalloc
+import types
+import urllib.parse
+import wsgiref.headers
+import wsgiref.util
+from array import array
 from contextlib import contextmanager
+from io import BytesIO, StringIO
+from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 
 import bottle
 import gevent
 import pytest
+from bottle import HTTPError, HTTPResponse
 from gevent import monkey
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from websockets.exceptions import ConnectionClosed
 from websockets.sync.client import connect
 
@@ -44,9 +55,10 @@ monkey.patch_all()
 
 import nova_lite
 from nova_lite import (
-    CallError, CallTimeout, GenServer, Message, NoProc, Nova, Pid, Server, ServerDied, WebSocketHandler, call,
-    cancel_timer, cast, demonitor, exit, link, monitor, process_flag, pubsub, receive, register, reply, self_pid, send,
-    send_after, spawn, start_link, start_supervisor, stop, unlink, whereis,
+    BINARY, CLOSE, PING, PONG, TEXT, CallError, CallTimeout, GenServer, Message, NoProc, Nova, Parser, Pid, Request,
+    Server, ServerDied, WebSocketHandler, call, cancel_timer, cast, check_handshake, close_frame, demonitor,
+    encode_frame, error_body, exit, is_own_origin, link, monitor, process_flag, pubsub, receive, register, reply,
+    self_pid, send, send_after, spawn, start_link, start_supervisor, stop, to_response, unlink, unmask, whereis,
 )  # fmt: skip
 
 PATIENCE = 5  # seconds after which a test gives up on an event; none waits so long when all is well
@@ -150,6 +162,1045 @@ def read_to_end(sock):
     while chunk := sock.recv(65536):
         data += chunk
     return data
+
+
+# -- requests and responses -------------------------------------------------------------------------------------------
+
+LAST = b"GET /ok HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n"
+MULTIPART = b'--B\r\nContent-Disposition: form-data; name="title"\r\n\r\nT\xc3\xa9\r\n--B--\r\n'
+
+
+def environ(method="GET", path="/", body=b"", content_type="", **changes):
+    """A WSGI environ, as a foreign server would make it; what is None is left out."""
+    given = {
+        "REQUEST_METHOD": method, "SCRIPT_NAME": "", "PATH_INFO": path, "QUERY_STRING": "",
+        "CONTENT_TYPE": content_type, "CONTENT_LENGTH": str(len(body)), "SERVER_PROTOCOL": "HTTP/1.1",
+        "SERVER_NAME": "localhost", "SERVER_PORT": "80", "HTTP_HOST": "localhost", "wsgi.url_scheme": "http",
+        "wsgi.input": BytesIO(body), "wsgi.errors": StringIO(), **changes,
+    }  # fmt: skip
+    return {key: value for key, value in given.items() if value is not None}
+
+
+KEYS = ["method", "path", "bindings", "params", "json", "body", "qs", "headers", "cookies", "peer", "auth_data"]
+
+
+CHUNKED = {"HTTP_TRANSFER_ENCODING": "Chunked", "wsgi.input_terminated": True, "CONTENT_LENGTH": None}
+
+
+def a_request(*args, bindings=(), max_body=1000, **changes):
+    return Request(environ(*args, **changes), dict(bindings), max_body)
+
+
+def one_route(controller, path="/", security=False, **options):
+    return Nova([{"security": security, "routes": [(path, controller, options)]}])
+
+
+def ask(app, method="GET", path="/", *args, **changes):
+    """(status, headers, body) of an application asked without a server."""
+    answer = []
+    body = app(environ(method, path, *args, **changes), lambda status, headers, *_: answer.extend((status, headers)))
+    return int(answer[0][:3]), wsgiref.headers.Headers(answer[1]), b"".join(body)
+
+
+def statuses(server, data):
+    """The status codes of all answers until the server closes."""
+    with bare(server, data) as sock:
+        return [int(code) for code in re.findall(rb"HTTP/1\.1 (\d{3})", read_to_end(sock))]
+
+
+def posted(body, *headers, path="/echo", content_type="application/json"):
+    lines = [f"POST {path} HTTP/1.1", "Host: x", f"Content-Type: {content_type}", *headers, "", ""]
+    return "\r\n".join(lines).encode() + body
+
+
+def echo(req):
+    return "json", 200, {}, {"json": req["json"], "size": len(req["body"])}
+
+
+def limited():
+    return serving(("/echo", echo), ("/ok", lambda _req: ("status", 200)), max_body=100)
+
+
+@pytest.mark.parametrize(
+    ("key", "changes", "expected"),
+    [
+        ("method", {"REQUEST_METHOD": "patch"}, "PATCH"),
+        ("path", {"SCRIPT_NAME": "/app", "PATH_INFO": "/a/b"}, "/app/a/b"),
+        ("qs", {"QUERY_STRING": "q=a+b&empty=&u=%C3%BC"}, {"q": "a b", "empty": "", "u": "ü"}), ("qs", {}, {}),
+        ("cookies", {"HTTP_COOKIE": 'a=1; b="x y"'}, {"a": "1", "b": "x y"}), ("cookies", {}, {}),
+        ("peer", {"REMOTE_ADDR": "192.0.2.1", "REMOTE_PORT": "4711"}, ("192.0.2.1", 4711)), ("peer", {}, ("", 0)),
+        ("body", {}, b""), ("json", {}, None), ("params", {}, {}), ("auth_data", {}, None),
+        ("bindings", {}, {"id": "7"}),
+    ],
+)  # fmt: skip
+def test_a_request_tells_what_the_client_has_said(key, changes, expected):
+    assert a_request(bindings={"id": "7"}, **changes)[key] == expected
+
+
+def test_headers_are_found_whatever_their_case():
+    headers = a_request(HTTP_X_TOKEN="t", CONTENT_TYPE="text/plain")["headers"]
+    assert (headers["x-token"], headers["X-Token"], headers["content-type"]) == ("t", "t", "text/plain")
+    assert headers.get("x-other") is None
+
+
+def test_a_request_is_a_mapping_of_these_keys():
+    req = a_request()
+    assert set(dict(req)) == set(KEYS)
+    assert "nothing" not in req
+    with pytest.raises(KeyError):
+        req["nothing"]
+
+
+def test_a_body_is_not_read_before_it_is_asked_for():
+    read = []
+    source = SimpleNamespace(read=lambda size: read.append(size) or b"x")
+    req = a_request(body=b"x", bindings={"id": "7"}, **{"wsgi.input": source})
+    for key in ("method", "path", "qs", "headers", "cookies", "peer", "bindings", "auth_data", "json"):
+        assert (key, req[key], read) == (key, req[key], [])
+    assert (req["body"], req["body"], read) == (b"x", b"x", [1])
+
+
+def test_match_takes_a_request_apart():
+    match a_request("POST", "/notes", b'{"title": "t"}', "application/json"):
+        case {"method": "POST", "params": {"title": str(title)}, "bindings": {"id": _}}:
+            pytest.fail(f"there is no id beside {title}")
+        case {"method": "POST", "params": {"title": str(title)}, "headers": {"host": "localhost"}}:
+            assert title == "t"
+        case _:
+            pytest.fail("no case has matched")
+
+
+def test_a_request_is_read_only():
+    req = a_request()
+    with pytest.raises(TypeError):
+        req["method"] = "PUT"
+    with pytest.raises(TypeError):
+        req["headers"]["Host"] = "other"
+
+
+@pytest.mark.parametrize(
+    ("content_type", "expected"),
+    [
+        ("application/json", [1]), ("Application/JSON; charset=utf-8", [1]), ("application/problem+json", [1]),
+        ("text/plain", None), ("application/jsonp", None), ("", None),
+    ],
+)  # fmt: skip
+def test_json_goes_by_the_content_type(content_type, expected):
+    assert a_request("POST", "/", b"[1]", content_type)["json"] == expected
+
+
+@pytest.mark.parametrize(
+    ("content_type", "body", "expected"),
+    [
+        ("application/json", b'{"a": 1}', {"a": 1}), ("application/json", b"[1]", {}),
+        ("application/json", b'{"smile": "\\ud83d\\ude00"}', {"smile": "😀"}),
+        ("application/x-www-form-urlencoded", b"a=1+2&u=%C3%BC&empty=", {"a": "1 2", "u": "ü", "empty": ""}),
+        ("application/x-www-form-urlencoded", b"a=%FF", {"a": "\ufffd"}),
+        ("multipart/form-data; boundary=B", MULTIPART, {"title": "Té"}), ("text/plain", b"a=1", {}),
+    ],
+)  # fmt: skip
+def test_params_are_the_json_object_or_the_form(content_type, body, expected):
+    assert a_request("POST", "/", body, content_type)["params"] == expected
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"{", b"nothing", b"NaN", b"[-Infinity]", b'"\\ud800"', b'{"\\udc00": 1}', b'"\xff"', b"[" * 100_000,
+        b'{"a":' * 100_000, b"1" * 5_000, b"\xef\xbb\xbf{}", b"1 2",
+        b"1e999",
+    ],
+)  # fmt: skip
+def test_what_is_no_json_is_a_400(body):
+    with pytest.raises(HTTPError) as caught:
+        a_request("POST", "/", body, "application/json", max_body=1_000_000)["json"]
+    assert caught.value.status_code == 400
+
+
+@pytest.mark.parametrize(
+    ("changes", "status"),
+    [
+        ({"CONTENT_LENGTH": "1001"}, 413), (CHUNKED, 413), ({"CONTENT_LENGTH": "many"}, 400),
+        ({"CONTENT_LENGTH": "999"}, 400),
+        ({"CONTENT_LENGTH": "-1"}, 400),
+    ],
+)  # fmt: skip
+def test_a_body_that_cannot_be_had_is_refused(changes, status):
+    body = b"x" * (2000 if status == 413 else 998)
+    with pytest.raises(HTTPError) as caught:
+        a_request("POST", "/", body, **changes)["body"]
+    assert caught.value.status_code == status
+
+
+def test_a_body_over_the_limit_is_refused_as_often_as_it_is_asked_for():
+    req = a_request(body=b"x" * 1500, **CHUNKED)
+    for _ in range(2):
+        with pytest.raises(HTTPError):
+            req["body"]
+
+
+@pytest.mark.parametrize("first", ["body", "json", "params"])
+def test_bottles_own_request_still_works_behind_ours(first):
+    given = environ("POST", "/", b'{"a": 1}', "application/json")
+    bottle.request.bind(given)
+    assert Request(given, {})[first]
+    assert bottle.request.json == {"a": 1}
+    given = environ("POST", "/", b"a=1", "application/x-www-form-urlencoded")
+    bottle.request.bind(given)
+    assert Request(given, {})["params"] == {"a": "1"}
+    assert bottle.request.forms["a"] == "1"
+
+
+def test_ours_still_works_behind_bottles_own():
+    given = environ("POST", "/", b'{"a": 1}', "application/json")
+    bottle.request.bind(given)
+    assert bottle.request.json == Request(given, {})["json"]
+
+
+def test_the_body_of_a_multipart_form_is_still_there_behind_its_params():
+    req = a_request("POST", "/", MULTIPART, "multipart/form-data; boundary=B")
+    assert (req["params"], req["body"]) == ({"title": "Té"}, MULTIPART)
+
+
+@pytest.mark.parametrize(
+    ("content_type", "body"),
+    [
+        ("multipart/form-data", MULTIPART), ("multipart/form-data; boundary=B", MULTIPART[:-8]),
+        ("multipart/form-data; boundary=B", MULTIPART.replace(b"T\xc3\xa9", b"\xff")),
+    ],
+)  # fmt: skip
+def test_a_broken_multipart_form_is_a_400(content_type, body):
+    with pytest.raises(HTTPError) as caught:
+        a_request("POST", "/", body, content_type)["params"]
+    assert caught.value.status_code == 400
+
+
+@pytest.mark.parametrize("cookie", ["a/b=1; ok=1", 'a="\\377"; ok=1'])
+def test_a_broken_cookie_hurts_nobody(cookie):
+    assert isinstance(a_request(HTTP_COOKIE=cookie)["cookies"], dict)
+
+
+@pytest.mark.parametrize(
+    ("data", "expected"),
+    [
+        (posted(b"[1]", "Content-Length: 3"), [200, 200]),
+        (posted(b"2\r\n[1\r\n1\r\n]\r\n0\r\n\r\n", "Transfer-Encoding: chunked"), [200, 200]),
+        (posted(b"{", "Content-Length: 1"), [400, 200]),
+        (posted(b"x" * 101, "Content-Length: 101"), [413, 200]),
+        (posted(b"x" * 50_000, "Content-Length: 50000"), [413, 200]),
+        (posted(b"65\r\n" + b"x" * 101 + b"\r\n0\r\n\r\n", "Transfer-Encoding: chunked"), [413, 200]),
+        (posted(b"c350\r\n" + b"x" * 50_000 + b"\r\n0\r\n\r\n", "Transfer-Encoding: chunked"), [413, 200]),
+        (posted(b"x" * 500, "Content-Length: 500", path="/ok"), [200, 200]),
+    ],
+)
+def test_after_a_body_good_or_bad_the_connection_is_usable(data, expected):
+    with limited() as server:
+        assert statuses(server, data + LAST) == expected
+
+
+def test_chunks_become_one_body():
+    with limited() as server, bare(server) as sock:
+        sock.sendall(posted(b"2\r\n[1\r\n", "Transfer-Encoding: chunked", "Connection: close"))
+        sock.sendall(b"1;name=value\r\n]\r\n0\r\n\r\n")
+        assert read_to_end(sock).endswith(b'{"json":[1],"size":3}')
+
+
+@pytest.mark.parametrize(
+    "data",
+    [posted(b"[1", "Content-Length: 3"), posted(b"3\r\n[1", "Transfer-Encoding: chunked")],
+    ids=["length", "chunked"],
+)
+def test_a_body_cut_off_is_a_400_and_the_end(data):
+    with limited() as server, bare(server, data) as sock:
+        sock.shutdown(socket.SHUT_WR)
+        assert re.findall(rb"HTTP/1\.1 (\d{3})", read_to_end(sock)) == [b"400"]
+
+
+def test_a_413_closes_on_a_client_that_does_not_send_its_body(monkeypatch):
+    monkeypatch.setattr(nova_lite, "DISCARD_TIME", 0.05)
+    with limited() as server, bare(server, posted(b"", "Content-Length: 1000000")) as sock:
+        sock.settimeout(1)
+        assert b" 413 " in read_to_end(sock).splitlines()[0]
+
+
+@pytest.mark.parametrize(
+    ("data", "expected"),
+    [
+        (posted(b"zz\r\n", "Transfer-Encoding: chunked"), [400]),
+        (posted(b"3\r\n[1]\r\n0\r\n\r\n", "Transfer-Encoding: gzip, chunked"), [400]),
+        (posted(b"[1]", "Content-Length: +3"), [400]),
+    ],
+    ids=["chunk", "coding", "length"],
+)
+def test_a_body_without_a_clear_end_is_the_end_of_the_connection(data, expected):
+    with limited() as server:
+        assert statuses(server, data + LAST) == expected
+
+
+DATA = {"id": 1, "word": "ü"}
+ENCODED = '{"id":1,"word":"ü"}'.encode()
+JSON = {"Content-Type": "application/json"}
+TEAPOT = HTTPResponse("tea", 418)
+
+
+@pytest.mark.parametrize(
+    ("value", "method", "status", "headers", "body"),
+    [
+        (("json", DATA), "GET", 200, JSON, ENCODED), (("json", DATA), "POST", 201, JSON, ENCODED),
+        (("json", DATA), "PUT", 200, JSON, ENCODED), (("json", [1, None, "x"]), "GET", 200, JSON, b'[1,null,"x"]'),
+        (("json", 202, {"X-A": "1"}, DATA), "POST", 202, {**JSON, "X-A": "1"}, ENCODED),
+        (("json", 200, {"Content-Type": "application/problem+json"}, {}), "GET", 200,
+         {"Content-Type": "application/problem+json"}, b"{}"),
+        (("status", 204), "DELETE", 204, {}, b""), (("status", 200, {"X-A": 1}), "GET", 200, {"X-A": "1"}, b""),
+        (("status", 200, {}, "text"), "GET", 200, {}, "text"),
+        (("status", 200, {}, b"bytes"), "GET", 200, {}, b"bytes"),
+        (("status", 422, {"X-A": "1"}, DATA), "POST", 422, {**JSON, "X-A": "1"}, ENCODED),
+        (("status", 404), "GET", 404, {}, None),
+        (("status", 429, {"Retry-After": "1"}), "GET", 429, {"Retry-After": "1"}, None),
+        (("ok", {"who": "<you>"}), "GET", 200, {}, "the &lt;you&gt; view"),
+        (("view", {"who": "you"}), "GET", 200, {}, "the you view"),
+        (("view", {"who": "you"}, {"view": "another for {{who}}"}), "GET", 200, {}, "another for you"),
+        (("ok", {"who": "you"}, {"status_code": 202, "headers": {"X-A": "1"}}), "GET", 202, {"X-A": "1"},
+         "the you view"),
+        (TEAPOT, "GET", 418, {}, "tea"), (("redirect", "/login"), "GET", 302, {"Location": "/login"}, b""),
+    ],
+)  # fmt: skip
+def test_a_controllers_value_is_a_response(value, method, status, headers, body):
+    response = to_response(value, method, "the {{who}} view")
+    assert (response.status_code, response.body) == (status, body)
+    assert dict(response.headerlist).items() >= headers.items()
+
+
+def test_a_status_that_tells_of_an_error_is_one_of_bottles_so_that_error_pages_apply():
+    assert isinstance(to_response(("status", 404)), HTTPError)
+    assert not isinstance(to_response(("status", 404, {}, "not here")), HTTPError)
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        ("json", 200, {"content-type": "text/x"}, {}),
+        ("sendfile", 200, {"content-type": "text/x"}, (0, 1, __file__), "a/b"),
+    ],
+)
+def test_a_controllers_content_type_wins_whatever_its_case(value):
+    headers = to_response(value).headerlist
+    assert [text for name, text in headers if name.lower() == "content-type"] == ["text/x"]
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        None, "ok", (), ("json",), ("json", 200, {}), ("status", "200"), ("status", 200, []), ("status", 200, {}, 5),
+        ("status", 99_999), ("status", 7), ("redirect", 5), ("redirect", "/\r\nX: y"), ("view", "x"),
+        ("json", object()), ("json", float("nan")), ("json", "\ud800"), ("status", 200, {"X": "a\r\nb"}),
+        ("status", 404, {"X\n": "a"}), ("sendfile", 200, {}, (0, __file__), "text/plain"),
+        ("sendfile", 200, {}, (0, 5, __file__)),
+        ("view", {}, {"view": "no_such_view"}), lambda: "json", {"a": 1}, b"bytes",
+        ("status", 101),
+        ("sendfile", 200, {}, (-1, None, __file__), "text/plain"),
+    ],
+)  # fmt: skip
+def test_anything_else_is_no_response(value):
+    with pytest.raises((ValueError, TypeError, bottle.TemplateError)):
+        to_response(value)
+
+
+@pytest.fixture
+def digits(tmp_path):
+    path = tmp_path / "digits.txt"
+    path.write_bytes(b"0123456789")
+    return path
+
+
+@pytest.mark.parametrize(
+    ("offset", "length", "body"),
+    [
+        (0, None, b"0123456789"), (0, 10, b"0123456789"), (2, 3, b"234"), (8, 100, b"89"), (10, 5, b""),
+        (50, None, b""), (0, 0, b""), (0, -1, b""),
+    ],
+)  # fmt: skip
+def test_a_file_is_sent_whole_or_in_part(digits, offset, length, body):
+    response = to_response(("sendfile", 206, {"X-A": "1"}, (offset, length, digits), "text/plain"))
+    assert (response.status_code, b"".join(response.body)) == (206, body)
+    headers = {"Content-Type": "text/plain", "Content-Length": str(len(body)), "X-A": "1"}
+    assert dict(response.headerlist) == headers
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["nothing.txt", ""],
+)
+def test_a_file_that_is_not_there_is_a_404(tmp_path, name):
+    with pytest.raises(HTTPError) as caught:
+        to_response(("sendfile", 200, {}, (0, None, tmp_path / name), "text/plain"))
+    assert caught.value.status_code == 404
+
+
+def test_a_large_file_arrives_over_a_socket(tmp_path):
+    path = tmp_path / "large"
+    path.write_bytes(bytes(range(256)) * 2000)
+    with serving(("/", lambda _req: ("sendfile", 200, {}, (1, None, path), "application/octet-stream"))) as server:
+        status, headers, body = http_request(server, "GET", "/")
+    assert (status, headers["Content-Length"], body) == (200, "511999", path.read_bytes()[1:])
+
+
+def test_the_view_that_goes_without_saying_is_named_after_the_controller(tmp_path, monkeypatch):
+    (tmp_path / "a_nova_lite_view.tpl").write_text("Hello {{who}}")
+    monkeypatch.setattr(bottle, "TEMPLATE_PATH", [str(tmp_path)])
+
+    def a_nova_lite_view(_req):
+        return "ok", {"who": "<you>"}
+
+    assert ask(one_route(a_nova_lite_view))[2] == b"Hello &lt;you&gt;"
+
+
+@pytest.mark.parametrize("value", ["gibberish", ("status", 200, {"X": "a\r\nSet-Cookie: b"}), ("json", {"x": {1, 2}})])
+def test_a_value_that_is_no_response_is_a_500_logged_with_the_controllers_name(caplog, value):
+    def careless(_req):
+        return value
+
+    status, headers, body = ask(one_route(careless))
+    assert (status, json.loads(body), "Set-Cookie" in headers) == (500, {"error": "Internal Server Error"}, False)
+    [record] = caplog.records
+    assert "careless" in record.getMessage()
+    assert repr(value) in record.getMessage()
+
+
+@pytest.mark.parametrize("accept", ["application/json", "text/html"])
+def test_a_controller_that_raises_is_a_500_without_its_secrets_logged_once(caplog, accept):
+    def crashing(_req):
+        raise RuntimeError("the password is 1234")
+
+    given = environ(HTTP_ACCEPT=accept)
+    status, _, body = ask(one_route(crashing), **given)
+    assert (status, b"1234" in body, b"Traceback" in body) == (500, False, False)
+    assert [record.exc_info[1].args for record in caplog.records] == [("the password is 1234",)]
+    assert given["wsgi.errors"].getvalue() == ""
+
+
+def test_an_http_error_that_a_controller_raises_is_its_answer(caplog):
+    def controller(_req):
+        bottle.abort(409, "taken")
+
+    assert ask(one_route(controller))[::2] == (409, b'{"error": "taken"}')
+    assert not caplog.records
+
+
+@pytest.mark.parametrize(
+    ("accept", "content_type", "body"),
+    [
+        ("", "application/json", b'{"error": "<no>"}'), ("*/*", "application/json", b'{"error": "<no>"}'),
+        ("application/json", "application/json", b'{"error": "<no>"}'),
+        ("Text/HTML,application/xml;q=0.9", "text/html; charset=utf-8", b"<p>&lt;no&gt;</p>"),
+    ],
+)  # fmt: skip
+def test_errors_answer_in_the_form_that_the_client_accepts(accept, content_type, body):
+    given_type, given_body = error_body("404 Not <Found>", "<no>", accept)
+    assert (given_type, body in given_body, b"<Found>" in given_body) == (content_type, True, False)
+
+
+def test_an_unknown_path_is_a_404_that_echoes_no_markup():
+    status, headers, body = ask(Nova(), "GET", "/<script>", HTTP_ACCEPT="text/html")
+    assert (status, headers["Content-Type"]) == (404, "text/html; charset=utf-8")
+    assert b"<script>" not in body
+    assert json.loads(ask(Nova(), "GET", "/<script>")[2])["error"]
+
+
+@pytest.mark.parametrize("value", [("status", 404), ("status", 404, {}), HTTPError(404)])
+def test_an_error_page_of_bottles_applies_to_a_controllers_status(value):
+    app = one_route(lambda _req: value)
+    app.error(404)(lambda error: f"my page for {error.status_code}")
+    assert ask(app)[::2] == (404, b"my page for 404")
+
+
+# -- frames -----------------------------------------------------------------------------------------------------------
+
+
+def parse(data, limit=1_000_000, step=None):
+    """(frames, close code or None) of a client's bytes, fed at once or in steps."""
+    parser, frames = Parser(limit), []
+    for start in range(0, len(data), step or len(data) or 1):
+        frames += parser.feed(data[start : start + step] if step else data)
+    return frames, parser.failure and parser.failure.code
+
+
+LENGTHS = [
+    (0, "00"), (1, "01"), (125, "7d"), (126, "7e007e"), (127, "7e007f"), (65535, "7effff"),
+    (65536, "7f0000000000010000"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("size", "length"), LENGTHS)
+def test_a_length_takes_its_shortest_form(size, length):
+    assert encode_frame(("binary", b"x" * size)) == bytes.fromhex("82" + length) + b"x" * size
+
+
+@pytest.mark.parametrize("step", [None, 1, 7])
+@pytest.mark.parametrize("size", [size for size, _ in LENGTHS])
+def test_a_frame_of_any_length_is_parsed_however_it_comes(size, step):
+    body = bytes(i % 251 for i in range(size))
+    expected = [("binary", body), ("text", "next")], None
+    assert parse(masked(BINARY, body) + masked(TEXT, b"next"), step=step) == expected
+
+
+@pytest.mark.parametrize(
+    ("frame", "expected"),
+    [
+        (("text", "ü"), "8102c3bc"), (("binary", b"ab"), "82026162"), (("binary", bytearray(b"a")), "820161"),
+        (("ping", b"p"), "890170"), (("pong", b"p"), "8a0170"), ("ping", "8900"), ("pong", "8a00"), ("close", "8800"),
+        (("close", 1000, ""), "880203e8"), (("close", 4999, "bye"), "88051387627965"),
+        (("binary", memoryview(array("H", [1, 1]))), "820401000100"),
+    ],
+)  # fmt: skip
+def test_a_frame_is_encoded(frame, expected):
+    assert encode_frame(frame).hex() == expected
+
+
+@pytest.mark.parametrize(
+    "frame",
+    [
+        None, "text", "stop", (), ("text",), ("text", b"bytes"), ("text", 1), ("text", "\ud800"), ("binary", "str"),
+        ("ping", b"x" * 126), ("ping", "str"), ("close", 1000), ("close", 1005, ""), ("close", 1006, ""),
+        ("close", 999, ""), ("close", 5000, ""), ("close", 1000, b""), ("frame", b""),
+    ],
+)  # fmt: skip
+def test_what_is_no_frame_is_a_value_error(frame):
+    with pytest.raises(ValueError, match=r".+"):
+        encode_frame(frame)
+
+
+@pytest.mark.parametrize(
+    ("code", "reason", "body"),
+    [
+        (1000, "", b"\x03\xe8"), (1001, "bye", b"\x03\xe9bye"), (nova_lite.NO_STATUS, "unsaid", b""),
+        (1000, "x" * 200, b"\x03\xe8" + b"x" * 123), (1000, "x" * 122 + "ü", b"\x03\xe8" + b"x" * 122),
+        (1000, "😀" * 40, b"\x03\xe8" + "😀".encode() * 30),
+    ],
+)  # fmt: skip
+def test_a_close_frame_fits_a_control_frame_and_is_cut_at_a_character(code, reason, body):
+    assert close_frame(code, reason) == bytes([0x88, len(body)]) + body
+
+
+@pytest.mark.parametrize("size", [0, 1, 2, 3, 4, 5, 999, 1000, 1001, 1002, 1003, 5000])
+def test_unmasking_is_xor_on_both_sides_of_the_threshold(size):
+    data, mask = bytes(i % 256 for i in range(size)), b"\x01\x80\xff\x00"
+    assert unmask(data, mask) == bytes(byte ^ mask[i % 4] for i, byte in enumerate(data))
+
+
+@pytest.mark.parametrize("step", [None, 1, 3])
+@pytest.mark.parametrize(
+    ("data", "expected"),
+    [
+        (masked(TEXT, b"a", fin=False) + masked(0, b"b", fin=False) + masked(0, b"c"), [("text", "abc")]),
+        (masked(BINARY, b"", fin=False) + masked(0), [("binary", b"")]),
+        (masked(TEXT, b"", fin=False) + masked(0, b"", fin=False) + masked(0, b"x"), [("text", "x")]),
+        (masked(TEXT, b"\xe2\x82", fin=False) + masked(0, b"\xac"), [("text", "€")]),
+        (
+            masked(TEXT, b"a", fin=False) + masked(PING, b"p") + masked(0, b"b", fin=False) + masked(PONG) + masked(0),
+            [("ping", b"p"), ("pong", b""), ("text", "ab")],
+        ),
+        (
+            masked(TEXT, b"a", fin=False) + masked(CLOSE, b"\x03\xe8bye") + masked(0, b"b"),
+            [("close", 1000, "bye")],
+        ),
+        (masked(TEXT, b"\0", mask=b"\0\0\0\0") + masked(PING, b"x" * 125), [("text", "\0"), ("ping", b"x" * 125)]),
+        (masked(CLOSE), [("close", nova_lite.NO_STATUS, "")]),
+        (masked(CLOSE, b"\x03\xe8" + b"x" * 123), [("close", 1000, "x" * 123)]),
+    ],
+)  # fmt: skip
+def test_fragments_and_control_frames_between_them(data, expected, step):
+    assert parse(data, step=step) == (expected, None)
+
+
+VIOLATIONS = {
+    "unmasked": (b"\x81\x01a", 1002),
+    "RSV1": (b"\xc1\x80\0\0\0\0", 1002),
+    "RSV2": (b"\xa1\x80\0\0\0\0", 1002),
+    "RSV3": (b"\x91\x80\0\0\0\0", 1002),
+    **{f"opcode {opcode}": (masked(opcode), 1002) for opcode in (3, 4, 5, 6, 7, 11, 12, 13, 14, 15)},
+    **{f"long control frame {opcode}": (masked(opcode, b"x" * 126), 1002) for opcode in (CLOSE, PING, PONG)},
+    **{f"control frame in fragments {opcode}": (masked(opcode, fin=False), 1002) for opcode in (CLOSE, PING, PONG)},
+    "continuation of nothing": (masked(0, b"x"), 1002),
+    "continuation of a finished message": (masked(TEXT, b"x") + masked(0, b"x"), 1002),
+    "text inside fragments": (masked(TEXT, b"a", fin=False) + masked(TEXT, b"b"), 1002),
+    "binary inside fragments": (masked(TEXT, b"a", fin=False) + masked(BINARY, b"b"), 1002),
+    "16 bits for 125": (b"\x82\xfe\x00\x7d" + b"\0" * 4, 1002),
+    "64 bits for 65535": (b"\x82\xff" + (65535).to_bytes(8, "big") + b"\0" * 4, 1002),
+    "64 bits with the sign": (b"\x82\xff\x80" + b"\0" * 7, 1002),
+    "2**63-1 bytes": (b"\x82\xff\x7f" + b"\xff" * 7, 1009),
+    "close body of one byte": (masked(CLOSE, b"\x03"), 1002),
+    "close reason not UTF-8": (masked(CLOSE, b"\x03\xe8\xff"), 1007),
+    "close reason cut inside a character": (masked(CLOSE, b"\x03\xe8\xe2\x82"), 1007),
+    "text not UTF-8": (masked(TEXT, b"\xff"), 1007),
+    "text ends inside a character": (masked(TEXT, b"\xe2\x82"), 1007),
+    "fragments end inside a character": (masked(TEXT, b"\xe2", fin=False) + masked(0, b"\x82"), 1007),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("step", [None, 1])
+@pytest.mark.parametrize(("data", "code"), VIOLATIONS.values(), ids=VIOLATIONS.keys())
+def test_a_violation_of_the_protocol_has_its_close_code(data, code, step):
+    before = [("ping", b"before")]
+    frames, failure = parse(masked(PING, b"before") + data + masked(TEXT, b"behind"), step=step)
+    assert (frames[:1], failure) == (before, code)
+    assert ("text", "behind") not in frames
+
+
+@pytest.mark.parametrize(
+    ("codes", "good"),
+    [
+        ([1000, 1001, 1002, 1003, 1007, 1008, 1009, 1010, 1011, 1012, 1013, 1014, 3000, 4999], True),
+        ([0, 999, 1004, 1005, 1006, 1015, 1016, 1100, 2000, 2999, 5000, 65535], False),
+    ],
+)
+def test_a_close_code_is_one_that_a_client_may_send(codes, good):
+    for code in codes:
+        expected = ([("close", code, "")], None) if good else ([], 1002)
+        assert parse(masked(CLOSE, code.to_bytes(2, "big"))) == expected
+
+
+@pytest.mark.parametrize("step", [None, 1])
+def test_nothing_is_parsed_behind_a_close_frame(step):
+    data = masked(CLOSE, b"\x03\xe8") + masked(TEXT, b"late") + b"\xff" * 10
+    assert parse(data, step=step) == ([("close", 1000, "")], None)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        b"\xc0", b"\xe0\x80", b"\xf0\x80", b"\xf4\x90", b"\xf5", b"\xff", b"\x80", b"ok\xc3(", b"\xe2\x82(",
+        b"\xf0\x9f\x98(",
+        b"\xed\xa0",
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("cut", [False, True])
+def test_a_text_fails_at_its_first_bad_byte_inside_an_unfinished_frame(text, cut):
+    parser = Parser(1000)
+    data = masked(TEXT, b"", fin=False) * cut + masked(0 if cut else TEXT, text, length=500)
+    for position in range(len(data) - 1):
+        parser.feed(data[position : position + 1])
+    assert parser.failure is None
+    parser.feed(data[-1:])
+    assert parser.failure.code == 1007
+
+
+@pytest.mark.parametrize("step", [None, 1])
+def test_a_message_may_be_as_large_as_the_limit_fragments_counted(step):
+    whole, cut = masked(BINARY, b"x" * 100), masked(BINARY, b"x" * 60, fin=False) + masked(0, b"x" * 40)
+    assert parse(whole + cut + whole, limit=100, step=step) == ([("binary", b"x" * 100)] * 3, None)
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        masked(BINARY, length=101), masked(TEXT, length=2**40),
+        masked(BINARY, b"x" * 60, fin=False) + masked(PING) + masked(0, length=41),
+        masked(BINARY, b"x" * 100, fin=False) + masked(0, length=1),
+    ],
+)  # fmt: skip
+def test_a_message_over_the_limit_is_refused_by_its_head_before_its_bytes_are_held(data):
+    parser = Parser(100)
+    parser.feed(data[:-4])
+    assert (parser.failure.code, parser.message, parser.done) == (1009, None, True)
+
+
+def test_ten_thousand_empty_fragments_hold_nothing():
+    parser = Parser(100)
+    parser.feed(masked(TEXT, fin=False))
+    tracemalloc.start()
+    for _ in range(10_000):
+        parser.feed(masked(0, fin=False))
+    held, _ = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert held < 10_000
+    assert parser.feed(masked(0, b"end")) == [("text", "end")]
+
+
+controls = st.tuples(st.sampled_from([PING, PONG]), st.binary(max_size=125))
+contents = st.one_of(st.text(max_size=300), st.binary(max_size=300))
+messages = st.tuples(contents, st.lists(st.integers(0, 300), max_size=3), st.lists(controls, max_size=3))
+
+
+def on_the_wire(message, mask):
+    """(frames, bytes) of a message, cut into fragments with control frames between them."""
+    content, cuts, between = message
+    kind, body = ("text", content.encode()) if isinstance(content, str) else ("binary", content)
+    bounds = [0, *sorted(min(cut, len(body)) for cut in cuts), len(body)]
+    parts = [body[start:end] for start, end in pairwise(bounds)]
+    data, frames = b"", []
+    for number, part in enumerate(parts):
+        opcode = 0 if number else TEXT if kind == "text" else BINARY
+        if number and number <= len(between):
+            control, text = between[number - 1]
+            data += masked(control, text, mask=mask)
+            frames.append(("ping" if control == PING else "pong", text))
+        data += masked(opcode, part, fin=number == len(parts) - 1, mask=mask)
+    return [*frames, (kind, content)], data
+
+
+def fed(data, cuts):
+    """What a parser makes of data that comes in these portions."""
+    parser = Parser(2000)
+    bounds = [0, *sorted(min(cut, len(data)) for cut in cuts), len(data)]
+    frames = [frame for start, end in pairwise(bounds) for frame in parser.feed(data[start:end])]
+    return frames, parser.done, parser.failure and parser.failure.code
+
+
+@settings(deadline=None)
+@given(st.lists(messages, max_size=4), st.binary(min_size=4, max_size=4), st.lists(st.integers(0, 2000), max_size=6))
+def test_messages_survive_being_cut_anywhere(sequence, mask, cuts):
+    pairs = [on_the_wire(message, mask) for message in sequence]
+    expected = [frame for frames, _ in pairs for frame in frames]
+    assert fed(b"".join(data for _, data in pairs), cuts) == (expected, False, None)
+
+
+plausible = st.builds(masked, st.integers(0, 15), st.binary(max_size=200), st.booleans())
+
+
+@settings(deadline=None)
+@given(st.lists(st.one_of(plausible, st.binary(max_size=20)), max_size=8).map(b"".join))
+def test_any_bytes_are_frames_or_a_failure_and_the_same_however_cut(data):
+    assert fed(data, []) == fed(data, range(len(data)))
+
+
+# -- nova -------------------------------------------------------------------------------------------------------------
+
+UPGRADE = {
+    "HTTP_UPGRADE": "websocket", "HTTP_CONNECTION": "keep-alive, Upgrade", "HTTP_SEC_WEBSOCKET_VERSION": "13",
+    "HTTP_SEC_WEBSOCKET_KEY": HANDSHAKE["Sec-WebSocket-Key"],
+}  # fmt: skip
+
+
+class Parrot(WebSocketHandler):
+    def websocket_handle(self, frame, state):
+        return "reply", frame, state
+
+
+def shown(*keys):
+    """A controller that answers with what it has been given."""
+    return lambda req: ("json", {key: req[key] for key in keys})
+
+
+def test_methods_are_those_listed_and_all_others_a_405_with_allow():
+    app = Nova([{"routes": [("/", shown(), {"methods": ["get", "PUT"]}), ("/", shown(), {"methods": ["post"]})]}])
+    assert [ask(app, method)[0] for method in ("GET", "HEAD", "PUT", "POST")] == [200, 200, 200, 201]
+    status, headers, _ = ask(app, "DELETE")
+    assert (status, set(headers["Allow"].split(",")) - {"HEAD"}) == (405, {"GET", "POST", "PUT"})
+
+
+def test_a_route_without_methods_takes_all():
+    assert {ask(one_route(shown("method")), method)[0] for method in ("GET", "DELETE", "PATCH", "OPTIONS")} == {200}
+
+
+def test_head_is_get_without_the_body():
+    with serving(("/", shown("method"), {"methods": ["get"]}), ("/ok", shown())) as server:
+        status, headers, body = http_request(server, "HEAD", "/")
+        assert (status, headers["Content-Length"], body) == (200, "17", b"")
+        assert statuses(server, b"HEAD / HTTP/1.1\r\nHost: x\r\n\r\n" + LAST) == [200, 200]
+
+
+@pytest.mark.parametrize(
+    ("route", "path", "bindings"),
+    [
+        ("/n/:id", "/n/7", {"id": "7"}), ("/n/<id>", "/n/7", {"id": "7"}), ("/n/<id:int>", "/n/7", {"id": 7}),
+        ("/n/<id:int>", "/n/x", None), ("/n/:id", "/n/7/8", None), ("/:a/x/:b_c", "/1/x/2", {"a": "1", "b_c": "2"}),
+        ("/<path:path>", "/a/b/c", {"path": "a/b/c"}), ("/n/:id", "/n/a%20%C3%BC", {"id": "a ü"}),
+    ],
+)  # fmt: skip
+def test_bindings_come_from_the_path_in_three_spellings(route, path, bindings):
+    with_bytes = urllib.parse.unquote_to_bytes(path).decode("latin1")
+    status, _, body = ask(one_route(shown("bindings"), route), "GET", with_bytes)
+    assert (status, json.loads(body).get("bindings")) == (200 if bindings else 404, bindings)
+
+
+@pytest.mark.parametrize(
+    ("prefix", "path", "rule"),
+    [
+        ("", "/", "/"), ("", "/a", "/a"), ("/api", "/", "/api"), ("/api", "", "/api"), ("/api", "/notes", "/api/notes"),
+        ("/api/", "/notes/:id", "/api/notes/<id>"), ("/u/:user", "/:id", "/u/<user>/<id>"), ("", "/a:b", "/a:b"),
+        ("", "/<id:int>", "/<id:int>"), ("/api", "/a/", "/api/a/"),
+    ],
+)  # fmt: skip
+def test_a_path_behind_its_prefix_is_a_rule_of_bottles(prefix, path, rule):
+    assert nova_lite._rule(prefix, path) == rule
+
+
+@pytest.mark.parametrize(
+    ("groups", "settings"),
+    [
+        ([{"route": []}], {}), ([{"routes": [("/", shown(), {"method": ["get"]})]}], {}),
+        ([{"routes": [("/", shown(), {"protocol": "sse"})]}], {}), ([{"routes": [("/", "no controller")]}], {}),
+        ([{"routes": [("/", object(), {"protocol": "ws"})]}], {}),
+        ([{"routes": [("/", SimpleNamespace(init=shown()), {"protocol": "ws"})]}], {}),
+        ([{"security": True, "routes": []}], {}), ([{"security": "admin", "routes": []}], {}), ([], {"max_size": 1}),
+        ([{"routes": [("/", shown(), {"methods": "get"})]}], {}),
+        ([], {"origins": "http://a"}),
+    ],
+)  # fmt: skip
+def test_what_nova_does_not_know_is_a_value_error(groups, settings):
+    with pytest.raises(ValueError, match=r".+"):
+        Nova(groups, **settings)
+
+
+def test_one_group_needs_no_list_and_a_routes_option_overrides_the_applications():
+    app = Nova({"routes": [("/", echo), ("/large", echo, {"max_body": 100})]}, max_body=10)
+    assert [ask(app, "POST", path, b"x" * 50)[0] for path in ("/", "/large")] == [413, 200]
+
+
+def test_plugins_are_their_groups_alone():
+    def shouting(callback):
+        def wrapper(*args, **kwargs):
+            response = callback(*args, **kwargs)
+            response.set_header("X-Plugin", "yes")
+            return response
+
+        return wrapper
+
+    app = Nova([{"plugins": [shouting], "routes": [("/in", shown())]}, {"routes": [("/out", shown())]}])
+    assert [ask(app, "GET", path)[1].get("X-Plugin") for path in ("/in", "/out")] == ["yes", None]
+
+
+def test_hooks_of_bottles_come_before_and_after_a_controller():
+    app, order = one_route(lambda _req: order.append("controller") or ("json", {})), []
+    app.add_hook("before_request", lambda: order.append("before"))
+    app.add_hook("after_request", lambda: bottle.response.set_header("X-Hook", "yes"))
+    assert ask(app)[1]["X-Hook"] == "yes"
+    assert order == ["before", "controller"]
+
+
+def test_a_cookie_set_with_bottles_response_is_sent():
+    def controller(_req):
+        bottle.response.set_cookie("a", "b")
+        return "json", {}
+
+    assert ask(one_route(controller))[1]["Set-Cookie"] == "a=b"
+
+
+def test_nova_is_a_bottle_and_bottles_own_routes_live_beside_its():
+    app = one_route(shown("path"), "/ours")
+    app.get("/theirs")(lambda: {"of": "bottle"})
+    assert [ask(app, "GET", path)[2] for path in ("/ours", "/theirs")] == [b'{"path":"/ours"}', b'{"of": "bottle"}']
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("prefix", ["/nova/", "/nova"])
+def test_a_nova_app_is_mounted_under_a_plain_bottle(prefix):
+    routes = [("/n/:id", shown("path", "bindings")), ("/ws", Parrot, {"protocol": "ws"})]
+    parent = bottle.Bottle()
+    parent.mount(prefix, Nova({"routes": routes}))
+    with Server(parent, port=0, drain_time=PATIENCE) as server:
+        assert get_json(server, "/nova/n/7") == (200, {"path": "/nova/n/7", "bindings": {"id": "7"}})
+        with ws(server, "/nova/ws") as client:
+            client.send("hi")
+            assert client.recv(PATIENCE) == "hi"
+
+
+def raising(error):
+    def security(_req):
+        raise error
+
+    return security
+
+
+NO = {"WWW-Authenticate": "Basic"}
+REFUSALS = [
+    (lambda _req: False, 401, {}, b'{"error": "Unauthorized"}'),
+    (lambda _req: (False, NO), 401, NO, b'{"error": "Unauthorized"}'),
+    (lambda _req: (False, 403, {"X-Why": "no"}), 403, {"X-Why": "no"}, b'{"error": "Forbidden"}'),
+    (lambda _req: (False, 403, {"X-Why": "no"}, "not you"), 403, {"X-Why": "no"}, b"not you"),
+    (lambda _req: (False, 403, {}, {"error": "not you"}), 403, JSON, b'{"error":"not you"}'),
+    (lambda _req: ("redirect", "/login"), 302, {"Location": "/login"}, b""),
+    (lambda _req: HTTPResponse("busy", 503), 503, {}, b"busy"),
+    (raising(HTTPError(418, "tea")), 418, {}, b'{"error": "tea"}'),
+    (raising(RuntimeError("secret")), 500, {}, b'{"error": "Internal Server Error"}'),
+    (lambda _req: (False, 403, {}, 5), 500, {}, b'{"error": "Internal Server Error"}'),
+    (lambda _req: (False, {"X": "a\r\nb"}), 500, {}, b'{"error": "Internal Server Error"}'),
+    *[
+        (lambda _req, value=value: value, 401, {}, b'{"error": "Unauthorized"}')
+        for value in (None, 0, 1, "yes", (), (True,), (True, 1, 2), (1, "me"), (False, "403", {}), {"admin": True})
+    ],
+]
+
+
+@pytest.mark.parametrize("protocol", ["http", "ws"])
+@pytest.mark.parametrize(("security", "status", "headers", "body"), REFUSALS)
+def test_what_security_refuses_is_refused_before_a_controller_and_before_a_101(
+    security, status, headers, body, protocol
+):
+    reached = []
+    handler = SimpleNamespace(init=reached.append, websocket_handle=None, websocket_info=None)
+    app = one_route(reached.append if protocol == "http" else handler, security=security, protocol=protocol)
+    given_status, given_headers, given_body = ask(app, **UPGRADE, **{"nova_lite.lobby": []})
+    assert (given_status, given_body, reached) == (status, body, [])
+    assert {name: given_headers[name] for name in headers} == headers
+
+
+@pytest.mark.parametrize(("answer", "auth_data"), [(True, None), ((True, {"id": 1}), {"id": 1}), ((True, 0), 0)])
+def test_who_passes_security_is_known_to_the_controller_and_to_the_handler(answer, auth_data):
+    class WhoAmI(WebSocketHandler):
+        def websocket_handle(self, frame, state):
+            return "reply", ("text", json.dumps(state["req"]["auth_data"])), state
+
+    routes = [("/", shown("auth_data")), ("/ws", WhoAmI, {"protocol": "ws"})]
+    with serving(*routes, security=lambda req: req["headers"].get("X-Token") == "t" and answer) as server:
+        assert get_json(server, "/")[0] == 401
+        assert get_json(server, "/", **{"X-Token": "t"}) == (200, {"auth_data": auth_data})
+        with ws(server, additional_headers={"X-Token": "t"}) as client:
+            client.send("who am I?")
+            assert json.loads(client.recv(PATIENCE)) == auth_data
+
+
+def test_security_may_look_at_the_body_and_the_controller_still_has_it():
+    app = one_route(shown("params"), security=lambda req: req["params"].get("key") == "k")
+    ours = ("POST", "/", b'{"key": "k"}', "application/json")
+    assert ask(app, *ours)[::2] == (201, b'{"params":{"key":"k"}}')
+    assert ask(app, "POST", "/", b"{", "application/json")[0] == 400
+
+
+def test_a_websocket_route_answers_a_plain_get_with_426_and_what_to_upgrade_to():
+    with serving(("/ws", Parrot, {"protocol": "ws"})) as server:
+        status, headers, body = http_request(server, "GET", "/ws")
+        assert (status, headers["Upgrade"], bool(json.loads(body)["error"])) == (426, "websocket", True)
+        assert http_request(server, "POST", "/ws")[0] == 405
+
+
+@pytest.mark.parametrize(
+    ("changes", "status"),
+    [
+        ({}, None), ({"HTTP_UPGRADE": "WebSocket", "HTTP_CONNECTION": "UPGRADE"}, None), ({"HTTP_UPGRADE": "h2c"}, 426),
+        ({"HTTP_CONNECTION": "close"}, 400), ({"HTTP_CONNECTION": None}, 400),
+        ({"HTTP_SEC_WEBSOCKET_VERSION": None}, 426), ({"HTTP_SEC_WEBSOCKET_VERSION": "8"}, 426),
+        ({"HTTP_SEC_WEBSOCKET_KEY": None}, 400), ({"HTTP_SEC_WEBSOCKET_KEY": "dGhlIHNhbXBsZSBub25j"}, 400),
+        ({"HTTP_SEC_WEBSOCKET_KEY": "dGhlIHNhbXBsZSBub25jZQ==,dGhlIHNhbXBsZSBub25jZQ=="}, 400),
+        ({"HTTP_SEC_WEBSOCKET_KEY": "dGhlIHNhbXBsZSBub25jZQ==\n"}, 400), ({"SERVER_PROTOCOL": "HTTP/1.0"}, 400),
+        ({"HTTP_ORIGIN": "http://evil.example"}, 403), ({"REQUEST_METHOD": "HEAD"}, 400),
+        ({"HTTP_HOST": None}, 400),
+    ],
+)  # fmt: skip
+def test_an_opening_handshake_is_checked(changes, status):
+    refusal = check_handshake(environ(**{**UPGRADE, **changes}), None)
+    assert (refusal and refusal.status_code) == status
+
+
+@pytest.mark.parametrize(
+    ("changes", "status"),
+    [
+        ({"Sec_WebSocket_Version": "8"}, 426), ({"Sec_WebSocket_Key": "short"}, 400),
+        ({"Origin": "http://evil.example"}, 403), ({"Connection": None}, 400),
+    ],
+)  # fmt: skip
+def test_a_handshake_is_refused_with_a_complete_answer_and_the_connection_stays_usable(changes, status):
+    routes = [("/ws", Parrot, {"protocol": "ws"}), ("/ok", lambda _req: ("status", 200))]
+    with serving(*routes) as server, bare(server, handshake(**changes) + LAST) as sock:
+        head, _, rest = read_to_end(sock).partition(b"\r\n\r\n")
+    size = int(re.search(rb"Content-Length: (\d+)", head)[1])
+    assert head.startswith(b"HTTP/1.1 %d " % status)
+    assert json.loads(rest[:size])["error"]
+    assert rest[size:].startswith(b"HTTP/1.1 200 ")
+    assert status != 426 or b"Sec-Websocket-Version: 13" in head
+
+
+@pytest.mark.parametrize(
+    ("origin", "host", "origins", "own"),
+    [
+        (None, "localhost:8080", None, True), ("http://localhost:8080", "localhost:8080", None, True),
+        ("http://LOCALHOST:8080", "localhost:8080", None, True), ("http://localhost", "localhost:80", None, True),
+        ("http://[::1]:8080", "[::1]:8080", None, True), ("http://localhost:8081", "localhost:8080", None, False),
+        ("http://localhost.evil.example", "localhost", None, False), ("null", "localhost", None, False),
+        ("", "localhost", None, False), ("http://evil.example", "localhost", "*", True),
+        ("http://a.example", "localhost", ["http://a.example"], True),
+        ("http://b.example", "localhost", ["http://a.example"], False),
+        ("http://localhost", "localhost", ["http://a.example"], False), (None, "localhost", ["http://a.example"], True),
+        ("https://example.com", "example.com", None, False),
+        ("http://evil:x", "localhost:y", None, False),
+    ],
+)  # fmt: skip
+def test_an_origin_is_the_requests_own_host_or_a_listed_one(origin, host, origins, own):
+    assert is_own_origin(environ(HTTP_ORIGIN=origin, HTTP_HOST=host), origins) is own
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [RuntimeError("no"), HTTPError(403), None, "ok", ("ok",), ("stop", 1), ("reply", ("text", "x"), 1), ("error", "x")],
+)
+def test_an_init_that_does_not_say_ok_is_a_500_before_the_101(answer, caplog):
+    class Reluctant(WebSocketHandler):
+        def init(self, state):
+            pubsub.join("never")
+            if isinstance(answer, Exception):
+                raise answer
+            return answer
+
+    with serving(("/ws", Reluctant, {"protocol": "ws"})) as server, bare(server, handshake() + LAST) as sock:
+        data = read_to_end(sock)
+    assert data.startswith(b"HTTP/1.1 500 ")
+    assert b'{"error": "Internal Server Error"}' in data
+    assert "Reluctant.init" in caplog.text
+
+
+def as_module():
+    module = types.ModuleType("parrot")
+    vars(module).update(vars(as_namespace()))
+    return module
+
+
+def as_namespace():
+    return SimpleNamespace(
+        init=lambda state: ("ok", state),
+        websocket_handle=lambda frame, state: ("reply", frame, state),
+        websocket_info=lambda _info, state: ("ok", state),
+    )
+
+
+@pytest.mark.parametrize("handler", [Parrot, Parrot(), as_module(), as_namespace()])
+def test_a_handler_is_a_class_or_any_object_with_the_callbacks(handler):
+    with serving(("/ws", handler, {"protocol": "ws"})) as server, ws(server) as client:
+        client.send("hi")
+        assert client.recv(PATIENCE) == "hi"
+
+
+def test_a_class_is_one_instance_a_connection():
+    class Counter(WebSocketHandler):
+        count = 0
+
+        def websocket_handle(self, frame, state):
+            self.count += 1
+            return "reply", ("text", str(self.count)), state
+
+    with serving(("/ws", Counter, {"protocol": "ws"})) as server:
+        for _ in range(2):
+            with ws(server) as client:
+                client.send("")
+                assert client.recv(PATIENCE) == "1"
+
+
+@pytest.mark.parametrize(
+    "key",
+    [
+        *[key for key in KEYS if key != "body"], "body",
+    ],
+)  # fmt: skip
+def test_the_request_of_a_websocket_may_be_asked_all_its_life(key):
+    class Curious(WebSocketHandler):
+        def websocket_handle(self, frame, state):
+            return "reply", ("text", type(state["req"][key]).__name__), state
+
+    with serving(("/ws", Curious, {"protocol": "ws"})) as server, ws(server) as client:
+        client.send("")
+        assert client.recv(PATIENCE)
+
+
+def test_a_foreign_server_gets_a_501_for_a_websocket_and_plain_answers_for_the_rest(caplog):
+    app = Nova([{"routes": [("/ws", Parrot, {"protocol": "ws"}), ("/", shown("path"))]}])
+    assert ask(app, "GET", "/ws", **UPGRADE)[0] == 501
+    assert "app.run()" in caplog.text
+    assert ask(app)[::2] == (200, b'{"path":"/"}')
+
+
+def test_a_foreign_server_is_told_no_hop_by_hop_headers():
+    headers = ask(one_route(Parrot, protocol="ws"))[1]
+    assert list(filter(wsgiref.util.is_hop_by_hop, headers.keys())) == []
 
 
 # -- websocket process -----------------------------------------------------------------------------------------------
