@@ -45,6 +45,8 @@ What differs from Erlang:
   * Membership is a set: joining twice is joining once (pg counts).
   * A greenlet that becomes a process by asking for its pid ends with its greenlet, in a request with the request. The
     main greenlet is nobody's to kill: an exit signal that it does not trap is logged, and it goes on.
+  * Callbacks share their greenlets: a gevent.Timeout that a callback leaves running may hit another process, and what
+    it puts into contextvars may be seen there. Close what you open (`with gevent.Timeout(...)`).
   * Another OS thread may `send`, `broadcast` and `exit`; it has no mailbox of its own.
   * Sending to a name that nobody has is silent, as sending to the dead is.
   * `init` of a WebSocket handler runs in the connection's own process, so joining there works over HTTP/1.1 as well.
@@ -73,6 +75,7 @@ import re
 import signal
 import subprocess
 import sys
+import sysconfig
 import time
 import traceback
 import weakref
@@ -80,6 +83,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, fields, replace
+from functools import partial
 from http.cookies import CookieError
 from io import BytesIO
 from itertools import count
@@ -96,16 +100,16 @@ import gevent.event
 import gevent.monkey
 import gevent.pywsgi
 from bottle import HTTPError, HTTPResponse
-from gevent.hub import Waiter, get_hub
+from gevent.hub import Hub, Waiter, get_hub
 from geventwebsocket.handler import WebSocketHandler as UpgradeHandler
 from greenlet import getcurrent, greenlet
 
 __version__ = "0.1.0"
 __all__ = [
-    "CallError", "CallTimeout", "GenServer", "Message", "NoProc", "Nova", "Pid", "Request", "Server", "ServerDied", "Settings",
-    "WebSocketHandler", "call", "cancel_timer", "cast", "demonitor", "exit", "link", "monitor", "process_flag",
-    "pubsub", "receive", "register", "reload_on_change", "reply", "run", "self_pid", "send", "send_after", "spawn",
-    "start_link", "start_supervisor", "stop", "unlink", "whereis",
+    "CallError", "CallTimeout", "GenServer", "Message", "NoProc", "Nova", "Pid", "Request", "Server", "ServerDied",
+    "Settings", "WebSocketHandler", "call", "cancel_timer", "cast", "demonitor", "exit", "link", "monitor",
+    "process_flag", "pubsub", "receive", "register", "reload_on_change", "reply", "run", "self_pid", "send",
+    "send_after", "spawn", "start_link", "start_supervisor", "stop", "unlink", "whereis",
 ]  # fmt: skip
 
 log = logging.getLogger("nova_lite" if __name__ == "__main__" else __name__)
@@ -139,6 +143,7 @@ class Settings:
 # ---------------------------------------------------------------------------------------------------------------------
 
 TIME_SLICE = 0.005  # seconds that turns may take before sockets and timers get theirs; gevent's own switch interval
+_FOR_EVER = 1e9  # seconds
 SPARE_RUNNERS = 64  # idle runners kept: a burst of callbacks that block should not cost as many stacks ever after
 
 # Patched, get_ident would tell greenlets apart, not threads.
@@ -247,6 +252,7 @@ class Process(Pid):
 
     def ends(self, error: BaseException) -> None:
         """A turn was left by `error`, or a signal came between turns: last words, then the end. Never raises."""
+        self.exiting = _ENDING
         try:
             reason = self.last_words(error)
         except BaseException as failure:
@@ -261,8 +267,8 @@ class Process(Pid):
 
     def crashed(self, error: BaseException, where: str) -> Any:
         """Logs a crash, once, with its traceback; a death by signal is none. Tells the exit reason."""
-        if isinstance(error, ProcessExit):
-            return error.reason
+        if isinstance(error, gevent.GreenletExit):
+            return getattr(error, "reason", "killed")
         if not isinstance(error, KeyboardInterrupt | SystemExit):
             log.error("%r%s crashed%s", self, self.title(), where and f" in {where}", exc_info=error)
         return error
@@ -299,6 +305,7 @@ class Process(Pid):
 
 
 _NOWHERE: deque[Any] = deque(maxlen=0)  # the mailbox of the dead: takes everything, keeps nothing
+_ENDING = ProcessExit("ending")  # `exiting` during the last words: only "kill" cuts them short
 
 
 class Task(Process):
@@ -331,21 +338,37 @@ class Adopted(Process):
 
     def _ended(self, done: gevent.Greenlet) -> None:
         value = done.value if done.successful() else done.exception
-        self.finish(value.reason if isinstance(value, ProcessExit) else done.exception or "normal")
+        if isinstance(value, gevent.GreenletExit):
+            value = getattr(value, "reason", "killed")
+        self.finish("normal" if done.successful() and value is done.value else value)
 
     def _collected(self, _greenlet: Any) -> None:
         _scheduler.at_home(self.finish, "normal")
+
+    def finish(self, reason: Any) -> None:
+        super().finish(reason)
+        target = self.greenlet()
+        if target is not None:
+            _adopted.pop(target, None)
+        if isinstance(target, gevent.Greenlet):
+            target.unlink(self._ended)
 
     def kill(self, reason: Any) -> None:
         target = self.greenlet()
         if target is None or self.mailbox is _NOWHERE:
             return
-        if target.parent is None or target is _scheduler.hub:
+        if target.parent is None:
             log.error("%r is the main greenlet and goes on; the exit signal was %r", self, reason)
         elif target is getcurrent():
             raise ProcessExit(reason)
         else:
-            _scheduler.hub.loop.run_callback(target.throw, ProcessExit(reason))
+            _scheduler.settle()
+            _scheduler.hub.loop.run_callback(self._interrupt, ProcessExit(reason))
+
+    def _interrupt(self, signal: ProcessExit) -> None:
+        target = self.greenlet()
+        if target is not None and self.mailbox is not _NOWHERE:
+            target.throw(signal)
 
 
 class Runner(greenlet):
@@ -371,7 +394,13 @@ class Runner(greenlet):
                 scheduler.runners.discard(self)
                 return
             scheduler.idle.append(self)
-            scheduler.hub.switch()
+            try:
+                while self in scheduler.idle:  # else the switch was meant for a callback that is long gone
+                    scheduler.hub.switch()
+            except BaseException:  # a gevent.Timeout that a callback has left running
+                scheduler.idle.remove(self)
+                scheduler.runners.discard(self)
+                return
 
     def switch_out(self) -> None:
         """gevent's hook: this greenlet is about to wait."""
@@ -390,6 +419,7 @@ class Scheduler:
         self.runners: set[Runner] = set()
         self.deadline = 0.0
         self.called = False  # `serve` is among the hub's callbacks
+        self.again: Any = None  # the timer that calls it after a slice
 
     def enqueue(self, process: Process) -> None:
         process.wake = None
@@ -405,8 +435,8 @@ class Scheduler:
             runner = self.idle.pop() if self.idle else self.new_runner()
             runner.switch()  # comes back when it is idle, or when a callback blocks it
         self.called = bool(self.ready)
-        if self.called:
-            self.hub.loop.run_callback(self.serve)
+        if self.called:  # by a timer: gevent runs 50 callbacks before it looks at sockets again
+            self.again.start(self.serve)
 
     def new_runner(self) -> Runner:
         runner = Runner(parent=self.hub)
@@ -417,6 +447,7 @@ class Scheduler:
         """Makes this thread and its hub the home of all processes, unless there is one."""
         if self.thread is None:
             self.thread, self.hub = _get_ident(), get_hub()
+            self.again = self.hub.loop.timer(0)
 
     def at_home(self, fn: Callable[..., Any], *args: Any) -> None:
         """Calls `fn` in the home thread: at once if this is it, else as a callback of its hub, in order."""
@@ -443,9 +474,10 @@ def self_pid() -> Pid:
 
 
 def _adopt(current: greenlet) -> Process:
-    process = _adopted[current] = Adopted(current)
-    if _scheduler.thread not in (None, _get_ident()):
-        process.finish("noproc")  # in another thread: it can be named as a sender, but has no mailbox
+    process = Adopted(current)
+    if _scheduler.thread not in (None, _get_ident()) or isinstance(current, Hub):
+        process.finish("noproc")  # in another thread, or a callback of the hub: a sender without a mailbox
+    _adopted[current] = process
     return process
 
 
@@ -468,10 +500,9 @@ def _resolve(target: Pid | str) -> Any:
 
 def _wait(waiter: Waiter, timeout: float | None) -> Any:
     """What `waiter` is given, or None after `timeout` seconds."""
-    if timeout is None:
-        return waiter.get()
-    with get_hub().loop.timer(max(timeout, 0)) as timer:
-        timer.start(waiter.switch, None)
+    # Without a timer, gevent would raise LoopExit in the main greenlet, though a thread may send yet.
+    with get_hub().loop.timer(_FOR_EVER if timeout is None else max(timeout, 0)) as timer:
+        timer.start(waiter.switch, None, update=True)
         return waiter.get()
 
 
@@ -512,7 +543,7 @@ def receive(timeout: float | None = None, match: Callable[[Any], Any] | None = N
 
 
 def _await_message(me: Process, timeout: float | None) -> None:
-    if me.exiting is not None:
+    if me.exiting not in (None, _ENDING):
         raise me.exiting
     waiter = Waiter()
 
@@ -527,13 +558,17 @@ def _await_message(me: Process, timeout: float | None) -> None:
         me.wake = None
 
 
-def register(name: str, pid: Pid) -> None:
-    """Gives a process a name (erlang:register/2). Raises ValueError where either has one already, or is dead."""
+def _name(name: str) -> str:
     if not isinstance(name, str) or not name:
         raise ValueError(f"a name is a string that is not empty, not {name!r}")
+    return name
+
+
+def register(name: str, pid: Pid) -> None:
+    """Gives a process a name (erlang:register/2). Raises ValueError where either has one already, or is dead."""
     if not isinstance(pid, Process) or pid.mailbox is _NOWHERE:
         raise ValueError(f"{pid!r} is no live process of this node")
-    if name in _names or pid.name is not None:
+    if _name(name) in _names or pid.name is not None:
         raise ValueError(f"{name!r} or {pid!r} is registered already")
     _names[name], pid.name = pid, name
 
@@ -632,7 +667,7 @@ def send_after(seconds: float, target: Pid | str, message: Any) -> Timer:
     """Sends `message` in so many seconds (erlang:send_after/3). Raises TypeError where `target` is no pid or name."""
     _me(), _resolve(target)
     timer = Timer(_scheduler.hub.loop.timer(max(seconds, 0)), monotonic() + seconds)
-    timer.watcher.start(timer.fire, target, message)
+    timer.watcher.start(timer.fire, target, message, update=True)
     return timer
 
 
@@ -759,7 +794,7 @@ class ServerProcess(Process):
         self.rest()
         if isinstance(timeout, int | float) and self.wake is not None:
             self.timer = _scheduler.hub.loop.timer(max(timeout, 0))
-            self.timer.start(self.deliver, "timeout")
+            self.timer.start(self.deliver, "timeout", update=True)
 
     def _init(self) -> Any:
         result, starter = self.server.init(self.args), self.starter
@@ -785,7 +820,11 @@ class ServerProcess(Process):
                 raise _Stop(reason)
             case ("EXIT", self.parent, reason):
                 raise _Stop(reason)
-        return self._take(self.server.handle_info(message, self.state))
+        return self._take(self._optional("handle_info")(message, self.state))
+
+    def _optional(self, callback: str) -> Callable[..., Any]:
+        """A callback that OTP does not ask for: GenServer's, where the server has none."""
+        return getattr(self.server, callback, None) or partial(getattr(GenServer, callback), self.server)
 
     def _take(self, result: Any, from_: Any = None) -> Any:
         match result:
@@ -813,7 +852,7 @@ class ServerProcess(Process):
             return error.reason
         reason = self._reason(error)
         try:
-            self.server.terminate(reason, self.state)
+            self._optional("terminate")(reason, self.state)
         except BaseException as failure:
             reason = self.crashed(failure, "terminate")
         if isinstance(error, _Stop) and error.answer:
@@ -855,7 +894,7 @@ def start_link(cls: Any, args: Any = None, name: str | None = None) -> Any:
     ("error", ("already_started", pid)) if `name` is taken; "ignore" if `init` says so.
     """
     me = _me()
-    if name is not None and name in _names:
+    if name is not None and _name(name) in _names:
         return "error", ("already_started", _names[name])
     server = ServerProcess(cls() if isinstance(cls, type) else cls, args, me)
     if name is not None:
@@ -911,7 +950,8 @@ def stop(server: Pid | str, reason: Any = "normal", timeout: float | None = None
     process = _resolve(server)
     if process is None or process.mailbox is _NOWHERE:
         raise NoProc(server)
-    _me()
+    if process is _me():
+        raise CallError(f"{process!r} stops itself")
     process.deliver(("$stop", reason))
     if _ask(process, Alias(), timeout) is None:
         raise CallTimeout(f"{server!r} did not stop in {timeout} s")
@@ -937,7 +977,7 @@ class Supervisor(GenServer):
             pid = self._start(spec)
             if isinstance(pid, tuple):
                 self.terminate("shutdown", state)
-                return "stop", ("failed_to_start_child", spec["id"], pid[1])
+                return "stop", ("shutdown", ("failed_to_start_child", spec["id"], pid[1]))
             state[spec["id"]] = (spec, pid)
         return "ok", state
 
@@ -949,9 +989,15 @@ class Supervisor(GenServer):
         except Exception as error:
             log.error("%r child %r could not be started", self_pid(), spec["id"], exc_info=error)
             return "error", error
-        if isinstance(pid, Pid):
-            link(pid)
-        return None if pid == "ignore" else pid
+        match pid:
+            case Pid():
+                link(pid)
+                return pid
+            case "ignore":
+                return None
+            case ("error", _):
+                return pid
+        return "error", pid
 
     def handle_call(self, request: Any, from_: Any, state: Any) -> Any:
         if request == "which_children":
@@ -1017,8 +1063,10 @@ def start_supervisor(
     """
     specs = [{"restart": "permanent", **child} for child in children]
     for spec in specs:
-        if not {"id", "start"} <= set(spec) or spec["restart"] not in ("permanent", "transient", "temporary"):
-            raise ValueError(f"a child needs an id, a start and one of the three kinds of restart: {spec!r}")
+        match spec:
+            case {"id": _, "start": (fn, *_), "restart": "permanent" | "transient" | "temporary"} if callable(fn):
+                continue
+        raise ValueError(f"a child needs an id, a start and one of the three kinds of restart: {spec!r}")
     if len({spec["id"] for spec in specs}) < len(specs):
         raise ValueError("two children have the same id")
     return start_link(Supervisor(specs, intensity, period), name=name)
@@ -1042,10 +1090,10 @@ class Message(tuple):
         """
         if self._memo is None:
             self._memo = {}
-        key = getattr(fn, "__code__", fn)
-        if key not in self._memo:
-            self._memo[key] = fn(self)
-        return self._memo[key]
+        code = getattr(fn, "__code__", fn)  # by identity: the codes of two files may be equal; kept, so its id is, too
+        if id(code) not in self._memo:
+            self._memo[id(code)] = code, fn(self)
+        return self._memo[id(code)][1]
 
 
 class PubSub:
@@ -1181,7 +1229,7 @@ pubsub = PubSub()
 class Request(Mapping[str, Any]):
     """What a controller is given: a read-only mapping, worked out lazily, that `match` takes apart.
 
-    `method`, `path`, `bindings` (from the route), `params` (the JSON object or the form of the body), `json` (any JSON),
+    `method`, `path`, `bindings` (from the route), `params` (the JSON object or form of the body), `json` (any JSON),
     `body` (bytes), `qs` (the query), `headers` (whatever case), `cookies`, `peer` (address, port), `auth_data` (what
     security said). Asking for `body`, `json` or `params` may raise an HTTPError: 400 or 413.
     """
@@ -1261,7 +1309,7 @@ _REQUEST_KEYS: dict[str, Callable[[Request], Any]] = {
 
 
 def read_body(environ: dict[str, Any], limit: int) -> bytes:
-    """The body, leaving it to be read again by bottle's `request`. HTTPError: 413 over `limit` bytes, 400 if cut off."""
+    """The body, which bottle's `request` may read again. Raises HTTPError: 413 over `limit` bytes, 400 if cut off."""
     if "bottle.request.body" in environ:  # a hook has read it
         environ["bottle.request.body"].seek(0)
     chunked = "chunked" in environ.get("HTTP_TRANSFER_ENCODING", "").lower()
@@ -1658,7 +1706,6 @@ class Ending(Exception):
         self.code, self.text, self.reason = code, text, reason
 
 
-PING_CLIENT = ("$ping",)  # the sweep's wish for a ping, in the inbox
 _frame_cache: dict[str, bytes] = {}
 _frame_cache_size = 0
 
@@ -1691,8 +1738,8 @@ class Connection(Process):
     )  # fmt: skip
 
     def __init__(self, handler: Any, req: Request, settings: Settings) -> None:
+        self.handler = handler() if isinstance(handler, type) else handler  # may raise: not a process yet
         super().__init__()
-        self.handler = handler() if isinstance(handler, type) else handler
         self.req, self.settings = req, settings
         self.state: Any = {"req": req}
         self.starter: Alias | None = None  # the gate, which waits for init's answer
@@ -1715,7 +1762,11 @@ class Connection(Process):
         _scheduler.settle()
         starter = self.starter = Alias()
         _enqueue(self)
-        return _ask(self, starter, None) == "ok"
+        try:
+            return _ask(self, starter, None) == "ok"
+        except BaseException:  # whoever asked is gone, and nobody else would open it
+            self.kill("killed")
+            raise
 
     def _init(self) -> None:
         match self.handler.init(self.state):
@@ -1729,7 +1780,8 @@ class Connection(Process):
     def open(self, sock: Any, early: bytes, lounge: Lounge) -> None:
         """After the 101: takes over the socket, and the bytes that came right behind the handshake."""
         if self.exiting is not None:  # killed meanwhile
-            return sock.close()
+            sock.close()
+            return
         self.sock, self.lounge = sock, lounge
         lounge.enter(self)
         self.reader = _scheduler.hub.loop.io(sock.fileno(), 1)
@@ -1745,7 +1797,8 @@ class Connection(Process):
     def step(self) -> None:
         if self.starter is not None:
             self._init()
-            return self.rest()
+            self.rest()
+            return
         if self.inbox:
             self._handle_inbox()
         mailbox, info = self.mailbox, self.handler.websocket_info
@@ -1770,8 +1823,6 @@ class Connection(Process):
                 self._handle_event(frame)
             elif frame[0] == "close":
                 raise Ending(frame[1], "", "remote" if frame[1] == NO_STATUS else ("remote", *frame[1:]))
-            elif frame is PING_CLIENT:
-                self.said.append(encode_frame("ping"))
             else:
                 if frame[0] == "ping":
                     self.said.append(encode_frame(("pong", frame[1])))
@@ -1838,8 +1889,9 @@ class Connection(Process):
         if failure is not None:
             self.inbox.append(Ending(failure.code, failure.text, ("error", failure.what)))
         elif not data:
+            self.parser.done = True
             self.inbox.append(Ending(None, "", ("error", "closed")))
-        if len(self.inbox) >= self.settings.backlog or self.parser.done or not data:
+        if len(self.inbox) >= self.settings.backlog or self.parser.done:
             self.reader.stop()
 
     def flush(self) -> None:
@@ -1882,7 +1934,8 @@ class Connection(Process):
 
     def tick(self, seconds: float) -> None:
         """The sweep comes by, so many seconds after the last time."""
-        before, self.quiet = self.quiet, self.quiet + seconds
+        paused = not self.reader.active and not self.parser.done  # by ourselves: the client is not to blame
+        before, self.quiet = self.quiet, 0.0 if paused else self.quiet + seconds
         self.stalled += seconds
         settings = self.settings
         if self.closing:
@@ -1892,9 +1945,9 @@ class Connection(Process):
             self.kill(SLOW)
         elif self.quiet > settings.idle_timeout:
             self.kill(IDLE)
-        elif before // settings.ping_interval < self.quiet // settings.ping_interval and self.wake is _enqueue:
-            self.inbox.append(PING_CLIENT)
-            _enqueue(self)
+        elif before // settings.ping_interval < self.quiet // settings.ping_interval:
+            self.said.append(encode_frame("ping"))  # from the hub, between turns: a process that is busy is alive, too
+            self.flush()
 
     # -- the end
 
@@ -1932,8 +1985,8 @@ class Connection(Process):
         self.flush()
         self.closing, self.stalled, self.inbox = True, 0.0, []
         if ending.reason == ("error", "closed"):
-            return self.cut()
-        if not self.reader.active:
+            self.cut()
+        elif not self.reader.active:
             self.reader.start(self.readable)
         if not self.out:
             self._half_close()
@@ -1950,7 +2003,7 @@ class Connection(Process):
     def _half_close(self) -> None:
         """All is said. Once the client has said its close too, the server is the one to close TCP; and it reads on to
         the end, since closing with bytes unread would reset the connection and might take our close frame with it."""
-        if self.parser.done:
+        if self.parser.done and self.sock is not None:
             with suppress(OSError):  # the client is gone; `readable` is about to hear so
                 self.sock.shutdown(_socket.SHUT_WR)
 
@@ -1963,7 +2016,15 @@ class Connection(Process):
                 watcher.close()
         self.sock.close()
         self.sock = self.reader = self.writer = None
-        self.lounge.leave(self)  # type: ignore[union-attr]
+        if self.mailbox is _NOWHERE:
+            self.lounge.leave(self)  # type: ignore[union-attr]
+
+    def finish(self, reason: Any) -> None:
+        super().finish(reason)
+        if self.sock is not None and not self.closing:  # the last words did not get as far as the goodbye
+            self.cut()
+        elif self.sock is None and self.lounge is not None:
+            self.lounge.leave(self)
 
 
 SLOW = Ending(1013, "too slow", ("error", "slow"))
@@ -2047,6 +2108,7 @@ class Nova(bottle.Bottle):
         if isinstance(methods, str):
             raise ValueError(f"{rule}: methods is a list")
         settings = _settings(self.settings, options)
+        endpoint: _Endpoint
         if protocol == "ws":
             endpoint, methods = _WebSocketEndpoint(controller, security, settings), ["get"]
         elif protocol == "http" and callable(controller):
@@ -2255,6 +2317,10 @@ class RequestHandler(UpgradeHandler):
 
     busy = False  # between a request's first line and the end of its response
     response_headers: list[tuple[bytes, bytes]]
+    environ: dict[str, Any]
+    socket: Any
+    websocket: Any
+    wsgi_input: Any
     logger = log  # gevent-websocket would set up one of its own
     MessageClass = Headers
 
@@ -2282,11 +2348,13 @@ class RequestHandler(UpgradeHandler):
                 yield "HTTP_" + name.replace("-", "_").upper(), value
 
     def run_application(self) -> None:
-        lobby = self.environ["nova_lite.lobby"] = []
+        lobby: list[Connection] = []
+        self.environ["nova_lite.lobby"] = lobby
         try:
             gevent.pywsgi.WSGIHandler.run_application(self)
             if lobby and self.code == 101:
-                self._hand_over(lobby.pop())
+                self._hand_over(lobby[0])
+                lobby.clear()
         finally:
             for connection in lobby:  # the 101 was replaced by a hook or a plugin, or did not get through
                 connection.kill(("error", "closed"))
@@ -2295,6 +2363,8 @@ class RequestHandler(UpgradeHandler):
     def _discard_body(self) -> None:
         """Reads on to the next request; a client that says too much, takes too long or talks nonsense is hung up on."""
         body, self.wsgi_input = self.wsgi_input, _NO_INPUT
+        if not body.chunked_input and body.position >= (body.content_length or 0):
+            return
         body.send_100_continue_enabled = False
         left, self.close_connection, keep = DISCARD_SIZE, True, not self.close_connection
         with gevent.Timeout(DISCARD_TIME, False), suppress(OSError):
@@ -2323,9 +2393,12 @@ class RequestHandler(UpgradeHandler):
         early = self.rfile.peek()  # frames that came right behind the handshake
         sock = self.socket
         raw = _socket.socket(sock.family, sock.type, sock.proto, sock.detach())
+        raw.setblocking(False)  # whatever socket.setdefaulttimeout says
         self.socket, self.websocket = None, None
         connection.req.detach()
         connection.open(raw, early, self.server.lounge)
+        if self.server.draining:
+            connection.kill("shutdown")
 
     def handle_one_response(self) -> None:
         try:
@@ -2335,7 +2408,6 @@ class RequestHandler(UpgradeHandler):
             process = _current()
             if process is not None:  # a request is a process for as long as it lasts
                 process.finish("normal")
-                del _adopted[getcurrent()]
             if self.server.draining:
                 self.close_connection = True
 
@@ -2354,9 +2426,10 @@ class RequestHandler(UpgradeHandler):
     def log_request(self) -> None:
         if log.isEnabledFor(logging.INFO):
             milliseconds = (self.time_finish - self.time_start) * 1000
-            peer = "%s:%s" % self.client_address[:2] if isinstance(self.client_address, tuple) else "-"
+            peer, port = self.client_address[:2]
             status = (self._orig_status or "000").split()[0]
-            log.info('%s "%s" %s %d %.1f ms', peer, self.requestline, status, self.response_length, milliseconds)
+            line = self.requestline, status, self.response_length, milliseconds
+            log.info('%s:%d "%s" %s %d %.1f ms', peer, port, *line)
 
     def log_error(self, msg: str, *args: Any) -> None:
         log.info("bad request: " + msg, *args)  # noqa: G003 -- pywsgi's messages are formats
@@ -2389,7 +2462,7 @@ class Server(gevent.pywsgi.WSGIServer):
         self.socket.setsockopt(IPPROTO_TCP, TCP_NODELAY, 1)  # accepted sockets inherit it
 
     def stop(self, timeout: float | None = None) -> None:
-        """Closes the listener, lets requests finish, closes WebSockets with 1001; what is left after `timeout` is cut."""
+        """Closes the listener, lets requests finish, closes WebSockets with 1001; cuts what is left after `timeout`."""
         deadline = monotonic() + (self.drain_time if timeout is None else timeout)
         self.draining = True
         self.close()
@@ -2399,6 +2472,9 @@ class Server(gevent.pywsgi.WSGIServer):
         while (self.handlers or self.lounge.connections) and monotonic() < deadline:
             gevent.sleep(0.01)
         self._hang_up(lambda handler: True)
+        for connection in list(self.lounge.connections):
+            connection.kill("killed")
+        gevent.sleep(0)
         for connection in list(self.lounge.connections):
             connection.cut()
 
@@ -2440,7 +2516,7 @@ def run(
         watcher.cancel()
 
 
-Nova.run = run  # type: ignore[method-assign]  # app.run(port=8080), in the place of bottle's
+Nova.run = run  # app.run(port=8080), in the place of bottle's
 
 
 def _on_signal(asked_to_stop: gevent.event.Event) -> None:
@@ -2489,26 +2565,34 @@ def reload_on_change() -> None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     while True:
         stamps = _file_stamps()
-        child = subprocess.Popen([sys.executable, *sys.argv], env={**os.environ, _RELOADED: "1"})
+        child = subprocess.Popen(_own_command(), env={**os.environ, _RELOADED: "1"})
         try:
             while _file_stamps() == stamps:
                 time.sleep(0.1)
                 if child.poll() == 0:
                     sys.exit(0)
-        except KeyboardInterrupt:  # the child has had it as well
-            sys.exit(child.wait())
+        except KeyboardInterrupt:  # Ctrl-C has reached the child as well; `kill -INT` has not
+            with suppress(subprocess.TimeoutExpired):
+                sys.exit(child.wait(1))
         finally:
-            child.terminate()
+            if child.poll() is None:
+                child.terminate()
             child.wait()
         log.info("a file has changed: starting again")
+
+
+def _own_command() -> list[str]:
+    spec = getattr(sys.modules["__main__"], "__spec__", None)  # there is one under python -m
+    return [sys.executable, *(["-m", spec.name, *sys.argv[1:]] if spec else sys.argv)]
 
 
 def _file_stamps() -> dict[str, float]:
     """When each file of the program has changed: what is imported, less what is installed."""
     stamps = {}
+    installed = tuple(sysconfig.get_path(name) + os.sep for name in ("stdlib", "purelib", "platlib"))
     for module in list(sys.modules.values()):
         path = getattr(module, "__file__", None) or ""
-        if path and not path.startswith((sys.prefix, sys.base_prefix)):
+        if path and not path.startswith(installed):
             with suppress(OSError):
                 stamps[path] = os.stat(path).st_mtime
     return stamps
@@ -2585,7 +2669,7 @@ class Notes:
         return bool(self._query("DELETE FROM notes WHERE id = ? RETURNING id, title, body, author", id))
 
 
-NOT_FOUND = ("json", 404, {}, {"error": "note not found"})
+NOT_FOUND: Any = ("json", 404, {}, {"error": "note not found"})
 
 
 class NotesController:
@@ -2804,7 +2888,8 @@ PAGE = """<!doctype html>
       <input name="title" aria-label="Title" placeholder="Title" required>
       <textarea name="body" aria-label="Text" placeholder="Text" rows="3" required></textarea>
       <input name="author" aria-label="Author" placeholder="Author" required>
-      <div class="row"><button class="main">Add note</button><button type="button" id="cancel" hidden>Cancel</button></div>
+      <div class="row"><button class="main">Add note</button>
+        <button type="button" id="cancel" hidden>Cancel</button></div>
       <p id="error" role="alert"></p>
     </form>
     <ul id="notes"></ul>

@@ -23,19 +23,22 @@ import ast
 import gc
 import http.client
 import json
+import logging
 import os
+import random
 import re
 import signal
 import socket
 import subprocess
 import sys
+import time
 import tracemalloc
 import types
 import urllib.parse
 import wsgiref.headers
 import wsgiref.util
 from array import array
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from io import BytesIO, StringIO
 from itertools import pairwise
 from pathlib import Path
@@ -43,11 +46,11 @@ from types import SimpleNamespace
 
 import bottle
 import gevent
+import gevent.event
 import pytest
 from bottle import HTTPError, HTTPResponse
 from gevent import monkey
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 from websockets.exceptions import ConnectionClosed
 from websockets.sync.client import connect
 
@@ -55,10 +58,51 @@ monkey.patch_all()
 
 import nova_lite
 from nova_lite import (
-    BINARY, CLOSE, PING, PONG, TEXT, CallError, CallTimeout, GenServer, Message, NoProc, Nova, Parser, Pid, Request,
-    Server, ServerDied, WebSocketHandler, call, cancel_timer, cast, check_handshake, close_frame, demonitor,
-    encode_frame, error_body, exit, is_own_origin, link, monitor, process_flag, pubsub, receive, register, reply,
-    self_pid, send, send_after, spawn, start_link, start_supervisor, stop, to_response, unlink, unmask, whereis,
+    BINARY,
+    CLOSE,
+    PING,
+    PONG,
+    TEXT,
+    CallError,
+    CallTimeout,
+    GenServer,
+    Message,
+    NoProc,
+    Nova,
+    Parser,
+    Pid,
+    Request,
+    Server,
+    ServerDied,
+    WebSocketHandler,
+    call,
+    cancel_timer,
+    cast,
+    check_handshake,
+    close_frame,
+    demonitor,
+    encode_frame,
+    error_body,
+    exit,
+    is_own_origin,
+    link,
+    monitor,
+    process_flag,
+    pubsub,
+    receive,
+    register,
+    reply,
+    self_pid,
+    send,
+    send_after,
+    spawn,
+    start_link,
+    start_supervisor,
+    stop,
+    to_response,
+    unlink,
+    unmask,
+    whereis,
 )  # fmt: skip
 
 PATIENCE = 5  # seconds after which a test gives up on an event; none waits so long when all is well
@@ -162,6 +206,1196 @@ def read_to_end(sock):
     while chunk := sock.recv(65536):
         data += chunk
     return data
+
+
+# -- helpers of the first three rooms ---------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def begin():
+    """begin(spawn, ...), begin(start_link, ...): the process that this answers is killed at the end of the test."""
+    begun = []
+
+    def begin(start, *args, **options):
+        begun.append(start(*args, **options))
+        return begun[-1]
+
+    yield begin
+    for pid in begun:
+        if isinstance(pid, Pid):
+            unlink(pid)
+            exit(pid, "kill")
+
+
+def down(ref):
+    """Accepts the DOWN of this monitor."""
+    return lambda message: isinstance(message, tuple) and message[:2] == ("DOWN", ref)
+
+
+def reason_of(pid):
+    """The reason for which `pid` ends."""
+    return expect(down(monitor(pid)))[4]
+
+
+def obey():
+    """A process that calls each function it is sent, ends at "end", and leaves all else in its mailbox."""
+    while (order := receive(None, lambda message: callable(message) or message == "end")) != "end":
+        order()
+
+
+def in_thread(fn, *args):
+    """What `fn` answers or raises in another OS thread."""
+    return gevent.get_hub().threadpool.apply(fn, args)
+
+
+def in_hub(fn, *args):
+    """Calls `fn` in the hub's greenlet, as a socket's or a timer's callback would."""
+    gevent.get_hub().loop.run_callback(fn, *args)
+
+
+def busy(seconds):
+    """Computes, and lets nobody else run."""
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        pass
+
+
+def drain():
+    """All that is in the mailbox."""
+    return list(iter(lambda: receive(0), None))
+
+
+def divide():
+    return 1 / 0
+
+
+def crashes(caplog):
+    return [record for record in caplog.records if record.levelno >= logging.ERROR]
+
+
+class Obedient(GenServer):
+    """Calls each function it is sent, with its state (the test), and returns what that answers."""
+
+    def init(self, args):
+        return args() if callable(args) else ("ok", args)
+
+    def handle_call(self, request, from_, state):
+        return request(from_, state) if callable(request) else ("reply", request, state)
+
+    def handle_cast(self, request, state):
+        return request(state)
+
+    def handle_info(self, info, state):
+        send(state, ("info", info))
+        return "noreply", state
+
+    def terminate(self, reason, state):
+        send(state, ("terminate", reason))
+
+
+@pytest.fixture
+def server(begin, me):
+    """A server that obeys the test, and is not linked to it."""
+    pid = begin(start_link, Obedient, me)
+    unlink(pid)
+    return pid
+
+
+# -- processes --------------------------------------------------------------------------------------------------------
+
+
+def test_spawn_runs_a_function_with_its_arguments_in_a_process_of_its_own(me):
+    pid = spawn(lambda *args: me.send((self_pid(), args)), 1, "two")
+    assert expect() == (pid, (1, "two"))
+    assert pid != me
+
+
+def test_a_greenlet_becomes_a_process_by_asking_and_remains_the_same(me):
+    assert self_pid() is me
+    assert gevent.spawn(lambda: self_pid() is self_pid() is not me).get()
+
+
+def test_a_pid_is_hashable_and_prints_like_erlangs(me):
+    assert {me: 1}[self_pid()] == 1
+    assert repr(me).startswith("<nova@")
+    assert repr(me).endswith(f".{me.serial}>")
+
+
+def test_messages_arrive_in_the_order_of_sending(me):
+    for n in range(3):
+        me.send(n)
+    assert send(me, 3) == 3
+    assert drain() == [0, 1, 2, 3]
+
+
+def test_receive_answers_none_when_its_time_is_over():
+    start = time.monotonic()
+    assert receive(0) is None
+    assert receive(0.02) is None
+    assert time.monotonic() - start >= 0.02
+
+
+def test_receive_takes_what_it_matches_and_keeps_the_order_of_the_others(me):
+    for n in range(6):
+        me.send(n)
+    assert [receive(0, lambda n: n % 2) for _ in range(4)] == [1, 3, 5, None]
+    assert drain() == [0, 2, 4]
+
+
+def test_receive_waits_on_past_messages_that_it_refuses(me):
+    spawn(lambda: [me.send(n) or gevent.sleep(0) for n in range(5)])
+    assert expect(lambda n: n == 4) == 4
+    assert drain() == [0, 1, 2, 3]
+
+
+def test_sending_to_the_dead_or_to_an_unknown_name_is_silent():
+    pid = spawn(int)
+    reason_of(pid)
+    pid.send("hello")
+    assert send(pid, "hello") == "hello"
+    assert send("nobody", "hello") == "hello"
+
+
+def test_threads_send_without_loss_and_each_in_its_order(me):
+    for n in range(8):
+        gevent.get_hub().threadpool.spawn(lambda n: [me.send((n, i)) for i in range(1000)], n)
+    got = [expect() for _ in range(8000)]
+    for n in range(8):
+        assert [i for thread, i in got if thread == n] == list(range(1000))
+
+
+def test_threads_wake_a_server_without_losing_a_message(server):
+    for n in range(4):
+        gevent.get_hub().threadpool.spawn(lambda n: [send(server, (n, i)) for i in range(250)], n)
+    got = [expect()[1] for _ in range(1000)]
+    assert sorted(got) == [(n, i) for n in range(4) for i in range(250)]
+
+
+def test_hub_callbacks_send_to_those_who_wait(server):
+    in_hub(server.send, "from the hub")
+    assert receive(PATIENCE) == ("info", "from the hub")
+
+
+@pytest.mark.parametrize(
+    "act",
+    [
+        receive, lambda: monitor(Pid()), lambda: link(Pid()), lambda: process_flag("trap_exit", True),
+        lambda: send_after(0, "nobody", 1), lambda: start_link(Obedient), lambda: pubsub.join("room"),
+        lambda: pubsub.leave("room"), lambda: pubsub.monitor("room"), lambda: call("nobody", "hello"),
+    ],
+)  # fmt: skip
+def test_another_thread_has_no_mailbox(act):
+    with pytest.raises(RuntimeError):
+        in_thread(act)
+
+
+def test_another_thread_may_exit(begin):
+    pid = begin(spawn, obey)
+    ref = monitor(pid)
+    in_thread(exit, pid, "enough")
+    assert expect(down(ref))[4] == "enough"
+
+
+def test_a_thread_wakes_a_hub_that_has_nothing_to_do(me):
+    later, start = monkey.get_original("time", "sleep"), time.monotonic()
+    monkey.get_original("_thread", "start_new_thread")(lambda: (later(0.02), me.send("from a thread")), ())
+    assert expect() == "from a thread"
+    assert time.monotonic() - start < PATIENCE / 2
+
+
+def test_the_main_greenlet_waits_for_a_thread_even_if_nothing_else_is_going_on(me):
+    later = monkey.get_original("time", "sleep")
+    monkey.get_original("_thread", "start_new_thread")(lambda: (later(0.02), me.send("from a thread")), ())
+    try:
+        assert receive() == "from a thread"
+    except BaseException:
+        expect()
+        raise
+
+
+# What a process does, what it is sent from outside, and the exit reason that others hear.
+ENDINGS = {
+    "returns": ("end", None, "normal"),
+    "raises": (divide, None, ZeroDivisionError),
+    "exits": (lambda: exit(self_pid(), "enough"), None, "enough"),
+    "exits normally": (lambda: exit(self_pid(), "normal"), None, "normal"),
+    "kills itself": (lambda: exit(self_pid(), "kill"), None, "killed"),
+    "is told to": (None, "enough", "enough"),
+    "is killed while it waits": (None, "kill", "killed"),
+    "is shut down while it sleeps": (lambda: gevent.sleep(PATIENCE), "shutdown", "shutdown"),
+    "is killed while it sleeps": (lambda: gevent.sleep(PATIENCE), "kill", "killed"),
+}
+
+
+def comes_to_its_end(pid, ending):
+    order, signal, _ = ENDINGS[ending]
+    if order:
+        pid.send(order)
+    if signal:
+        gevent.sleep(0)
+        exit(pid, signal)
+
+
+def is_reason(reason, ending):
+    expected = ENDINGS[ending][2]
+    return isinstance(reason, expected) if isinstance(expected, type) else reason == expected
+
+
+@pytest.mark.parametrize("ending", ENDINGS)
+def test_a_process_that_ends_leaves_its_name_and_its_channels(begin, ending):
+    pid = begin(spawn, obey)
+    register("worker", pid)
+    pubsub.join("one", pid)
+    pubsub.join("two", pid)
+    ref = monitor(pid)
+    comes_to_its_end(pid, ending)
+    expect(down(ref))
+    assert whereis("worker") is None
+    assert pubsub.which_channels() == []
+
+
+@pytest.mark.parametrize("ending", ENDINGS)
+def test_monitors_and_links_fire_exactly_once(begin, ending):
+    process_flag("trap_exit", True)
+    pid = begin(spawn, obey)
+    link(pid), link(pid)
+    refs = [monitor(pid), monitor(pid)]
+    comes_to_its_end(pid, ending)
+    gone = [expect() for _ in range(3)]
+    assert [message[:-1] for message in gone] == [
+        ("DOWN", refs[0], "process", pid), ("DOWN", refs[1], "process", pid), ("EXIT", pid),
+    ]  # fmt: skip
+    assert all(is_reason(message[-1], ending) for message in gone)
+    exit(pid, "kill")
+    gevent.sleep(0)
+    assert drain() == []
+
+
+@pytest.mark.parametrize("ending", ENDINGS)
+def test_waiting_callers_hear_that_the_server_died(me, begin, ending):
+    pid = begin(spawn, obey)
+
+    def caller():
+        with pytest.raises(ServerDied) as died:
+            call(pid, "never answered", None)
+        me.send(died.value.reason)
+
+    for _ in range(3):
+        begin(spawn, caller)
+    until(lambda: len(pid.mailbox) == 3)
+    comes_to_its_end(pid, ending)
+    assert all(is_reason(expect(), ending) for _ in range(3))
+
+
+def test_a_crash_is_logged_once_with_its_traceback(caplog):
+    assert isinstance(reason_of(spawn(divide)), ZeroDivisionError)
+    (record,) = crashes(caplog)
+    assert record.exc_info[0] is ZeroDivisionError
+    assert "divide" in record.getMessage()
+
+
+@pytest.mark.parametrize("ending", [ending for ending in ENDINGS if ending != "raises"])
+def test_an_exit_that_is_no_crash_is_not_logged(begin, caplog, ending):
+    pid = begin(spawn, obey)
+    ref = monitor(pid)
+    comes_to_its_end(pid, ending)
+    expect(down(ref))
+    assert not caplog.records
+
+
+def test_a_monitor_of_the_dead_fires_at_once():
+    pid = spawn(int)
+    assert reason_of(pid) == "normal"
+    ref = monitor(pid)
+    assert receive(0) == ("DOWN", ref, "process", pid, "noproc")
+    ref = monitor("nobody")
+    assert receive(0) == ("DOWN", ref, "process", "nobody", "noproc")
+
+
+def test_demonitor_ends_a_monitor(begin):
+    pid = begin(spawn, obey)
+    first, second = monitor(pid), monitor(pid)
+    assert demonitor(first) is True
+    assert demonitor(first) is False
+    pid.send("end")
+    assert expect()[1] == second
+    assert drain() == []
+
+
+@pytest.mark.parametrize(("flush", "left"), [(False, 1), (True, 0)])
+def test_demonitor_flushes_a_down_that_has_come(begin, flush, left):
+    ref = monitor(spawn(int))
+    until(lambda: self_pid().mailbox)
+    assert demonitor(ref, flush) is False
+    assert len(drain()) == left
+
+
+def test_who_monitors_and_dies_is_forgotten(begin):
+    target = begin(spawn, obey)
+    reason_of(spawn(monitor, target))
+    assert not target.watchers
+
+
+def test_a_name_finds_its_process(me, begin):
+    pid = begin(spawn, obey)
+    assert whereis("worker") is None
+    register("worker", pid)
+    assert whereis("worker") is pid
+    send("worker", lambda: me.send("by name"))
+    assert expect() == "by name"
+
+
+@pytest.mark.parametrize(
+    ("act", "error"),
+    [
+        (lambda pid: register("", pid), ValueError),
+        (lambda pid: register(7, pid), ValueError),
+        (lambda pid: register("worker", self_pid()), ValueError),
+        (lambda pid: register("other", pid), ValueError),
+        (lambda pid: register("other", "worker"), ValueError),
+        (lambda pid: send(7, "hello"), TypeError),
+        (lambda pid: monitor(None), TypeError),
+        (lambda pid: link(7), TypeError),
+        (lambda pid: exit(7, "enough"), TypeError),
+        (lambda pid: send_after(0, 7, "hello"), TypeError),
+        (lambda pid: spawn(7), TypeError),
+        (lambda pid: process_flag("priority", True), ValueError),
+    ],
+)
+def test_misuse_of_a_process_raises(begin, act, error):
+    pid = begin(spawn, obey)
+    register("worker", pid)
+    with pytest.raises(error):
+        act(pid)
+
+
+def test_the_dead_cannot_be_registered():
+    pid = spawn(int)
+    reason_of(pid)
+    with pytest.raises(ValueError, match="no live process"):
+        register("worker", pid)
+
+
+# The reason that travels, whether the receiver traps, and what comes of it: its end, a message, or nothing.
+@pytest.mark.parametrize(
+    ("reason", "trapping", "outcome"),
+    [
+        ("normal", False, "lives"), ("normal", True, "message"), ("shutdown", False, "shutdown"),
+        ("enough", False, "enough"), ("enough", True, "message"), ("killed", True, "message"),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("along", ["exit", "link"])
+def test_exit_signals(me, begin, along, reason, trapping, outcome):
+    pid = begin(spawn, obey)
+    other = begin(spawn, obey)
+    pid.send(lambda: (process_flag("trap_exit", trapping), link(other), me.send("linked")))
+    expect()
+    ref = monitor(pid)
+    other.send(lambda: exit(pid if along == "exit" else self_pid(), reason))
+    other.send("end")
+    reason_of(other)
+    pid.send(lambda: me.send("lives"))
+    if outcome == "message":
+        pid.send(lambda: me.send(receive(PATIENCE, lambda message: message == ("EXIT", other, reason))))
+        assert [expect(), expect()] == ["lives", ("EXIT", other, reason)]
+    elif outcome == "lives":
+        assert expect() == "lives"
+    else:
+        assert expect(down(ref))[4] == outcome
+
+
+def test_kill_cannot_be_trapped_but_killed_can(begin, me):
+    process_flag("trap_exit", True)
+    pid = begin(spawn, lambda: (process_flag("trap_exit", True), me.send("ready"), obey()))
+    link(pid)
+    expect()
+    exit(pid, "kill")
+    assert expect() == ("EXIT", pid, "killed")
+
+
+def test_kill_ends_even_a_process_that_has_caught_a_signal(me, begin):
+    def stubborn():
+        try:
+            gevent.sleep(PATIENCE)
+        finally:
+            me.send("caught")
+            gevent.sleep(PATIENCE)
+
+    pid = begin(spawn, stubborn)
+    gevent.sleep(0)
+    exit(pid, "enough")
+    assert expect() == "caught"
+    ref = monitor(pid)
+    exit(pid, "kill")
+    assert expect(down(ref))[4] == "killed"
+
+
+def test_an_exit_signal_before_the_first_turn_lets_nothing_run(me):
+    pid = spawn(me.send, "ran")
+    exit(pid, "enough")
+    assert reason_of(pid) == "enough"
+    assert drain() == []
+
+
+def test_except_exception_does_not_stop_an_exit_signal(begin):
+    def careless():
+        while True:
+            with suppress(Exception):
+                gevent.sleep(PATIENCE)
+
+    pid = begin(spawn, careless)
+    gevent.sleep(0)
+    exit(pid, "enough")
+    assert reason_of(pid) == "enough"
+
+
+def test_system_exit_in_a_process_is_the_programs():
+    ref = monitor(spawn(sys.exit, 3))
+    with pytest.raises(SystemExit) as exited:
+        receive(PATIENCE)
+    assert exited.value.code == 3
+    assert isinstance(expect(down(ref))[4], SystemExit)
+
+
+def test_a_chain_of_links_falls_together(begin):
+    pids = [begin(spawn, obey) for _ in range(5)]
+    for left, right in pairwise(pids):
+        left.send(lambda right=right: link(right))
+    refs = [monitor(pid) for pid in pids]
+    pids[-1].send(lambda: exit(self_pid(), "enough"))
+    assert [expect(down(ref))[4] for ref in refs] == ["enough"] * 5
+
+
+def test_unlink_unties_both_sides(begin):
+    process_flag("trap_exit", True)
+    pid = begin(spawn, obey)
+    link(pid)
+    assert unlink(pid) is True
+    pid.send("end")
+    reason_of(pid)
+    assert drain() == []
+
+
+def test_a_link_to_the_dead_is_the_signal_noproc():
+    dead = spawn(int)
+    reason_of(dead)
+    assert reason_of(spawn(link, dead)) == "noproc"
+    process_flag("trap_exit", True)
+    assert link(dead) is True
+    assert receive(0) == ("EXIT", dead, "noproc")
+
+
+def test_process_flag_answers_what_it_was():
+    assert [process_flag("trap_exit", value) for value in (True, True, False, False)] == [False, True, True, False]
+
+
+def test_the_main_greenlet_is_nobodys_to_kill(me, caplog):
+    link(spawn(lambda: exit(self_pid(), "enough")))
+    spawn(exit, me, "kill")
+    until(lambda: len(crashes(caplog)) == 2)
+    assert all("goes on" in record.getMessage() for record in crashes(caplog))
+    assert receive(0) is None
+
+
+@pytest.mark.parametrize("ending", ENDINGS)
+def test_an_adopted_greenlet_ends_with_its_greenlet(me, capsys, ending):
+    adopted = gevent.spawn(lambda: (me.send(self_pid()), obey()))
+    pid = expect()
+    ref = monitor(pid)
+    comes_to_its_end(pid, ending)
+    assert is_reason(expect(down(ref))[4], ending)
+    assert adopted.ready()
+    assert ("ZeroDivisionError" in capsys.readouterr().err) == (ending == "raises")
+
+
+def test_send_after_sends_when_the_time_has_come(me):
+    register("test", me)
+    start = time.monotonic()
+    send_after(0.02, "test", "second")
+    send_after(0.01, me, "first")
+    assert [expect(), expect()] == ["first", "second"]
+    assert time.monotonic() - start >= 0.02
+
+
+def test_cancel_timer_answers_what_was_left(me):
+    timer, fired = send_after(60, me, "never"), send_after(0, me, "at once")
+    assert 59 < cancel_timer(timer) <= 60
+    assert cancel_timer(timer) is False
+    assert expect() == "at once"
+    assert cancel_timer(fired) is False
+
+
+def test_a_timer_counts_from_now_however_long_the_process_has_computed(me):
+    gevent.sleep(0.001)
+    busy(0.05)
+    start = time.monotonic()
+    send_after(0.05, me, "late")
+    expect()
+    assert time.monotonic() - start > 0.045
+
+
+def test_a_call_has_its_whole_time_however_long_the_caller_has_computed(server):
+    gevent.sleep(0.001)
+    busy(0.1)
+    assert call(server, lambda _from, state: gevent.sleep(0.02) or ("reply", "in time", state), 0.1) == "in time"
+
+
+def test_a_callback_that_blocks_holds_up_nobody(me, begin):
+    blocked, other = begin(start_link, Obedient, me), begin(start_link, Obedient, me)
+    cast(blocked, lambda state: (me.send("blocks"), receive(None, "go on".__eq__), ("noreply", state))[-1])
+    assert expect() == "blocks"
+    assert call(other, "quick") == "quick"
+    blocked.send("go on")
+    assert call(blocked, "done") == "done"
+
+
+def test_two_hundred_callbacks_block_at_once(me, begin):
+    gate = gevent.event.Event()
+    servers = [begin(start_link, Obedient, me) for _ in range(200)]
+    for server in servers:
+        cast(server, lambda state: (state.send("waits"), gate.wait(), state.send("done"), ("noreply", state))[-1])
+    assert [expect() for _ in servers] == ["waits"] * 200
+    gate.set()
+    assert [expect() for _ in servers] == ["done"] * 200
+    assert [call(server, n) for n, server in enumerate(servers)] == list(range(200))
+    assert len(nova_lite._scheduler.idle) <= nova_lite.SPARE_RUNNERS
+
+
+def test_a_process_is_never_run_by_two_runners_at_once(me, begin):
+    inside, seen = set(), {}
+
+    def visit(n, pause):
+        def callback(state):
+            pid = self_pid()
+            assert pid not in inside
+            inside.add(pid)
+            if pause:
+                gevent.sleep(pause)
+            seen.setdefault(pid, []).append(n)
+            inside.discard(pid)
+            return "noreply", state, random.choice([0, 0.001, None])
+
+        return callback
+
+    servers = [begin(start_link, Obedient, me) for _ in range(20)]
+    for n in range(40):
+        for server in servers:
+            cast(server, visit(n, random.choice([0, 0.0001, 0.001])))
+        gevent.sleep(random.choice([0, 0.001]))
+    assert [call(server, "alive") for server in servers] == ["alive"] * 20
+    assert all(order == list(range(40)) for order in seen.values())
+
+
+@pytest.mark.parametrize(("processes", "messages"), [(40, 1), (1, 40)])
+def test_timers_and_others_get_their_turn_however_long_the_queue(me, begin, processes, messages):
+    servers = [begin(start_link, Obedient, me) for _ in range(processes)]
+    done = []
+    send_after(0.01, me, "timer")
+    for server in servers:
+        for _ in range(messages):
+            cast(server, lambda state: busy(0.002) or done.append(1) or ("noreply", state))
+    assert expect() == "timer"
+    assert len(done) < 40
+    assert [call(server, "alive") for server in servers] == ["alive"] * processes
+    assert len(done) == 40
+
+
+# -- gen_server -------------------------------------------------------------------------------------------------------
+
+
+def test_start_link_answers_a_linked_process_once_init_has_answered(me, begin):
+    pid = begin(start_link, Obedient, lambda: me.send(self_pid()) or ("ok", me))
+    assert expect() is pid
+    process_flag("trap_exit", True)
+    exit(pid, "enough")
+    assert expect() == ("EXIT", pid, "enough")
+
+
+@pytest.mark.parametrize(
+    ("init", "answer"),
+    [
+        (lambda: ("stop", "no"), ("error", "no")),
+        (lambda: "ignore", "ignore"),
+        (lambda: "nonsense", ("error", ("bad_return_value", "nonsense"))),
+        (lambda: exit(self_pid(), "enough"), ("error", "enough")),
+    ],
+)
+@pytest.mark.parametrize("trapping", [False, True])
+def test_a_server_that_does_not_start_says_why_and_leaves_nothing(init, answer, trapping):
+    process_flag("trap_exit", trapping)
+    assert start_link(Obedient, init, name="server") == answer
+    assert whereis("server") is None
+    assert drain() == []
+
+
+def test_who_is_killed_while_a_server_starts_takes_it_along(me, begin):
+    parent = begin(spawn, start_link, Obedient, lambda: me.send(self_pid()) or gevent.sleep(PATIENCE))
+    server = expect()
+    ref = monitor(server)
+    exit(parent, "enough")
+    assert expect(down(ref))[4] == "enough"
+
+
+def test_an_init_that_crashes_is_an_error_and_logged_once(caplog):
+    kind, reason = start_link(Obedient, divide)
+    assert (kind, type(reason)) == ("error", ZeroDivisionError)
+    assert [record.exc_info[1] for record in crashes(caplog)] == [reason]
+
+
+def test_a_name_that_is_taken_answers_who_has_it(begin):
+    pid = begin(start_link, Obedient, name="server")
+    assert whereis("server") is pid
+    assert start_link(Obedient, name="server") == ("error", ("already_started", pid))
+
+
+def test_a_bad_name_leaves_no_process_behind():
+    before = set(nova_lite._processes)
+    try:
+        with pytest.raises(ValueError, match="a name is"):
+            start_link(Obedient, name="")
+        left = set(nova_lite._processes) - before
+        assert not left
+    finally:
+        for serial in set(nova_lite._processes) - before:
+            nova_lite._processes[serial].finish("normal")
+
+
+def test_call_cast_and_info_reach_their_callbacks(me, begin):
+    begin(start_link, Obedient, me, name="server")
+    assert call("server", "ping") == "ping"
+    assert cast("server", lambda state: state.send("cast") or ("noreply", state)) == "ok"
+    send("server", "hello")
+    assert [expect(), expect()] == ["cast", ("info", "hello")]
+
+
+def test_state_goes_from_callback_to_callback(begin):
+    server = begin(start_link, Obedient, 1)
+    cast(server, lambda state: ("noreply", state + 1))
+    assert call(server, lambda _from, state: ("reply", state, state * 10)) == 2
+    assert call(server, lambda _from, state: ("reply", state, state)) == 20
+
+
+def test_a_module_or_any_object_with_the_callbacks_is_a_server(begin):
+    module = types.ModuleType("counter")
+    module.init = lambda args: ("ok", args)
+    module.handle_call = lambda _request, _from, state: ("reply", state, state + 1)
+    module.terminate = lambda _reason, _state: None
+    server = begin(start_link, module, 7)
+    assert [call(server, "next"), call(server, "next")] == [7, 8]
+
+
+def test_handle_info_and_terminate_are_optional(begin, caplog):
+    server = begin(start_link, types.SimpleNamespace(init=lambda _args: ("ok", 0)))
+    server.send("hello")
+    assert stop(server) == "ok"
+    assert not crashes(caplog)
+
+
+def test_call_of_nobody_is_noproc():
+    assert all(issubclass(error, CallError) for error in (CallTimeout, NoProc, ServerDied))
+    dead = spawn(int)
+    reason_of(dead)
+    for nobody in (dead, "nobody"):
+        with pytest.raises(NoProc):
+            call(nobody, "hello")
+        with pytest.raises(NoProc):
+            stop(nobody)
+        assert cast(nobody, "hello") == "ok"
+
+
+def test_a_call_of_oneself_fails_at_once(server, me):
+    with pytest.raises(CallError, match="itself"):
+        call(me, "hello")
+    with pytest.raises(ServerDied) as died:
+        call(server, lambda *_: call(self_pid(), "hello"))
+    assert type(died.value.reason) is CallError
+
+
+def test_a_late_reply_never_reaches_the_next_receive(server):
+    gate = gevent.event.Event()
+    with pytest.raises(CallTimeout):
+        call(server, lambda _from, state: gate.wait() and ("reply", "late", state), 0.01)
+    gate.set()
+    assert call(server, "next") == "next"
+    assert receive(0) is None
+
+
+def test_a_reply_may_come_later_and_from_anybody(server):
+    for answer in (lambda from_: spawn(reply, from_, "later"), lambda from_: in_thread(reply, from_, "later")):
+        assert call(server, lambda from_, state, answer=answer: answer(from_) and ("noreply", state)) == "later"
+
+
+def test_from_names_the_caller_and_the_second_reply_is_dropped(server, me):
+    assert call(server, lambda from_, state: ("reply", from_[0], state)) is me
+    assert call(server, lambda from_, state: (reply(from_, "first"), ("reply", "second", state))[1]) == "first"
+    assert call(server, "next") == "next"
+
+
+# What a callback returns (given the state), the exit reason, and what the caller of a call gets.
+STOPS = [
+    (lambda state: ("stop", "normal", "bye", state), "normal", "bye"),
+    (lambda state: ("stop", "enough", "bye", state), "enough", "bye"),
+    (lambda state: ("stop", "shutdown", state), "shutdown", ServerDied),
+    (lambda state: ("stop", "enough", state), "enough", ServerDied),
+    (lambda _state: "nonsense", ("bad_return_value", "nonsense"), ServerDied),
+    (lambda _state: ("reply",), ("bad_return_value", ("reply",)), ServerDied),
+    (lambda _state: ("noreply", 1, 2, 3), ("bad_return_value", ("noreply", 1, 2, 3)), ServerDied),
+]
+
+
+@pytest.mark.parametrize(("answer", "reason", "outcome"), STOPS)
+def test_a_call_that_ends_the_server(server, caplog, answer, reason, outcome):
+    ref = monitor(server)
+    if outcome is ServerDied:
+        with pytest.raises(ServerDied) as died:
+            call(server, lambda _from, state: answer(state))
+        assert died.value.reason == reason
+    else:
+        assert call(server, lambda _from, state: answer(state)) == outcome
+    assert expect() == ("terminate", reason)
+    assert expect() == ("DOWN", ref, "process", server, reason)
+    assert len(crashes(caplog)) == (reason not in ("normal", "shutdown"))
+
+
+@pytest.mark.parametrize("message", [("reply", "x", None), ("stop", "normal", "x", None), None])
+def test_a_reply_without_a_call_is_a_bad_return_value(server, message):
+    cast(server, lambda _state: message)
+    assert reason_of(server) == ("bad_return_value", message)
+
+
+def test_a_callback_that_crashes_ends_the_server_and_is_logged_once(server, caplog):
+    with pytest.raises(ServerDied) as died:
+        call(server, lambda *_: divide())
+    assert expect() == ("terminate", died.value.reason)
+    assert isinstance(died.value.reason, ZeroDivisionError)
+    (record,) = crashes(caplog)
+    assert record.exc_info[1] is died.value.reason
+
+
+def test_a_terminate_that_crashes_gives_the_reason_and_still_answers(me, caplog):
+    server = start_link(types.SimpleNamespace(
+        init=lambda _args: ("ok", 0),
+        handle_call=lambda *_: ("stop", "normal", "bye", 0),
+        terminate=lambda *_: divide(),
+    ))  # fmt: skip
+    unlink(server)
+    ref = monitor(server)
+    assert call(server, "stop") == "bye"
+    assert isinstance(expect(down(ref))[4], ZeroDivisionError)
+    assert "terminate" in crashes(caplog)[0].getMessage()
+
+
+# The exit signal, whether the server traps it, whether terminate is called, and the exit reason.
+@pytest.mark.parametrize(
+    ("signal", "trapping", "terminates", "reason"),
+    [
+        ("enough", False, False, "enough"), ("enough", True, True, "enough"), ("normal", True, True, "normal"),
+        ("kill", True, False, "killed"), ("kill", False, False, "killed"),
+    ],
+)  # fmt: skip
+def test_terminate_is_called_for_the_parents_signal_only_if_it_is_trapped(me, signal, trapping, terminates, reason):
+    server = start_link(Obedient, lambda: (process_flag("trap_exit", trapping), ("ok", me))[1])
+    unlink(server)
+    ref = monitor(server)
+    exit(server, signal)
+    assert expect(down(ref))[4] == reason
+    assert drain() == ([("terminate", reason)] if terminates else [])
+
+
+def test_the_exit_of_anybody_but_the_parent_is_an_info(begin, me):
+    server = begin(start_link, Obedient, lambda: (process_flag("trap_exit", True), ("ok", me))[1])
+    stranger = spawn(exit, server, "enough")
+    assert expect() == ("info", ("EXIT", stranger, "enough"))
+
+
+@pytest.mark.parametrize(
+    "callback",
+    [
+        lambda begin, me: cast(begin(start_link, Obedient, me), lambda state: ("noreply", state, 0.001)),
+        lambda begin, me: call(begin(start_link, Obedient, me), lambda _from, state: ("reply", 1, state, 0)),
+        lambda begin, me: begin(start_link, Obedient, lambda: ("ok", me, 0)),
+    ],
+)
+def test_a_timeout_comes_as_an_info(begin, me, callback):
+    callback(begin, me)
+    assert expect() == ("info", "timeout")
+
+
+def test_a_message_cancels_the_timeout(server):
+    cast(server, lambda state: ("noreply", state, 0.02))
+    server.send("hello")
+    assert expect() == ("info", "hello")
+    assert receive(0.04) is None
+
+
+def test_stop_waits_until_the_server_has_handled_what_it_had_and_ended(me):
+    server = start_link(Obedient, me)
+    server.send("hello")
+    assert stop(server) == "ok"
+    assert drain() == [("info", "hello"), ("terminate", "normal")]
+    assert reason_of(server) == "noproc"
+
+
+def test_stop_gives_its_reason_and_up_when_it_must(begin, me):
+    server = begin(start_link, Obedient, me)
+    unlink(server)
+    cast(server, lambda state: gevent.sleep(PATIENCE) or ("noreply", state))
+    with pytest.raises(CallTimeout):
+        stop(server, timeout=0.01)
+    exit(server, "kill")
+    server = begin(start_link, Obedient, me)
+    ref = monitor(server)
+    stop(server, ("shutdown", "for today"))
+    assert expect(down(ref))[4] == ("shutdown", "for today")
+
+
+def test_a_server_that_stops_itself_by_stop_fails_at_once(server):
+    ref = monitor(server)
+    cast(server, lambda _state: stop(self_pid()))
+    assert isinstance(receive(0.1, down(ref))[4], CallError)
+
+
+@pytest.mark.parametrize(
+    ("tell", "reason"),
+    [
+        (lambda pid: cast(pid, 1), ("bad_cast", 1)),
+        (lambda pid: send(pid, ("$gen_call", (pid, pid), 1)), ("bad_call", 1)),
+    ],
+)
+def test_a_request_that_nobody_handles_ends_the_server(begin, tell, reason):
+    server = begin(start_link, GenServer)
+    unlink(server)
+    tell(server)
+    assert reason_of(server) == reason
+
+
+def test_an_info_that_nobody_handles_is_logged_and_dropped(begin, caplog):
+    server = begin(start_link, GenServer)
+    server.send("hello")
+    until(lambda: caplog.records)
+    assert "'hello'" in caplog.records[0].getMessage()
+    assert stop(server) == "ok"
+
+
+# -- supervisor -------------------------------------------------------------------------------------------------------
+
+
+class Child(GenServer):
+    """Tells the test when it starts and when it ends; a cast is how it ends."""
+
+    def init(self, args):
+        test, id = args
+        process_flag("trap_exit", True)
+        test.send(("started", id))
+        return "ok", args
+
+    def handle_cast(self, reason, state):
+        return ("stop", reason, state) if reason != "crash" else divide()
+
+    def terminate(self, reason, state):
+        test, id = state
+        test.send(("ended", id))
+
+
+def child(test, id, restart="permanent", start=(start_link, Child)):
+    return {"id": id, "start": (*start, (test, id)), "restart": restart}
+
+
+def children(supervisor):
+    """{id: pid} of a supervisor, after it has dealt with what has happened before."""
+    return {id: pid for id, pid, _ in call(supervisor, "which_children")}
+
+
+def end(pid, reason):
+    ref = monitor(pid)
+    cast(pid, reason)
+    expect(down(ref))
+
+
+def test_children_start_in_order_and_stop_in_reverse(me):
+    supervisor = start_supervisor([child(me, id) for id in "abc"])
+    assert list(children(supervisor)) == ["a", "b", "c"]
+    stop(supervisor)
+    assert drain() == [("started", id) for id in "abc"] + [("ended", id) for id in "cba"]
+
+
+@pytest.mark.parametrize(
+    ("restart", "reason", "outcome"),
+    [
+        ("permanent", "normal", "new"), ("permanent", "shutdown", "new"), ("permanent", "crash", "new"),
+        ("transient", "normal", "none"), ("transient", "shutdown", "none"), ("transient", ("shutdown", 1), "none"),
+        ("transient", "crash", "new"), ("transient", "killed", "new"),
+        ("temporary", "normal", "gone"), ("temporary", "shutdown", "gone"), ("temporary", "crash", "gone"),
+    ],
+)  # fmt: skip
+def test_which_ends_are_restarted(me, begin, restart, reason, outcome):
+    supervisor = begin(start_supervisor, [child(me, "it", restart), child(me, "other")])
+    first = children(supervisor)
+    end(first["it"], reason)
+    now = children(supervisor)
+    assert now["other"] is first["other"]
+    found = (
+        "gone" if "it" not in now else "none" if now["it"] is None else "new" if now["it"] != first["it"] else "same"
+    )
+    assert found == outcome
+    stop(supervisor)
+
+
+def test_too_many_restarts_stop_the_children_in_reverse_and_the_supervisor(me, begin):
+    process_flag("trap_exit", True)
+    supervisor = begin(start_supervisor, [child(me, id) for id in "abc"], intensity=2)
+    for _ in range(3):
+        end(children(supervisor)["b"], "crash")
+    assert expect(lambda message: message[0] == "EXIT") == ("EXIT", supervisor, "shutdown")
+    assert [message for message in drain() if message[0] == "ended"] == [("ended", id) for id in "bbbca"]
+
+
+def test_restarts_are_forgotten_after_the_period(me, begin):
+    supervisor = begin(start_supervisor, [child(me, "a")], intensity=1, period=0.01)
+    for _ in range(4):
+        end(children(supervisor)["a"], "crash")
+        assert children(supervisor)["a"]
+        busy(0.011)
+    stop(supervisor)
+
+
+@pytest.mark.parametrize("answer", [lambda _args: ("error", "no"), lambda _args: divide()])
+def test_a_child_that_will_not_start_stops_those_before_it(me, answer):
+    kind, reason = start_supervisor([*(child(me, id) for id in "abc"), child(me, "d", start=(answer,)), child(me, "e")])
+    assert (kind, reason[0], reason[1][:2]) == ("error", "shutdown", ("failed_to_start_child", "d"))
+    assert reason[1][2] == "no" or isinstance(reason[1][2], ZeroDivisionError)
+    assert drain() == [("started", id) for id in "abc"] + [("ended", id) for id in "cba"]
+
+
+@pytest.mark.parametrize("answer", [42, None])
+def test_a_start_that_answers_nonsense_is_a_failed_start(begin, answer):
+    supervisor = begin(start_supervisor, [{"id": "a", "start": (lambda: answer,)}])
+    assert supervisor == ("error", ("shutdown", ("failed_to_start_child", "a", answer)))
+
+
+def test_a_child_that_ignores_is_kept_without_a_pid(me, begin):
+    supervisor = begin(start_supervisor, [child(me, "a", start=(lambda _args: "ignore",))])
+    assert children(supervisor) == {"a": None}
+    stop(supervisor)
+
+
+def test_a_restart_that_fails_is_tried_again_until_it_is_too_often(me, begin):
+    process_flag("trap_exit", True)
+    answers = iter([spawn, lambda _obey: ("error", "not yet"), spawn, *[lambda _obey: ("error", "never")] * 9])
+    spec = {"id": "a", "start": (lambda: next(answers)(obey),)}
+    supervisor = begin(start_supervisor, [spec], intensity=3)
+    exit(first := children(supervisor)["a"], "kill")
+    second = until(lambda: (pid := children(supervisor)["a"]) is not first and pid)
+    exit(second, "kill")
+    assert expect() == ("EXIT", supervisor, "shutdown")
+
+
+def test_any_process_may_be_a_child_and_is_killed_if_it_does_not_end(me, begin, monkeypatch):
+    monkeypatch.setattr(nova_lite.Supervisor, "SHUTDOWN", 0.01)
+    stubborn = (spawn, lambda _args: process_flag("trap_exit", True) or me.send("ready") or [receive() for _ in "12"])
+    supervisor = begin(start_supervisor, [child(me, "a", start=stubborn)])
+    expect()
+    ref = monitor(children(supervisor)["a"])
+    stop(supervisor)
+    assert expect(down(ref))[4] == "killed"
+
+
+def test_a_supervisor_falls_with_its_parent_and_stops_its_children(me, begin):
+    parent = begin(spawn, lambda: start_supervisor([child(me, "a")], name="sup") and obey())
+    assert expect() == ("started", "a")
+    ref = monitor("sup")
+    exit(parent, "enough")
+    assert expect(down(ref))[4] == "enough"
+    assert drain() == [("ended", "a")]
+
+
+@pytest.mark.parametrize(
+    "specs",
+    [
+        [{"id": "a"}],
+        [{"start": (spawn, obey)}],
+        [{"id": "a", "start": (spawn, obey), "restart": "sometimes"}],
+        [{"id": "a", "start": (spawn, obey)}, {"id": "a", "start": (spawn, obey)}],
+        *([{"id": "a", "start": start}] for start in (obey, (), (42,), "spawn")),
+    ],
+)
+def test_a_bad_child_is_a_value_error(specs):
+    with pytest.raises(ValueError, match="child"):
+        start_supervisor(specs)
+
+
+# -- pub/sub ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_member_receives_the_five_tuple(me):
+    payload = {"text": "hi"}
+    assert pubsub.join("room") == "ok"
+    assert pubsub.broadcast("room", "said", payload) == "ok"
+    message = expect()
+    assert message == ("nova_pubsub", "room", me, "said", payload)
+    assert isinstance(message, Message)
+    assert message[4] is payload
+    pubsub.leave("room")
+
+
+def test_a_broadcast_reaches_every_member_and_nobody_else(me, begin):
+    members = [begin(start_link, Obedient, me) for _ in range(3)]
+    begin(start_link, Obedient, me)
+    for member in members:
+        pubsub.join("room", member)
+    assert pubsub.local_broadcast("room", b"topic", None) == "ok"
+    got = [expect() for _ in members]
+    assert got == [("info", ("nova_pubsub", "room", me, b"topic", None))] * 3
+    assert all(message[1] is got[0][1] for message in got)
+    call(members[0], "nothing more")
+    assert drain() == []
+
+
+def test_broadcast_from_leaves_one_out(me, begin):
+    other = begin(start_link, Obedient, me)
+    pubsub.join("room")
+    pubsub.join("room", other)
+    assert pubsub.broadcast_from(me, "room", "topic", 1) == "ok"
+    assert [expect(), receive(0)] == [("info", ("nova_pubsub", "room", me, "topic", 1)), None]
+    pubsub.leave("room")
+
+
+def test_joining_twice_is_joining_once(me):
+    assert [pubsub.join("room"), pubsub.join("room", me)] == ["ok", "ok"]
+    assert pubsub.get_members("room") == pubsub.get_local_members("room") == [me]
+    pubsub.broadcast("room", "topic", 1)
+    assert len(drain()) == 1
+    assert [pubsub.leave("room"), pubsub.leave("room", me)] == ["ok", "not_joined"]
+
+
+def test_an_empty_channel_does_not_exist(me, begin):
+    other = begin(spawn, obey)
+    for channel, pid in (("one", me), ("one", other), ("two", other)):
+        pubsub.join(channel, pid)
+    assert sorted(pubsub.which_channels()) == ["one", "two"]
+    assert set(pubsub.get_members("one")) == {me, other}
+    pubsub.leave("one")
+    exit(other, "kill")
+    reason_of(other)
+    assert pubsub.which_channels() == pubsub.get_members("one") == pubsub.get_members("never") == []
+    assert pubsub.leave("one") == "not_joined"
+    assert pubsub.broadcast("one", "topic", "to nobody") == "ok"
+    assert pubsub.join("one", other) == "ok", "the dead may join, but do not stay"
+    assert pubsub.which_channels() == []
+
+
+@pytest.mark.parametrize(
+    ("act", "error"),
+    [(lambda channel=channel, act=act: act(channel), error)
+     for channel, error in ((7, TypeError), (None, TypeError), (b"room", TypeError), ("", ValueError))
+     for act in (pubsub.join, pubsub.leave, pubsub.monitor, pubsub.get_members, pubsub.get_local_members,
+                 lambda channel: pubsub.broadcast(channel, "topic", 1))]
+    + [(lambda: pubsub.broadcast("room", 7, 1), TypeError), (lambda: pubsub.join("room", "name"), TypeError),
+       (lambda: pubsub.broadcast_from(None, "room", None, 1), TypeError), (lambda: pubsub.leave("room", 7), TypeError)],
+)  # fmt: skip
+def test_misuse_of_pubsub_raises_in_the_caller(act, error):
+    with pytest.raises(error):
+        act()
+    assert not pubsub._monitors
+
+
+def test_order_is_kept_per_sender_and_channel(me, begin):
+    pubsub.join("room")
+    senders = [
+        begin(spawn, lambda: [pubsub.broadcast("room", "n", n) or gevent.sleep(0) for n in range(100)])
+        for _ in range(5)
+    ]
+    got = [expect() for _ in range(500)]
+    for sender in senders:
+        assert [payload for _, _, pid, _, payload in got if pid is sender] == list(range(100))
+    pubsub.leave("room")
+
+
+def test_broadcasting_while_members_come_and_go_skips_nobody_that_stays(me, begin):
+    stay = [begin(start_link, Obedient, me) for _ in range(5)]
+    for pid in stay:
+        pubsub.join("room", pid)
+
+    def comes_and_goes():
+        for _ in range(50):
+            pubsub.join("room")
+            receive(0.0005)
+            pubsub.leave("room")
+            gevent.sleep(0)
+
+    visitors = [begin(spawn, comes_and_goes if n % 2 else lambda: pubsub.join("room")) for n in range(20)]
+    for n in range(200):
+        pubsub.broadcast("room", "n", n)
+        gevent.sleep(0)
+    assert sorted(expect()[1][4] for _ in range(1000)) == [n for n in range(200) for _ in stay]
+    until(lambda: not set(visitors) & set(nova_lite._processes.values()))
+    assert set(pubsub.get_members("room")) == set(stay)
+
+
+def test_a_thread_broadcasts_in_its_order(me):
+    pubsub.join("room")
+    in_thread(lambda: [pubsub.broadcast("room", "n", n) for n in range(1000)])
+    got = [expect() for _ in range(1000)]
+    assert [message[4] for message in got] == list(range(1000))
+    (sender,) = {message[2] for message in got}
+    assert isinstance(sender, Pid)
+    assert reason_of(sender) == "noproc"
+    pubsub.leave("room")
+
+
+def test_a_monitor_of_a_channel_tells_who_comes_and_goes(me, begin):
+    other = begin(spawn, obey)
+    pubsub.join("room", other)
+    ref, members = pubsub.monitor("room")
+    assert members == [other]
+    pubsub.join("room")
+    pubsub.join("room")
+    pubsub.join("elsewhere")
+    pubsub.leave("elsewhere")
+    pubsub.leave("room")
+    exit(other, "kill")
+    changes = [(ref, "join", "room", [me]), (ref, "leave", "room", [me]), (ref, "leave", "room", [other])]
+    assert [expect(), expect(), expect()] == changes
+    assert [pubsub.demonitor(ref), pubsub.demonitor(ref)] == [True, False]
+    pubsub.join("room")
+    pubsub.leave("room")
+    assert drain() == []
+
+
+def test_a_channel_forgets_a_monitor_that_died(begin):
+    reason_of(spawn(pubsub.monitor, "room"))
+    assert not pubsub._monitors
+
+
+def test_once_works_a_value_out_for_the_first_receiver_and_shares_it(me, begin):
+    worked = []
+
+    def encode(message):
+        worked.append(message)
+        return json.dumps(message[4])
+
+    servers = [begin(start_link, Obedient, me) for _ in range(3)]
+    for server in servers:
+        pubsub.join("room", server)
+    for payload in (1, 2):
+        pubsub.broadcast("room", "topic", payload)
+    values = [expect()[1].once(encode) for _ in range(6)]
+    assert sorted(values) == ["1", "1", "1", "2", "2", "2"]
+    assert [message[4] for message in worked] == [1, 2]
+
+
+def test_once_knows_a_function_by_its_code_and_remembers_none_as_well():
+    message, calls = Message(("nova_pubsub", "room", None, "topic", 1)), []
+    assert [message.once(lambda m: calls.append(m)) for _ in range(3)] == [None] * 3
+    assert len(calls) == 1
+    assert message.once(lambda m: m[4] + 1) == 2
+    assert message.once(len) == 5
+
+
+def test_once_does_not_take_two_modules_functions_for_the_same():
+    message = Message(("nova_pubsub", "room", None, "topic", 1))
+    html, text = (eval("lambda m: form(m[4])", {"form": form}) for form in ("<b>{}</b>".format, "{}".format))
+    assert [message.once(html), message.once(text)] == ["<b>1</b>", "1"]
 
 
 # -- requests and responses -------------------------------------------------------------------------------------------
@@ -1386,12 +2620,11 @@ def test_frames_right_behind_the_handshake_are_handled(recorder):
 
 
 def test_bytes_may_come_one_by_one(recorder):
-    with serving(on(recorder, lambda frame, state: ("reply", frame, state))) as server:
-        with bare(server) as sock:
-            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            for byte in handshake() + masked(1, "ä".encode() * 100) + masked(8, b"\x03\xe8"):
-                sock.sendall(bytes([byte]))
-            assert "ä".encode() * 100 in read_to_end(sock)
+    with serving(on(recorder, lambda frame, state: ("reply", frame, state))) as server, bare(server) as sock:
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        for byte in handshake() + masked(1, "ä".encode() * 100) + masked(8, b"\x03\xe8"):
+            sock.sendall(bytes([byte]))
+        assert "ä".encode() * 100 in read_to_end(sock)
 
 
 def test_a_ping_is_answered_and_told_to_the_handler(recorder):
@@ -1414,11 +2647,10 @@ def test_a_ping_is_answered_and_told_to_the_handler(recorder):
     ],
 )
 def test_how_a_client_ends_it(recorder, last, reason, code):
-    with serving(on(recorder, lambda frame, state: ("ok", state))) as server:
-        with upgraded(server) as sock:
-            sock.sendall(last)
-            assert close_code(sock) == code
-            ended(reason)
+    with serving(on(recorder, lambda frame, state: ("ok", state))) as server, upgraded(server) as sock:
+        sock.sendall(last)
+        assert close_code(sock) == code
+        ended(reason)
 
 
 @pytest.mark.parametrize("reset", [False, True])
@@ -1471,13 +2703,12 @@ def test_what_was_said_before_a_callback_blocks_goes_out_before_it_waits(recorde
             receive(PATIENCE, is_a("wake"))
         return "reply", frame, state
 
-    with serving(on(recorder, echo_or_wait)) as server:
-        with upgraded(server) as sock:
-            pid = expect(is_a("init"))[1]
-            sock.sendall(masked(1, b"first") + masked(1, b"wait"))
-            assert sock.recv(100) == b"\x81\x05first"
-            pid.send(("wake",))
-            assert sock.recv(100) == b"\x81\x04wait"
+    with serving(on(recorder, echo_or_wait)) as server, upgraded(server) as sock:
+        pid = expect(is_a("init"))[1]
+        sock.sendall(masked(1, b"first") + masked(1, b"wait"))
+        assert sock.recv(100) == b"\x81\x05first"
+        pid.send(("wake",))
+        assert sock.recv(100) == b"\x81\x04wait"
 
 
 def greenlets():
@@ -1487,9 +2718,10 @@ def greenlets():
 def test_idle_connections_hold_no_greenlet(recorder):
     with serving(on(recorder, lambda info, state: ("ok", state))) as server:
         before = greenlets()
+        runners = len(nova_lite._scheduler.runners)
         socks = [upgraded(server) for _ in range(100)]
         until(lambda: greenlets() <= before + 1)
-        assert len(nova_lite._scheduler.runners) < 50
+        assert len(nova_lite._scheduler.runners) <= runners + 1
         for sock in socks:
             sock.close()
 
@@ -1520,24 +2752,22 @@ def test_a_client_that_reads_slowly_misses_nothing(recorder):
 def test_a_client_that_does_not_read_is_cut_and_the_others_never_wait(recorder):
     route = ("/ws", recorder, {"protocol": "ws", "mailbox_limit": 50, "max_message_size": 100})
     recorder.on = staticmethod(lambda info, state: ("reply", ("binary", bytes(100_000)), state))
-    with serving(route) as server:
-        with upgraded(server) as sock:
-            slow = expect(is_a("init"))[1]
-            with ws(server) as client:
-                quick = expect(is_a("init"))[1]
-                until(lambda: slow.send(1) or receive(0, is_a("terminate")) == ("terminate", ("error", "slow")))
-                for _ in range(500):
-                    quick.send(1)
-                    assert len(client.recv(PATIENCE)) == 100_000
+    with serving(route) as server, upgraded(server):
+        slow = expect(is_a("init"))[1]
+        with ws(server) as client:
+            quick = expect(is_a("init"))[1]
+            until(lambda: slow.send(1) or receive(0, is_a("terminate")) == ("terminate", ("error", "slow")))
+            for _ in range(500):
+                quick.send(1)
+                assert len(client.recv(PATIENCE)) == 100_000
 
 
 def test_a_client_that_takes_nothing_for_too_long_is_cut(recorder):
     route = ("/ws", recorder, {"protocol": "ws", "send_timeout": 0.1})
     recorder.on = staticmethod(lambda info, state: ("reply", ("binary", bytes(20_000_000)), state))
-    with serving(route) as server:
-        with upgraded(server) as sock:
-            expect(is_a("init"))[1].send("now")
-            ended(("error", "slow"))
+    with serving(route) as server, upgraded(server):
+        expect(is_a("init"))[1].send("now")
+        ended(("error", "slow"))
 
 
 def test_a_client_that_sends_faster_than_its_handler_works_is_held_back(recorder):
@@ -1545,16 +2775,16 @@ def test_a_client_that_sends_faster_than_its_handler_works_is_held_back(recorder
         receive(PATIENCE, is_a("wake"))
         return "stop", state
 
-    with serving(on(recorder, wait)) as server:
-        with upgraded(server) as sock:
-            pid = expect(is_a("init"))[1]
-            sock.settimeout(0.5)
-            with pytest.raises(TimeoutError):
-                while True:
-                    sock.sendall(masked(2, bytes(60_000)))
-            assert sum(len(frame[1]) for frame in pid.inbox) < 70 * 60_000
-            pid.send(("wake",))
-            ended("stop")
+    with serving(on(recorder, wait)) as server, upgraded(server) as sock:
+        pid = expect(is_a("init"))[1]
+        sock.settimeout(0.5)
+        with suppress(TimeoutError):
+            for _ in range(2000):
+                sock.sendall(masked(2, bytes(60_000)))
+            pytest.fail("120 MB went in")
+        assert sum(len(frame[1]) for frame in pid.inbox) < 70 * 60_000
+        pid.send(("wake",))
+        ended("stop")
 
 
 def test_a_silent_client_is_pinged_and_one_that_does_not_answer_is_closed(recorder):
@@ -2079,7 +3309,7 @@ def test_functions_are_short():
 
 
 def test_it_stays_lite():
-    assert ABOVE.count("\n") < 2500
+    assert sum(map(bool, map(str.strip, ABOVE.splitlines()))) < 2150
     assert BELOW.count("\n") < 900
 
 
