@@ -2574,6 +2574,8 @@ def reload_on_change() -> None:
         except KeyboardInterrupt:  # Ctrl-C has reached the child as well; `kill -INT` has not
             with suppress(subprocess.TimeoutExpired):
                 sys.exit(child.wait(1))
+            child.terminate()
+            sys.exit(child.wait())
         finally:
             if child.poll() is None:
                 child.terminate()

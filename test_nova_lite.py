@@ -2799,6 +2799,104 @@ def test_a_silent_client_is_pinged_and_one_that_does_not_answer_is_closed(record
             expect(lambda message: message[0] == "frame" and message[1][0] == "text")
 
 
+def test_a_client_whose_handler_is_busy_is_pinged_all_the_same(recorder):
+    def wait(frame, state):
+        return "reply", ("text", "woken" if frame[0] == "text" and receive(PATIENCE, is_a("wake")) else "pong"), state
+
+    recorder.on = staticmethod(wait)
+    limits = {"protocol": "ws", "idle_timeout": 0.2, "ping_interval": 0.05}
+    with serving(("/ws", recorder, limits)) as server, upgraded(server) as sock:
+        pid = expect(is_a("init"))[1]
+        sock.sendall(masked(1, b"wait"))
+        for _ in range(8):
+            assert sock.recv(2) == b"\x89\x00"
+            sock.sendall(masked(10))
+        pid.send(("wake",))
+        assert b"woken" in sock.recv(100)
+
+
+def test_terminate_may_wait_and_no_signal_but_kill_cuts_it_short(me):
+    class Waits(WebSocketHandler):
+        def init(self, state):
+            me.send(("init", self_pid()))
+            return "ok", state
+
+        def terminate(self, reason, req, state):
+            me.send(("terminate", reason))
+            me.send(("woken", receive(PATIENCE, is_a("wake"))))
+
+    with serving(("/ws", Waits, {"protocol": "ws"})) as server:
+        with ws(server):
+            pid = expect(is_a("init"))[1]
+            exit(pid, "shutdown")
+            ended("shutdown")
+            exit(pid, "again")
+            stopping = gevent.spawn(server.stop)
+            pid.send(("wake",))
+            assert expect(is_a("woken"))[1] == ("wake",)
+            stopping.get(timeout=PATIENCE)
+
+
+def test_a_connection_that_traps_exits_hears_of_the_drain_and_is_ended_at_its_end(me):
+    class Traps(WebSocketHandler):
+        def init(self, state):
+            process_flag("trap_exit", True)
+            return "ok", state
+
+        def websocket_info(self, info, state):
+            me.send(info)
+            return "ok", state
+
+        def terminate(self, reason, req, state):
+            me.send(("terminate", reason))
+
+    with serving(("/ws", Traps, {"protocol": "ws"})) as server, ws(server):
+        server.stop(0.1)
+        assert expect(is_a("EXIT"))[2] == "shutdown"
+        ended("killed")
+
+
+def test_a_handler_that_cannot_be_made_is_a_500_and_leaves_no_process():
+    class Broken(WebSocketHandler):
+        def __init__(self):
+            raise ValueError("deliberate")
+
+    with serving(("/ws", Broken, {"protocol": "ws"})) as server, bare(server, handshake()) as sock:
+        assert sock.recv(1000).startswith(b"HTTP/1.1 500")
+
+
+def test_a_request_that_is_given_up_while_init_runs_leaves_no_process(me):
+    def impatient(callback):
+        def call_in_time(**bindings):
+            with gevent.Timeout(0.02, TimeoutError("deliberate")):
+                return callback(**bindings)
+
+        return call_in_time
+
+    class Slow(WebSocketHandler):
+        def init(self, state):
+            pubsub.join("slow")
+            receive(PATIENCE)
+            return "ok", state
+
+    app = Nova([{"routes": [("/ws", Slow, {"protocol": "ws"})], "plugins": [impatient]}])
+    with Server(app, port=0) as server, bare(server, handshake()) as sock:
+        assert sock.recv(1000).startswith(b"HTTP/1.1 500")
+        until(lambda: pubsub.which_channels() == [])
+
+
+def test_a_client_that_is_gone_before_the_hand_over_leaves_no_process(recorder):
+    class Reset(nova_lite.RequestHandler):
+        def _hand_over(self, connection):
+            raise ConnectionResetError(104, "as the first read may say")
+
+    with serving(on(recorder, lambda frame, state: ("ok", state))) as server:
+        server.handler_class = Reset
+        with bare(server, handshake()) as sock:
+            read_to_end(sock)
+        ended(("error", "closed"))
+
+
 def test_an_end_by_several_hands_is_one_end(recorder):
     with serving(on(recorder, lambda frame, state: ("stop", state))) as server:
         for _ in range(20):
@@ -2888,6 +2986,59 @@ def test_a_request_is_a_process_for_as_long_as_it_lasts(me):
         assert one is not two
         monitor(one)
         assert expect()[4] == "noproc"
+
+
+def test_a_kept_alive_connection_does_not_collect_the_processes_of_its_requests():
+    def adopted():
+        gc.collect()
+        return sum(type(thing) is nova_lite.Adopted for thing in gc.get_objects())
+
+    with serving(("/", lambda _req: self_pid() and ("status", 200))) as server, bare(server) as sock:
+        before = adopted()
+        for _ in range(20):
+            sock.sendall(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n")
+            assert sock.recv(1000).startswith(b"HTTP/1.1 200")
+        assert adopted() <= before + 1
+
+
+def test_an_exit_signal_to_a_request_that_is_over_does_not_hit_the_next(me):
+    def controller(_req):
+        me.send(self_pid())
+        return "status", 200
+
+    with serving(("/", controller)) as server, bare(server) as sock:
+        for _ in range(3):
+            sock.sendall(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n")
+            exit(expect(), "too late")
+            assert sock.recv(1000).startswith(b"HTTP/1.1 200")
+
+
+@pytest.mark.parametrize(
+    "head",
+    [
+        b"GET / HTTP/1.1\r\n\r\n",
+        b"GET / HTTP/1.1\r\nHost: a\r\nHost: b\r\n\r\n",
+        b"GET / HTTP/1.1\r\nHost: a\r\nContent-Length: 1\r\nTransfer-Encoding: chunked\r\n\r\n",
+        b"GET / HTTP/1.1\r\nHost: a\r\nContent-Length: 1\r\nContent-Length: 1\r\n\r\n",
+        b"GET / HTTP/1.1\r\nHost: a\r\nContent-Length: +1\r\n\r\n",
+        b"GET / HTTP/1.1\r\nHost: a\r\nTransfer-Encoding : chunked\r\n\r\n",
+        b"GET / HTTP/1.1\r\nHost: a\r\n folded\r\n\r\n",
+        b"GET / HTTP/1.1\r\nHost: a\r\nNo colon\r\n\r\n",
+        b"GET / HTTP/1.1\r\nHost: a\r\nX: nul\0\r\n\r\n",
+        b"GET / HTTP/1.1\r\nHost: a\r\nX: " + b"x" * 20_000 + b"\r\n\r\n",
+        b"GET / HTTP/1.1\r\nHost: a\r\n" + b"X: y\r\n" * 4_000 + b"\r\n",
+        b"GET /\r\n",
+        b"GET / HTTP/2.0\r\nHost: a\r\n\r\n",
+        b"GET  / HTTP/1.1\r\nHost: a\r\n\r\n",
+        b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03\r\n",
+    ],
+)
+def test_a_request_that_is_not_strictly_one_is_a_400_and_the_end_of_the_connection(head):
+    with serving(HELLO) as server, bare(server, head) as sock:
+        sock.shutdown(socket.SHUT_WR)
+        answer = read_to_end(sock)
+        assert answer.startswith(b"HTTP/1.1 400 ")
+        assert answer.count(b"HTTP/1.1") == 1
 
 
 def test_a_hook_that_replaces_the_101_ends_the_process_that_waited_for_it(recorder):
@@ -3209,6 +3360,15 @@ def test_reload_starts_again_when_the_file_changes_with_sockets_open(tmp_path, m
             assert client.recv(PATIENCE) == "Echo again: x"
     with pytest.raises(ConnectionRefusedError):
         bare(demo)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_to_the_reloader_ends_its_child_as_well(tmp_path, number):
+    with Demo("--reload", "--db", ":memory:", cwd=tmp_path) as demo:
+        demo.process.send_signal(number)
+        assert demo.process.wait(PATIENCE) == 0
+        with pytest.raises(ConnectionRefusedError):
+            bare(demo)
 
 
 # -- house rules -----------------------------------------------------------------------------------------------------
