@@ -3063,6 +3063,8 @@ def main() -> int:
             file=sys.stderr,
         )
         return 1
+    finally:
+        notes.close()
     return 0
 
 

@@ -14,10 +14,16 @@ are. The client is the `websockets` package, an independent judge; where it is t
 
 from __future__ import annotations
 
-if "pytest" not in __import__("sys").modules:  # as a script: patch before anything else, as a program would
+if __name__ == "__main__":  # pytest imports this file once more: what it needs is patched and imported there
+    import sys
+
     from gevent import monkey
 
     monkey.patch_all()
+
+    import pytest
+
+    sys.exit(pytest.main([__file__, "-q", "-p", "no:cacheprovider", *sys.argv[1:]]))
 
 import ast
 import gc
@@ -3520,7 +3526,3 @@ def test_the_docstrings_program_is_the_readmes():
         return "".join(text.split())
 
     assert squeeze(program) in squeeze(nova_lite.__doc__)
-
-
-if __name__ == "__main__":
-    sys.exit(pytest.main([__file__, "-q", "-p", "no:cacheprovider", *sys.argv[1:]]))
