@@ -68,9 +68,11 @@ if __name__ == "__main__":  # before anything imports threading, socket or bottl
 
 import _socket
 import codecs
+import errno
 import json
 import logging
 import os
+import random
 import re
 import signal
 import subprocess
@@ -79,6 +81,7 @@ import sysconfig
 import time
 import traceback
 import weakref
+import zlib
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
@@ -89,6 +92,7 @@ from io import BytesIO
 from itertools import count
 from math import isfinite
 from socket import IPPROTO_TCP, TCP_NODELAY, gethostname
+from ssl import SSLEOFError, SSLWantReadError, SSLWantWriteError, SSLZeroReturnError
 from time import monotonic
 from types import SimpleNamespace
 from typing import Any, NoReturn
@@ -107,7 +111,7 @@ from greenlet import getcurrent, greenlet
 __version__ = "0.1.0"
 __all__ = [
     "CallError", "CallTimeout", "GenServer", "Message", "NoProc", "Nova", "Pid", "Request", "Server", "ServerDied",
-    "Settings", "WebSocketHandler", "call", "cancel_timer", "cast", "demonitor", "exit", "link", "monitor",
+    "Settings", "WebSocketHandler", "call", "cancel_timer", "cast", "demonitor", "exit", "heartbeat", "link", "monitor",
     "process_flag", "pubsub", "receive", "register", "reload_on_change", "reply", "run", "self_pid", "send",
     "send_after", "spawn", "start_link", "start_supervisor", "stop", "unlink", "whereis",
 ]  # fmt: skip
@@ -126,7 +130,11 @@ class Settings:
     mailbox_limit: int = 1_000  # messages that may wait for a client that does not read; then it is cut with 1013
     send_timeout: float = 10.0  # seconds that a client may take nothing of what is ready for it; then 1013, too
     backlog: int = 64  # frames that may wait for their handler before reading pauses, and TCP holds the sender back
+    on_slow: str = "close"  # or "drop_oldest", "drop_new": what happens beyond `mailbox_limit`; drops are logged
     origins: Any = None  # None: the request's own host, or no Origin header at all; else a list of origins, or "*"
+    trust_proxy: bool = False  # whether X-Forwarded-Proto and -Host say what the request's own host is
+    subprotocols: Any = ()  # what the handler speaks; the first of the client's that is among them is chosen
+    compress: bool = False  # permessage-deflate (RFC 7692) with clients that offer it; costs CPU
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1231,7 +1239,7 @@ class Request(Mapping[str, Any]):
 
     `method`, `path`, `bindings` (from the route), `params` (the JSON object or form of the body), `json` (any JSON),
     `body` (bytes), `qs` (the query), `headers` (whatever case), `cookies`, `peer` (address, port), `auth_data` (what
-    security said). Asking for `body`, `json` or `params` may raise an HTTPError: 400 or 413.
+    security said), `subprotocol` (of a WebSocket: the one chosen, or None). Asking for `body`, `json` or `params` may raise an HTTPError: 400 or 413.
     """
 
     __slots__ = ("_known", "environ", "max_body")
@@ -1257,6 +1265,10 @@ class Request(Mapping[str, Any]):
     def authorized(self, auth_data: Any) -> None:
         """Security has said yes, and this."""
         self._known["auth_data"] = auth_data
+
+    def agreed(self, subprotocol: str | None) -> None:
+        """The handshake has settled on this."""
+        self._known["subprotocol"] = subprotocol
 
     def detach(self) -> None:
         """Outlives its HTTP request: keeps what the client has said, and lets go of the server's buffers."""
@@ -1305,6 +1317,7 @@ _REQUEST_KEYS: dict[str, Callable[[Request], Any]] = {
     "cookies": _cookies,
     "peer": lambda req: (req.environ.get("REMOTE_ADDR", ""), int(req.environ.get("REMOTE_PORT") or 0)),
     "auth_data": lambda req: None,
+    "subprotocol": lambda req: None,
 }
 
 
@@ -1317,7 +1330,7 @@ def read_body(environ: dict[str, Any], limit: int) -> bytes:
         length = int(environ.get("CONTENT_LENGTH") or 0)
         body = environ["wsgi.input"].read(limit + 1 if chunked else length) if 0 < length <= limit or chunked else b""
     except (KeyError, OSError, ValueError):
-        raise HTTPError(400, "the body could not be read")
+        raise HTTPError(408 if environ.get("nova_lite.late") else 400, "the body could not be read")
     if max(length, len(body)) > limit:
         environ["CONTENT_LENGTH"] = str(max(length, len(body)))  # so that who asks again is told the same
         raise HTTPError(413, f"the body is larger than {limit} bytes")
@@ -1443,6 +1456,9 @@ def error_body(status_line: str, text: str, accept: str) -> tuple[str, bytes]:
 # ---------------------------------------------------------------------------------------------------------------------
 
 CONTINUATION, TEXT, BINARY, CLOSE, PING, PONG = 0x0, 0x1, 0x2, 0x8, 0x9, 0xA  # §5.2
+RSV1 = 0x40  # a compressed message (RFC 7692 §6)
+DEFLATE_TAIL = b"\x00\x00\xff\xff"  # what ends every compressed message and is not sent (RFC 7692 §7.2.1)
+COMPRESS_FROM = 128  # bytes; below, the head of a deflated block eats up what it saves
 NO_STATUS = 1005  # §7.1.5: a close frame without a code; never on the wire
 Frame = tuple[Any, ...]
 
@@ -1485,6 +1501,14 @@ def is_close_code(code: int) -> bool:
     return code in (1000, 1001, 1002, 1003) or 1007 <= code <= 1014 or 3000 <= code <= 4999
 
 
+def deflated_frame(opcode: int, data: bytes, bits: int) -> bytes:
+    """A compressed frame (RFC 7692 §7.2.1). It depends on nothing before it, so that many may be sent the same one."""
+    compressor = zlib.compressobj(wbits=-bits)
+    body = (compressor.compress(data) + compressor.flush(zlib.Z_SYNC_FLUSH)).removesuffix(DEFLATE_TAIL)
+    head = frame_head(opcode, len(body))
+    return bytes((head[0] | RSV1,)) + head[1:] + body
+
+
 def close_frame(code: int, reason: str = "") -> bytes:
     """A close frame; a reason over 123 bytes is cut at a character, NO_STATUS leaves the body empty (§5.5.1)."""
     if code == NO_STATUS:
@@ -1493,14 +1517,20 @@ def close_frame(code: int, reason: str = "") -> bytes:
     return frame_head(CLOSE, len(body)) + body
 
 
-def encode_frame(frame: Any) -> bytes:
+def data_frame(opcode: int, data: bytes, bits: int) -> bytes:
+    """A message, compressed if `bits`, the window that was agreed on, is not 0 and there is something to win."""
+    if bits and len(data) >= COMPRESS_FROM:
+        return deflated_frame(opcode, data, bits)
+    return frame_head(opcode, len(data)) + data
+
+
+def encode_frame(frame: Any, bits: int = 0) -> bytes:
     """What a handler replies, as bytes; ValueError where it is no frame."""
     match frame:
         case ("text", str(text)):
-            data = text.encode()
-            return frame_head(TEXT, len(data)) + data
+            return data_frame(TEXT, text.encode(), bits)
         case ("binary", bytes() | bytearray() | memoryview() as data):
-            return frame_head(BINARY, memoryview(data).nbytes) + bytes(data)
+            return data_frame(BINARY, bytes(data), bits)
         case ("ping" | "pong" as name, bytes(data)) if len(data) <= 125:
             return frame_head(PING if name == "ping" else PONG, len(data)) + data
         case "ping" | "pong":
@@ -1519,10 +1549,14 @@ class Parser:
     `limit`; only heads and control frames, up to 139 bytes, are kept to be looked at again.
     """
 
-    __slots__ = ("decoder", "done", "failure", "final", "left", "limit", "mask", "message", "opcode", "tail")
+    __slots__ = (
+        "compressed", "decoder", "done", "failure", "final", "inflater", "left", "limit", "mask", "message", "opcode",
+        "tail",
+    )  # fmt: skip
 
-    def __init__(self, limit: int) -> None:
-        self.limit = limit
+    def __init__(self, limit: int, compressed: bool = False) -> None:
+        self.limit, self.compressed = limit, compressed  # bytes; whether permessage-deflate was agreed on
+        self.inflater: Any = None  # of the message under way, if it is compressed
         self.tail = b""  # bytes that make no sense yet
         self.opcode = 0  # of the message under way; 0: none
         self.message: bytearray | None = None  # what is there of it; None: nothing
@@ -1550,7 +1584,7 @@ class Parser:
                         break
                     position = after
         except ProtocolError as error:
-            self.done, self.failure, self.message, self.decoder = True, error, None, None
+            self.done, self.failure, self.message, self.decoder, self.inflater = True, error, None, None, None
         return frames
 
     def _frame(self, data: bytes, position: int, frames: list[Frame]) -> int:
@@ -1577,9 +1611,13 @@ class Parser:
         if opcode >= CLOSE:
             frames.append(self._control(opcode, unmask(data[start:stop], mask)))
             return stop
-        if first & 0x80 and not self.opcode and stop <= len(data):  # the common case: a whole message in one piece
+        if (
+            first & 0xC0 == 0x80 and not self.opcode and stop <= len(data)
+        ):  # the common case: a whole message in one piece
             frames.append(_message(opcode, unmask(data[start:stop], mask)))
             return stop
+        if first & RSV1:
+            self.inflater = zlib.decompressobj(-15)
         self.opcode = self.opcode or opcode
         self.left, self.mask, self.final = size, mask, bool(first & 0x80)
         return self._payload(data, start, frames)
@@ -1592,6 +1630,8 @@ class Parser:
         turn = taken & 3
         self.left, self.mask = self.left - taken, self.mask[turn:] + self.mask[:turn]
         ends = self.final and not self.left
+        if self.inflater is not None:
+            part = self._inflate(part, ends)
         if self.opcode == TEXT:
             self._check_text(part, ends)
         if self.message is None:
@@ -1599,11 +1639,22 @@ class Parser:
         self.message += part
         if ends:
             frames.append(_message(self.opcode, bytes(self.message)))
-            self.opcode, self.message, self.decoder = 0, None, None
+            self.opcode, self.message, self.decoder, self.inflater = 0, None, None, None
         return position + taken
 
+    def _inflate(self, part: bytes, ends: bool) -> bytes:
+        """The part inflated, and never more than the limit allows (RFC 7692 §7.2.2)."""
+        room = self.limit - len(self.message or b"")
+        try:
+            part = self.inflater.decompress(part + DEFLATE_TAIL if ends else part, room + 1)
+        except zlib.error:
+            raise ProtocolError(1007, "a message that cannot be inflated") from None
+        if len(part) > room:
+            raise ProtocolError(1009, f"a message over {self.limit} bytes")
+        return part
+
     def _check_start(self, first: int, second: int, opcode: int) -> None:
-        if first & 0x70:
+        if first & (0x30 if self.compressed and opcode in (TEXT, BINARY) else 0x70):
             raise ProtocolError(1002, "reserved bits without an extension")  # §5.2
         if opcode not in (CONTINUATION, TEXT, BINARY, CLOSE, PING, PONG):
             raise ProtocolError(1002, f"unknown opcode {opcode}")  # §5.2
@@ -1706,24 +1757,58 @@ class Ending(Exception):
         self.code, self.text, self.reason = code, text, reason
 
 
-_frame_cache: dict[str, bytes] = {}
+_frame_caches: list[dict[Any, bytes]] = [{} for _ in range(16)]  # by the window of the compression; 0: none
 _frame_cache_size = 0
 
 
-def shared_frame(frame: Any) -> bytes:
-    """`encode_frame` for what many are told at once: a text that has just been encoded is not encoded again."""
+def shared_frame(frame: Any, bits: int) -> bytes:
+    """`encode_frame` for what many are told at once: what has just been encoded, or compressed, is not so again."""
     global _frame_cache_size
-    if type(frame) is not tuple or frame[0] != "text" or type(frame[1]) is not str:
-        return encode_frame(frame)
-    data = _frame_cache.get(frame[1])
+    if type(frame) is not tuple or frame[0] not in ("text", "binary") or type(frame[1]) not in (str, bytes):
+        return encode_frame(frame, bits)
+    cache = _frame_caches[bits]
+    data = cache.get(frame[1])
     if data is None:
-        data = encode_frame(frame)
-        if len(_frame_cache) >= CACHED_FRAMES or _frame_cache_size > CACHED_BYTES:
-            _frame_cache.clear()
+        data = encode_frame(frame, bits)
+        if len(cache) >= CACHED_FRAMES or _frame_cache_size > CACHED_BYTES:
+            for full in _frame_caches:
+                full.clear()
             _frame_cache_size = 0
-        _frame_cache[frame[1]] = data
+        cache[frame[1]] = data
         _frame_cache_size += len(data)
     return data
+
+
+class TLS:
+    """A TLS socket as a plain one that never waits: what would have to wait raises BlockingIOError, or sends nothing."""
+
+    def __init__(self, sock: Any) -> None:
+        self.sock = sock  # gevent's, which does not wait once its timeout is 0
+        self.fileno, self.close = sock.fileno, sock.close
+
+    def recv(self, size: int) -> bytes:
+        """One record, and what is left of it: bytes that have left the kernel wake no watcher."""
+        try:
+            data = self.sock.recv(size)
+            while pending := self.sock.pending():
+                data += self.sock.recv(pending)
+            return data
+        except (SSLWantReadError, SSLWantWriteError):
+            raise BlockingIOError from None
+        except (SSLEOFError, SSLZeroReturnError):
+            return b""
+
+    def send(self, data: Any) -> int:
+        try:
+            return self.sock.send(data)
+        except (SSLWantReadError, SSLWantWriteError):
+            return 0
+
+    def shutdown(self, how: int) -> None:
+        """close_notify, which need not be answered, and TCP's FIN."""
+        with suppress(OSError, ValueError):
+            self.sock._sslobj.shutdown()
+        _socket.socket.shutdown(self.sock._sock, how)
 
 
 class Connection(Process):
@@ -1733,11 +1818,11 @@ class Connection(Process):
     """
 
     __slots__ = (
-        "closing", "handler", "inbox", "lounge", "out", "parser", "quiet", "reader", "req", "said", "settings", "sock",
-        "stalled", "starter", "state", "writer",
+        "behind", "bits", "closing", "handler", "inbox", "lounge", "out", "parser", "quiet", "reader", "req", "said",
+        "settings", "sock", "stalled", "starter", "state", "writer",
     )  # fmt: skip
 
-    def __init__(self, handler: Any, req: Request, settings: Settings) -> None:
+    def __init__(self, handler: Any, req: Request, settings: Settings, bits: int = 0) -> None:
         self.handler = handler() if isinstance(handler, type) else handler  # may raise: not a process yet
         super().__init__()
         self.req, self.settings = req, settings
@@ -1749,9 +1834,11 @@ class Connection(Process):
         self.out: Any = b""  # what the socket has not taken yet
         self.said: list[bytes] = []  # the frames of this turn
         self.inbox: list[Any] = []  # the client's frames, and perhaps an Ending behind them
-        self.parser = Parser(settings.max_message_size)
+        self.bits = bits  # the window of the compression that was agreed on; 0: none
+        self.parser = Parser(settings.max_message_size, bits > 0)
         self.quiet = 0.0  # seconds without a byte from the client
         self.stalled = 0.0  # seconds in which the client has taken nothing of `out`
+        self.behind = 0  # messages beyond the limit at the last sweep
         self.closing = False  # the process has ended; the socket lingers
         self.lounge: Lounge | None = None
 
@@ -1806,7 +1893,7 @@ class Connection(Process):
             result = info(mailbox.popleft(), self.state)
             if type(result) is tuple and len(result) == 3 and result[0] == "reply" and type(result[1]) is tuple:
                 self.state = result[2]
-                self.said.append(shared_frame(result[1]))
+                self.said.append(shared_frame(result[1], self.bits))
                 if result[1][0] == "close":
                     raise Ending(None, "", "stop")
             else:
@@ -1843,7 +1930,7 @@ class Connection(Process):
             case ("reply", answer, state) | ("reply", answer, state, "hibernate"):
                 self.state = state
                 for frame in answer if isinstance(answer, list) else [answer]:
-                    self.said.append(encode_frame(frame))
+                    self.said.append(encode_frame(frame, self.bits))
                     if frame == "close" or frame[0] == "close":
                         raise Ending(None, "", "stop")
             case ("stop", state) | ("stop", state, "hibernate"):
@@ -1854,7 +1941,7 @@ class Connection(Process):
 
     def rest(self) -> None:
         if (self.out or self.sock is None) and self.exiting is None:
-            self.wake = _check_mailbox
+            self.wake = _make_room
         elif self.inbox or self.mailbox or self.exiting is not None:
             _enqueue(self)
         else:
@@ -1929,11 +2016,13 @@ class Connection(Process):
         self.writer = None
         if self.closing:
             self._half_close()
-        elif self.wake is _check_mailbox:
+        elif self.wake is _make_room:
             self.rest()
 
     def tick(self, seconds: float) -> None:
         """The sweep comes by, so many seconds after the last time."""
+        if self.sock is None:  # cut, and still in its last words
+            return
         paused = not self.reader.active and not self.parser.done  # by ourselves: the client is not to blame
         before, self.quiet = self.quiet, 0.0 if paused else self.quiet + seconds
         self.stalled += seconds
@@ -1941,13 +2030,19 @@ class Connection(Process):
         if self.closing:
             if self.stalled > LINGER:
                 self.cut()
-        elif self.out and self.stalled > settings.send_timeout:
+        elif self.out and (self.stalled > settings.send_timeout or self._falls_behind()):
             self.kill(SLOW)
         elif self.quiet > settings.idle_timeout:
             self.kill(IDLE)
         elif before // settings.ping_interval < self.quiet // settings.ping_interval:
             self.said.append(encode_frame("ping"))  # from the hub, between turns: a process that is busy is alive, too
             self.flush()
+
+    def _falls_behind(self) -> bool:
+        """Whether more than the limit waits for the second time, and more than the first time: a burst in one go is no
+        reason to cut a client that reads, and one that never catches up has no other end."""
+        before, self.behind = self.behind, max(0, len(self.mailbox) - self.settings.mailbox_limit)
+        return 0 < before < self.behind
 
     # -- the end
 
@@ -2031,16 +2126,23 @@ SLOW = Ending(1013, "too slow", ("error", "slow"))
 IDLE = Ending(1000, "idle", "timeout")
 
 
-def _check_mailbox(connection: Connection) -> None:
-    """What a message calls for while the socket takes nothing: a client that does not read may have so many waiting."""
-    if len(connection.mailbox) > connection.settings.mailbox_limit:
-        connection.kill(SLOW)
+def _make_room(connection: Connection) -> None:
+    """What a message calls for while the socket takes nothing, or is not there yet."""
+    policy, mailbox = connection.settings.on_slow, connection.mailbox
+    if policy != "close" and len(mailbox) > connection.settings.mailbox_limit:
+        mailbox.popleft() if policy == "drop_oldest" else mailbox.pop()
+        if connection.lounge is not None:
+            connection.lounge.dropped += 1
 
 
 class Lounge:
     """The connections of a server, with one sweep for the time limits of all."""
 
-    def __init__(self) -> None:
+    def __init__(self, limit: int) -> None:
+        self.limit = limit  # connections
+        self.draining = False
+        self.dropped = 0  # messages, since it was last logged
+        self.logged = -60.0  # when
         self.connections: set[Connection] = set()
         self.interval = 1.0  # seconds; a quarter of the shortest limit, at most this
         self.timer: Any = None  # runs while there are connections
@@ -2068,6 +2170,9 @@ class Lounge:
     def _sweep(self) -> None:
         for connection in list(self.connections):
             connection.tick(self.interval)
+        if self.dropped and monotonic() - self.logged >= 60:
+            log.warning("%d messages dropped for clients that do not read", self.dropped)
+            self.dropped, self.logged = 0, monotonic()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -2130,6 +2235,10 @@ def _settings(settings: Settings, options: Mapping[str, Any]) -> Settings:
         raise ValueError(f"there is no option {', '.join(sorted(unknown))}")
     if isinstance(options.get("origins"), str) and options["origins"] != "*":
         raise ValueError("origins is a list, or '*'")
+    if isinstance(options.get("subprotocols"), str):
+        raise ValueError("subprotocols is a list")
+    if options.get("on_slow", "close") not in ("close", "drop_oldest", "drop_new"):
+        raise ValueError("on_slow is 'close', 'drop_oldest' or 'drop_new'")
     return replace(settings, **options)
 
 
@@ -2207,23 +2316,69 @@ class _WebSocketEndpoint(_Endpoint):
         super().__init__(handler, security, settings)
 
     def __call__(self, **bindings: Any) -> HTTPResponse:
-        environ = bottle.request.environ
-        if "nova_lite.lobby" not in environ:
+        environ, settings = bottle.request.environ, self.settings
+        if "nova_lite.lounge" not in environ:
             log.error("%s needs nova_lite's own server: app.run() or Server(app)", name_of(self.controller))
             return HTTPError(501, "this server does not do WebSockets")
-        req = Request(environ, bindings, self.settings.max_body)
-        refusal = check_handshake(environ, self.settings.origins) or self.refusal(req)
+        req = Request(environ, bindings, settings.max_body)
+        refusal = check_handshake(environ, settings) or self.refusal(req)
         return self.answer(refusal or self.admit(req), req)
 
     def admit(self, req: Request) -> HTTPResponse:
-        connection = Connection(self.controller, req, self.settings)
+        """Runs init, and says 101 if it agrees: then the server sends it, and hands over the socket."""
+        environ, headers = req.environ, {}
+        lounge: Lounge = environ["nova_lite.lounge"]
+        if len(lounge.connections) >= lounge.limit:
+            return HTTPError(503, "there are too many connections", Retry_After="5")
+        req.agreed(choose_subprotocol(environ.get("HTTP_SEC_WEBSOCKET_PROTOCOL", ""), self.settings.subprotocols))
+        if req["subprotocol"]:
+            headers["Sec-WebSocket-Protocol"] = req["subprotocol"]
+        bits = choose_window(environ.get("HTTP_SEC_WEBSOCKET_EXTENSIONS", "")) if self.settings.compress else 0
+        if bits:
+            window = f"; server_max_window_bits={bits}" if bits < 15 else ""
+            headers["Sec-WebSocket-Extensions"] = f"permessage-deflate{NO_TAKEOVER}{window}"
+        connection = Connection(self.controller, req, self.settings, bits)
         if not connection.start():
             return HTTPError(500)
-        req.environ["nova_lite.lobby"].append(connection)  # the server sends the 101 and hands over the socket
-        return HTTPResponse(b"", 101)
+        environ["nova_lite.lobby"].append(connection)
+        return HTTPResponse(b"", 101, headers)
 
 
-def check_handshake(environ: Mapping[str, Any], origins: Any) -> HTTPResponse | None:
+# Neither side keeps a window from one message to the next: a broadcast is compressed once, and an idle connection
+# costs no window. A server may ask for both, unasked (RFC 7692 §7.1.1).
+NO_TAKEOVER = "; server_no_context_takeover; client_no_context_takeover"
+
+
+def choose_subprotocol(offered: str, spoken: Iterable[str]) -> str | None:
+    """The first of the client's that the handler speaks (RFC 6455 §4.2.2)."""
+    return next((name for name in map(str.strip, offered.split(",")) if name in spoken), None)
+
+
+def choose_window(offered: str) -> int:
+    """The window, in bits, of the first offer of permessage-deflate that can be met; 0 if there is none.
+
+    An offer with a parameter that is unknown, comes twice or has a bad value is passed over, as is a window of 8 bits,
+    which zlib does not make (RFC 7692 §7.1).
+    """
+    for offer in offered.split(","):
+        name, *parameters = (part.strip() for part in offer.split(";"))
+        pairs = [(key.strip(), value.strip(' "')) for key, _, value in (part.partition("=") for part in parameters)]
+        known = all(_DEFLATE_PARAMETERS.get(key, _NEVER).fullmatch(value) for key, value in pairs)
+        if name == "permessage-deflate" and known and len(dict(pairs)) == len(pairs):
+            return int(dict(pairs).get("server_max_window_bits", 15))
+    return 0
+
+
+_NEVER = re.compile("(?!)")
+_DEFLATE_PARAMETERS = {
+    "server_no_context_takeover": re.compile(""),
+    "client_no_context_takeover": re.compile(""),
+    "server_max_window_bits": re.compile("9|1[0-5]"),
+    "client_max_window_bits": re.compile("|[89]|1[0-5]"),
+}
+
+
+def check_handshake(environ: Mapping[str, Any], settings: Settings = Settings()) -> HTTPResponse | None:
     """The refusal of a request that is no opening handshake (RFC 6455 §4.2.1), or that comes from a foreign origin."""
     connection = [token.strip() for token in environ.get("HTTP_CONNECTION", "").lower().split(",")]
     if environ.get("HTTP_UPGRADE", "").lower() != "websocket":
@@ -2236,20 +2391,22 @@ def check_handshake(environ: Mapping[str, Any], origins: Any) -> HTTPResponse | 
         return HTTPError(426, "only version 13 is served here", Sec_WebSocket_Version="13")
     if not re.fullmatch(r"[A-Za-z0-9+/]{22}==", environ.get("HTTP_SEC_WEBSOCKET_KEY", "")):
         return HTTPError(400, "Sec-WebSocket-Key is missing or no 16 bytes in base64")
-    if not is_own_origin(environ, origins):
+    if not is_own_origin(environ, settings):
         return HTTPError(403, "this origin may not connect")
     return None
 
 
-def is_own_origin(environ: Mapping[str, Any], origins: Any) -> bool:
+def is_own_origin(environ: Mapping[str, Any], settings: Settings) -> bool:
     """Whether a page from this Origin may connect. Browsers send one always, others need not (RFC 6455 §10.2)."""
     origin = environ.get("HTTP_ORIGIN")
-    if origin is None or origins == "*":
+    if origin is None or settings.origins == "*":
         return True
-    if origins is not None:
-        return origin in origins
-    own = f"{environ['wsgi.url_scheme']}://{environ.get('HTTP_HOST', '')}"
-    return _endpoint_of(origin) == _endpoint_of(own) is not None
+    if settings.origins is not None:
+        return origin in settings.origins
+    scheme, host = environ["wsgi.url_scheme"], environ.get("HTTP_HOST", "")
+    if settings.trust_proxy:
+        scheme, host = environ.get("HTTP_X_FORWARDED_PROTO", scheme), environ.get("HTTP_X_FORWARDED_HOST", host)
+    return _endpoint_of(origin) == _endpoint_of(f"{scheme}://{host}") is not None
 
 
 def _endpoint_of(url: str) -> tuple[str, str | None, int | None] | None:
@@ -2258,6 +2415,12 @@ def _endpoint_of(url: str) -> tuple[str, str | None, int | None] | None:
         return parts.scheme, parts.hostname, parts.port or {"http": 80, "https": 443}.get(parts.scheme)
     except ValueError:
         return None
+
+
+def heartbeat(req: Request) -> Any:
+    """A controller: 200, or 503 once the server drains, so that a load balancer looks elsewhere."""
+    lounge = req.environ.get("nova_lite.lounge")
+    return ("status", 503, {"Retry-After": "5"}) if lounge is not None and lounge.draining else ("status", 200)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -2286,7 +2449,7 @@ class Headers(dict[str, str]):
         while (line := file.readline(left + 1)) not in (b"\r\n", b"\n"):
             left -= len(line)
             if left < 0:
-                raise ValueError("the headers are too long")
+                raise HTTPError(431, "the headers are too long")
             match = _HEADER.fullmatch(line.decode("latin-1"))
             if match is None:
                 raise ValueError(f"no header: {line!r}")
@@ -2320,18 +2483,51 @@ class RequestHandler(UpgradeHandler):
     environ: dict[str, Any]
     socket: Any
     websocket: Any
-    wsgi_input: Any
+    wsgi_input: Any = None  # None until the head is there
     logger = log  # gevent-websocket would set up one of its own
     MessageClass = Headers
+    deadline = 0.0  # by when the client must have sent what is awaited
+    late = False
+    handed_over = False  # the socket belongs to a connection's process
 
     def handle(self) -> None:
-        if self.server.draining:  # accepted just before the listener closed
+        if self.server.lounge.draining:  # accepted just before the listener closed
             return
         self.server.handlers.add(self)
         try:
-            super().handle()
+            with suppress(OSError):  # pywsgi answers a bad request to whoever is gone as well
+                super().handle()
         finally:
             self.server.handlers.discard(self)
+
+    def read_requestline(self) -> str:
+        self.wsgi_input = None
+        self.deadline = monotonic() + self.server.KEEP_ALIVE
+        self.rfile.peek(1)
+        self.deadline = monotonic() + self.server.HEAD_TIME
+        return super().read_requestline()
+
+    def check_time(self, now: float) -> None:
+        """The sweep comes by: a client that takes too long is not listened to any longer, and reading ends."""
+        if now > self.deadline and not self._has_body():
+            self.late = True
+            if self.wsgi_input is not None:
+                self.environ["nova_lite.late"] = True
+            with suppress(OSError, AttributeError):  # closed meanwhile
+                self.socket._sock.shutdown(_socket.SHUT_RD)  # gevent's own would raise in the reader
+
+    def _has_body(self) -> bool:
+        body = self.wsgi_input
+        if body is None or body is _NO_INPUT:
+            return body is _NO_INPUT
+        return body.chunk_length == 0 if body.chunked_input else body.position >= (body.content_length or 0)
+
+    def _handle_client_error(self, ex: Exception) -> tuple[str, bytes]:
+        status = "408 Request Timeout" if self.late else getattr(ex, "status_line", "400 Bad Request")
+        log.info("%s:%d refused: %s (%s)", *self.client_address[:2], status, getattr(ex, "body", None) or ex)
+        kind, body = error_body(status, status[4:], "")
+        head = f"HTTP/1.1 {status}\r\nContent-Type: {kind}\r\nContent-Length: {len(body)}\r\nConnection: close\r\n\r\n"
+        return status, head.encode() + body
 
     def read_request(self, raw_requestline: str) -> bool:
         self.busy = True
@@ -2349,7 +2545,8 @@ class RequestHandler(UpgradeHandler):
 
     def run_application(self) -> None:
         lobby: list[Connection] = []
-        self.environ["nova_lite.lobby"] = lobby
+        self.environ["nova_lite.lobby"], self.environ["nova_lite.lounge"] = lobby, self.server.lounge
+        self.deadline = monotonic() + self.server.BODY_TIME
         try:
             gevent.pywsgi.WSGIHandler.run_application(self)
             if lobby and self.code == 101:
@@ -2364,7 +2561,7 @@ class RequestHandler(UpgradeHandler):
         """Reads on to the next request; a client that says too much, takes too long or talks nonsense is hung up on."""
         body, self.wsgi_input = self.wsgi_input, _NO_INPUT
         if not body.chunked_input and body.position >= (body.content_length or 0):
-            return
+            return  # as nearly always
         body.send_100_continue_enabled = False
         left, self.close_connection, keep = DISCARD_SIZE, True, not self.close_connection
         with gevent.Timeout(DISCARD_TIME, False), suppress(OSError):
@@ -2389,15 +2586,22 @@ class RequestHandler(UpgradeHandler):
 
     def _hand_over(self, connection: Connection) -> None:
         """The socket goes to the connection's process; pywsgi lets go of its own handle, buffers and greenlet."""
-        self.socket.setblocking(False)
-        early = self.rfile.peek()  # frames that came right behind the handshake
         sock = self.socket
-        raw = _socket.socket(sock.family, sock.type, sock.proto, sock.detach())
-        raw.setblocking(False)  # whatever socket.setdefaulttimeout says
-        self.socket, self.websocket = None, None
+        sock.setblocking(False)
+        with suppress(BlockingIOError, SSLWantReadError):
+            early = b""
+            early = self.rfile.peek()  # frames that came right behind the handshake
+        raw: Any
+        if self.server.ssl_enabled:
+            self.rfile.close()
+            raw = TLS(sock)
+        else:
+            raw = _socket.socket(sock.family, sock.type, sock.proto, sock.detach())
+            raw.setblocking(False)  # whatever socket.setdefaulttimeout says
+        self.socket, self.websocket, self.handed_over = None, None, True
         connection.req.detach()
         connection.open(raw, early, self.server.lounge)
-        if self.server.draining:
+        if self.server.lounge.draining:
             connection.kill("shutdown")
 
     def handle_one_response(self) -> None:
@@ -2408,13 +2612,14 @@ class RequestHandler(UpgradeHandler):
             process = _current()
             if process is not None:  # a request is a process for as long as it lasts
                 process.finish("normal")
-            if self.server.draining:
-                self.close_connection = True
 
     def _write_with_headers(self, data: bytes) -> None:
         """Head and body in one packet: in two, a kept-alive client's delayed ACK holds the second back for 40 ms."""
         self.headers_sent = True
         self.finalize_headers()
+        self.close_connection = self.close_connection or self.server.lounge.draining
+        if self.close_connection and self.code != 101 and self.request_version == "HTTP/1.1":
+            self.response_headers.append((b"Connection", b"close"))
         lines = [b"HTTP/1.1 " + self.status, *(b"%b: %b" % header for header in self.response_headers), b"\r\n"]
         head = b"\r\n".join(lines)
         if self.response_use_chunked or len(data) > 65536:
@@ -2438,16 +2643,31 @@ class RequestHandler(UpgradeHandler):
 class Server(gevent.pywsgi.WSGIServer):
     """Serves an application; `with Server(app, port=0) as server:` starts it and stops it, `server.port` tells where.
 
-    For programs that have a main loop of their own; `Nova.run` is for those that have none. Raises OSError where the
-    address is taken.
+    For programs that have a main loop of their own; `Nova.run` is for those that have none. With `certfile` (and
+    `keyfile`), https and wss. `max_connections` is for WebSockets: by default what the descriptor limit allows. Raises
+    OSError where the address is taken or a file cannot be read.
     """
 
-    def __init__(self, app: Any, host: str = "127.0.0.1", port: int = 8080, drain_time: float = DRAIN_TIME) -> None:
-        self.lounge = Lounge()
+    KEEP_ALIVE, HEAD_TIME, BODY_TIME = 75.0, 10.0, 30.0  # seconds for the next request, its head and its body to come
+
+    def __init__(
+        self,
+        app: Any,
+        host: str = "127.0.0.1",
+        port: int = 8080,
+        *,
+        drain_time: float = DRAIN_TIME,
+        certfile: str | None = None,
+        keyfile: str | None = None,
+        max_connections: int | None = None,
+    ) -> None:
+        self.lounge = Lounge(_descriptor_limit() - 64 if max_connections is None else max_connections)
         self.handlers: set[RequestHandler] = set()
-        self.draining = False
         self.drain_time = drain_time
-        super().__init__((host, port), app, BACKLOG, log=None, error_log=log, handler_class=RequestHandler)
+        self.sweeper: Any = None
+        self.short_of_descriptors = -60.0  # when it was last logged
+        tls = {"ssl_context": _tls_context(certfile, keyfile)} if certfile else {}
+        super().__init__((host, port), app, BACKLOG, log=None, error_log=log, handler_class=RequestHandler, **tls)
 
     def __enter__(self) -> Server:
         self.start()
@@ -2460,28 +2680,86 @@ class Server(gevent.pywsgi.WSGIServer):
     def init_socket(self) -> None:
         super().init_socket()
         self.socket.setsockopt(IPPROTO_TCP, TCP_NODELAY, 1)  # accepted sockets inherit it
+        interval = min(1.0, min(self.KEEP_ALIVE, self.HEAD_TIME, self.BODY_TIME) / 4)
+        self.sweeper = self.loop.timer(interval, interval)
+        self.sweeper.start(self._sweep)
+
+    def _sweep(self) -> None:
+        now = monotonic()
+        for handler in list(self.handlers):
+            handler.check_time(now)
+
+    def do_read(self) -> Any:
+        """Accepts; when descriptors have run out, pauses, and lets the clients wait in the kernel's queue."""
+        try:
+            return super().do_read()
+        except OSError as error:
+            if error.errno not in (errno.EMFILE, errno.ENFILE):
+                raise
+        if monotonic() - self.short_of_descriptors > 60:
+            self.short_of_descriptors = monotonic()
+            log.warning("no descriptors are left (ulimit -n): new clients wait")
+        self.stop_accepting()
+        self._timer = self.loop.timer(0.1)
+        self._timer.start(self._start_accepting_if_started)
+        return None
+
+    def wrap_socket_and_handle(self, client_socket: Any, address: Any) -> None:
+        try:
+            with gevent.Timeout(self.HEAD_TIME, TimeoutError("no TLS handshake in time")):
+                sock = self.wrap_socket(client_socket, server_side=True)
+        except OSError as error:
+            log.info("%s:%d refused: %s", *address[:2], error)
+            client_socket.close()
+            return
+        handler = self.handler_class(sock, address, self)
+        handler.handle()
+        if not handler.handed_over:
+            sock.close()
+
+    def close(self) -> None:
+        if self.__dict__.get("sweeper") is not None:
+            self.sweeper.close()
+        super().close()
 
     def stop(self, timeout: float | None = None) -> None:
-        """Closes the listener, lets requests finish, closes WebSockets with 1001; cuts what is left after `timeout`."""
-        deadline = monotonic() + (self.drain_time if timeout is None else timeout)
-        self.draining = True
+        """Closes the listener, lets requests finish, closes WebSockets with 1001; cuts what is left after `timeout`.
+
+        The 1001s are spread, a millisecond each but over no more than half the time, so that not all clients come back
+        at once. Who asks meanwhile on a connection that is kept alive is answered, and told to close it.
+        """
+        timeout = self.drain_time if timeout is None else timeout
+        deadline = monotonic() + timeout
+        self.lounge.draining = True
         self.close()
-        for connection in list(self.lounge.connections):
+        connections = list(self.lounge.connections)
+        random.shuffle(connections)
+        for connection in connections:
             exit(connection, "shutdown")
-        self._hang_up(lambda handler: not handler.busy)
-        while (self.handlers or self.lounge.connections) and monotonic() < deadline:
+            gevent.sleep(min(0.001, timeout / 2 / len(connections)))
+        while self.unfinished() and monotonic() < deadline:
             gevent.sleep(0.01)
-        self._hang_up(lambda handler: True)
+        for handler in list(self.handlers):
+            with suppress(OSError, AttributeError):
+                handler.socket.shutdown(_socket.SHUT_RDWR)
         for connection in list(self.lounge.connections):
             connection.kill("killed")
         gevent.sleep(0)
         for connection in list(self.lounge.connections):
             connection.cut()
 
-    def _hang_up(self, which: Callable[[RequestHandler], bool]) -> None:
-        for handler in filter(which, list(self.handlers)):
-            with suppress(OSError):
-                handler.socket.shutdown(_socket.SHUT_RDWR)
+    def unfinished(self) -> int:
+        """How many requests and WebSockets are under way."""
+        return sum(handler.busy for handler in self.handlers) + len(self.lounge.connections)
+
+
+def _tls_context(certfile: str, keyfile: str | None) -> Any:
+    from gevent import ssl
+
+    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    context.options |= ssl.OP_NO_RENEGOTIATION  # else a read might have to wait for a write
+    context.load_cert_chain(certfile, keyfile)
+    return context
 
 
 def run(
@@ -2492,10 +2770,12 @@ def run(
     drain_time: float = DRAIN_TIME,
     reload: bool = False,
     log_level: str = "info",
+    **options: Any,
 ) -> None:
     """Serves `app` until SIGINT or SIGTERM, then drains for at most `drain_time` seconds and returns.
 
-    `reload` starts the program again whenever one of its files changes. Raises OSError where the address is taken.
+    `reload` starts the program again whenever one of its files changes; `options` are `Server`'s. Raises OSError where
+    the address is taken.
     """
     logging.basicConfig(level=log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     if reload:
@@ -2503,15 +2783,14 @@ def run(
     _warn_unless_patched()
     _raise_descriptor_limit()
     asked_to_stop = gevent.event.Event()
-    with Server(app, host, port, min(drain_time, 0.3) if reload else drain_time) as server:
-        watchers = [
-            gevent.signal_handler(number, _on_signal, asked_to_stop) for number in (signal.SIGINT, signal.SIGTERM)
-        ]
-        log.info("serving on http://%s:%d/ (Ctrl-C stops)", f"[{host}]" if ":" in host else host, server.port)
+    drain_time = min(drain_time, 0.3) if reload else drain_time
+    with Server(app, host, port, drain_time=drain_time, **options) as server:
+        watchers = [gevent.signal_handler(sign, _on_signal, asked_to_stop) for sign in (signal.SIGINT, signal.SIGTERM)]
+        scheme, name = "https" if server.ssl_enabled else "http", f"[{host}]" if ":" in host else host
+        log.info("serving on %s://%s:%d/ (Ctrl-C stops)", scheme, name, server.port)
+        log.info("the descriptor limit allows %d WebSockets", server.lounge.limit)
         asked_to_stop.wait()
-        log.info(
-            "stopping: %d requests and WebSockets to finish", len(server.handlers) + len(server.lounge.connections)
-        )
+        log.info("stopping: %d requests and WebSockets to finish", server.unfinished())
     for watcher in watchers:
         watcher.cancel()
 
@@ -2544,9 +2823,17 @@ def _warn_unless_patched() -> None:
         )
 
 
+def _descriptor_limit() -> int:
+    with suppress(ImportError):
+        import resource  # not on Windows
+
+        return resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    return 10_000
+
+
 def _raise_descriptor_limit() -> None:
     with suppress(ImportError, OSError, ValueError):
-        import resource  # not on Windows
+        import resource
 
         _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
@@ -2816,7 +3103,7 @@ def demo(notes: Notes) -> Nova:
         {
             "routes": [
                 ("/", lambda _req: ("status", 200, page, PAGE), {"methods": ["get"]}),
-                ("/heartbeat", lambda _req: ("status", 200), {"methods": ["get"]}),
+                ("/heartbeat", heartbeat, {"methods": ["get"]}),
                 ("/ws", EchoHandler, {"protocol": "ws"}),
                 ("/comments", CommentsHandler, {"protocol": "ws"}),
                 ("/notifications", NotificationsHandler, {"protocol": "ws"}),
@@ -3029,6 +3316,8 @@ def command_line() -> argparse.ArgumentParser:
     parser.add_argument(
         "--db", default="notes.db", metavar="FILE", help='the notes\' SQLite file, or ":memory:" (%(default)s)'
     )
+    parser.add_argument("--certfile", metavar="FILE", help="certificate (PEM): serve https and wss")
+    parser.add_argument("--keyfile", metavar="FILE", help="its key, if it is in a file of its own")
     parser.add_argument("--reload", action="store_true", help="start again whenever the program changes")
     levels = ["debug", "info", "warning", "error"]
     parser.add_argument("--log-level", choices=levels, default="info", help="how much to log (%(default)s)")
@@ -3056,12 +3345,11 @@ def main() -> int:
         return 1
     try:
         start_indexer(notes)
-        demo(notes).run(host=args.host, port=args.port, reload=args.reload, log_level=args.log_level)
-    except OSError as error:
-        print(
-            f"nova_lite: cannot listen on {args.host}:{args.port}: {str(error.strerror).partition(':')[0]}",
-            file=sys.stderr,
-        )
+        options = {"certfile": args.certfile, "keyfile": args.keyfile, "log_level": args.log_level}
+        demo(notes).run(args.host, args.port, reload=args.reload, **options)
+    except OSError as error:  # ssl.SSLError is one as well
+        what = str(error.strerror).partition(":")[0]
+        print(f"nova_lite: cannot serve {error.filename or f'{args.host}:{args.port}'}: {what}", file=sys.stderr)
         return 1
     finally:
         notes.close()

@@ -35,6 +35,7 @@ import random
 import re
 import signal
 import socket
+import ssl
 import subprocess
 import sys
 import time
@@ -43,6 +44,7 @@ import types
 import urllib.parse
 import wsgiref.headers
 import wsgiref.util
+import zlib
 from array import array
 from contextlib import contextmanager, suppress
 from io import BytesIO, StringIO
@@ -80,6 +82,7 @@ from nova_lite import (
     Request,
     Server,
     ServerDied,
+    Settings,
     WebSocketHandler,
     call,
     cancel_timer,
@@ -1421,7 +1424,20 @@ def environ(method="GET", path="/", body=b"", content_type="", **changes):
     return {key: value for key, value in given.items() if value is not None}
 
 
-KEYS = ["method", "path", "bindings", "params", "json", "body", "qs", "headers", "cookies", "peer", "auth_data"]
+KEYS = [
+    "method",
+    "path",
+    "bindings",
+    "params",
+    "json",
+    "body",
+    "qs",
+    "headers",
+    "cookies",
+    "peer",
+    "auth_data",
+    "subprotocol",
+]
 
 
 CHUNKED = {"HTTP_TRANSFER_ENCODING": "Chunked", "wsgi.input_terminated": True, "CONTENT_LENGTH": None}
@@ -2271,7 +2287,9 @@ def test_what_security_refuses_is_refused_before_a_controller_and_before_a_101(
     reached = []
     handler = SimpleNamespace(init=reached.append, websocket_handle=None, websocket_info=None)
     app = one_route(reached.append if protocol == "http" else handler, security=security, protocol=protocol)
-    given_status, given_headers, given_body = ask(app, **UPGRADE, **{"nova_lite.lobby": []})
+    given_status, given_headers, given_body = ask(
+        app, **UPGRADE, **{"nova_lite.lobby": [], "nova_lite.lounge": nova_lite.Lounge(1)}
+    )
     assert (given_status, given_body, reached) == (status, body, [])
     assert {name: given_headers[name] for name in headers} == headers
 
@@ -2319,7 +2337,7 @@ def test_a_websocket_route_answers_a_plain_get_with_426_and_what_to_upgrade_to()
     ],
 )  # fmt: skip
 def test_an_opening_handshake_is_checked(changes, status):
-    refusal = check_handshake(environ(**{**UPGRADE, **changes}), None)
+    refusal = check_handshake(environ(**{**UPGRADE, **changes}))
     assert (refusal and refusal.status_code) == status
 
 
@@ -2357,7 +2375,73 @@ def test_a_handshake_is_refused_with_a_complete_answer_and_the_connection_stays_
     ],
 )  # fmt: skip
 def test_an_origin_is_the_requests_own_host_or_a_listed_one(origin, host, origins, own):
-    assert is_own_origin(environ(HTTP_ORIGIN=origin, HTTP_HOST=host), origins) is own
+    assert is_own_origin(environ(HTTP_ORIGIN=origin, HTTP_HOST=host), Settings(origins=origins)) is own
+
+
+@pytest.mark.parametrize(("trust_proxy", "own"), [(False, False), (True, True)])
+def test_what_a_proxy_says_of_the_host_counts_only_where_it_is_trusted(trust_proxy, own):
+    said = environ(
+        HTTP_ORIGIN="https://example.com",
+        HTTP_HOST="10.0.0.1:8080",
+        HTTP_X_FORWARDED_PROTO="https",
+        HTTP_X_FORWARDED_HOST="example.com",
+    )
+    assert is_own_origin(said, Settings(trust_proxy=trust_proxy)) is own
+
+
+@pytest.mark.parametrize(
+    ("offered", "spoken", "chosen"),
+    [
+        ("", ["a"], None), ("a", [], None), ("a", ["a"], "a"), ("b, a", ["a", "b"], "b"), ("c,a ,b", ["b", "a"], "a"),
+        ("ab", ["a", "b"], None), ("A", ["a"], None),
+    ],
+)  # fmt: skip
+def test_the_clients_order_decides_on_the_subprotocol(offered, spoken, chosen):
+    assert nova_lite.choose_subprotocol(offered, spoken) == chosen
+
+
+@pytest.mark.parametrize(
+    ("offered", "bits"),
+    [
+        ("", 0), ("permessage-deflate", 15), ("x-webkit-deflate-frame", 0), ("permessage-deflate; unknown", 0),
+        ("permessage-deflate; client_max_window_bits", 15), ("permessage-deflate; client_max_window_bits=8", 15),
+        ("permessage-deflate; client_max_window_bits=7", 0), ("permessage-deflate; client_max_window_bits=16", 0),
+        ("permessage-deflate; server_max_window_bits=10", 10), ('permessage-deflate; server_max_window_bits="10"', 10),
+        ("permessage-deflate; server_max_window_bits=8", 0), ("permessage-deflate; server_max_window_bits", 0),
+        ("permessage-deflate; server_max_window_bits=010", 0), ("permessage-deflate; server_no_context_takeover=1", 0),
+        ("permessage-deflate; server_no_context_takeover; client_no_context_takeover", 15),
+        ("permessage-deflate; server_no_context_takeover; server_no_context_takeover", 0),
+        ("permessage-deflate; server_max_window_bits=8, permessage-deflate", 15), ("foo, permessage-deflate", 15),
+    ],
+)  # fmt: skip
+def test_the_first_offer_of_compression_that_can_be_met_is_taken(offered, bits):
+    assert nova_lite.choose_window(offered) == bits
+
+
+def test_the_handler_finds_the_subprotocol_and_the_client_is_told(me):
+    class Speaks(Parrot):
+        def init(self, state):
+            return "ok", send(me, state["req"]["subprotocol"])
+
+    with serving(("/ws", Speaks, {"protocol": "ws", "subprotocols": ["v2", "v1"]})) as server:
+        with ws(server, subprotocols=["v0", "v1", "v2"]) as client:
+            assert (client.subprotocol, expect()) == ("v1", "v1")
+        with ws(server, subprotocols=["v0"]) as client:
+            assert "Sec-WebSocket-Protocol" not in client.response.headers
+            assert client.subprotocol is None
+
+
+def test_too_many_connections_are_a_503_that_says_when_to_come_back():
+    app = Nova([{"routes": [("/ws", Parrot, {"protocol": "ws"})]}])
+    with Server(app, port=0, max_connections=1) as server:
+        with ws(server), bare(server, handshake()) as sock:
+            head = sock.recv(1000)
+            assert head.startswith(b"HTTP/1.1 503 ")
+            assert b"Retry-After: 5" in head
+        until(lambda: not server.lounge.connections)
+        with ws(server) as client:
+            client.send("room again")
+            assert client.recv(PATIENCE) == "room again"
 
 
 @pytest.mark.parametrize(
@@ -2495,9 +2579,9 @@ def close_code(sock):
     return int.from_bytes(data[at + 2 : at + 4], "big") if at >= 0 and data[at + 1] else None
 
 
-def upgraded(server, path="/ws"):
+def upgraded(server, path="/ws", **headers):
     """A bare socket behind the 101."""
-    sock = bare(server, handshake(path))
+    sock = bare(server, handshake(path, **headers))
     head = b""
     while not head.endswith(b"\r\n\r\n"):
         head += sock.recv(1)
@@ -2756,7 +2840,7 @@ def test_a_client_that_reads_slowly_misses_nothing(recorder):
 
 
 def test_a_client_that_does_not_read_is_cut_and_the_others_never_wait(recorder):
-    route = ("/ws", recorder, {"protocol": "ws", "mailbox_limit": 50, "max_message_size": 100})
+    route = ("/ws", recorder, {"protocol": "ws", "mailbox_limit": 50, "ping_interval": 0.1})
     recorder.on = staticmethod(lambda info, state: ("reply", ("binary", bytes(100_000)), state))
     with serving(route) as server, upgraded(server):
         slow = expect(is_a("init"))[1]
@@ -2766,6 +2850,34 @@ def test_a_client_that_does_not_read_is_cut_and_the_others_never_wait(recorder):
             for _ in range(500):
                 quick.send(1)
                 assert len(client.recv(PATIENCE)) == 100_000
+
+
+@pytest.mark.parametrize(("policy", "kept"), [("drop_oldest", range(9950, 10_000)), ("drop_new", range(50))])
+def test_a_client_that_does_not_read_may_miss_messages_instead(recorder, caplog, policy, kept):
+    route = ("/ws", recorder, {"protocol": "ws", "mailbox_limit": 50, "on_slow": policy, "ping_interval": 0.2})
+    recorder.on = staticmethod(lambda info, state: ("reply", ("binary", info.to_bytes(4, "big") * 1_000_000), state))
+    with serving(route) as server, upgraded(server) as sock:
+        pid = expect(is_a("init"))[1]
+        pid.send(0)
+        until(lambda: pid.out)
+        for number in range(10_000):
+            pid.send(number)
+        assert list(pid.mailbox) == list(kept)
+        assert until(lambda: [r.getMessage() for r in caplog.records if "dropped" in r.getMessage()]) == [
+            "9950 messages dropped for clients that do not read"
+        ]
+        sock.close()
+
+
+def test_a_burst_larger_than_the_limit_is_no_reason_to_cut_a_client_that_reads(recorder):
+    route = ("/ws", recorder, {"protocol": "ws", "mailbox_limit": 100, "ping_interval": 0.04})
+    recorder.on = staticmethod(lambda info, state: ("reply", ("text", info) if isinstance(info, str) else [], state))
+    with serving(route) as server, ws(server, max_size=None) as client:
+        pid = expect(is_a("init"))[1]
+        for _ in range(3000):
+            pid.send("x" * 10_000)
+        for _ in range(3000):
+            assert len(client.recv(PATIENCE)) == 10_000
 
 
 def test_a_client_that_takes_nothing_for_too_long_is_cut(recorder):
@@ -2930,6 +3042,99 @@ def test_connections_that_come_and_go_leave_nothing_behind(recorder):
         until(lambda: not server.lounge.connections and not server.handlers and descriptors() <= before)
 
 
+# -- compression
+
+
+def compressing(recorder):
+    recorder.on = staticmethod(
+        lambda what, state: ("reply", what if isinstance(what, tuple) else ("text", what), state)
+    )
+    return ("/ws", recorder, {"protocol": "ws", "compress": True, "max_message_size": 1_000_000})
+
+
+@pytest.mark.parametrize("message", ["short", "long " * 1000, b"\0" * 100_000, "ä☃" * 10_000])
+def test_a_compressed_message_comes_back(recorder, message):
+    with serving(compressing(recorder)) as server, ws(server) as client:
+        assert "permessage-deflate" in client.response.headers["Sec-WebSocket-Extensions"]
+        client.send(message)
+        assert client.recv(PATIENCE) == message
+        client.send([message[:2], message[2:]])
+        assert client.recv(PATIENCE) == message
+
+
+def test_compression_is_off_unless_the_route_and_the_client_want_it(recorder):
+    with serving(on(recorder, lambda frame, state: ("ok", state))) as server, ws(server) as client:
+        assert "Sec-WebSocket-Extensions" not in client.response.headers
+    with serving(compressing(recorder)) as server, ws(server, compression=None) as client:
+        assert "Sec-WebSocket-Extensions" not in client.response.headers
+
+
+def test_a_broadcast_is_compressed_once_for_all(recorder, monkeypatch):
+    calls = []
+    deflated = nova_lite.deflated_frame
+    monkeypatch.setattr(nova_lite, "deflated_frame", lambda *args: calls.append(args) or deflated(*args))
+    with serving(compressing(recorder)) as server, ws(server) as one, ws(server) as two:
+        pids = [expect(is_a("init"))[1] for _ in range(2)]
+        text = "the same for all " * 100
+        for pid in pids:
+            pid.send(text)
+        assert (one.recv(PATIENCE), two.recv(PATIENCE)) == (text, text)
+    assert len(calls) == 1
+
+
+def squeezed(data):
+    compressor = zlib.compressobj(wbits=-15)
+    return (compressor.compress(data) + compressor.flush(zlib.Z_SYNC_FLUSH)).removesuffix(b"\0\0\xff\xff")
+
+
+def test_a_zip_bomb_costs_no_more_memory_than_the_limit(recorder):
+    bomb = squeezed(bytes(900_000_000))
+    assert len(bomb) < 1_000_000
+    parser = Parser(1_000_000, compressed=True)
+    tracemalloc.start()
+    assert parser.feed(masked(0x42, bomb)) == []
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert parser.failure.code == 1009
+    assert peak < 8_000_000
+    with serving(compressing(recorder)) as server, upgraded(server, **DEFLATE) as sock:
+        sock.sendall(masked(0x42, bomb))
+        assert close_code(sock) == 1009
+        ended(("error", "badsize"))
+
+
+DEFLATE = {"Sec_WebSocket_Extensions": "permessage-deflate"}
+
+
+@pytest.mark.parametrize(
+    ("frames", "result"),
+    [
+        ([masked(0x41, squeezed(b"hello"))], [("text", "hello")]),
+        ([masked(1, b"plain")], [("text", "plain")]),
+        ([masked(0x41, squeezed(b"hello")[:3], fin=False), masked(0, squeezed(b"hello")[3:])], [("text", "hello")]),
+        ([masked(0x41, squeezed(b"a"), fin=False), masked(9, b"p"), masked(0)], [("ping", b"p"), ("text", "a")]),
+        ([masked(0x42, squeezed(b"")), masked(0x42, squeezed(b"b"))], [("binary", b""), ("binary", b"b")]),
+        ([masked(0x41, b"\x07nonsense")], 1007),
+        ([masked(0x41, squeezed(b"\xff"))], 1007),
+        ([masked(1, b"a", fin=False), masked(0x40, b"b")], 1002),
+        ([masked(0x49)], 1002),
+        ([masked(0x21, b"a")], 1002),
+    ],
+)
+@pytest.mark.parametrize("portion", [1, 3, 1000])
+def test_what_a_parser_makes_of_compressed_frames(frames, result, portion):
+    parser, data, out = Parser(1000, compressed=True), b"".join(frames), []
+    for at in range(0, len(data), portion):
+        out += parser.feed(data[at : at + portion])
+    assert (parser.failure.code if parser.failure else out) == result
+
+
+def test_a_compressed_frame_that_was_not_agreed_on_is_a_protocol_error():
+    parser = Parser(1000)
+    assert parser.feed(masked(0x41, squeezed(b"hello"))) == []
+    assert parser.failure.code == 1002
+
+
 def test_init_joins_before_the_101_so_nothing_is_missed_after_it():
     class Joins(WebSocketHandler):
         def init(self, state):
@@ -3043,8 +3248,72 @@ def test_a_request_that_is_not_strictly_one_is_a_400_and_the_end_of_the_connecti
     with serving(HELLO) as server, bare(server, head) as sock:
         sock.shutdown(socket.SHUT_WR)
         answer = read_to_end(sock)
-        assert answer.startswith(b"HTTP/1.1 400 ")
+        assert answer.startswith(b"HTTP/1.1 431 " if len(head) > 16_384 else b"HTTP/1.1 400 ")
         assert answer.count(b"HTTP/1.1") == 1
+
+
+class Hasty(Server):
+    KEEP_ALIVE, HEAD_TIME, BODY_TIME = 0.3, 0.1, 0.1
+
+
+def echo_body(req):
+    return "status", 200, {}, req["body"]
+
+
+@pytest.mark.parametrize(
+    ("sent", "answer"),
+    [
+        (b"", b""),
+        (b"GET / HT", b"HTTP/1.1 408 "),
+        (b"GET / HTTP/1.1\r\nHost: x\r\nX: ", b"HTTP/1.1 408 "),
+        (b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 5\r\n\r\nab", b"HTTP/1.1 408 "),
+        (b"POST / HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n5\r\nab", b"HTTP/1.1 408 "),
+        (b"GET / HTTP/1.1\r\nHost: x\r\n\r\n", b"HTTP/1.1 200 "),
+    ],
+)
+def test_a_client_that_takes_too_long_is_told_and_hung_up_on(sent, answer):
+    with Hasty(Nova([{"routes": [("/", echo_body)]}]), port=0) as server, bare(server, sent) as sock:
+        assert read_to_end(sock).startswith(answer)
+
+
+def test_a_controller_may_take_longer_than_the_client(me):
+    def slow(req):
+        body = req["body"]
+        assert receive(PATIENCE) is not None
+        return "status", 200, {}, body
+
+    with Hasty(Nova([{"routes": [("/", slow)]}]), port=0) as server:
+        with bare(server, b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 2\r\n\r\nab") as sock:
+            (handler,) = until(lambda: [handler for handler in server.handlers if handler._has_body()])
+            until(lambda: nova_lite.monotonic() > handler.deadline + 0.05)
+            (process,) = until(lambda: [p for p in nova_lite._processes.values() if p is not me])
+            process.send("go on")
+            assert sock.recv(1000).endswith(b"ab")
+
+
+def test_500_half_open_requests_do_not_stop_the_501st():
+    with serving(HELLO) as server:
+        socks = [bare(server, b"GET /hello HTTP/1.1\r\nHost: x\r\nX: ") for _ in range(500)]
+        assert http_request(server, "GET", "/hello")[0] == 200
+        for sock in socks:
+            sock.close()
+
+
+def test_when_descriptors_run_out_clients_wait_and_nothing_crashes(monkeypatch, caplog):
+    short = [True]
+    accept = nova_lite.gevent.pywsgi.WSGIServer.do_read
+
+    def do_read(self):
+        if short[0]:
+            raise OSError(24, "Too many open files")
+        return accept(self)
+
+    monkeypatch.setattr(nova_lite.gevent.pywsgi.WSGIServer, "do_read", do_read)
+    with serving(HELLO) as server, bare(server, b"GET /hello HTTP/1.1\r\nHost: x\r\n\r\n") as sock:
+        until(lambda: "no descriptors are left" in caplog.text)
+        short[0] = False
+        assert sock.recv(1000).startswith(b"HTTP/1.1 200")
+    assert caplog.text.count("no descriptors are left") == 1
 
 
 def test_a_hook_that_replaces_the_101_ends_the_process_that_waited_for_it(recorder):
@@ -3093,12 +3362,12 @@ def test_stopping_lets_requests_finish_and_closes_websockets_with_1001(recorder,
                 client.recv(PATIENCE)
             assert closed.value.rcvd.code == 1001
             ended("shutdown")
-            assert idle.recv(1) == b""
             with pytest.raises(ConnectionRefusedError):
                 bare(server)
             request.send("go on")
             assert read_to_end(busy).endswith(b"finished")
             stopping.get(timeout=PATIENCE)
+            assert idle.recv(1) == b""
 
 
 def test_stopping_takes_no_longer_than_the_drain_time(me):
@@ -3112,6 +3381,79 @@ def test_stopping_takes_no_longer_than_the_drain_time(me):
         server.stop(0.05)
         assert read_to_end(sock) == b""
         request.send("go on")
+
+
+def test_the_heartbeat_is_a_503_while_the_server_drains(me):
+    def slow(_req):
+        me.send(self_pid())
+        receive(PATIENCE)
+        return "status", 200
+
+    beat = b"GET /heartbeat HTTP/1.1\r\nHost: x\r\n\r\n"
+    with serving(("/slow", slow), ("/heartbeat", nova_lite.heartbeat)) as server:
+        with bare(server, b"GET /slow HTTP/1.1\r\nHost: x\r\n\r\n"), bare(server, beat) as balancer:
+            request = expect()
+            assert balancer.recv(1000).startswith(b"HTTP/1.1 200 ")
+            stopping = gevent.spawn(server.stop)
+            until(lambda: server.lounge.draining)
+            balancer.sendall(beat)
+            answer = read_to_end(balancer)
+            assert answer.startswith(b"HTTP/1.1 503 ")
+            assert b"Connection: close" in answer
+            request.send("go on")
+            stopping.get(timeout=PATIENCE)
+
+
+def test_many_websockets_are_not_closed_all_at_once(recorder):
+    with serving(on(recorder, lambda frame, state: ("ok", state))) as server:
+        socks = [upgraded(server) for _ in range(100)]
+        stopping = gevent.spawn(server.stop)
+        until(lambda: server.lounge.draining)
+        gevent.sleep(0)
+        assert len(nova_lite._processes) > 50
+        for sock in socks:
+            assert sock.recv(4)[2:] == b"\x03\xe9"
+            sock.close()
+        stopping.get(timeout=PATIENCE)
+
+
+def test_tls_serves_https_and_wss_with_the_same_guarantees(recorder, tmp_path):
+    cert, key = tmp_path / "cert.pem", tmp_path / "key.pem"
+    subprocess.run(
+        ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-keyout", key, "-out", cert, "-days", "1"]
+        + ["-subj", "/CN=localhost", "-addext", "subjectAltName=DNS:localhost"],
+        check=True,
+        capture_output=True,
+    )
+    trust = ssl.create_default_context(cafile=cert)
+    route = on(recorder, lambda frame, state: ("reply", frame, state))
+    app = Nova([{"routes": [HELLO, route]}], max_message_size=20_000_000)
+    with Server(app, "localhost", 0, certfile=cert, keyfile=key) as server:
+        url = f"wss://localhost:{server.port}/ws"
+        with connect(url, ssl=trust, proxy=None, max_size=None, compression=None) as client:
+            for size in (0, 1, 16_384, 16_385, 100_000, 5_000_000):
+                client.send(bytes(size))
+                assert client.recv(PATIENCE) == bytes(size)
+            for number in range(1000):
+                client.send(str(number))
+            assert [client.recv(PATIENCE) for _ in range(1000)] == [str(number) for number in range(1000)]
+        ended(("remote", 1000, ""))
+        with connect(url, ssl=trust, proxy=None, origin=f"https://localhost:{server.port}"):
+            pass
+        secure = http.client.HTTPSConnection("localhost", server.port, context=trust, timeout=PATIENCE)
+        secure.request("GET", "/hello")
+        assert secure.getresponse().read() == b"hello"
+        secure.close()
+        with socket.create_connection(("localhost", server.port)) as plain:
+            plain.sendall(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n")
+            with suppress(ConnectionResetError):
+                assert b"HTTP/1.1 200" not in read_to_end(plain)
+        with trust.wrap_socket(
+            socket.create_connection(("localhost", server.port)), server_hostname="localhost"
+        ) as sock:
+            sock.sendall(handshake(Host=f"localhost:{server.port}") + masked(1, b"early") + masked(8))
+            assert b"\x81\x05early" in read_to_end(sock)
+        until(lambda: not server.lounge.connections and not server.handlers)
 
 
 def test_two_servers_in_one_program_stop_each_for_itself(recorder):
@@ -3333,7 +3675,7 @@ def test_help_teaches():
         ([], {"PORT": "http"}, 2, "invalid port_number value: 'http'"),
         (["--db", "/no/such/folder/notes.db"], {}, 1, "the database /no/such/folder/notes.db cannot be used"),
         (["--db", str(PROGRAM), "--port", "0"], {}, 1, "cannot be used"),
-        (["--host", "256.0.0.1"], {}, 1, "cannot listen on 256.0.0.1:8080"),
+        (["--host", "256.0.0.1"], {}, 1, "cannot serve 256.0.0.1:8080"),
     ],
 )
 def test_what_is_wrong_on_the_command_line_is_told_in_one_line(args, env, code, words):
@@ -3348,7 +3690,7 @@ def test_a_port_that_is_taken_is_told_in_one_line():
         port = taken.getsockname()[1]
         done = run_program("--db", ":memory:", PORT=str(port))
     assert done.returncode == 1
-    assert done.stderr == f"nova_lite: cannot listen on 127.0.0.1:{port}: Address already in use\n"
+    assert done.stderr == f"nova_lite: cannot serve 127.0.0.1:{port}: Address already in use\n"
 
 
 def test_reload_starts_again_when_the_file_changes_with_sockets_open(tmp_path, monkeypatch):
