@@ -1239,7 +1239,8 @@ class Request(Mapping[str, Any]):
 
     `method`, `path`, `bindings` (from the route), `params` (the JSON object or form of the body), `json` (any JSON),
     `body` (bytes), `qs` (the query), `headers` (whatever case), `cookies`, `peer` (address, port), `auth_data` (what
-    security said), `subprotocol` (of a WebSocket: the one chosen, or None). Asking for `body`, `json` or `params` may raise an HTTPError: 400 or 413.
+    security said), `subprotocol` (of a WebSocket: the one chosen, or None). Asking for `body`, `json` or `params` may
+    raise an HTTPError: 400, 408 or 413.
     """
 
     __slots__ = ("_known", "environ", "max_body")
@@ -1780,7 +1781,7 @@ def shared_frame(frame: Any, bits: int) -> bytes:
 
 
 class TLS:
-    """A TLS socket as a plain one that never waits: what would have to wait raises BlockingIOError, or sends nothing."""
+    """A TLS socket as a plain one that never waits: reading raises BlockingIOError instead, and sending sends nothing."""
 
     def __init__(self, sock: Any) -> None:
         self.sock = sock  # gevent's, which does not wait once its timeout is 0
