@@ -1781,7 +1781,7 @@ def shared_frame(frame: Any, bits: int) -> bytes:
 
 
 class TLS:
-    """A TLS socket as a plain one that never waits: reading raises BlockingIOError instead, and sending sends nothing."""
+    """A TLS socket as a plain one that never waits: reading raises BlockingIOError, sending sends nothing."""
 
     def __init__(self, sock: Any) -> None:
         self.sock = sock  # gevent's, which does not wait once its timeout is 0
@@ -2538,6 +2538,9 @@ class RequestHandler(UpgradeHandler):
         if self.request_version == "HTTP/1.1" and "host" not in self.headers:
             raise ValueError("there is no Host")
         return True
+
+    def _connection_upgrade_requested(self) -> bool:
+        return False  # else pywsgi loses sight of the body, and of where the next request begins
 
     def _headers(self) -> Iterator[tuple[str, str]]:
         for name, value in self.headers.items():

@@ -2334,7 +2334,7 @@ def test_a_websocket_route_answers_a_plain_get_with_426_and_what_to_upgrade_to()
         ({"HTTP_SEC_WEBSOCKET_KEY": "dGhlIHNhbXBsZSBub25jZQ==,dGhlIHNhbXBsZSBub25jZQ=="}, 400),
         ({"HTTP_SEC_WEBSOCKET_KEY": "dGhlIHNhbXBsZSBub25jZQ==\n"}, 400), ({"SERVER_PROTOCOL": "HTTP/1.0"}, 400),
         ({"HTTP_ORIGIN": "http://evil.example"}, 403), ({"REQUEST_METHOD": "HEAD"}, 400),
-        ({"HTTP_HOST": None}, 400),
+        ({"HTTP_HOST": None}, 400), ({"CONTENT_LENGTH": "5"}, 400), ({"HTTP_TRANSFER_ENCODING": "chunked"}, 400),
     ],
 )  # fmt: skip
 def test_an_opening_handshake_is_checked(changes, status):
@@ -2574,8 +2574,15 @@ def is_a(tag):
 
 
 def close_code(sock):
-    """The close code in what a bare socket still receives; None where the server just closes."""
-    data = read_to_end(sock).rpartition(b"\r\n\r\n")[2]
+    """The close code in what a bare socket still receives, and answers; None where the server just closes."""
+    data, answered = b"", False
+    while chunk := sock.recv(65536):
+        data += chunk
+        if b"\x88" in data and not answered:
+            answered = True
+            with suppress(OSError):
+                sock.sendall(masked(8))
+    data = data.rpartition(b"\r\n\r\n")[2]
     at = data.rfind(b"\x88")
     return int.from_bytes(data[at + 2 : at + 4], "big") if at >= 0 and data[at + 1] else None
 
@@ -3016,6 +3023,36 @@ def test_a_client_that_is_gone_before_the_hand_over_leaves_no_process(recorder):
         ended(("error", "closed"))
 
 
+@pytest.mark.parametrize("where", ["websocket_init", "websocket_handle", "websocket_info", "terminate"])
+def test_a_crash_in_any_callback_is_logged_once_with_handler_callback_and_pid(recorder, caplog, where):
+    def crash(*_args):
+        raise KeyError("deliberate")
+
+    setattr(recorder, where, crash)
+    with serving(on(recorder, lambda what, state: ("stop", state))) as server, upgraded(server) as sock:
+        pid = expect(is_a("init"))[1]
+        monitor(pid)
+        pid.send("info") if where in ("websocket_info", "terminate") else sock.sendall(masked(1, b"x"))
+        assert close_code(sock) == (1000 if where == "terminate" else 1011)
+        reason = expect(is_a("DOWN"))[4]
+        assert isinstance(reason, KeyError) or (where, reason) == ("websocket_init", "noproc")
+        if where != "terminate":
+            assert expect(is_a("terminate"))[1][:2] == ("crash", KeyError)
+    (record,) = [record for record in caplog.records if record.levelname == "ERROR"]
+    assert repr(pid) in record.getMessage()
+    assert record.exc_info[1].args == ("deliberate",)
+    assert where == "terminate" or "TestHandler.crash" in record.getMessage()
+
+
+def test_a_client_that_does_not_answer_a_close_is_cut(recorder, monkeypatch):
+    monkeypatch.setattr(nova_lite, "LINGER", 0.1)
+    with serving(on(recorder, lambda what, state: ("stop", state))) as server, upgraded(server) as sock:
+        sock.sendall(masked(1, b"x"))
+        ended("stop")
+        until(lambda: not server.lounge.connections)
+        assert close_code(sock) == 1000
+
+
 def test_an_end_by_several_hands_is_one_end(recorder):
     with serving(on(recorder, lambda frame, state: ("stop", state))) as server:
         for _ in range(20):
@@ -3317,6 +3354,15 @@ def echo_body(req):
 def test_a_client_that_takes_too_long_is_told_and_hung_up_on(sent, answer):
     with Hasty(Nova([{"routes": [("/", echo_body)]}]), port=0) as server, bare(server, sent) as sock:
         assert read_to_end(sock).startswith(answer)
+
+
+@pytest.mark.parametrize("extra", [b"Connection: upgrade\r\n", b"Connection: Upgrade\r\nUpgrade: websocket\r\n"])
+def test_a_body_is_a_body_whatever_upgrade_a_proxy_asks_for(extra):
+    post = b"POST / HTTP/1.1\r\nHost: x\r\n" + extra + b"Content-Length: 5\r\n\r\nhello"
+    with serving(("/", echo_body)) as server, bare(server) as sock:
+        for _ in range(2):
+            sock.sendall(post)
+            assert sock.recv(1000).endswith(b"hello")
 
 
 def test_a_controller_may_take_longer_than_the_client(me):
