@@ -90,7 +90,7 @@ from functools import partial
 from http.cookies import CookieError
 from io import BytesIO
 from itertools import count
-from math import isfinite
+from math import inf, isfinite
 from socket import IPPROTO_TCP, TCP_NODELAY, gethostname
 from ssl import SSLEOFError, SSLWantReadError, SSLWantWriteError, SSLZeroReturnError
 from time import monotonic
@@ -397,7 +397,7 @@ class Runner(greenlet):
                         process.ends(process.exiting)
                 except BaseException as error:
                     process.ends(error)
-            self.process = None
+            self.process = process = None  # type: ignore[assignment]  # an idle runner keeps nobody alive
             if len(scheduler.idle) >= SPARE_RUNNERS:
                 scheduler.runners.discard(self)
                 return
@@ -1459,6 +1459,7 @@ def error_body(status_line: str, text: str, accept: str) -> tuple[str, bytes]:
 CONTINUATION, TEXT, BINARY, CLOSE, PING, PONG = 0x0, 0x1, 0x2, 0x8, 0x9, 0xA  # §5.2
 RSV1 = 0x40  # a compressed message (RFC 7692 §6)
 DEFLATE_TAIL = b"\x00\x00\xff\xff"  # what ends every compressed message and is not sent (RFC 7692 §7.2.1)
+DEFLATE_END = DEFLATE_TAIL + b"\x03\x00"  # and an empty last block: data that was cut off does not come to it
 COMPRESS_FROM = 128  # bytes; below, the head of a deflated block eats up what it saves
 NO_STATUS = 1005  # §7.1.5: a close frame without a code; never on the wire
 Frame = tuple[Any, ...]
@@ -1647,11 +1648,13 @@ class Parser:
         """The part inflated, and never more than the limit allows (RFC 7692 §7.2.2)."""
         room = self.limit - len(self.message or b"")
         try:
-            part = self.inflater.decompress(part + DEFLATE_TAIL if ends else part, room + 1)
+            part = self.inflater.decompress(part + DEFLATE_END if ends else part, room + 1)
         except zlib.error:
             raise ProtocolError(1007, "a message that cannot be inflated") from None
         if len(part) > room:
             raise ProtocolError(1009, f"a message over {self.limit} bytes")
+        if len(self.inflater.unused_data) > 1 + len(DEFLATE_END) or (ends and not self.inflater.eof):
+            raise ProtocolError(1007, "a message that goes on behind its last block, or does not come to it")
         return part
 
     def _check_start(self, first: int, second: int, opcode: int) -> None:
@@ -1760,12 +1763,13 @@ class Ending(Exception):
 
 _frame_caches: list[dict[Any, bytes]] = [{} for _ in range(16)]  # by the window of the compression; 0: none
 _frame_cache_size = 0
+_CACHED_KINDS = {("text", str), ("binary", bytes)}
 
 
 def shared_frame(frame: Any, bits: int) -> bytes:
     """`encode_frame` for what many are told at once: what has just been encoded, or compressed, is not so again."""
     global _frame_cache_size
-    if type(frame) is not tuple or frame[0] not in ("text", "binary") or type(frame[1]) not in (str, bytes):
+    if (frame[0], type(frame[1])) not in _CACHED_KINDS:
         return encode_frame(frame, bits)
     cache = _frame_caches[bits]
     data = cache.get(frame[1])
@@ -1776,7 +1780,7 @@ def shared_frame(frame: Any, bits: int) -> bytes:
                 full.clear()
             _frame_cache_size = 0
         cache[frame[1]] = data
-        _frame_cache_size += len(data)
+        _frame_cache_size += len(data) + sys.getsizeof(frame[1])
     return data
 
 
@@ -1823,10 +1827,10 @@ class Connection(Process):
         "settings", "sock", "stalled", "starter", "state", "writer",
     )  # fmt: skip
 
-    def __init__(self, handler: Any, req: Request, settings: Settings, bits: int = 0) -> None:
+    def __init__(self, handler: Any, req: Request, settings: Settings, lounge: Lounge, bits: int = 0) -> None:
         self.handler = handler() if isinstance(handler, type) else handler  # may raise: not a process yet
         super().__init__()
-        self.req, self.settings = req, settings
+        self.req, self.settings, self.lounge = req, settings, lounge
         self.state: Any = {"req": req}
         self.starter: Alias | None = None  # the gate, which waits for init's answer
         self.sock: Any = None  # non-blocking; None before `open` and once it is closed
@@ -1841,13 +1845,13 @@ class Connection(Process):
         self.stalled = 0.0  # seconds in which the client has taken nothing of `out`
         self.behind = 0  # messages beyond the limit at the last sweep
         self.closing = False  # the process has ended; the socket lingers
-        self.lounge: Lounge | None = None
 
     # -- before the 101
 
     def start(self) -> bool:
         """Runs init in the new process, and tells whether it has answered ("ok", state)."""
         _scheduler.settle()
+        self.lounge.enter(self)  # counts from here on: many may be on their way in
         starter = self.starter = Alias()
         _enqueue(self)
         try:
@@ -1865,13 +1869,12 @@ class Connection(Process):
         starter, self.starter = self.starter, None
         starter.send("ok")  # type: ignore[union-attr]
 
-    def open(self, sock: Any, early: bytes, lounge: Lounge) -> None:
+    def open(self, sock: Any, early: bytes) -> None:
         """After the 101: takes over the socket, and the bytes that came right behind the handshake."""
         if self.exiting is not None:  # killed meanwhile
             sock.close()
             return
-        self.sock, self.lounge = sock, lounge
-        lounge.enter(self)
+        self.sock = sock
         self.reader = _scheduler.hub.loop.io(sock.fileno(), 1)
         self.reader.start(self.readable)
         if hasattr(self.handler, "websocket_init"):
@@ -1889,12 +1892,16 @@ class Connection(Process):
             return
         if self.inbox:
             self._handle_inbox()
-        mailbox, info = self.mailbox, self.handler.websocket_info
+        mailbox, info, size = self.mailbox, self.handler.websocket_info, 0
         for _ in range(min(len(mailbox), TURN_SIZE)):
+            if size > READ_SIZE or self.out:
+                break  # the rest waits in the mailbox, where it is shared with other connections, and counted
             result = info(mailbox.popleft(), self.state)
             if type(result) is tuple and len(result) == 3 and result[0] == "reply" and type(result[1]) is tuple:
                 self.state = result[2]
-                self.said.append(shared_frame(result[1], self.bits))
+                data = shared_frame(result[1], self.bits)
+                self.said.append(data)
+                size += len(data)
                 if result[1][0] == "close":
                     raise Ending(None, "", "stop")
             else:
@@ -1906,7 +1913,12 @@ class Connection(Process):
         inbox, self.inbox = self.inbox[:TURN_SIZE], self.inbox[TURN_SIZE:]
         if not self.reader.active and not self.parser.done and len(self.inbox) < self.settings.backlog:
             self.reader.start(self.readable)
-        for frame in inbox:
+        for number, frame in enumerate(inbox):
+            if self.said and len(self.said[-1]) > READ_SIZE:
+                self.flush()
+            if self.out:  # the rest waits until the client has read what it was told
+                self.inbox = inbox[number:] + self.inbox
+                break
             if type(frame) is not tuple:
                 self._handle_event(frame)
             elif frame[0] == "close":
@@ -1958,7 +1970,7 @@ class Connection(Process):
     def readable(self) -> None:
         """Hub callback."""
         try:
-            data = self.sock.recv(READ_SIZE)
+            data = self.sock.recv(READ_SIZE if not self.bits else READ_SIZE // 16)  # compressed, it is many times that
         except BlockingIOError:
             return
         except OSError:
@@ -2112,14 +2124,15 @@ class Connection(Process):
                 watcher.close()
         self.sock.close()
         self.sock = self.reader = self.writer = None
+        self.out, self.parser.message = b"", None  # whoever holds the pid holds this object
         if self.mailbox is _NOWHERE:
-            self.lounge.leave(self)  # type: ignore[union-attr]
+            self.lounge.leave(self)
 
     def finish(self, reason: Any) -> None:
         super().finish(reason)
         if self.sock is not None and not self.closing:  # the last words did not get as far as the goodbye
             self.cut()
-        elif self.sock is None and self.lounge is not None:
+        elif self.sock is None:
             self.lounge.leave(self)
 
 
@@ -2131,8 +2144,9 @@ def _make_room(connection: Connection) -> None:
     """What a message calls for while the socket takes nothing, or is not there yet."""
     policy, mailbox = connection.settings.on_slow, connection.mailbox
     if policy != "close" and len(mailbox) > connection.settings.mailbox_limit:
-        mailbox.popleft() if policy == "drop_oldest" else mailbox.pop()
-        if connection.lounge is not None:
+        at = 0 if policy == "drop_oldest" else -1
+        if type(mailbox[at]) is Message:  # a DOWN, an EXIT or a timer is not lost
+            del mailbox[at]
             connection.lounge.dropped += 1
 
 
@@ -2338,9 +2352,9 @@ class _WebSocketEndpoint(_Endpoint):
         if bits:
             window = f"; server_max_window_bits={bits}" if bits < 15 else ""
             headers["Sec-WebSocket-Extensions"] = f"permessage-deflate{NO_TAKEOVER}{window}"
-        connection = Connection(self.controller, req, self.settings, bits)
+        connection = Connection(self.controller, req, self.settings, lounge, bits)
         if not connection.start():
-            return HTTPError(500)
+            return HTTPError(503 if lounge.draining else 500)
         environ["nova_lite.lobby"].append(connection)
         return HTTPResponse(b"", 101, headers)
 
@@ -2454,7 +2468,7 @@ class Headers(dict[str, str]):
             match = _HEADER.fullmatch(line.decode("latin-1"))
             if match is None:
                 raise ValueError(f"no header: {line!r}")
-            name, value = match[1].lower(), match[2]
+            name, value = match[1].lower(), match[2].strip(" \t")
             if name in self and name in ("content-length", "host", "transfer-encoding"):
                 raise ValueError(f"{name} comes twice")
             self[name] = f"{self[name]}{'; ' if name == 'cookie' else ', '}{value}" if name in self else value
@@ -2473,7 +2487,7 @@ class Headers(dict[str, str]):
         return self.get("content-type")
 
 
-_HEADER = re.compile(r"([!#$%&'*+.^_`|~0-9A-Za-z-]+):[ \t]*([^\x00-\x08\x0a-\x1f\x7f]*?)[ \t]*\r?\n")
+_HEADER = re.compile(r"([!#$%&'*+.^_`|~0-9A-Za-z-]+):([^\x00-\x08\x0a-\x1f\x7f]*)\r?\n")  # nothing to backtrack in
 
 
 class RequestHandler(UpgradeHandler):
@@ -2482,12 +2496,14 @@ class RequestHandler(UpgradeHandler):
     busy = False  # between a request's first line and the end of its response
     response_headers: list[tuple[bytes, bytes]]
     environ: dict[str, Any]
+    path: Any
     socket: Any
     websocket: Any
     wsgi_input: Any = None  # None until the head is there
     logger = log  # gevent-websocket would set up one of its own
     MessageClass = Headers
     deadline = 0.0  # by when the client must have sent what is awaited
+    write_deadline = inf  # by when it must have taken what is being sent
     late = False
     handed_over = False  # the socket belongs to a connection's process
 
@@ -2506,7 +2522,8 @@ class RequestHandler(UpgradeHandler):
         self.deadline = monotonic() + self.server.KEEP_ALIVE
         self.rfile.peek(1)
         self.deadline = monotonic() + self.server.HEAD_TIME
-        return super().read_requestline()
+        line = super().read_requestline()
+        return line if line.strip("\r\n") or not line else super().read_requestline()  # an empty one is no harm (§2.2)
 
     def check_time(self, now: float) -> None:
         """The sweep comes by: a client that takes too long is not listened to any longer, and reading ends."""
@@ -2516,6 +2533,16 @@ class RequestHandler(UpgradeHandler):
                 self.environ["nova_lite.late"] = True
             with suppress(OSError, AttributeError):  # closed meanwhile
                 self.socket._sock.shutdown(_socket.SHUT_RD)  # gevent's own would raise in the reader
+        if now > self.write_deadline:
+            with suppress(OSError, AttributeError):
+                self.socket.shutdown(_socket.SHUT_RDWR)
+
+    def _sendall(self, data: bytes) -> None:
+        """In pieces, each with its time: a client that does not read its response is hung up on in the end."""
+        for at in range(0, len(data), 65536):
+            self.write_deadline = monotonic() + self.server.WRITE_TIME
+            super()._sendall(data[at : at + 65536] if len(data) > 65536 else data)
+        self.write_deadline = inf
 
     def _has_body(self) -> bool:
         body = self.wsgi_input
@@ -2530,6 +2557,12 @@ class RequestHandler(UpgradeHandler):
         head = f"HTTP/1.1 {status}\r\nContent-Type: {kind}\r\nContent-Length: {len(body)}\r\nConnection: close\r\n\r\n"
         return status, head.encode() + body
 
+    def handle_error(self, *error: Any) -> None:
+        if (self.code or 0) < 0:  # pywsgi's mark for what could not be sent: nobody is there, so nobody is told
+            self.close_connection = True
+        else:
+            super().handle_error(*error)
+
     def read_request(self, raw_requestline: str) -> bool:
         self.busy = True
         if not re.fullmatch(r"[A-Z]+ [^\x00-\x20\x7f]+ HTTP/1\.[01]\r?\n", raw_requestline):
@@ -2537,6 +2570,11 @@ class RequestHandler(UpgradeHandler):
         super().read_request(raw_requestline)
         if self.request_version == "HTTP/1.1" and "host" not in self.headers:
             raise ValueError("there is no Host")
+        if self.request_version == "HTTP/1.0" and "transfer-encoding" in self.headers:
+            raise ValueError("there are no chunks in HTTP/1.0")
+        self.path = re.sub(r"^https?://[^/?]*", "", self.path) or "/"  # a request to a proxy is served as well (§3.2.2)
+        if "close" in re.split(r"[ \t,]+", self.headers.get("connection", "").lower()):
+            self.close_connection = True
         return True
 
     def _connection_upgrade_requested(self) -> bool:
@@ -2595,6 +2633,8 @@ class RequestHandler(UpgradeHandler):
         with suppress(BlockingIOError, SSLWantReadError):
             early = b""
             early = self.rfile.peek()  # frames that came right behind the handshake
+            if self.server.ssl_enabled and sock.pending():
+                early += sock.recv(sock.pending())
         raw: Any
         if self.server.ssl_enabled:
             self.rfile.close()
@@ -2604,7 +2644,7 @@ class RequestHandler(UpgradeHandler):
             raw.setblocking(False)  # whatever socket.setdefaulttimeout says
         self.socket, self.websocket, self.handed_over = None, None, True
         connection.req.detach()
-        connection.open(raw, early, self.server.lounge)
+        connection.open(raw, early)
         if self.server.lounge.draining:
             connection.kill("shutdown")
 
@@ -2622,6 +2662,8 @@ class RequestHandler(UpgradeHandler):
         self.headers_sent = True
         self.finalize_headers()
         self.close_connection = self.close_connection or self.server.lounge.draining
+        if self.code == 413 and "expect" in self.headers:  # what comes next may be the body, or not
+            self.close_connection = True
         if self.close_connection and self.code != 101 and self.request_version == "HTTP/1.1":
             self.response_headers.append((b"Connection", b"close"))
         lines = [b"HTTP/1.1 " + self.status, *(b"%b: %b" % header for header in self.response_headers), b"\r\n"]
@@ -2653,6 +2695,7 @@ class Server(gevent.pywsgi.WSGIServer):
     """
 
     KEEP_ALIVE, HEAD_TIME, BODY_TIME = 75.0, 10.0, 30.0  # seconds for the next request, its head and its body to come
+    WRITE_TIME = 30.0  # seconds that a client may take nothing of a response
 
     def __init__(
         self,
@@ -2684,7 +2727,7 @@ class Server(gevent.pywsgi.WSGIServer):
     def init_socket(self) -> None:
         super().init_socket()
         self.socket.setsockopt(IPPROTO_TCP, TCP_NODELAY, 1)  # accepted sockets inherit it
-        interval = min(1.0, min(self.KEEP_ALIVE, self.HEAD_TIME, self.BODY_TIME) / 4)
+        interval = min(1.0, min(self.KEEP_ALIVE, self.HEAD_TIME, self.BODY_TIME, self.WRITE_TIME) / 4)
         self.sweeper = self.loop.timer(interval, interval)
         self.sweeper.start(self._sweep)
 
@@ -2762,7 +2805,10 @@ def _tls_context(certfile: str, keyfile: str | None) -> Any:
 
     context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
     context.options |= ssl.OP_NO_RENEGOTIATION  # else a read might have to wait for a write
-    context.load_cert_chain(certfile, keyfile)
+    try:
+        context.load_cert_chain(certfile, keyfile)
+    except OSError as error:  # OpenSSL's own words name neither the file nor the fault
+        raise OSError(error.errno, f"the certificate {certfile} cannot be used: {error.strerror}") from error
     return context
 
 
