@@ -2772,8 +2772,8 @@ class Server(gevent.pywsgi.WSGIServer):
     def stop(self, timeout: float | None = None) -> None:
         """Closes the listener, lets requests finish, closes WebSockets with 1001; cuts what is left after `timeout`.
 
-        The 1001s are spread, a millisecond each but over no more than half the time, so that not all clients come back
-        at once. Who asks meanwhile on a connection that is kept alive is answered, and told to close it.
+        The 1001s are spread, a millisecond or two each but over no more than half the time, so that not all clients
+        come back at once. Who asks meanwhile on a connection that is kept alive is answered, and told to close it.
         """
         timeout = self.drain_time if timeout is None else timeout
         deadline = monotonic() + timeout
@@ -2781,9 +2781,11 @@ class Server(gevent.pywsgi.WSGIServer):
         self.close()
         connections = list(self.lounge.connections)
         random.shuffle(connections)
-        for connection in connections:
+        at_once = 1 + int(len(connections) / (250 * timeout + 1))  # no sleep is shorter than a millisecond
+        for number, connection in enumerate(connections):
             exit(connection, "shutdown")
-            gevent.sleep(min(0.001, timeout / 2 / len(connections)))
+            if number % at_once == 0:
+                gevent.sleep(0.001)
         while self.unfinished() and monotonic() < deadline:
             gevent.sleep(0.01)
         for handler in list(self.handlers):

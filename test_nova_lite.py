@@ -3559,6 +3559,17 @@ def test_the_heartbeat_is_a_503_while_the_server_drains(me):
             stopping.get(timeout=PATIENCE)
 
 
+def test_a_drain_of_many_websockets_keeps_its_time(recorder):
+    with serving(on(recorder, lambda frame, state: ("ok", state))) as server:
+        socks = [upgraded(server) for _ in range(500)]
+        start = nova_lite.monotonic()
+        server.stop(0.2)
+        assert nova_lite.monotonic() - start < 1
+        assert all(sock.recv(4)[2:] == b"\x03\xe9" for sock in socks)
+        for sock in socks:
+            sock.close()
+
+
 def test_many_websockets_are_not_closed_all_at_once(recorder):
     with serving(on(recorder, lambda frame, state: ("ok", state))) as server:
         socks = [upgraded(server) for _ in range(100)]
