@@ -129,7 +129,7 @@ class Settings:
     ping_interval: float = 25.0  # seconds of silence between pings: two chances to answer within `idle_timeout`
     mailbox_limit: int = 1_000  # messages that may wait for a client that does not read; then it is cut with 1013
     send_timeout: float = 10.0  # seconds that a client may take nothing of what is ready for it; then 1013, too
-    backlog: int = 64  # frames that may wait for their handler before reading pauses, and TCP holds the sender back
+    backlog: int = 64  # frames (and `max_message_size` bytes) that may wait for their handler before reading pauses
     on_slow: str = "close"  # or "drop_oldest", "drop_new": what happens beyond `mailbox_limit`; drops are logged
     origins: Any = None  # None: the request's own host, or no Origin header at all; else a list of origins, or "*"
     trust_proxy: bool = False  # whether X-Forwarded-Proto and -Host say what the request's own host is
@@ -1824,7 +1824,7 @@ class Connection(Process):
 
     __slots__ = (
         "behind", "bits", "closing", "handler", "inbox", "lounge", "out", "parser", "quiet", "reader", "req", "said",
-        "settings", "sock", "stalled", "starter", "state", "writer",
+        "settings", "sock", "stalled", "starter", "state", "unhandled", "writer",
     )  # fmt: skip
 
     def __init__(self, handler: Any, req: Request, settings: Settings, lounge: Lounge, bits: int = 0) -> None:
@@ -1839,6 +1839,7 @@ class Connection(Process):
         self.out: Any = b""  # what the socket has not taken yet
         self.said: list[bytes] = []  # the frames of this turn
         self.inbox: list[Any] = []  # the client's frames, and perhaps an Ending behind them
+        self.unhandled = 0  # about how many bytes they are
         self.bits = bits  # the window of the compression that was agreed on; 0: none
         self.parser = Parser(settings.max_message_size, bits > 0)
         self.quiet = 0.0  # seconds without a byte from the client
@@ -1910,7 +1911,7 @@ class Connection(Process):
         self.rest()
 
     def _handle_inbox(self) -> None:
-        inbox, self.inbox = self.inbox[:TURN_SIZE], self.inbox[TURN_SIZE:]
+        inbox, self.inbox, self.unhandled = self.inbox[:TURN_SIZE], self.inbox[TURN_SIZE:], 0
         if not self.reader.active and not self.parser.done and len(self.inbox) < self.settings.backlog:
             self.reader.start(self.readable)
         for number, frame in enumerate(inbox):
@@ -1984,14 +1985,17 @@ class Connection(Process):
             _enqueue(self)
 
     def _take_in(self, data: bytes) -> None:
-        self.inbox += self.parser.feed(data)
+        frames = self.parser.feed(data)
+        self.inbox += frames
+        self.unhandled += sum(len(frame[-1]) for frame in frames) if self.bits else len(data)
         failure = self.parser.failure
         if failure is not None:
             self.inbox.append(Ending(failure.code, failure.text, ("error", failure.what)))
         elif not data:
             self.parser.done = True
             self.inbox.append(Ending(None, "", ("error", "closed")))
-        if len(self.inbox) >= self.settings.backlog or self.parser.done:
+        too_much = self.inbox and self.unhandled > self.settings.max_message_size
+        if too_much or len(self.inbox) >= self.settings.backlog or self.parser.done:
             self.reader.stop()
 
     def flush(self) -> None:

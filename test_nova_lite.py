@@ -2925,9 +2925,31 @@ def test_a_client_that_sends_faster_than_its_handler_works_is_held_back(recorder
             for _ in range(2000):
                 sock.sendall(masked(2, bytes(60_000)))
             pytest.fail("120 MB went in")
-        assert sum(len(frame[1]) for frame in pid.inbox) < 70 * 60_000
+        assert sum(len(frame[1]) for frame in pid.inbox) < 1_200_000
         pid.send(("wake",))
         ended("stop")
+
+
+@pytest.mark.parametrize(("opcode", "size"), [(2, 20), (0x42, 900_000)])
+def test_what_waits_for_a_handler_has_its_limit_in_frames_and_in_bytes(recorder, opcode, size):
+    message = masked(opcode, squeezed(bytes(size)) if opcode & 0x40 else bytes(size))
+
+    def wait(frame, state):
+        return "stop", receive(PATIENCE, is_a("wake"))
+
+    recorder.on = staticmethod(wait)
+    with serving(("/ws", recorder, {"protocol": "ws", "compress": True})) as server:
+        with upgraded(server, Sec_WebSocket_Extensions="permessage-deflate") as sock:
+            pid = expect(is_a("init"))[1]
+            sock.sendall(message)
+            expect(is_a("frame"))
+            sock.sendall(message * (400_000 // len(message)))
+            until(lambda: not pid.reader.active)
+            waiting = [len(frame[1]) for frame in pid.inbox]
+            assert len(waiting) >= 64 or sum(waiting) > 1_000_000
+            assert sum(waiting) < 6_000_000
+            pid.send(("wake",))
+            ended("stop")
 
 
 def test_a_silent_client_is_pinged_and_one_that_does_not_answer_is_closed(recorder):
