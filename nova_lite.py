@@ -86,7 +86,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, fields, replace
-from functools import partial
+from functools import cache, partial
 from http.cookies import CookieError
 from io import BytesIO
 from itertools import count
@@ -1464,7 +1464,6 @@ COMPRESS_FROM = 128  # bytes; below, the head of a deflated block eats up what i
 NO_STATUS = 1005  # §7.1.5: a close frame without a code; never on the wire
 Frame = tuple[Any, ...]
 
-_xor_tables = [bytes(byte ^ key for byte in range(256)) for key in range(256)]
 _TRANSLATE_FROM = 1_000  # bytes from which translating beats one big integer
 
 
@@ -1485,8 +1484,13 @@ def unmask(data: bytes, mask: bytes) -> bytes:
         return (int.from_bytes(data, "little") ^ int.from_bytes(key, "little")).to_bytes(size, "little")
     result = bytearray(data)
     for offset, key_byte in enumerate(mask):
-        result[offset::4] = result[offset::4].translate(_xor_tables[key_byte])
+        result[offset::4] = result[offset::4].translate(_xor_table(key_byte))
     return bytes(result)
+
+
+@cache
+def _xor_table(key: int) -> bytes:
+    return bytes(byte ^ key for byte in range(256))
 
 
 def frame_head(opcode: int, size: int) -> bytes:
@@ -2458,7 +2462,7 @@ class Headers(dict[str, str]):
     """The headers of a request, by lower-case name, as strict as RFC 9112 wants servers to be.
 
     In the place of the standard library's e-mail parser, which takes several times as long and forgives what lets one
-    request hide in another. Raises ValueError.
+    request hide in another. Raises ValueError, and HTTPError 431 over MAX_HEADERS bytes.
     """
 
     status = ""  # what follows is what pywsgi asks of its own class

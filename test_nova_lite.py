@@ -3307,12 +3307,13 @@ def test_a_websocket_may_follow_an_ordinary_request_on_the_same_connection(recor
             assert b"\x81\x02hi" in read_to_end(sock)
 
 
-def test_a_request_is_a_process_for_as_long_as_it_lasts(me):
-    def controller(_req):
-        me.send(self_pid())
-        return "status", 200
+def tells_its_pid(me):
+    """A route whose controller sends the test the pid of its request."""
+    return "/", lambda _req: send(me, self_pid()) and ("status", 200)
 
-    with serving(("/", controller)) as server, bare(server) as sock:
+
+def test_a_request_is_a_process_for_as_long_as_it_lasts(me):
+    with serving(tells_its_pid(me)) as server, bare(server) as sock:
         for _ in range(2):
             sock.sendall(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n")
             assert sock.recv(1000).startswith(b"HTTP/1.1 200")
@@ -3336,11 +3337,7 @@ def test_a_kept_alive_connection_does_not_collect_the_processes_of_its_requests(
 
 
 def test_an_exit_signal_to_a_request_that_is_over_does_not_hit_the_next(me):
-    def controller(_req):
-        me.send(self_pid())
-        return "status", 200
-
-    with serving(("/", controller)) as server, bare(server) as sock:
+    with serving(tells_its_pid(me)) as server, bare(server) as sock:
         for _ in range(3):
             sock.sendall(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n")
             exit(expect(), "too late")
@@ -4012,9 +4009,14 @@ def test_it_stays_lite():
     assert BELOW.count("\n") < 900
 
 
-@pytest.mark.parametrize("patched", [True, False])
-def test_one_warning_says_that_the_patch_is_missing(tmp_path, patched):
-    first = "from gevent import monkey; monkey.patch_all()\n" if patched else "import bottle\n"
+PATCH = "from gevent import monkey; monkey.patch_all()\n"
+
+
+@pytest.mark.parametrize(
+    ("first", "words"),
+    [(PATCH, []), ("import bottle\n", ["not at all"]), ("import bottle\n" + PATCH, ["too late"])],
+)
+def test_one_warning_says_that_the_patch_is_missing_or_late(tmp_path, first, words):
     program = tmp_path / "program.py"
     program.write_text(first + "from nova_lite import Nova\nNova([]).run(port=0)\n")
     process = subprocess.Popen(
@@ -4026,7 +4028,8 @@ def test_one_warning_says_that_the_patch_is_missing(tmp_path, patched):
     process.terminate()
     assert process.wait(PATIENCE) == 0
     process.stderr.close()
-    assert sum("monkey.patch_all()" in line for line in lines) == (0 if patched else 1)
+    warnings = [line for line in lines if "monkey.patch_all()" in line]
+    assert [word in line for word, line in zip(words, warnings, strict=True)] == [True] * len(words)
 
 
 def test_the_readmes_program_runs_as_printed(tmp_path):
