@@ -86,7 +86,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, fields, replace
-from functools import cache, partial
+from functools import cache, lru_cache, partial
 from http.cookies import CookieError
 from io import BytesIO
 from itertools import count
@@ -508,6 +508,8 @@ def _resolve(target: Pid | str) -> Any:
 
 def _wait(waiter: Waiter, timeout: float | None) -> Any:
     """What `waiter` is given, or None after `timeout` seconds."""
+    if timeout is None and getcurrent().parent is not None:
+        return waiter.get()
     # Without a timer, gevent would raise LoopExit in the main greenlet, though a thread may send yet.
     with get_hub().loop.timer(_FOR_EVER if timeout is None else max(timeout, 0)) as timer:
         timer.start(waiter.switch, None, update=True)
@@ -1378,23 +1380,17 @@ def to_response(result: Any, method: str = "GET", name: str = "") -> HTTPRespons
             return result
         case ("json", data):
             return _json_response(201 if method == "POST" else 200, {}, data)
-        case ("json", int(status), Mapping() as headers, data):
+        case ("json", status, headers, data) if _is_head(status, headers):
             return _json_response(status, headers, data)
-        case ("status", int(status), *_) if not 200 <= status <= 999:
-            pass  # what comes before the response proper is the server's
-        case ("status", int(status)) if status >= 400:
-            return HTTPError(status)
-        case ("status", int(status), Mapping() as headers) if status >= 400:
-            error = HTTPError(status)
-            error.headers.update(headers)
-            return error
-        case ("status", int(status)):
-            return HTTPResponse(b"", status)
-        case ("status", int(status), Mapping() as headers):
-            return HTTPResponse(b"", status, headers)
-        case ("status", int(status), Mapping() as headers, dict() as data):
+        case ("status", status) if _is_head(status, {}):
+            return HTTPError(status) if status >= 400 else HTTPResponse(b"", status)
+        case ("status", status, headers) if _is_head(status, headers):
+            response = HTTPError(status) if status >= 400 else HTTPResponse(b"", status)
+            response.headers.update(headers)
+            return response
+        case ("status", status, headers, dict() as data) if _is_head(status, headers):
             return _json_response(status, headers, data)
-        case ("status", int(status), Mapping() as headers, str() | bytes() as body):
+        case ("status", status, headers, str() | bytes() as body) if _is_head(status, headers):
             return HTTPResponse(body, status, headers)
         case ("ok" | "view", Mapping() as variables):
             return _view(name, variables, {})
@@ -1405,6 +1401,11 @@ def to_response(result: Any, method: str = "GET", name: str = "") -> HTTPRespons
         case ("sendfile", int(status), Mapping() as headers, (int(offset), int() | None as length, path), str(mime)):
             return _file(status, headers, offset, length, path, mime)
     raise ValueError(f"not a response: {result!r}")
+
+
+def _is_head(status: Any, headers: Any) -> bool:
+    """Whether a response may begin with these; what comes before the response proper, 100 to 199, is the server's."""
+    return isinstance(status, int) and 200 <= status <= 999 and isinstance(headers, Mapping)
 
 
 def _json_response(status: int, headers: Mapping[str, str], data: Any) -> HTTPResponse:
@@ -1601,7 +1602,13 @@ class Parser:
         first, second = data[position], data[position + 1]
         opcode, size, head = first & 0x0F, second & 0x7F, position + 2
         stop = head + 4 + size
-        if 0 < first - 0x80 < 3 and 0x7F < second < 0xFE and stop <= len(data) and not self.opcode and size <= self.limit:
+        if (
+            0 < first - 0x80 < 3
+            and 0x7F < second < 0xFE
+            and stop <= len(data)
+            and not self.opcode
+            and size <= self.limit
+        ):
             frames.append(_message(opcode, unmask(data[head + 4 : stop], data[head : head + 4])))  # as nearly always
             return stop
         self._check_start(first, second, opcode)
@@ -2334,7 +2341,7 @@ class _Endpoint:
         except Exception:
             log.exception("controller %s answered %r", name_of(self.controller), result)
             return HTTPError(500)
-        if isinstance(response, HTTPError) or len(bottle.response.headerlist) == 1:
+        if isinstance(response, HTTPError) or not (bottle.response._headers or bottle.response._cookies):
             return response
         merged = bottle.response.copy(HTTPResponse)  # cookies and headers that were set in bottle's own way
         merged.status, merged.body = response.status, response.body
@@ -2521,6 +2528,19 @@ class Headers(dict[str, str]):
 _HEADER = re.compile(r"([!#$%&'*+.^_`|~0-9A-Za-z-]+):([^\x00-\x08\x0a-\x1f\x7f]*)\r?\n")  # nothing to backtrack in
 
 
+@lru_cache(maxsize=256)
+def _environ_key(name: str) -> str | None:
+    """A header's name in WSGI's environ; None for what must not be there, or is there in another way (PEP 3333)."""
+    if "_" in name or name in ("content-type", "content-length"):
+        return None
+    return "HTTP_" + name.replace("-", "_").upper()
+
+
+@lru_cache(maxsize=1)
+def _date(second: int) -> bytes:
+    return gevent.pywsgi.format_date_time(second)
+
+
 class RequestHandler(UpgradeHandler):
     """A client's HTTP connection. gevent-websocket's upgrade is kept for when the application has said 101."""
 
@@ -2570,10 +2590,16 @@ class RequestHandler(UpgradeHandler):
 
     def _sendall(self, data: bytes) -> None:
         """In pieces, each with its time: a client that does not read its response is hung up on in the end."""
-        for at in range(0, len(data), 65536):
-            self.write_deadline = monotonic() + self.server.WRITE_TIME
-            super()._sendall(data[at : at + 65536] if len(data) > 65536 else data)
+        left = memoryview(data)
+        try:
+            while left:
+                self.write_deadline = monotonic() + self.server.WRITE_TIME
+                left = left[self.socket.send(left[:65536]) :]
+        except OSError:
+            self.code = -abs(self.code)  # pywsgi's mark for what could not be sent
+            raise
         self.write_deadline = inf
+        self.response_length += len(data)
 
     def _has_body(self) -> bool:
         body = self.wsgi_input
@@ -2589,7 +2615,7 @@ class RequestHandler(UpgradeHandler):
         return status, head.encode() + body
 
     def handle_error(self, *error: Any) -> None:
-        if (self.code or 0) < 0:  # pywsgi's mark for what could not be sent: nobody is there, so nobody is told
+        if (self.code or 0) < 0:  # it could not be sent: nobody is there, so nobody is told
             self.close_connection = True
         else:
             super().handle_error(*error)
@@ -2613,8 +2639,9 @@ class RequestHandler(UpgradeHandler):
 
     def _headers(self) -> Iterator[tuple[str, str]]:
         for name, value in self.headers.items():
-            if "_" not in name and name not in ("content-type", "content-length"):
-                yield "HTTP_" + name.replace("-", "_").upper(), value
+            key = _environ_key(name)
+            if key is not None:
+                yield key, value
 
     def run_application(self) -> None:
         lobby: list[Connection] = []
@@ -2651,11 +2678,17 @@ class RequestHandler(UpgradeHandler):
                 header for header in self.response_headers if header[0] not in (b"Content-Type", b"Content-Length")
             ]
             self.upgrade_connection()
-            self.websocket.closed = True  # else its __del__ writes a close frame of its own
+            self._disarm(self.environ.pop("wsgi.websocket"))
             self.response_headers += extra
             self.write(b"")
         else:
             super().process_result()
+
+    def _disarm(self, websocket: Any) -> None:
+        """gevent-websocket's object is not used. Its __del__ would write a close frame; and it holds this handler,
+        which holds it: 7 KiB a connection until the garbage collector comes by."""
+        websocket.closed, self.websocket = True, None
+        del websocket.handler, websocket.stream
 
     def _hand_over(self, connection: Connection) -> None:
         """The socket goes to the connection's process; pywsgi lets go of its own handle, buffers and greenlet."""
@@ -2673,7 +2706,7 @@ class RequestHandler(UpgradeHandler):
         else:
             raw = _socket.socket(sock.family, sock.type, sock.proto, sock.detach())
             raw.setblocking(False)  # whatever socket.setdefaulttimeout says
-        self.socket, self.websocket, self.handed_over = None, None, True
+        self.socket, self.handed_over = None, True
         connection.req.detach()
         connection.open(raw, early)
         if self.server.lounge.draining:
@@ -2691,6 +2724,9 @@ class RequestHandler(UpgradeHandler):
     def _write_with_headers(self, data: bytes) -> None:
         """Head and body in one packet: in two, a kept-alive client's delayed ACK holds the second back for 40 ms."""
         self.headers_sent = True
+        if not self.provided_date:
+            self.provided_date = True
+            self.response_headers.append((b"Date", _date(int(time.time()))))
         self.finalize_headers()
         self.close_connection = self.close_connection or self.server.lounge.draining
         if self.code == 413 and "expect" in self.headers:  # what comes next may be the body, or not
