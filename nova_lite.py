@@ -182,6 +182,22 @@ class Pid:
         """Puts `message` into the mailbox. Never fails and never blocks; silent to the dead; from any thread."""
         raise NotImplementedError
 
+    def watch(self, ref: Any, watcher: Any) -> None:
+        """`watcher.down(ref, self, reason)` once it has ended; at once, with "noproc", if it is dead."""
+        raise NotImplementedError
+
+    def unwatch(self, ref: Any) -> None:
+        """Ends that."""
+        raise NotImplementedError
+
+    def signal(self, source: Pid, reason: Any) -> None:
+        """An exit signal, from `exit` or along a link."""
+        raise NotImplementedError
+
+    def kill(self, reason: Any) -> None:
+        """An exit signal that cannot be trapped."""
+        raise NotImplementedError
+
     def __repr__(self) -> str:
         return f"<{_node}.{self.serial}>"
 
@@ -199,8 +215,8 @@ class Process(Pid):
         self.trapping = False
         self.name: str | None = None
         self.links: Any = ()  # a set once there are some; symmetric
-        self.watchers: dict[int, Any] | None = None  # ref -> who monitors this process
-        self.watching: dict[int, Process] | None = None  # ref -> whom it monitors, to be forgotten there at its end
+        self.watchers: dict[Any, Any] | None = None  # ref -> who monitors this process
+        self.watching: dict[int, Pid] | None = None  # ref -> whom it monitors, to be forgotten there at its end
         self.channels: Any = ()  # pub/sub's own
         _processes[self.serial] = self
 
@@ -231,10 +247,21 @@ class Process(Pid):
     def blocks(self) -> None:
         """A callback is about to wait; called in its own greenlet, and must not wait itself."""
 
+    def watch(self, ref: Any, watcher: Any) -> None:
+        if self.mailbox is _NOWHERE:
+            watcher.down(ref, self, "noproc")
+            return
+        if self.watchers is None:
+            self.watchers = {}
+        self.watchers[ref] = watcher
+
+    def unwatch(self, ref: Any) -> None:
+        if self.watchers:
+            self.watchers.pop(ref, None)
+
     # -- signals
 
     def signal(self, source: Pid, reason: Any) -> None:
-        """An exit signal, from `exit` or along a link."""
         if self.trapping:
             self.deliver(("EXIT", source, reason))
         elif reason != "normal" or source is self:
@@ -296,7 +323,7 @@ class Process(Pid):
         for hook in _exit_hooks:
             hook(self)
         for ref, target in (self.watching or {}).items():
-            target.watchers.pop(ref, None)  # type: ignore[union-attr]
+            target.unwatch(ref)
         watchers, links = self.watchers or {}, self.links
         self.watchers, self.watching, self.links = None, None, ()
         for ref, watcher in watchers.items():
@@ -305,7 +332,7 @@ class Process(Pid):
             other.links.discard(self)
             other.signal(self, reason)
 
-    def down(self, ref: int, process: Pid, reason: Any) -> None:
+    def down(self, ref: int, process: Pid | str, reason: Any) -> None:
         """A process that this one monitors has ended."""
         if self.watching:
             self.watching.pop(ref, None)
@@ -591,14 +618,13 @@ def whereis(name: str) -> Pid | None:
 def monitor(target: Pid | str) -> int:
     """From now on one ("DOWN", ref, "process", pid, reason) when `target` ends; at once, "noproc", if it is dead."""
     me, process, ref = _me(), _resolve(target), next(_refs)
-    if process is None or process.mailbox is _NOWHERE:
-        me.deliver(("DOWN", ref, "process", process or target, "noproc"))
-        return ref
-    if process.watchers is None:
-        process.watchers = {}
     if me.watching is None:
         me.watching = {}
-    process.watchers[ref], me.watching[ref] = me, process
+    if process is None:
+        me.down(ref, target, "noproc")
+    else:
+        me.watching[ref] = process
+        process.watch(ref, me)
     return ref
 
 
@@ -606,8 +632,8 @@ def demonitor(ref: int, flush: bool = False) -> bool:
     """Ends a monitor; tells whether there was one. With `flush`, a DOWN that has come already goes too."""
     me = _me()
     target = (me.watching or {}).pop(ref, None)
-    if target is not None and target.watchers is not None:
-        target.watchers.pop(ref, None)
+    if target is not None:
+        target.unwatch(ref)
     elif flush:
         receive(0, _down(ref))
     return target is not None
@@ -619,10 +645,15 @@ def _down(ref: int) -> Callable[[Any], bool]:
 
 
 def link(pid: Pid) -> bool:
-    """Ties the calling process and `pid`: if one ends abnormally, so does the other (erlang:link/1)."""
+    """Ties the calling process and `pid`: if one ends abnormally, so does the other (erlang:link/1).
+
+    TypeError for a process of another node.
+    """
     me, other = _me(), _resolve(pid)
     if other is me:
         return True
+    if other is not None and not isinstance(other, Process):
+        raise TypeError(f"a link stays on its node, {other!r} is elsewhere: monitor it")
     if other is None or other.mailbox is _NOWHERE:
         me.signal(pid if other is None else other, "noproc")
         return True
@@ -717,7 +748,7 @@ class ServerDied(CallError):
 class Alias(Pid):
     """An address for one answer, as OTP's process aliases: once nobody waits any more, it is deaf."""
 
-    __slots__ = ("waiter",)
+    __slots__ = ("__weakref__", "waiter")
 
     def __init__(self) -> None:
         self.serial, self.waiter = next(_serials), Waiter()
@@ -729,17 +760,16 @@ class Alias(Pid):
         self.send(("DOWN", reason))
 
 
-def _ask(process: Process, alias: Alias, timeout: float | None) -> Any:
+def _ask(process: Pid, alias: Alias, timeout: float | None, request: Any = None) -> Any:
     """What `process` sends to `alias`, ("DOWN", reason) if it ends before, or None after `timeout` seconds."""
     ref = next(_refs)
-    if process.watchers is None:
-        process.watchers = {}
-    process.watchers[ref] = alias
+    process.watch(ref, alias)
     try:
+        if request is not None:
+            process.send(request)
         return _wait(alias.waiter, timeout)
     finally:
-        if process.watchers:
-            process.watchers.pop(ref, None)
+        process.unwatch(ref)
 
 
 class GenServer:
@@ -925,16 +955,16 @@ def call(server: Pid | str, request: Any, timeout: float | None = 5.0) -> Any:
 
     Raises CallTimeout, NoProc or ServerDied, all of them CallError.
     """
-    me, process = _me(), _resolve(server)
-    if process is None or process.mailbox is _NOWHERE:
+    me, process, alias = _me(), _resolve(server), Alias()
+    if process is None:
         raise NoProc(server)
     if process is me:
         raise CallError(f"{me!r} calls itself")
-    alias = Alias()
-    process.deliver(("$gen_call", (me, alias), request))
-    match _ask(process, alias, timeout):
+    match _ask(process, alias, timeout, ("$gen_call", (me, alias), request)):
         case ("reply", value):
             return value
+        case ("DOWN", "noproc"):
+            raise NoProc(server)
         case ("DOWN", reason):
             raise ServerDied(reason)
     raise CallTimeout(f"no answer from {server!r} to {request!r} in {timeout} s")
@@ -958,13 +988,15 @@ def stop(server: Pid | str, reason: Any = "normal", timeout: float | None = None
     Raises NoProc if there is none, and CallTimeout after `timeout` seconds.
     """
     process = _resolve(server)
-    if process is None or process.mailbox is _NOWHERE:
+    if process is None:
         raise NoProc(server)
     if process is _me():
         raise CallError(f"{process!r} stops itself")
-    process.deliver(("$stop", reason))
-    if _ask(process, Alias(), timeout) is None:
-        raise CallTimeout(f"{server!r} did not stop in {timeout} s")
+    match _ask(process, Alias(), timeout, ("$stop", reason)):
+        case None:
+            raise CallTimeout(f"{server!r} did not stop in {timeout} s")
+        case ("DOWN", "noproc"):
+            raise NoProc(server)
     return "ok"
 
 
@@ -1109,14 +1141,21 @@ class Message(tuple):
 class PubSub:
     """Channels and their members (nova_pubsub, on OTP's pg). The one instance is `pubsub`."""
 
+    cluster: Any = None  # what connects this node to others, once `connect` has been called
+
     def __init__(self) -> None:
         self._channels: dict[str, set[Process]] = {}  # no set is ever empty
         self._monitors: dict[str, dict[int, Process]] = {}  # channel -> ref -> who wants to know
         _exit_hooks.append(self._forget)
 
     def join(self, channel: str, pid: Pid | None = None) -> str:
-        """Makes `pid`, or the caller, a member: "ok". Joining twice is joining once; the dead do not stay."""
+        """Makes `pid`, or the caller, a member: "ok". Joining twice is joining once; the dead do not stay.
+
+        In a cluster it waits until this node hears what is published to the channel, unless Redis is away.
+        """
         _scheduler.at_home(self._join, _channel(channel), self._local(pid))
+        if self.cluster is not None:
+            self.cluster.await_subscription(channel)
         return "ok"
 
     def leave(self, channel: str, pid: Pid | None = None) -> str:
@@ -1129,8 +1168,11 @@ class PubSub:
         return "ok"
 
     def broadcast(self, channel: str, topic: str | bytes, payload: Any) -> str:
-        """Sends to every member on every node, the caller included if it is one: "ok"."""
-        return self.local_broadcast(channel, topic, payload)
+        """Sends to every member on every node, the caller included if it is one: "ok".
+
+        In a cluster, TypeError for a payload that cannot cross it, and ValueError for one that is too large.
+        """
+        return self._broadcast(self._message(channel, topic, payload), None)
 
     def local_broadcast(self, channel: str, topic: str | bytes, payload: Any) -> str:
         """Sends to every member on this node: "ok"."""
@@ -1139,20 +1181,20 @@ class PubSub:
 
     def broadcast_from(self, pid: Pid, channel: str, topic: str | bytes, payload: Any) -> str:
         """As `broadcast`, to all but `pid`."""
-        _scheduler.at_home(self._deliver, self._message(channel, topic, payload), pid)
-        return "ok"
+        return self._broadcast(self._message(channel, topic, payload), pid)
 
     def get_members(self, channel: str) -> list[Pid]:
-        """The members on all nodes."""
-        return self.get_local_members(channel)
+        """The members on all nodes, as far as this one has heard."""
+        remote = self.cluster.get_members(channel) if self.cluster is not None else []
+        return self.get_local_members(channel) + remote
 
     def get_local_members(self, channel: str) -> list[Pid]:
         """The members on this node."""
         return list(self._channels.get(_channel(channel), ()))
 
     def which_channels(self) -> list[str]:
-        """The channels that have members (pg:which_groups/1)."""
-        return list(self._channels)
+        """The channels that have members, on whatever node (pg:which_groups/1)."""
+        return list({*self._channels, *(self.cluster.which_channels() if self.cluster is not None else ())})
 
     def monitor(self, channel: str) -> tuple[int, list[Pid]]:
         """(ref, members), and from now on (ref, "join" | "leave", channel, [pid]) for each change (pg:monitor/2)."""
@@ -1179,16 +1221,22 @@ class PubSub:
         if not process.channels:
             process.channels = set()
         process.channels.add(channel)
+        if self.cluster is not None:
+            self.cluster.joined(channel, process)
         self._tell(channel, "join", process)
 
     def _leave(self, channel: str, process: Process) -> None:
         members = self._channels.get(channel, set())
-        members.discard(process)
+        if process not in members:
+            return
+        members.remove(process)
         if not members:
-            self._channels.pop(channel, None)
+            del self._channels[channel]
+        if self.cluster is not None:
+            self.cluster.left(channel, process)
         self._tell(channel, "leave", process)
 
-    def _tell(self, channel: str, change: str, process: Process) -> None:
+    def _tell(self, channel: str, change: str, process: Pid) -> None:
         for ref, watcher in self._monitors.get(channel, {}).items():
             watcher.deliver((ref, change, channel, [process]))
 
@@ -1196,10 +1244,17 @@ class PubSub:
         """Exit hook: a process that dies leaves all its channels."""
         for channel in process.channels:
             self._leave(channel, process)
-        process.channels = ()
         for watchers in list(self._monitors.values()) if self._monitors else ():
             for ref in [ref for ref, watcher in watchers.items() if watcher is process]:
                 self.demonitor(ref)
+
+    def _broadcast(self, message: Message, but: Pid | None) -> str:
+        cluster = self.cluster
+        data = cluster.encode_broadcast(message, but) if cluster is not None else None  # may raise: nobody has it yet
+        _scheduler.at_home(self._deliver, message, but)
+        if data is not None:
+            _scheduler.at_home(cluster.publish, message[1], data)
+        return "ok"
 
     def _deliver(self, message: Message, but: Pid | None) -> None:
         # No callback runs in here, nor anything that joins or leaves: `deliver` only queues.

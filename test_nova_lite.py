@@ -10,14 +10,30 @@
 
 `uv run test_nova_lite.py` runs it with nothing installed; `python test_nova_lite.py` and `pytest` do where the tools
 are. The client is the `websockets` package, an independent judge; where it is too polite, a bare socket is used.
+`python test_nova_lite.py bench --help` tells of the benchmark, the last section.
 """
 
 from __future__ import annotations
 
-if __name__ == "__main__":  # pytest imports this file once more: what it needs is patched and imported there
-    import sys
+import gc
+import json
+import os
+import re
+import socket
+import subprocess
+import sys
+import time
+from array import array
+from contextlib import contextmanager, nullcontext, suppress
+from pathlib import Path
+from types import SimpleNamespace
 
-    from gevent import monkey
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["bench"]:  # runs the last section alone, before anything is patched, and ends there
+        above, title, section = Path(__file__).read_text(encoding="utf-8").partition("\n# -- benchmark --")
+        exec(compile("\n" * above.count("\n") + title + section, __file__, "exec"))
+
+    from gevent import monkey  # pytest imports this file once more: what it needs is patched and imported there
 
     monkey.patch_all()
 
@@ -26,31 +42,19 @@ if __name__ == "__main__":  # pytest imports this file once more: what it needs 
     sys.exit(pytest.main([__file__, "-q", "-p", "no:cacheprovider", *sys.argv[1:]]))
 
 import ast
-import gc
 import http.client
-import json
 import logging
-import os
 import random
-import re
 import signal
-import socket
 import ssl
-import subprocess
-import sys
-import time
 import tracemalloc
 import types
 import urllib.parse
 import wsgiref.headers
 import wsgiref.util
 import zlib
-from array import array
-from contextlib import contextmanager, suppress
 from io import BytesIO, StringIO
 from itertools import pairwise
-from pathlib import Path
-from types import SimpleNamespace
 
 import bottle
 import gevent
@@ -4005,7 +4009,7 @@ def test_functions_are_short():
 
 
 def test_it_stays_lite():
-    assert sum(map(bool, map(str.strip, ABOVE.splitlines()))) < 2500  # lines that are not blank
+    assert sum(map(bool, map(str.strip, ABOVE.splitlines()))) < 3200  # lines that are not blank
     assert BELOW.count("\n") < 900
 
 
@@ -4062,3 +4066,734 @@ def test_the_docstrings_program_is_the_readmes():
         return "".join(text.split())
 
     assert squeeze(program) in squeeze(nova_lite.__doc__)
+
+
+# -- the benchmark, tested --------------------------------------------------------------------------------------------
+
+
+def bench_command(*args):
+    """What `python test_nova_lite.py bench ...` does."""
+    command = [sys.executable, __file__, "bench", *args]
+    return subprocess.run(command, capture_output=True, text=True, timeout=60)
+
+
+def test_the_benchmark_prints_a_table_of_what_it_measures():
+    done = bench_command("--quick", "http")
+    assert done.returncode == 0, done.stderr
+    assert "python test_nova_lite.py bench --quick http" in done.stdout
+    rows = [line for line in done.stdout.splitlines() if line.startswith("|")]
+    assert len({len(row) for row in rows}) == 1
+    rows = [[cell.strip() for cell in row.split("|")[1:-1]] for row in rows]
+    assert [row[:2] for row in rows[2:]] == [
+        ["http heartbeat", "nova_lite"], ["http heartbeat", "bottle"],
+        ["http note", "nova_lite"], ["http note", "bottle"],
+    ]  # fmt: skip
+    assert all(float(row[3].replace(",", "")) > 0 for row in rows[2:])
+    assert re.fullmatch(r"\d+\.\d\d", rows[2][-1])
+
+
+def test_the_benchmark_prints_json_and_nothing_else():
+    done = bench_command("--quick", "--json", "small")
+    assert done.returncode == 0, done.stderr
+    (case,) = map(json.loads, done.stdout.splitlines())
+    assert (case["case"], case["clients"], case["messages"]) == ("small", 100, 200)
+    assert list(case["servers"]) == ["nova_lite", "plain", "websockets"]
+    for seen in case["servers"].values():
+        assert 0 < seen["p50_ms"] <= seen["p99_ms"] <= seen["p999_ms"] <= seen["max_ms"]
+
+
+@pytest.mark.parametrize(
+    ("order", "words"),
+    [
+        ([0, 1, 2, 3], None),
+        ([0, 2, 3], "message 1 is due, b'1 xxx.* there is b'2 xxx"),
+        ([0, 1, 1, 2, 3], "message 2 is due, b'2 xxx.* there is b'1 xxx"),
+        ([0, 2, 1, 3], "message 1 is due, b'1 xxx.* there is b'2 xxx"),
+        ([0, 1, 2], "3 things are still due"),
+        ([0, 1, 2, 3, 3], "there is .*00000003"),
+    ],
+    ids=["right", "lost", "twice", "swapped", "last lost", "last twice"],
+)
+def test_the_benchmark_notices_what_is_lost_or_twice_or_out_of_order(order, words):
+    texts = []
+
+    class Faulty(nova_lite.CommentsHandler):
+        def websocket_handle(self, frame, state):
+            if frame[0] == "text":
+                texts.append(frame[1])
+                for number in order if len(texts) == 4 else []:
+                    pubsub.broadcast("comments", "new_comment", texts[number])
+            return "ok", state
+
+    job = {**CASES["burst"], "clients": 3, "messages": 4, "window": 4, "patience": 0.3}
+    with serving(("/comments", Faulty, {"protocol": "ws"})) as server:
+        with worker("load", json.dumps({**job, "port": server.port})) as load:
+            with pytest.raises(Failure, match=words) if words else nullcontext():
+                for _ in ("connect", "settle", "run", "settle"):
+                    load()
+        until(lambda: not server.lounge.connections)
+
+
+def test_the_benchmark_answers_the_pings_of_a_server():
+    job = {**CASES["burst"], "clients": 3, "messages": 20}
+    with serving(("/comments", nova_lite.CommentsHandler, {"protocol": "ws"}), ping_interval=0.02) as server:
+        with worker("load", json.dumps({**job, "port": server.port})) as load:
+            load()
+            until(lambda: all(connection.quiet > 0.05 for connection in server.lounge.connections))
+            assert [load().get("messages") for _ in range(3)] == [None, 60, None]
+        until(lambda: not server.lounge.connections)
+
+
+# -- benchmark --------------------------------------------------------------------------------------------------------
+#
+# `python test_nova_lite.py bench` runs this section alone, in plain interpreters: without the test tools, unpatched.
+#
+#   the bench       starts the others, tells them when, and prints the table;
+#   servers         nova_lite and its peers, a fresh one for each run;
+#   load generator  clients that know, byte for byte, what has to come.
+#
+# Servers and load generator answer each line on stdin with a line of JSON, and end when stdin does: whatever happens to
+# the bench, none of them stays behind.
+
+import _thread
+import argparse
+import importlib.util
+import platform
+import resource
+import selectors
+import struct
+from bisect import bisect
+from datetime import date
+from importlib import metadata
+from itertools import accumulate
+from math import inf
+from statistics import median
+from time import perf_counter
+
+start_thread = _thread.start_new_thread  # the system's own, as nothing is patched yet
+
+
+class Failure(Exception):
+    """A delivery is lost, wrong or late, or a process has ended."""
+
+
+def case(what, peers=("plain", "websockets"), mode="broadcast", path="/comments", **job):
+    defaults = {"clients": 1000, "channels": 1, "messages": 0, "size": 64, "window": 1, "patience": 20, "flags": []}
+    return {"what": what, "peers": peers, "mode": mode, "path": path, **defaults, **job}
+
+
+CASES = {
+    "burst": case("one broadcast at a time to 1,000 clients", messages=200),
+    "flood": case("64 broadcasts under way to 1,000 clients", messages=1000, window=64),
+    "small": case("one broadcast at a time to 100 clients", clients=100, messages=2000),
+    "big": case("4 broadcasts of 16 KiB under way to 200 clients", clients=200, messages=200, size=16384, window=4),
+    "echo": case("100 clients, each with one message under way", mode="echo", path="/ws", clients=100, messages=40_000),
+    "echo x16": case("the same, 16 each", mode="echo", path="/ws", clients=100, messages=80_000, window=16),
+    "idle": case("4,000 clients connect; a message is a connection", clients=4000),
+    **{
+        f"http {name}": case(f"32 kept-alive connections: GET {path}", ["bottle"], "http", path, clients=32, messages=n)
+        for name, path, n in [("heartbeat", "/heartbeat", 20_000), ("note", "/api/notes/1", 5000)]
+    },
+    "hub": case(
+        "25 notes a second for 1,000 clients, and how long anything held the hub", [], "notes", "/notifications",
+        messages=250, rate=25, window=0, flags=["watch"],
+    ),
+    **{
+        f"scale {n}": case(f"one broadcast at a time to {n:,} clients", [], clients=n, messages=100_000 // max(n, 20))
+        for n in (1, 10, 100, 1000, 10_000)
+    },
+    "scale crowd": case("10,000 idle clients and one broadcast to all of them", [], clients=10_000, messages=1),
+    **{
+        f"scale 1 of {n}": case(
+            f"one broadcast at a time to one of {n} channels, 1,000 clients in all; alone: without the other channels",
+            ["alone"], path="/channel/{channel}", channels=n, messages=min(5000, 100 * n),
+        )
+        for n in (4, 16, 64)
+    },
+}  # fmt: skip
+
+NOTE_1 = {"id": 1, "title": "Groceries", "body": "milk & bread", "author": "Ada"}
+
+
+# The servers. On /comments what one says reaches all; /ws echoes.
+
+
+def serve_nova_lite(watch=None):
+    """The demo, and channels of any name."""
+    from gevent import monkey
+
+    monkey.patch_all()
+    import nova_lite
+
+    class Channel(nova_lite.WebSocketHandler):
+        def init(self, state):
+            nova_lite.pubsub.join(state["req"]["bindings"]["name"])
+            return "ok", state["req"]["bindings"]["name"]
+
+        def websocket_handle(self, frame, name):
+            if frame[0] == "text":
+                nova_lite.pubsub.broadcast(name, "said", frame[1])
+            return "ok", name
+
+        def websocket_info(self, info, name):
+            return "reply", ("text", info[4]), name
+
+    notes = nova_lite.Notes(":memory:")
+    notes.create(NOTE_1["title"], NOTE_1["body"], NOTE_1["author"])
+    nova_lite.start_indexer(notes)
+    app = nova_lite.demo(notes)
+    app.merge(nova_lite.Nova([{"routes": [("/channel/:name", Channel, {"protocol": "ws"})]}]))
+    with nova_lite.Server(app, port=0) as server:
+        _watchers = watch and watch_hub()  # they end with the last reference
+        answer_questions(server.port)
+        server.serve_forever()
+
+
+def serve_plain(with_websockets=True):
+    """bottle, gevent-websocket and SQLite, as tutorials use them."""
+    from gevent import monkey
+
+    monkey.patch_all()
+    import sqlite3
+
+    from bottle import Bottle, request
+    from gevent.pywsgi import WSGIServer
+    from geventwebsocket.handler import WebSocketHandler
+
+    app, clients, db = Bottle(), set(), sqlite3.connect(":memory:")
+    db.execute("CREATE TABLE notes (id INTEGER PRIMARY KEY, title TEXT, body TEXT, author TEXT)")
+    db.execute("INSERT INTO notes VALUES (:id, :title, :body, :author)", NOTE_1)
+
+    @app.get("/ws")
+    def echo():
+        ws = request.environ["wsgi.websocket"]
+        while (message := ws.receive()) is not None:
+            ws.send(f"Echo: {message}")
+
+    @app.get("/comments")
+    def comments():
+        ws = request.environ["wsgi.websocket"]
+        clients.add(ws)
+        while (message := ws.receive()) is not None:
+            for client in list(clients):
+                client.send(message)
+        clients.discard(ws)
+
+    @app.get("/heartbeat")
+    def heartbeat():
+        return ""
+
+    @app.get("/api/notes/<id:int>")
+    def note(id):
+        row = db.execute("SELECT id, title, body, author FROM notes WHERE id = ?", (id,)).fetchone()
+        return dict(zip(NOTE_1, row, strict=True))
+
+    options = {"handler_class": WebSocketHandler} if with_websockets else {}
+    server = WSGIServer(("127.0.0.1", 0), app, log=None, **options)
+    server.start()
+    answer_questions(server.server_port)
+    server.serve_forever()
+
+
+def serve_websockets():
+    """The server of the `websockets` package, on asyncio."""
+    import asyncio
+
+    from websockets.asyncio.server import broadcast, serve
+    from websockets.exceptions import ConnectionClosedError
+
+    clients = set()
+
+    async def handler(ws):
+        clients.add(ws)
+        with suppress(ConnectionClosedError):
+            async for message in ws:
+                if ws.request.path == "/ws":
+                    await ws.send(f"Echo: {message}")
+                else:
+                    broadcast(clients, message)
+        clients.discard(ws)
+
+    async def main():
+        async with serve(handler, "127.0.0.1", 0, compression=None, ping_interval=None, backlog=2048) as server:
+            answer_questions(server.sockets[0].getsockname()[1])
+            await server.serve_forever()
+
+    asyncio.run(main())
+
+
+SERVERS = {
+    "nova_lite": serve_nova_lite, "alone": serve_nova_lite,
+    "plain": serve_plain, "bottle": lambda: serve_plain(False), "websockets": serve_websockets,
+}  # fmt: skip
+HELD = array("d")  # how long each turn of the hub was, in seconds
+
+
+def watch_hub():
+    """Fills HELD: from when the loop has polled until it polls again. gevent runs its callbacks in between as well."""
+    from gevent import get_hub
+
+    loop, since = get_hub().loop, [perf_counter()]
+    first, last = loop.check(priority=loop.MAXPRI), loop.prepare(priority=loop.MINPRI)
+    first.start(lambda: since.__setitem__(0, perf_counter()))
+    last.start(lambda: HELD.append(perf_counter() - since[0]))
+    return first, last
+
+
+def answer_questions(port):
+    """Tells where the server is, its CPU time and its memory; in a thread, which holds up no event loop."""
+
+    def answer():
+        for _ in sys.stdin:
+            used = resource.getrusage(resource.RUSAGE_SELF)
+            memory = used.ru_maxrss * (1 if sys.platform == "darwin" else 1024)  # the most there ever was
+            with suppress(OSError):  # what there is now: Linux
+                memory = int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+            held, HELD[:] = list(HELD), array("d")
+            say({"port": port, "cpu": used.ru_utime + used.ru_stime, "memory": memory, "held": held})
+        os._exit(0)
+
+    start_thread(answer, ())
+
+
+def say(answer):
+    try:
+        print(json.dumps(answer), flush=True)
+    except BrokenPipeError:  # nobody listens any more
+        os._exit(1)
+
+
+def raise_descriptor_limit():
+    """To the hard limit, or to what macOS gives; tells what it is."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    for limit in (hard, 10_240):
+        with suppress(OSError, ValueError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))
+            break
+    soft = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    return soft if soft != resource.RLIM_INFINITY else 1_000_000
+
+
+# The load generator. Members of a channel receive the same bytes in the same order: comparing them is all it takes.
+
+MASK = b"\x12\x34\x56\x78"
+PINGED, OUR_PONG, OUR_PING, PONGED = b"\x89\x00", b"\x8a\x80" + MASK, b"\x89\x80" + MASK, b"\x8a\x00"
+KEY, ACCEPT = "dGhlIHNhbXBsZSBub25jZQ==", b"s3pPLMBiTxaQ9kYGzzhZRbK+xOo="  # RFC 6455 §1.3
+AT_ONCE = 128  # handshakes under way
+
+
+def text_frame(text, mask=b""):
+    data = text.encode()
+    size, masked = len(data), 0x80 if mask else 0
+    head = bytes([0x81, masked | size]) if size < 126 else struct.pack("!BBH", 0x81, masked | 126, size)
+    if mask:
+        key = (mask * (size // 4 + 1))[:size]
+        data = (int.from_bytes(data, "big") ^ int.from_bytes(key, "big")).to_bytes(size, "big")
+    return head + mask + data
+
+
+def http_message(request, *headers, body=""):
+    about = ["Content-Type: application/json", f"Content-Length: {len(body)}"] if body else []
+    return "\r\n".join([f"{request} HTTP/1.1", "Host: 127.0.0.1", *headers, *about, "", body]).encode()
+
+
+class Client:
+    """A WebSocket that knows, byte for byte, what has to come."""
+
+    def __init__(self, load, path):
+        self.load, self.head = load, b""
+        self.sock = socket.create_connection(("127.0.0.1", load.job.port))
+        self.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        # Closed by a reset: else its port would be taken for another minute, and run after run would take them all.
+        self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        load.selector.register(self.sock, selectors.EVENT_READ, self.greet(path))
+        self.sock.setblocking(False)
+
+    def greet(self, path):
+        """Says the first word, and answers what is to be called when there is something to read."""
+        upgrade = "Upgrade: websocket", "Connection: Upgrade", "Sec-WebSocket-Version: 13", f"Sec-WebSocket-Key: {KEY}"
+        self.sock.sendall(http_message(f"GET {path}", *upgrade))
+        return self.shake_hands
+
+    def shake_hands(self):
+        self.head += self.receive()
+        if b"\r\n\r\n" in self.head:
+            if not (self.head.startswith(b"HTTP/1.1 101 ") and ACCEPT in self.head and self.head.endswith(b"\r\n\r\n")):
+                raise Failure(f"a handshake was answered by {self.head[:200]!r}")
+            self.load.selector.modify(self.sock, selectors.EVENT_READ, self.read)
+            self.load.left -= 1
+
+    def expect(self, stream, starts, arrived):
+        """From here on `stream` is due and nothing else; arrived(number, now) is called for each of its messages."""
+        self.stream, self.starts, self.arrived, self.offset, self.number = stream, starts, arrived, 0, 0
+
+    def receive(self):
+        data = self.sock.recv(65_536)
+        if not data:
+            raise Failure("the server has closed a connection")
+        return data
+
+    def read(self):
+        data, now = self.receive(), perf_counter()
+        if not self.stream.startswith(data, self.offset):
+            data = self.without_pings(data)
+        self.offset += len(data)
+        while self.starts[self.number + 1] <= self.offset:
+            self.number += 1
+            self.arrived(self.number - 1, now)
+
+    def without_pings(self, data):
+        """The server may ping between any two messages."""
+        for start in self.starts[self.number : -1]:
+            at = max(start - self.offset, -1)
+            while at >= 0 and data.startswith(PINGED, at):
+                self.sock.sendall(OUR_PONG)
+                data = data[:at] + data[at + 2 :]
+        due = self.stream[self.offset : self.offset + len(data)]
+        if data != due:
+            at = next((at for at, (one, other) in enumerate(zip(data, due, strict=False)) if one != other), len(due))
+            number = bisect(self.starts, self.offset + at) - 1
+            raise Failure(f"message {number} is due, {due[at:][:40]!r}, but there is {data[at:][:40]!r}")
+        return data
+
+
+class HttpClient(Client):
+    """A kept-alive connection that receives the same response again and again, but for its date."""
+
+    def greet(self, path):
+        self.request, self.response, missing = http_message(f"GET {path}"), b"", 1
+        self.sock.sendall(self.request)
+        while missing:
+            self.response += self.receive()
+            head, end, body = self.response.partition(b"\r\n\r\n")
+            missing = int(re.search(rb"(?i)content-length: (\d+)", head)[1]) - len(body) if end else 1
+        if not head.startswith(b"HTTP/1.1 200 ") or (body and json.loads(body) != NOTE_1):
+            raise Failure(f"GET {path} was answered by {self.response!r}")
+        self.load.left -= 1
+        return self.read
+
+    def receive(self):
+        return re.sub(rb"\r\nDate: [^\r]*", b"", super().receive())
+
+
+class Author(Client):
+    """Posts notes."""
+
+    def greet(self, _path):
+        return self.read
+
+    def read(self):
+        self.load.left -= self.receive().count(b"HTTP/1.1 201 ")
+
+
+class Exchange:
+    """`sender` sends `messages`, and all `members` receive `frames` for it."""
+
+    def __init__(self, load, sender, members, messages, frames):
+        self.load, self.sock, self.unsent, self.sent = load, sender.sock, iter(messages), []  # sent: when
+        self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 19)  # takes all that is under way
+        self.missing = [len(members)] * len(frames)
+        load.left += len(members) * len(frames)
+        stream, starts = b"".join(frames), [0, *accumulate(map(len, frames)), inf]
+        for member in members:
+            member.expect(stream, starts, self.arrived)
+
+    def send_next(self):
+        for message in self.unsent:
+            self.sent.append(perf_counter())
+            self.sock.sendall(message)
+            break
+
+    def arrived(self, number, now):
+        self.load.latencies.append(now - self.sent[number])
+        self.load.left -= 1
+        self.missing[number] -= 1
+        if not self.missing[number] and self.load.job.window:
+            self.send_next()
+
+
+class Load:
+    """The clients of a case; `left` counts what is still due."""
+
+    def __init__(self, job):
+        self.job, self.left, self.clients, self.latencies = SimpleNamespace(**job), 0, [], array("d")
+        self.selector = selectors.DefaultSelector()
+
+    def wait(self, left=0):
+        while self.left > left:
+            if not self.handle(self.job.patience):
+                raise Failure(f"{self.left} things are still due after {self.job.patience} s without any")
+
+    def handle(self, timeout):
+        events = self.selector.select(timeout)
+        for key, _ in events:
+            key.data()
+        return events
+
+    def connect(self):
+        self.left = total = self.job.clients
+        kind = HttpClient if self.job.mode == "http" else Client
+        for number in range(total):
+            path = self.job.path.format(channel=number % self.job.channels)
+            self.clients.append(kind(self, path))
+            self.wait(total - number - 1 + AT_ONCE)
+        self.wait()
+
+    def settle(self):
+        """A pong from everyone: the server serves them all, and has said nothing else to anyone."""
+        for client in self.clients if self.job.mode != "http" else []:
+            self.left += 1
+            client.expect(PONGED, [0, 2, inf], self.ponged)
+            client.sock.sendall(OUR_PING)
+        self.wait()
+
+    def ponged(self, _number, _now):
+        self.left -= 1
+
+    def script(self):
+        """Who sends, who receives; what the one sends, and what the others receive for it."""
+        job, clients = self.job, self.clients
+        each = job.messages // (len(clients) if job.mode in ("echo", "http") else 1)
+        match job.mode:
+            case "broadcast":
+                texts = [f"{number:08} ".ljust(job.size, "x") for number in range(each)]
+                frames = [text_frame(text, MASK) for text in texts]
+                yield clients[0], clients[:: job.channels], frames, [text_frame(text) for text in texts]
+            case "echo":
+                for own, client in enumerate(clients):
+                    texts = [f"{own:05} {number:08} ".ljust(job.size, "x") for number in range(each)]
+                    frames = [text_frame(text, MASK) for text in texts]
+                    yield client, [client], frames, [text_frame(f"Echo: {text}") for text in texts]
+            case "http":
+                for client in clients:
+                    yield client, [client], [client.request] * each, [client.response] * each
+            case "notes":
+                notes = [{**NOTE_1, "id": id, "title": f"Note {id}"} for id in range(2, each + 2)]
+                posts = [http_message("POST /api/notes", body=json.dumps(note)) for note in notes]
+                news = [json.dumps({"event": "note_created", "data": note}) for note in notes]
+                yield Author(self, None), clients, posts, [text_frame(text) for text in news]
+                self.left += each  # the answers
+
+    def run(self):
+        exchanges = [Exchange(self, *parts) for parts in self.script()]
+        start, cpu = perf_counter(), time.process_time()
+        for _ in range(self.job.window):
+            for exchange in exchanges:
+                exchange.send_next()
+        for number in range(0 if self.job.window else self.job.messages):
+            while (delay := start + number / self.job.rate - perf_counter()) > 0:
+                self.handle(delay)
+            exchanges[0].send_next()
+        self.wait()
+        seconds = perf_counter() - start
+        busy = (time.process_time() - cpu) / seconds  # near 1 it is the generator that has been measured
+        return {"messages": len(self.latencies), "seconds": seconds, "generator_busy": busy} | quantiles(self.latencies)
+
+
+def generate_load(job):
+    """From phase to phase, as the bench says."""
+    gc.disable()  # its pauses would be taken for the server's
+    raise_descriptor_limit()
+    load = Load(job)
+    try:
+        for phase in (load.connect, load.settle, load.run, load.settle):
+            if sys.stdin.readline():
+                start = perf_counter()
+                seen = phase() or {}
+                say({"seconds": perf_counter() - start} | seen)
+    except (Failure, OSError) as failure:
+        say({"failure": str(failure)})
+    sys.stdin.read()
+
+
+def quantiles(seconds):
+    """In milliseconds."""
+    ordered = sorted(seconds) or [0.0]
+    ranks = {"p50_ms": 0.5, "p99_ms": 0.99, "p999_ms": 0.999, "max_ms": 1}
+    return {name: 1000 * ordered[min(len(ordered) - 1, int(len(ordered) * rank))] for name, rank in ranks.items()}
+
+
+# The bench.
+
+
+@contextmanager
+def worker(*role):
+    """A server or the load generator, in a process of its own; yields a function that asks it."""
+    command, pipe = [sys.executable, __file__, "bench", *role], subprocess.PIPE
+    # A session of its own: Ctrl-C is for the bench alone, which then ends what it has started.
+    process = subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, start_new_session=True)
+
+    def ask():
+        with suppress(BrokenPipeError):
+            print(file=process.stdin, flush=True)
+        answer = json.loads(process.stdout.readline() or json.dumps({"failure": f"bench {role[0]} has ended"}))
+        if "failure" in answer:
+            raise Failure(answer["failure"])
+        return answer
+
+    try:
+        yield ask
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def measure(name, job):
+    """One run against a fresh server."""
+    if name == "alone":
+        job = {**job, "clients": -(-job["clients"] // job["channels"]), "channels": 1}
+    with worker("serve", name, *job["flags"]) as server:
+        fresh = server()
+        with worker("load", json.dumps({**job, "port": fresh["port"]})) as load:
+            seen, connected = load(), server()
+            _, settled = load(), server()
+            memory = {"kib": (settled["memory"] - fresh["memory"]) / 1024 / job["clients"]}
+            if not job["messages"]:
+                return summary(seen | {"messages": job["clients"]}, fresh, connected) | memory
+            seen, after = load(), server()
+            load()
+    return summary(seen, settled, after) | (memory if job["clients"] >= 1000 else {})  # of a few it would be noise
+
+
+def summary(seen, before, after):
+    """What the load generator has seen, and what it has cost the server."""
+    count, seconds, held = seen.pop("messages"), seen.pop("seconds"), after["held"]
+    cost = {"per_s": count / seconds, "cpu_us": 1e6 * (after["cpu"] - before["cpu"]) / count}
+    return cost | seen | ({f"held_{name}": value for name, value in quantiles(held).items()} if held else {})
+
+
+def run_case(job, rounds, progress):
+    """{server: the medians of its runs}, servers in turn."""
+    runs, failures = {name: [] for name in ["nova_lite", *job["peers"]]}, {}
+    for number in range(rounds):
+        for name, seen in runs.items():
+            progress(f"{name}, round {number + 1} of {rounds}")
+            try:
+                seen.append(measure(name, job))
+            except Failure as failure:
+                failures[name] = {"failure": str(failure)}
+    results = {}
+    for name, seen in runs.items():
+        results[name] = failures.get(name) or {key: round(median(run[key] for run in seen), 3) for key in seen[0]}
+    reference = results[job["peers"][0]] if job["peers"] else {}
+    for result in results.values():
+        if result is not reference and "cpu_us" in result and "cpu_us" in reference:
+            result["ratio"] = round(result["cpu_us"] / reference["cpu_us"], 3)
+    return results
+
+
+COLUMNS = {
+    "messages/s": ("per_s", ",.0f"), "CPU µs/message": ("cpu_us", ",.1f"), "p50 ms": ("p50_ms", ",.2f"),
+    "p99 ms": ("p99_ms", ",.2f"), "p99.9 ms": ("p999_ms", ",.2f"), "max ms": ("max_ms", ",.2f"),
+    "KiB/connection": ("kib", ",.1f"), "ratio": ("ratio", ".2f"),
+}  # fmt: skip
+
+
+def table_row(name, server, cells):
+    cells = [f"{cell:>{max(8, len(title))}}" for cell, title in zip(cells, COLUMNS, strict=True)]
+    return f"| {name:<14} | {server:<10} | {' | '.join(cells)} |"
+
+
+def table_rows(name, results):
+    for server, result in results.items():
+        held = {key.removeprefix("held_"): value for key, value in result.items() if key.startswith("held_")}
+        for who, shown in [(server, result), ("hub held", held)]:
+            if shown and "failure" not in shown:
+                cells = [format(shown[key], spec) if key in shown else "" for key, spec in COLUMNS.values()]
+                yield table_row(name, who, cells)
+
+
+def setting(args, rounds):
+    """When, on what, and how: without it the figures say nothing."""
+    processor = platform.processor() or platform.machine()
+    with suppress(OSError, TypeError):
+        processor = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())[1]
+    versions = f"Python {platform.python_version()}, gevent {metadata.version('gevent')}"
+    command = " ".join(["python", Path(__file__).name, "bench", *args])
+    how = f"medians of {rounds} rounds" if rounds > 1 else "one round"
+    return f"{date.today()}, {processor}, {os.cpu_count()} cores, {platform.system()}, {versions}, {how}: `{command}`"
+
+
+def bench_options(args):
+    groups = list(dict.fromkeys(name.split()[0] for name in CASES))
+    parser = argparse.ArgumentParser(
+        prog=f"{Path(__file__).name} bench",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        description="""\
+Measures nova_lite and, in turn, its peers: plain gevent-websocket as tutorials use it, `websockets`
+if it is installed, and plain bottle on pywsgi. Every delivery is checked; a message is a delivery.
+CPU is the server's own, and so is memory. ratio is CPU per message over that of the plain peer.""",
+        epilog="\n".join(["cases:", *(f"  {name:<16}{job['what']}" for name, job in CASES.items())]),
+    )
+    parser.add_argument("cases", nargs="*", metavar="CASE", help=f"first word of a case (all): {', '.join(groups)}")
+    parser.add_argument("--quick", action="store_true", help="a tenth of the messages, and one round: about a minute")
+    parser.add_argument("--json", action="store_true", help="on stdout a JSON object for each case, and nothing else")
+    options = parser.parse_args(args)
+    if unknown := set(options.cases) - set(groups):
+        parser.error(f"no case is called {', '.join(sorted(unknown))}")
+    return options
+
+
+def chosen_cases(options):
+    """{name: job}, as the options, the packages and the descriptor limit allow."""
+    room, chosen = raise_descriptor_limit() - 100, {}
+    lacking = {"websockets"} if importlib.util.find_spec("websockets") is None else set()
+    for name, job in CASES.items():
+        if options.cases and name.split()[0] not in options.cases:
+            continue
+        if job["clients"] > room:
+            print(f"{name}: {room:,} clients, the descriptor limit allows no more", file=sys.stderr)
+        if lacking.intersection(job["peers"]):
+            print(f"{name}: without websockets, which is not installed", file=sys.stderr)
+        peers, clients = [peer for peer in job["peers"] if peer not in lacking], min(job["clients"], room)
+        messages = -(-job["messages"] // 10) if options.quick else job["messages"]
+        chosen[name] = {**job, "peers": peers, "clients": clients, "messages": messages}
+    return chosen
+
+
+def show_progress(text):
+    """A line on stderr; on a terminal the next one takes its place."""
+    if sys.stderr.isatty():
+        print(f"{text[:78]:<78}", end="\r", file=sys.stderr, flush=True)
+    elif text:
+        print(text, file=sys.stderr, flush=True)
+
+
+def run_bench(args):
+    options = bench_options(args)
+    cases, rounds, has_failed = chosen_cases(options), 1 if options.quick else 3, False
+    if not options.json:
+        head = table_row("case", "server", COLUMNS)
+        print(setting(args, rounds), "", head, re.sub(r"[^|]", "-", head), sep="\n", flush=True)
+    for number, (name, job) in enumerate(cases.items(), 1):
+        results = run_case(job, rounds, lambda text: show_progress(f"{number}/{len(cases)} {name}: {text}"))  # noqa: B023
+        show_progress("")
+        for server, result in results.items():
+            if "failure" in result:
+                has_failed = True
+                print(f"{name}: {server} FAILED: {result['failure']}", file=sys.stderr)
+        if options.json:
+            about = {key: job[key] for key in ("what", "clients", "channels", "messages", "size", "window")}
+            say({"case": name, **about, "servers": results})
+        else:
+            for row in table_rows(name, results):
+                print(row, flush=True)
+    return 1 if has_failed else 0
+
+
+def bench(args):
+    """`python test_nova_lite.py bench ...`; answers the exit code."""
+    match args:
+        case ["serve", name, *flags]:
+            raise_descriptor_limit()
+            return SERVERS[name](*flags)
+        case ["load", job]:
+            return generate_load(json.loads(job))
+    try:
+        return run_bench(args)
+    except KeyboardInterrupt:
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(bench(sys.argv[2:]))
