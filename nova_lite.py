@@ -69,6 +69,7 @@ if __name__ == "__main__":  # before anything imports threading, socket or bottl
 import _socket
 import codecs
 import errno
+import importlib
 import json
 import logging
 import os
@@ -86,6 +87,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, fields, replace
+from datetime import datetime
 from functools import cache, lru_cache, partial
 from http.cookies import CookieError
 from io import BytesIO
@@ -96,13 +98,15 @@ from ssl import SSLEOFError, SSLWantReadError, SSLWantWriteError, SSLZeroReturnE
 from time import monotonic
 from types import SimpleNamespace
 from typing import Any, NoReturn
-from urllib.parse import parse_qsl, urlsplit
+from urllib.parse import parse_qsl, urlencode, urlsplit
 
 import bottle
 import gevent
 import gevent.event
 import gevent.monkey
 import gevent.pywsgi
+import gevent.socket
+import gevent.subprocess
 from bottle import HTTPError, HTTPResponse
 from gevent.hub import Hub, Waiter, get_hub
 from geventwebsocket.handler import WebSocketHandler as UpgradeHandler
@@ -112,8 +116,8 @@ __version__ = "0.1.0"
 __all__ = [
     "CallError", "CallTimeout", "GenServer", "Message", "NoProc", "Nova", "Pid", "Request", "Server", "ServerDied",
     "Settings", "WebSocketHandler", "call", "cancel_timer", "cast", "demonitor", "exit", "heartbeat", "link", "monitor",
-    "process_flag", "pubsub", "receive", "register", "reload_on_change", "reply", "run", "self_pid", "send",
-    "send_after", "spawn", "start_link", "start_supervisor", "stop", "unlink", "whereis",
+    "process_flag", "publish", "pubsub", "receive", "register", "reload_on_change", "reply", "run", "run_workers",
+    "self_pid", "send", "send_after", "spawn", "start_link", "start_supervisor", "stop", "unlink", "whereis",
 ]  # fmt: skip
 
 log = logging.getLogger("nova_lite" if __name__ == "__main__" else __name__)
@@ -150,7 +154,7 @@ class Settings:
 #   * only the hub's own thread touches a process: other threads hand what they want over to the hub.
 # ---------------------------------------------------------------------------------------------------------------------
 
-TIME_SLICE = 0.005  # seconds that turns may take before sockets and timers get theirs; gevent's own switch interval
+TIME_SLICE = 0.003  # seconds that turns may take before sockets and timers get theirs: nothing shall wait for 5 ms
 _FOR_EVER = 1e9  # seconds
 SPARE_RUNNERS = 64  # idle runners kept: a burst of callbacks that block should not cost as many stacks ever after
 
@@ -1142,6 +1146,8 @@ class PubSub:
     """Channels and their members (nova_pubsub, on OTP's pg). The one instance is `pubsub`."""
 
     cluster: Any = None  # what connects this node to others, once `connect` has been called
+    connect: Callable[..., str]  # these two come with the cluster, further down
+    disconnect: Callable[..., str]
 
     def __init__(self) -> None:
         self._channels: dict[str, set[Process]] = {}  # no set is ever empty
@@ -2526,9 +2532,16 @@ def _endpoint_of(url: str) -> tuple[str, str | None, int | None] | None:
 
 
 def heartbeat(req: Request) -> Any:
-    """A controller: 200, or 503 once the server drains, so that a load balancer looks elsewhere."""
-    lounge = req.environ.get("nova_lite.lounge")
-    return ("status", 503, {"Retry-After": "5"}) if lounge is not None and lounge.draining else ("status", 200)
+    """A controller: 200, or 503 once the server drains, so that a load balancer looks elsewhere.
+
+    Asked with `?cluster`, 503 also while this node is cut off from the others.
+    """
+    lounge, cluster = req.environ.get("nova_lite.lounge"), pubsub.cluster
+    if lounge is not None and lounge.draining:
+        return "status", 503, {"Retry-After": "5"}
+    if "cluster" in req["qs"] and cluster is not None and not cluster.up:
+        return "status", 503, {"Retry-After": "5"}
+    return "status", 200
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -2605,6 +2618,8 @@ class RequestHandler(UpgradeHandler):
     path: Any
     socket: Any
     websocket: Any
+    code: Any
+    provided_date: Any
     wsgi_input: Any = None  # None until the head is there
     logger = log  # gevent-websocket would set up one of its own
     MessageClass = Headers
@@ -2812,8 +2827,9 @@ class Server(gevent.pywsgi.WSGIServer):
     """Serves an application; `with Server(app, port=0) as server:` starts it and stops it, `server.port` tells where.
 
     For programs that have a main loop of their own; `Nova.run` is for those that have none. With `certfile` (and
-    `keyfile`), https and wss. `max_connections` is for WebSockets: by default what the descriptor limit allows. Raises
-    OSError where the address is taken or a file cannot be read.
+    `keyfile`), https and wss. `max_connections` is for WebSockets: by default what the descriptor limit allows. With
+    `reuse_port`, other processes may serve the same port. Raises OSError where the address is taken or a file cannot be
+    read.
     """
 
     KEEP_ALIVE, HEAD_TIME, BODY_TIME = 75.0, 10.0, 30.0  # seconds for the next request, its head and its body to come
@@ -2829,6 +2845,7 @@ class Server(gevent.pywsgi.WSGIServer):
         certfile: str | None = None,
         keyfile: str | None = None,
         max_connections: int | None = None,
+        reuse_port: bool = False,
     ) -> None:
         self.lounge = Lounge(_descriptor_limit() - 64 if max_connections is None else max_connections)
         self.handlers: set[RequestHandler] = set()
@@ -2836,6 +2853,8 @@ class Server(gevent.pywsgi.WSGIServer):
         self.sweeper: Any = None
         self.short_of_descriptors = -60.0  # when it was last logged
         tls = {"ssl_context": _tls_context(certfile, keyfile)} if certfile else {}
+        if reuse_port:
+            self.get_listener = lambda _address, backlog, _family: _bound_socket(host, port, backlog)
         super().__init__((host, port), app, BACKLOG, log=None, error_log=log, handler_class=RequestHandler, **tls)
 
     def __enter__(self) -> Server:
@@ -2924,6 +2943,21 @@ class Server(gevent.pywsgi.WSGIServer):
         return sum(handler.busy for handler in self.handlers) + len(self.lounge.connections)
 
 
+def _bound_socket(host: str, port: int, backlog: int | None) -> Any:
+    """On a port that others may have as well; it listens, if there is a backlog."""
+    sock = gevent.socket.socket(gevent.socket.AF_INET6 if ":" in host else gevent.socket.AF_INET)
+    sock.setsockopt(gevent.socket.SOL_SOCKET, gevent.socket.SO_REUSEPORT, 1)
+    sock.setsockopt(gevent.socket.SOL_SOCKET, gevent.socket.SO_REUSEADDR, 1)
+    try:
+        sock.bind((host, port))
+        if backlog is not None:
+            sock.listen(backlog)
+    except OSError:
+        sock.close()
+        raise
+    return sock
+
+
 def _tls_context(certfile: str, keyfile: str | None) -> Any:
     from gevent import ssl
 
@@ -2941,6 +2975,9 @@ def run(
     host: str = "127.0.0.1",
     port: int = 8080,
     *,
+    cluster: str | None = None,
+    name: str | None = None,
+    workers: int = 1,
     drain_time: float = DRAIN_TIME,
     reload: bool = False,
     log_level: str = "info",
@@ -2948,18 +2985,35 @@ def run(
 ) -> None:
     """Serves `app` until SIGINT or SIGTERM, then drains for at most `drain_time` seconds and returns.
 
-    `reload` starts the program again whenever one of its files changes; `options` are `Server`'s. Raises OSError where
-    the address is taken.
+    `cluster` is the URL of a Redis, see `pubsub.connect`, and `name` this node's name there. More than one of the
+    `workers` need a cluster, else ValueError; see `run_workers`. `reload` starts the program again whenever one of its
+    files changes; `options` are `Server`'s. Raises OSError where the address is taken.
     """
-    logging.basicConfig(level=log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    process = "%(process)d " if workers > 1 else ""
+    logging.basicConfig(level=log_level.upper(), format=f"%(asctime)s {process}%(levelname)s %(name)s: %(message)s")
     if reload:
         reload_on_change()
+    if workers > 1:
+        if cluster is None:
+            raise ValueError("workers need a cluster, or a broadcast would reach the clients of one of them only")
+        number, port = run_workers(workers, host, port, drain_time)
+        options["reuse_port"], name = True, f"{name or _node}-{number}"
     _warn_unless_patched()
     _raise_descriptor_limit()
+    if cluster is not None:
+        pubsub.connect(cluster, name)
+    try:
+        _serve(app, host, port, min(drain_time, 0.3) if reload else drain_time, options)
+    finally:
+        if cluster is not None:
+            pubsub.disconnect()
+
+
+def _serve(app: Any, host: str, port: int, drain_time: float, options: dict[str, Any]) -> None:
     asked_to_stop = gevent.event.Event()
-    drain_time = min(drain_time, 0.3) if reload else drain_time
     with Server(app, host, port, drain_time=drain_time, **options) as server:
         watchers = [gevent.signal_handler(sign, _on_signal, asked_to_stop) for sign in (signal.SIGINT, signal.SIGTERM)]
+        orphaned = _on_orphaned(asked_to_stop.set)
         scheme, name = "https" if server.ssl_enabled else "http", f"[{host}]" if ":" in host else host
         log.info("serving on %s://%s:%d/ (Ctrl-C stops)", scheme, name, server.port)
         log.info("the descriptor limit allows %d WebSockets", server.lounge.limit)
@@ -2967,6 +3021,8 @@ def run(
         log.info("stopping: %d requests and WebSockets to finish", server.unfinished())
     for watcher in watchers:
         watcher.cancel()
+    if orphaned is not None:
+        orphaned.close()
 
 
 Nova.run = run  # app.run(port=8080), in the place of bottle's
@@ -3044,6 +3100,85 @@ def reload_on_change() -> None:
         log.info("a file has changed: starting again")
 
 
+_WORKER = "NOVA_LITE_WORKER"  # in the environment of a worker: its number, the port, and the descriptor of a pipe
+
+
+def run_workers(count: int, host: str, port: int, drain_time: float = DRAIN_TIME) -> tuple[int, int]:
+    """Runs this program `count` times, as workers on one port; in a worker it returns (its number, the port) at once.
+
+    A worker that ends is started again; where that happens at once, three times in a row, all end with exit code 1.
+    SIGINT and SIGTERM drain all of them. Raises OSError where the address is taken.
+    """
+    if _WORKER in os.environ:
+        number, port, _ = map(int, os.environ[_WORKER].split(":"))
+        return number, port
+    reserved = _bound_socket(host, port, None)  # so that a port 0 means the same one to all
+    sys.exit(Workers(reserved.getsockname()[1], drain_time).run(count))
+
+
+class Workers:
+    """The master of some processes that serve one port."""
+
+    def __init__(self, port: int, drain_time: float) -> None:
+        self.port, self.drain_time = port, drain_time
+        self.lifeline, self.held = os.pipe()  # each worker sees its end when the master is gone, however it went
+        self.children: dict[int, Any] = {}
+        self.asked_to_stop = gevent.event.Event()
+        self.failed = False
+
+    def run(self, count: int) -> int:
+        """Until a signal comes, or they cannot be kept running; the exit code."""
+        for sign in (signal.SIGINT, signal.SIGTERM):
+            gevent.signal_handler(sign, self.stop)
+        log.info("%d workers on port %d", count, self.port)
+        gevent.joinall([gevent.spawn(self._keep, number) for number in range(1, count + 1)])
+        return 1 if self.failed else 0
+
+    def _keep(self, number: int) -> None:
+        quick_ends = 0
+        while not self.asked_to_stop.is_set():
+            child = self.children[number] = self._start(number)
+            started, code = monotonic(), child.wait()
+            if self.asked_to_stop.is_set():
+                return
+            log.error("worker %d, process %d, ended with %d", number, child.pid, code)
+            quick_ends = quick_ends + 1 if monotonic() - started < 3 else 0
+            if quick_ends == 3:
+                self.failed = True
+                self.stop()
+            self.asked_to_stop.wait(1 if quick_ends else 0)
+
+    def _start(self, number: int) -> Any:
+        env = {**os.environ, _WORKER: f"{number}:{self.port}:{self.lifeline}"}
+        # A session of its own: Ctrl-C is for the master, which then tells all.
+        options = {"pass_fds": [self.lifeline], "stdin": gevent.subprocess.DEVNULL, "start_new_session": True}
+        child = gevent.subprocess.Popen(_own_command(), env=env, **options)
+        log.info("worker %d is process %d", number, child.pid)
+        return child
+
+    def stop(self) -> None:
+        """Lets them drain. Asked again, they are in a hurry, too; and who takes too long is killed."""
+        self.asked_to_stop.set()
+        for child in self.children.values():
+            if child.poll() is None:
+                child.terminate()
+                gevent.spawn_later(self.drain_time + 5, child.kill)
+
+
+def _on_orphaned(stop: Callable[[], None]) -> Any:
+    """In a worker: calls `stop` when the master is gone."""
+    if _WORKER not in os.environ:
+        return None
+    watcher = get_hub().loop.io(int(os.environ[_WORKER].split(":")[2]), 1)
+
+    def orphaned() -> None:
+        watcher.stop()
+        stop()
+
+    watcher.start(orphaned)
+    return watcher
+
+
 def _own_command() -> list[str]:
     spec = getattr(sys.modules["__main__"], "__spec__", None)  # there is one under python -m
     return [sys.executable, *(["-m", spec.name, *sys.argv[1:]] if spec else sys.argv)]
@@ -3059,6 +3194,699 @@ def _file_stamps() -> dict[str, float]:
             with suppress(OSError):
                 stamps[path] = os.stat(path).st_mtime
     return stamps
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Cluster: other nodes, through Redis or Valkey.
+# House rule: nobody above imports it; it plugs into pub/sub, and what it says to a node it says with `_say`.
+#
+# Each node subscribes to `<prefix>nodes`, to `<prefix>node:<its id>`, and to `<prefix>channel:<name>` where it has
+# members. Redis keeps the order of what one connection publishes, and a node publishes over one. On `nodes` it says
+#
+#   hello [name, sequence, members]   once its subscriptions are live; each other answers with `state`, the same, to it
+#   delta [sequence, changes]         who has joined and left; a gap in the sequence asks for the state again
+#   beat [sequence]                   every BEAT seconds; its own one, coming back, is the probe of its line
+#   resync [channels]                 it may have failed to publish there (None: anywhere); members are told
+#   bye                               before it goes
+#
+# and to one node's own channel: state, need (answer with `state`), send, exit, watch, unwatch, down. A message is
+# STAMP, the id of its sender, and MessagePack; what is not is dropped and counted. A node that comes back has another
+# id, were it under the same name. Whoever was cut off forgets what it could not say, and says so: at most once.
+# ---------------------------------------------------------------------------------------------------------------------
+
+STAMP = b"N1"  # and the version of what follows
+BEAT = 2.0  # seconds
+SILENCE = 6.4  # seconds without a word until a node is taken for dead: with a tick, less than 7
+DEAF = 4.0  # seconds without one's own beat until the line is taken for dead: with a tick, less than 5
+TICK = 0.5  # seconds
+FIRST_DELAY, LAST_DELAY = 0.1, 5.0  # seconds before connecting again, doubled each time, with jitter
+MAX_CROSSING = 16 * 1024 * 1024  # bytes of a message between nodes; Redis itself cuts subscribers 32 MB behind
+MAX_WAITING = 64 * 1024 * 1024  # bytes that may wait for Redis; beyond, messages are lost, and members told so
+JOIN_TIME = 5.0  # seconds that a join waits for its subscription at most, and `connect` for Redis
+MAX_LOST = 10_000  # names of channels to be told; beyond, all are
+_TUPLE, _PID, _DATETIME = 1, 2, 3  # MessagePack's extension types
+
+
+class RemotePid(Pid):
+    """A process of another node. To send it what cannot cross is a TypeError, or a ValueError if it is too large."""
+
+    __slots__ = ("cluster", "node")
+
+    def __init__(self, cluster: Cluster, node: bytes, serial: int) -> None:
+        self.cluster, self.node, self.serial = cluster, node, serial
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, RemotePid) and (self.node, self.serial) == (other.node, other.serial)
+
+    def __hash__(self) -> int:
+        return hash((self.node, self.serial))
+
+    def __repr__(self) -> str:
+        node = self.cluster.nodes.get(self.node)
+        return f"<{node.name if node else self.node.hex()}.{self.serial}>"
+
+    def send(self, message: Any) -> None:
+        self.cluster.tell(self.node, "send", self.serial, message)
+
+    def watch(self, ref: Any, watcher: Any) -> None:
+        self.cluster.watch(self, ref, watcher)
+
+    def unwatch(self, ref: Any) -> None:
+        if self.cluster.watches.pop(ref, None):
+            self.cluster.tell(self.node, "unwatch", self.serial, ref)
+
+    def signal(self, source: Pid, reason: Any) -> None:
+        self.cluster.tell(self.node, "exit", self.serial, source, self.cluster.codec.exit_reason(reason))
+
+    def kill(self, reason: Any) -> None:
+        self.cluster.tell(self.node, "exit", self.serial, None, "kill")
+
+
+class Codec:
+    """MessagePack with tuples, pids and datetimes."""
+
+    def __init__(self, cluster: Any, id: bytes) -> None:
+        self.cluster, self.id = cluster, id
+        self.msgpack = _package("msgpack")
+
+    def encode(self, value: Any) -> bytes:
+        """Raises TypeError for what cannot cross, ValueError for what is too large."""
+        try:
+            data = self._pack(value)
+        except (TypeError, ValueError, OverflowError, RecursionError) as error:
+            raise TypeError(f"this cannot cross to another node: {error}") from None
+        if len(data) > MAX_CROSSING - 64:
+            raise ValueError(f"{len(data)} bytes are too many to cross to another node: {MAX_CROSSING} are the limit")
+        return STAMP + self.id + data
+
+    def _pack(self, value: Any) -> bytes:
+        # strict: a tuple, and whatever else is not exactly MessagePack's, comes to `_extend`
+        return self.msgpack.packb(value, default=self._extend, strict_types=True, unicode_errors="surrogatepass")
+
+    def _extend(self, value: Any) -> Any:
+        if isinstance(value, tuple):
+            return self.msgpack.ExtType(_TUPLE, self._pack(list(value)))
+        if isinstance(value, Pid):
+            if isinstance(value, Alias):
+                _aliases[value.serial] = value
+            node = value.node if isinstance(value, RemotePid) else self.id
+            return self.msgpack.ExtType(_PID, node + value.serial.to_bytes(8, "big"))
+        if isinstance(value, datetime):
+            return self.msgpack.ExtType(_DATETIME, value.isoformat().encode())
+        raise TypeError(f"{type(value).__name__} {value!r:.80}")
+
+    def exit_reason(self, reason: Any) -> Any:
+        """A reason that crosses: an exception, say, as its text."""
+        try:
+            self.encode(reason)
+        except (TypeError, ValueError):
+            return repr(reason)
+        return reason
+
+    def decode(self, data: bytes) -> Any:
+        """What `encode` was given. Raises, one way or another, where the bytes are nothing of that kind."""
+        return self.msgpack.unpackb(
+            data, ext_hook=self._restore, strict_map_key=False, unicode_errors="surrogatepass"
+        )  # fmt: skip
+
+    def _restore(self, code: int, data: bytes) -> Any:
+        if code == _TUPLE:
+            return tuple(self.decode(data))
+        if code == _DATETIME:
+            return datetime.fromisoformat(data.decode())
+        if code != _PID or len(data) != 16:
+            raise ValueError(f"an extension of type {code} and {len(data)} bytes")
+        node, serial = data[:8], int.from_bytes(data[8:], "big")
+        local = _local_pid(serial) if node == self.id else None
+        return local or RemotePid(self.cluster, node, serial)
+
+
+_aliases: weakref.WeakValueDictionary[int, Alias] = (
+    weakref.WeakValueDictionary()
+)  # those that another node has heard of
+
+
+def _local_pid(serial: int) -> Pid | None:
+    return _processes.get(serial) or _aliases.get(serial)
+
+
+def _package(name: str) -> Any:
+    try:
+        return importlib.import_module(name)
+    except ImportError:
+        raise ImportError("a cluster needs two more packages: pip install redis hiredis msgpack") from None
+
+
+class Redis:
+    """Where the nodes meet; makes connections, and knows the names of the channels there."""
+
+    def __init__(self, url: str) -> None:
+        self.module = _package("redis")
+        parts = urlsplit(url)
+        query = dict(parse_qsl(parts.query))
+        self.prefix = query.pop("prefix", "nova") + ":"
+        self.title = parts._replace(
+            netloc=parts.netloc.rpartition("@")[2], query=""
+        ).geturl()  # for the log: no password
+        options = {"protocol": 2, "socket_timeout": None, "socket_connect_timeout": 5, "socket_keepalive": True}
+        try:
+            client = self.module.Redis.from_url(parts._replace(query=urlencode(query)).geturl(), **options)
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"{self.title} is no URL of a Redis: {error}") from None
+        self.pool = client.connection_pool
+        self.errors = (OSError, self.module.RedisError)
+
+    def connect(self) -> Any:
+        connection = self.pool.make_connection()
+        connection.connect()
+        return connection
+
+    def key(self, kind: str, name: str = "") -> bytes:
+        return f"{self.prefix}{kind}{name}".encode("utf-8", "surrogatepass")
+
+
+@dataclass(eq=False)
+class Node:
+    """What is known of another node."""
+
+    name: str
+    sequence: int
+    members: dict[str, set[int]]  # channel -> serials; no set is ever empty
+    heard: float  # when
+
+
+class Line:
+    """Two connections to Redis, for as long as they hold; a greenlet reads one, another writes both."""
+
+    def __init__(self, redis: Redis) -> None:
+        self.redis = redis
+        self.reading: Any = None
+        self.writing: Any = None
+        self.commands: list[Any] = []  # for `reading`: SUBSCRIBE and UNSUBSCRIBE
+        self.outbox: deque[tuple[bytes, bytes]] = deque()  # for `writing`: what to PUBLISH where
+        self.waiting = 0  # bytes in it
+        self.work = gevent.event.Event()
+
+    def open(self) -> None:
+        self.reading, self.writing = self.redis.connect(), self.redis.connect()
+
+    def close(self) -> None:
+        for connection in (self.reading, self.writing):
+            if connection is not None:
+                with suppress(*self.redis.errors):
+                    connection.disconnect()
+
+    def command(self, name: str, *keys: bytes) -> None:
+        if keys:
+            self.commands.append((name, *keys))
+            self.work.set()
+
+    def publish(self, key: bytes, data: bytes) -> None:
+        self.outbox.append((key, data))
+        self.waiting += len(data)
+        self.work.set()
+
+    def write(self) -> None:
+        """Writes what there is, a batch with one round trip."""
+        self.work.clear()
+        if self.commands:
+            commands, self.commands = self.commands, []
+            self.reading.send_packed_command(self.reading.pack_commands(commands))
+        batch: list[Any] = []
+        size = 0
+        while len(batch) < len(self.outbox) and len(batch) < 1000 and size < 1_000_000:
+            batch.append(("PUBLISH", *self.outbox[len(batch)]))
+            size += len(batch[-1][2])
+        if batch:
+            self.writing.send_packed_command(self.writing.pack_commands(batch))
+        for _ in batch:
+            self.writing.read_response()
+            self.waiting -= len(self.outbox.popleft()[1])  # not before: what fails on the way is still here
+        if self.outbox:
+            self.work.set()
+
+
+class Cluster:
+    """This node among others; `pubsub.connect` makes it. What it does between waits, it does in the home thread."""
+
+    def __init__(self, pubsub: PubSub, url: str, name: str) -> None:
+        self.id, self.name, self.pubsub = os.urandom(8), name, pubsub
+        self.redis = Redis(url)
+        self.own_key, self.channel_prefix = self.redis.key("node:", self.id.hex()), self.redis.key("channel:")
+        self.codec = Codec(self, self.id)
+        self.nodes: dict[bytes, Node] = {}  # the others
+        self.line: Line | None = None  # None while there is none
+        self.up = False  # our hello has been said over this line
+        self.was_up = gevent.event.Event()  # ... or over an earlier one
+        self.sequence = 0  # of our last delta
+        self.changes: list[Any] = []  # for the next one
+        self.wanted: set[str] = set()  # channels for which the last that we said was SUBSCRIBE
+        self.subscribing: dict[str, int] = {}  # channel -> SUBSCRIBEs that Redis has not confirmed yet
+        self.live: set[str] = set()  # channels that are wanted, with all of them confirmed
+        self.awaited: dict[str, gevent.event.Event] = {}  # channel that is wanted but not live -> who joins waits here
+        self.lost: set[str] | None = set()  # channels where we have failed to publish; None: there are too many
+        self.watches: dict[Any, tuple[RemotePid, Any]] = {}  # ref -> whom we monitor elsewhere, and who wants to know
+        self.watched: dict[bytes, dict[Any, Process]] = {}  # node -> ref -> whom it monitors here
+        self.dropped = 0  # messages that could not be read, since it was last logged
+        self.logged = -60.0  # when
+        self.heard = self.beaten = self.ticked = monotonic()  # our own beat came back, was sent; `_tick` came by
+        self.asked: dict[bytes, float] = {}  # node -> when we have asked for its state
+        self.timer = get_hub().loop.timer(TICK, TICK)
+        self.timer.start(self._tick)
+        self.reader = gevent.spawn(self._run)
+
+    def close(self) -> None:
+        """Says bye."""
+        if self.line is not None and self.up:
+            self._say("nodes", "", "bye")
+            with suppress(*self.redis.errors), gevent.Timeout(1, False):
+                while self.line.outbox:
+                    gevent.sleep(0.001)
+        self.timer.close()
+        self.reader.kill()
+        for id in list(self.nodes):
+            self._forget(id, "this one has left")
+
+    # -- the line
+
+    def _run(self) -> None:
+        """The greenlet that keeps a line and reads from it."""
+        delay, failure = 0.0, ""
+        while True:
+            try:
+                gevent.sleep(delay * random.uniform(0.5, 1))
+                self._read()
+            except Exception as error:
+                if not isinstance(error, self.redis.errors):
+                    log.exception("cluster: this should not have happened")
+                if self.up or str(error) != failure:
+                    what = "lost" if self.up else "cannot be reached"
+                    log.warning("cluster: %s %s: %s; trying again", self.redis.title, what, error)
+                delay, failure = FIRST_DELAY if self.up else min(max(delay, FIRST_DELAY) * 2, LAST_DELAY), str(error)
+            finally:
+                self._hang_up()
+
+    def _read(self) -> None:
+        self.heard = monotonic()
+        line = self.line = Line(self.redis)
+        line.open()
+        line.command("SUBSCRIBE", self.redis.key("nodes"))
+        for channel in self.pubsub._channels:
+            self._subscribe(channel)
+        line.command("SUBSCRIBE", self.own_key)  # the last: once it is confirmed, all are
+        writer = gevent.spawn(self._write, line)
+        try:
+            turn = monotonic()
+            while True:
+                self._take(line.reading.read_response())
+                if monotonic() - turn > TIME_SLICE:  # there may be much to read, and others want to work
+                    gevent.sleep(0)
+                    turn = monotonic()
+        finally:
+            writer.kill()
+
+    def _write(self, line: Line) -> None:
+        """The greenlet that writes to the line."""
+        try:
+            while True:
+                line.work.wait()
+                if self.changes:
+                    self.sequence += 1
+                    changes, self.changes = self.changes, []
+                    self._say("nodes", "", "delta", self.sequence, changes)
+                line.write()
+        except Exception as error:
+            self.reader.kill(error, block=False)
+
+    def _hang_up(self) -> None:
+        """The line is dead. What it has not carried is lost; who waits for it is let go."""
+        line, self.line, self.up = self.line, None, False
+        if line is not None:
+            line.close()
+            for key, _ in line.outbox:
+                if key.startswith(self.channel_prefix):
+                    self._lose(self._channel_of(key))
+        for table in (self.wanted, self.subscribing, self.live, self.changes):
+            table.clear()
+        while self.awaited:
+            self.awaited.popitem()[1].set()
+
+    def _lose(self, channel: str) -> None:
+        if self.lost is not None:
+            self.lost.add(channel)
+            if len(self.lost) > MAX_LOST:
+                self.lost = None
+
+    def _tick(self) -> None:
+        """Hub callback: beats, and notices who does not."""
+        now = monotonic()
+        if now - self.ticked > 4 * TICK:  # it was us who held everything up
+            self.heard = now
+            for node in self.nodes.values():
+                node.heard = now
+        self.ticked = now
+        if self.up and now - self.beaten >= BEAT - TICK / 2:
+            self.beaten = now
+            self._say("nodes", "", "beat", self.sequence)
+        if self.line is not None and now - self.heard > DEAF:
+            self.heard = now
+            self.reader.kill(TimeoutError(f"no answer for {DEAF:.0f} s"), block=False)
+        for id, node in list(self.nodes.items()):
+            if now - node.heard > SILENCE:
+                self._forget(id, f"silent for {now - node.heard:.1f} s")
+        self._log_dropped(now)
+
+    def _log_dropped(self, now: float) -> None:
+        if self.dropped and now - self.logged >= 60:
+            log.warning("cluster: %d messages that could not be read were dropped", self.dropped)
+            self.dropped, self.logged = 0, now
+
+    # -- out
+
+    def _say(self, kind: str, name: str, *body: Any) -> None:
+        if self.line is not None:
+            self.line.publish(self.redis.key(kind, name), self.codec.encode(list(body)))
+
+    def tell(self, node: bytes, *body: Any) -> None:
+        """Says something to one node, from whatever thread. Raises TypeError and ValueError, see Codec."""
+        data = self.codec.encode(list(body))
+        _scheduler.at_home(self._publish, self.redis.key("node:", node.hex()), data, None)
+
+    def encode_broadcast(self, message: Message, but: Pid | None) -> bytes:
+        _, _, sender, topic, payload = message
+        return self.codec.encode([sender, topic, payload, but if isinstance(but, RemotePid) else None])
+
+    def publish(self, channel: str, data: bytes) -> None:
+        self._publish(self.redis.key("channel:", channel), data, channel)
+
+    def _publish(self, key: bytes, data: bytes, channel: str | None) -> None:
+        if self.up and self.line is not None and self.line.waiting < MAX_WAITING:
+            self.line.publish(key, data)
+        elif channel is not None:
+            self._lose(channel)
+
+    # -- who is in which channel: here
+
+    def joined(self, channel: str, process: Process) -> None:
+        if channel in self.live:
+            self._change("join", channel, process)
+        elif channel not in self.wanted and self.line is not None and self.line.reading is not None:
+            self._subscribe(channel)
+
+    def left(self, channel: str, process: Process) -> None:
+        if channel in self.live:
+            self._change("leave", channel, process)
+        if channel in self.wanted and channel not in self.pubsub._channels:
+            self.wanted.discard(channel)
+            self.live.discard(channel)
+            self.line.command("UNSUBSCRIBE", self.redis.key("channel:", channel))  # type: ignore[union-attr]
+            self._release(channel)
+
+    def await_subscription(self, channel: str) -> None:
+        """Until this node hears what is published to the channel, or the line is gone. The hub does not wait."""
+        event = self.awaited.get(channel)
+        if event is not None and _get_ident() == _scheduler.thread and not isinstance(getcurrent(), Hub):
+            event.wait(JOIN_TIME)
+
+    def _subscribe(self, channel: str) -> None:
+        self.line.command("SUBSCRIBE", self.redis.key("channel:", channel))  # type: ignore[union-attr]
+        self.wanted.add(channel)
+        self.subscribing[channel] = self.subscribing.get(channel, 0) + 1
+        self.awaited[channel] = gevent.event.Event()
+
+    def _confirmed(self, channel: str) -> None:
+        """Redis has done a SUBSCRIBE; an UNSUBSCRIBE and another one may be on their way."""
+        self.subscribing[channel] -= 1
+        if self.subscribing[channel] == 0:
+            del self.subscribing[channel]
+            if channel in self.wanted:
+                self.live.add(channel)
+                for process in self.pubsub._channels[channel]:
+                    self._change("join", channel, process)
+                self._release(channel)
+
+    def _release(self, channel: str) -> None:
+        event = self.awaited.pop(channel, None)
+        if event is not None:
+            event.set()
+
+    def _change(self, change: str, channel: str, process: Process) -> None:
+        if self.up:  # else the hello will tell
+            self.changes.append([change, channel, process.serial])
+            self.line.work.set()  # type: ignore[union-attr]
+
+    def _members(self) -> dict[str, list[int]]:
+        return {channel: [process.serial for process in self.pubsub._channels[channel]] for channel in self.live}
+
+    def _resync(self, channels: Iterable[str]) -> None:
+        """Something may have been missed in these channels: their members had better ask anew."""
+        for channel in channels:
+            for process in self.pubsub._channels.get(channel, ()):
+                process.deliver(("nova_resync", channel))
+
+    # -- who is in which channel: elsewhere
+
+    def get_members(self, channel: str) -> list[Pid]:
+        nodes = self.nodes.items()
+        return [RemotePid(self, id, serial) for id, node in nodes for serial in node.members.get(channel, ())]
+
+    def which_channels(self) -> set[str]:
+        return {channel for node in self.nodes.values() for channel in node.members}
+
+    def _learn(self, id: bytes, name: str, sequence: int, members: dict[str, list[int]]) -> None:
+        """The whole state of a node, in the place of what was known of it."""
+        now, known = monotonic(), self.nodes.get(id)
+        if known is None:
+            log.info("cluster: node %s %s is here", name, id.hex())
+        before = known.members if known is not None else {}
+        after = {channel: set(serials) for channel, serials in members.items() if serials}
+        self.nodes[id] = Node(name, sequence, after, now)
+        self.asked.pop(id, None)
+        for channel in self.pubsub._monitors:
+            old, new = before.get(channel, set()), after.get(channel, set())
+            for change, serials in (("join", new - old), ("leave", old - new)):
+                for serial in serials:
+                    self.pubsub._tell(channel, change, RemotePid(self, id, serial))
+
+    def _apply(self, id: bytes, sequence: int, changes: list[Any]) -> None:
+        """A delta. One that was seen in a state already is nothing new, and nor is what it says."""
+        node = self.nodes.get(id)
+        if node is None or sequence > node.sequence + 1:
+            self._ask_for_state(id)
+            if node is not None:
+                self._resync(list(self.pubsub._channels))
+            return
+        node.sequence = max(node.sequence, sequence)
+        for change, channel, serial in changes:
+            members = node.members.setdefault(channel, set())
+            if (change == "join") != (serial in members):
+                (members.add if change == "join" else members.discard)(serial)
+                self.pubsub._tell(channel, change, RemotePid(self, id, serial))
+            if not members:
+                del node.members[channel]
+
+    def _ask_for_state(self, id: bytes) -> None:
+        """Once a second at most."""
+        now = monotonic()
+        if now - self.asked.get(id, -inf) > 1:
+            if len(self.asked) > 1000:  # strangers
+                self.asked.clear()
+            self.asked[id] = now
+            self._say("node:", id.hex(), "need")
+
+    def _forget(self, id: bytes, why: str) -> None:
+        """A node is gone: its members leave, and who monitors its processes hears of it."""
+        node = self.nodes.pop(id, None)
+        if node is None:
+            return
+        log.info("cluster: node %s %s is gone: %s", node.name, id.hex(), why)
+        for channel, serials in node.members.items():
+            for serial in serials:
+                self.pubsub._tell(channel, "leave", RemotePid(self, id, serial))
+        for ref, (pid, watcher) in list(self.watches.items()):
+            if pid.node == id:
+                del self.watches[ref]
+                watcher.down(ref, pid, "noconnection")
+        for ref, process in self.watched.pop(id, {}).items():
+            process.unwatch((id, ref))
+
+    # -- monitors across nodes
+
+    def watch(self, pid: RemotePid, ref: Any, watcher: Any) -> None:
+        if pid.node == self.id or pid.node not in self.nodes:
+            watcher.down(ref, pid, "noproc" if pid.node == self.id else "noconnection")
+        else:
+            self.watches[ref] = (pid, watcher)
+            self.tell(pid.node, "watch", pid.serial, ref)
+
+    def _watch_again(self, node: bytes | None = None) -> None:
+        """What one side has said of a monitor may have been lost."""
+        for ref, (pid, _) in self.watches.items():
+            if node in (None, pid.node):
+                self.tell(pid.node, "watch", pid.serial, ref)
+
+    def _watch_for(self, node: bytes, serial: int, ref: Any) -> None:
+        process = _processes.get(serial)
+        if process is None:
+            self._say("node:", node.hex(), "down", serial, ref, "noproc")
+        else:
+            self.watched.setdefault(node, {})[ref] = process
+            process.watch((node, ref), self)
+
+    def down(self, key: tuple[bytes, Any], process: Process, reason: Any) -> None:
+        """A process of ours that another node monitors has ended."""
+        node, ref = key
+        self.watched.get(node, {}).pop(ref, None)
+        self._say("node:", node.hex(), "down", process.serial, ref, self.codec.exit_reason(reason))
+
+    # -- in
+
+    def _take(self, response: Any) -> None:
+        match response:
+            case [b"message", key, data]:
+                if data.startswith(STAMP + self.id):
+                    self.heard = monotonic()
+                    return
+                try:
+                    self._take_message(key, data)
+                except Exception as error:  # a stranger's, or another version's: whatever it is, it ends here
+                    self.dropped += 1
+                    log.debug("cluster: dropped %d bytes: %r", len(data), error)
+            case [b"subscribe", key, _] if key == self.own_key:
+                self._announce()
+            case [b"subscribe", key, _] if key.startswith(self.channel_prefix):
+                self._confirmed(self._channel_of(key))
+
+    def _channel_of(self, key: bytes) -> str:
+        return key[len(self.channel_prefix) :].decode("utf-8", "surrogatepass")
+
+    def _announce(self) -> None:
+        """All subscriptions of a new line are live."""
+        again = self.was_up.is_set()
+        self.up, self.beaten = True, monotonic()
+        self.was_up.set()
+        log.info("cluster: %s is connected to %s%s", self.name, self.redis.title, " again" if again else "")
+        self._say("nodes", "", "hello", self.name, self.sequence, self._members())
+        if self.lost != set():
+            lost, self.lost = self.lost, set()
+            self._say("nodes", "", "resync", None if lost is None else list(lost))
+        if again:
+            self._watch_again()
+            self._resync(list(self.pubsub._channels))
+
+    def _take_message(self, key: bytes, data: bytes) -> None:
+        """Raises whatever it likes where the bytes are not what they should be."""
+        if not data.startswith(STAMP) or len(data) > MAX_CROSSING:
+            raise ValueError("no message of ours, or of another version, or too large")
+        id, body = data[2:10], self.codec.decode(data[10:])
+        if key.startswith(self.channel_prefix):
+            sender, topic, payload, but = body
+            if not isinstance(sender, Pid) or not isinstance(topic, str | bytes):
+                raise ValueError("no broadcast")
+            self.pubsub._deliver(Message(("nova_pubsub", self._channel_of(key), sender, topic, payload)), but)
+            return
+        node = self.nodes.get(id)
+        if node is not None:
+            node.heard = monotonic()
+        if key == self.own_key:
+            self._told(id, body)
+        else:
+            self._announced(id, body)
+
+    def _announced(self, id: bytes, body: Any) -> None:
+        """What a node says to all."""
+        match body:
+            case ["hello", str(name), int(sequence), dict(members)]:
+                self._learn(id, name, sequence, members)
+                self._say("node:", id.hex(), "state", self.name, self.sequence, self._members())
+                self._watch_again(id)
+            case ["delta", int(sequence), list(changes)]:
+                self._apply(id, sequence, changes)
+            case ["beat", int(sequence)]:
+                if id not in self.nodes or self.nodes[id].sequence != sequence:
+                    self._ask_for_state(id)
+            case ["resync", None]:
+                self._resync(list(self.pubsub._channels))
+            case ["resync", list(channels)]:
+                self._resync(channels)
+            case ["bye"]:
+                self._forget(id, "it said goodbye")
+            case _:
+                raise ValueError("not understood")
+
+    def _told(self, id: bytes, body: Any) -> None:
+        """What a node says to this one."""
+        match body:
+            case ["send", int(serial), message]:
+                send(_local_pid(serial) or "", message)
+            case ["state", str(name), int(sequence), dict(members)]:
+                self._learn(id, name, sequence, members)
+            case ["need"]:
+                self._say("node:", id.hex(), "state", self.name, self.sequence, self._members())
+            case ["watch", int(serial), ref]:
+                self._watch_for(id, serial, ref)
+            case ["unwatch", int(serial), ref]:
+                process = self.watched.get(id, {}).pop(ref, None)
+                if process is not None:
+                    process.unwatch((id, ref))
+            case ["down", int(serial), ref, reason] if ref in self.watches:
+                pid, watcher = self.watches.pop(ref)
+                watcher.down(ref, pid, reason)
+            case ["exit", int(serial), source, reason] if serial in _processes:
+                process = _processes[serial]
+                process.kill("killed") if source is None else process.signal(source, reason)
+            case ["down", *_] | ["exit", *_]:
+                pass  # too late
+            case _:
+                raise ValueError("not understood")
+
+
+def _connect(pubsub: PubSub, url: str, name: str | None = None) -> str:
+    """Makes this node one of a cluster, over the Redis (or Valkey) at `url`, and answers "ok".
+
+    `redis://[user:password@]host[:port][/database][?prefix=...]`, or `rediss://` for TLS; a prefix keeps applications
+    apart. Waits 5 seconds for the connection at most: without it the node goes on alone, and tries until it has one.
+    Raises ValueError for a URL that is none, ImportError without the packages `redis` and `msgpack`, RuntimeError if it
+    is connected already, or if nothing is patched.
+    """
+    global _node
+    if pubsub.cluster is not None:
+        raise RuntimeError("this node is in a cluster already")
+    if not gevent.monkey.is_module_patched("socket"):
+        raise RuntimeError("a cluster needs a patched library: from gevent import monkey; monkey.patch_all()")
+    _me()
+    pubsub.cluster = Cluster(pubsub, url, name or _node)
+    _node = pubsub.cluster.name
+    if not pubsub.cluster.was_up.wait(JOIN_TIME):
+        log.warning("cluster: alone for now")
+    return "ok"
+
+
+def _disconnect(pubsub: PubSub) -> str:
+    """Says goodbye to the cluster: "ok", or "not_connected"."""
+    cluster, pubsub.cluster = pubsub.cluster, None
+    if cluster is None:
+        return "not_connected"
+    cluster.close()
+    return "ok"
+
+
+PubSub.connect, PubSub.disconnect = _connect, _disconnect
+
+
+def publish(url: str, channel: str, topic: str | bytes, payload: Any) -> int:
+    """Broadcasts without being a node, and answers how many nodes had members in the channel.
+
+    Raises OSError or redis.RedisError where Redis cannot be reached, and what `connect` and `broadcast` raise.
+    """
+    redis = Redis(url)
+    data = Codec(None, os.urandom(8)).encode([self_pid(), topic, payload, None])
+    connection = redis.connect()
+    try:
+        connection.send_command("PUBLISH", redis.key("channel:", _channel(channel)), data)
+        return connection.read_response()
+    finally:
+        connection.disconnect()
 
 
 # ----- delete from here when vendoring -------------------------------------------------------------------------------
@@ -3079,23 +3907,29 @@ class Notes:
     """The store: one SQLite file, one transaction a change. Queries run in a thread of their own, off the hub."""
 
     FIELDS = ("id", "title", "body", "author")
+    ID = "INTEGER PRIMARY KEY AUTOINCREMENT"  # no id twice
 
     def __init__(self, path: str) -> None:
+        self.path = path
         self.thread = ThreadPool(1)  # one: SQLite has one writer anyway, and commits keep their order
-        self.db: sqlite3.Connection = self._in_thread(self._open, path)
+        self.db: Any = None
+        columns = f"id {self.ID}, title TEXT NOT NULL, body TEXT NOT NULL, author TEXT NOT NULL"
+        self._query(f"CREATE TABLE IF NOT EXISTS notes ({columns})")
 
-    def _open(self, path: str) -> sqlite3.Connection:
-        db = sqlite3.connect(path, check_same_thread=False, isolation_level=None)
+    def open(self) -> Any:
+        db = sqlite3.connect(self.path, check_same_thread=False, isolation_level=None)
         db.execute("PRAGMA journal_mode=WAL")
         db.execute("PRAGMA synchronous=FULL")  # a 201 outlives a crash of the machine
-        db.execute(
-            "CREATE TABLE IF NOT EXISTS notes (id INTEGER PRIMARY KEY AUTOINCREMENT,"  # AUTOINCREMENT: no id twice
-            " title TEXT NOT NULL, body TEXT NOT NULL, author TEXT NOT NULL)"
-        )
         return db
 
+    def execute(self, sql: str, values: tuple[Any, ...]) -> list[Any]:
+        """In the thread."""
+        if self.db is None:
+            self.db = self.open()
+        return self.db.execute(sql, values).fetchall()
+
     def _query(self, sql: str, *values: Any) -> list[dict[str, Any]]:
-        rows = self._in_thread(lambda: self.db.execute(sql, values).fetchall())
+        rows = self._in_thread(self.execute, sql, values)
         return [dict(zip(self.FIELDS, row, strict=True)) for row in rows]
 
     def _in_thread(self, fn: Callable[..., Any], *args: Any) -> Any:
@@ -3111,7 +3945,8 @@ class Notes:
         return result
 
     def close(self) -> None:
-        self._in_thread(self.db.close)
+        if self.db is not None:
+            self._in_thread(self.db.close)
         self.thread.kill()
 
     def all(self) -> list[dict[str, Any]]:
@@ -3132,6 +3967,36 @@ class Notes:
         return bool(self._query("DELETE FROM notes WHERE id = ? RETURNING id, title, body, author", id))
 
 
+class PostgresNotes(Notes):
+    """The same in PostgreSQL, for nodes on several machines. What fails while the server is away is a 500; the next
+    query connects again."""
+
+    ID = "BIGINT GENERATED ALWAYS AS IDENTITY PRIMARY KEY"
+
+    def open(self) -> Any:
+        import psycopg  # only if it is asked for
+
+        return psycopg.connect(self.path, autocommit=True, connect_timeout=5)
+
+    def execute(self, sql: str, values: tuple[Any, ...]) -> list[Any]:
+        if self.db is not None and self.db.closed:
+            self.db = None
+        if self.db is None:
+            self.db = self.open()
+        cursor = self.db.execute(sql.replace("?", "%s"), values)
+        return cursor.fetchall() if cursor.description else []
+
+
+def open_notes(db: str) -> Notes:
+    """The notes in a SQLite file, or at a URL of PostgreSQL."""
+    if not db.startswith(("postgresql://", "postgres://")):
+        return Notes(db)
+    try:
+        return PostgresNotes(db)
+    except ImportError:
+        raise ImportError("PostgreSQL needs one more package: pip install 'psycopg[binary]'") from None
+
+
 NOT_FOUND: Any = ("json", 404, {}, {"error": "note not found"})
 
 
@@ -3146,7 +4011,7 @@ class NotesController:
 
     def create(self, req: Request) -> Any:
         match req["params"]:
-            case {"title": str(title), "body": str(body), "author": str(author)} if title and body and author:
+            case {"title": str(title), "body": str(body), "author": str(author)} if is_text(title, body, author):
                 note = self.notes.create(title, body, author)
                 pubsub.broadcast("notes", "note_created", note)
                 return "json", 201, {}, note
@@ -3158,7 +4023,7 @@ class NotesController:
 
     def update(self, req: Request) -> Any:
         match req["params"]:
-            case {"title": str(title), "body": str(body)} if title and body:
+            case {"title": str(title), "body": str(body)} if is_text(title, body):
                 note = self.notes.update(note_id(req), title, body)
                 if note is None:
                     return NOT_FOUND
@@ -3179,6 +4044,10 @@ class NotesController:
         except CallError:
             return "json", 503, {"Retry-After": "1"}, {"error": "the indexer is being restarted"}
         return "json", {"notes": [note for id in ids if (note := self.notes.get(id))]}
+
+
+def is_text(*fields: str) -> bool:
+    return all(field and "\0" not in field for field in fields)  # PostgreSQL knows no NUL
 
 
 def note_id(req: Request) -> int:
@@ -3228,6 +4097,8 @@ class NotificationsHandler(WebSocketHandler):
         match info:
             case ("nova_pubsub", "notes", _sender, _topic, _payload):
                 return "reply", ("text", info.once(as_json)), state
+            case ("nova_resync", "notes"):  # something may be missing: the page asks for all notes again
+                return "reply", ("text", '{"event": "nova_resync", "data": null}'), state
         return "ok", state
 
 
@@ -3239,8 +4110,12 @@ class NoteIndexer(GenServer):
     """Which notes have which words; its state is {id: words}. It learns from the channel what the controllers do."""
 
     def init(self, notes: Notes) -> Any:
+        self.notes = notes
         pubsub.join("notes")  # before reading: what changes meanwhile comes as a message, and may well come twice
-        return "ok", {note["id"]: words_of(note) for note in notes.all()}
+        return "ok", self.index()
+
+    def index(self) -> dict[int, set[str]]:
+        return {note["id"]: words_of(note) for note in self.notes.all()}
 
     def handle_call(self, request: Any, from_: Any, state: Any) -> Any:
         match request:
@@ -3257,6 +4132,8 @@ class NoteIndexer(GenServer):
             case ("nova_pubsub", "notes", _sender, "note_deleted", {"id": id}):
                 log.info("removing note %s from the index", id)
                 state.pop(id, None)
+            case ("nova_resync", "notes"):
+                state = self.index()
         return "noreply", state
 
 
@@ -3456,6 +4333,7 @@ async function load() {
 
 live("/notifications", load, text => {
   const { event, data } = JSON.parse(text);
+  if (event === "nova_resync") return load();
   if (event === "note_deleted") notes.delete(data.id); else notes.set(data.id, data);
   show();
 });
@@ -3480,6 +4358,7 @@ def command_line() -> argparse.ArgumentParser:
         prog="nova_lite.py",
         description="Serves the demo: live comments, notes and their notifications. Open the URL in two windows.",
         epilog="HOST and PORT in the environment are the defaults for --host and --port. "
+        "`nova_lite.py broadcast --help`: a message into a running cluster, from a shell or a cron job. "
         "To build your own: from nova_lite import Nova, WebSocketHandler, pubsub.",
     )
     env = os.environ
@@ -3487,8 +4366,14 @@ def command_line() -> argparse.ArgumentParser:
     parser.add_argument(
         "--port", type=port_number, default=env.get("PORT", "8080"), help="port, 0 for a free one (%(default)s)"
     )
+    where = 'the notes: a SQLite file, ":memory:", or postgresql://... (%(default)s)'
+    parser.add_argument("--db", default="notes.db", metavar="DB", help=where)
     parser.add_argument(
-        "--db", default="notes.db", metavar="FILE", help='the notes\' SQLite file, or ":memory:" (%(default)s)'
+        "--cluster", metavar="URL", help="redis://...: broadcasts reach all nodes that share this Redis"
+    )
+    parser.add_argument("--name", metavar="NODE", help="this node's name in the cluster and in pids")
+    parser.add_argument(
+        "--workers", type=worker_count, default=1, metavar="N", help="processes on the port; needs --cluster (1)"
     )
     parser.add_argument("--certfile", metavar="FILE", help="certificate (PEM): serve https and wss")
     parser.add_argument("--keyfile", metavar="FILE", help="its key, if it is in a file of its own")
@@ -3497,6 +4382,22 @@ def command_line() -> argparse.ArgumentParser:
     parser.add_argument("--log-level", choices=levels, default="info", help="how much to log (%(default)s)")
     parser.add_argument("--version", action="version", version=f"nova_lite {__version__}")
     return parser
+
+
+def serve_options() -> argparse.Namespace:
+    parser = command_line()
+    args = parser.parse_args()
+    if args.workers > 1 and args.cluster is None:
+        parser.error("--workers needs --cluster, or a broadcast would reach the clients of one worker only")
+    if args.workers > 1 and args.db == ":memory:":
+        parser.error("--workers needs a --db that they can share, not :memory:")
+    return args
+
+
+def worker_count(text: str) -> int:
+    if not 1 <= int(text) <= 256:
+        raise argparse.ArgumentTypeError(f"{text} workers: 1 to 256")
+    return int(text)
 
 
 def port_number(text: str) -> int:
@@ -3508,25 +4409,63 @@ def port_number(text: str) -> int:
 
 def main() -> int:
     """Runs the demo and answers the exit code."""
-    args = command_line().parse_args()
-    logging.basicConfig(level=args.log_level.upper(), format="%(asctime)s %(levelname)s %(message)s")
-    if args.reload:
-        reload_on_change()  # before the database is opened: only the child needs it
+    if sys.argv[1:2] == ["broadcast"]:
+        return broadcast_main(sys.argv[2:])
+    args = serve_options()
+    process = "%(process)d " if args.workers > 1 else ""
+    logging.basicConfig(level=args.log_level.upper(), format=f"%(asctime)s {process}%(levelname)s %(message)s")
     try:
-        notes = Notes(args.db)
-    except sqlite3.Error as error:
-        print(f"nova_lite: the database {args.db} cannot be used: {error}", file=sys.stderr)
-        return 1
-    try:
-        start_indexer(notes)
-        options = {"certfile": args.certfile, "keyfile": args.keyfile, "log_level": args.log_level}
-        demo(notes).run(args.host, args.port, reload=args.reload, **options)
+        if args.reload:
+            reload_on_change()  # before the database is opened: only the child needs it
+        if args.workers > 1:
+            run_workers(args.workers, args.host, args.port)
+        return serve(args)
     except OSError as error:  # ssl.SSLError is one as well
         what = str(error.strerror).partition(":")[0]
         print(f"nova_lite: cannot serve {error.filename or f'{args.host}:{args.port}'}: {what}", file=sys.stderr)
+    except (ImportError, ValueError) as error:  # of a cluster
+        print(f"nova_lite: {error}", file=sys.stderr)
+    return 1
+
+
+def serve(args: argparse.Namespace) -> int:
+    try:
+        notes = open_notes(args.db)
+    except Exception as error:
+        where = args.db.rpartition("@")[2]  # no password
+        print(f"nova_lite: the database {where} cannot be used: {error}", file=sys.stderr)
         return 1
+    try:
+        start_indexer(notes)
+        names = ("cluster", "name", "workers", "reload", "certfile", "keyfile", "log_level")
+        demo(notes).run(args.host, args.port, **{name: getattr(args, name) for name in names})
     finally:
         notes.close()
+    return 0
+
+
+def broadcast_main(arguments: list[str]) -> int:
+    """`nova_lite.py broadcast`; answers the exit code."""
+    parser = argparse.ArgumentParser(
+        prog="nova_lite.py broadcast",
+        description="Sends a message to all members of a channel, on all nodes of a cluster.",
+    )
+    parser.add_argument("channel")
+    parser.add_argument("topic")
+    parser.add_argument("payload", help="JSON, unless --text is given")
+    parser.add_argument("--cluster", metavar="URL", required=True, help="redis://..., as the nodes have it")
+    parser.add_argument("--text", action="store_true", help="the payload is plain text")
+    args = parser.parse_args(arguments)
+    try:
+        payload = args.payload if args.text else json.loads(args.payload)
+    except ValueError as error:
+        parser.error(f"the payload is no JSON ({error}); --text sends it as it is")
+    try:
+        count = publish(args.cluster, args.channel, args.topic, payload)
+    except Exception as error:  # whatever the packages of the cluster raise
+        print(f"nova_lite: nothing was sent: {error}", file=sys.stderr)
+        return 1
+    print(f"{args.channel} {args.topic}: {count} node{'' if count == 1 else 's'} reached")
     return 0
 
 

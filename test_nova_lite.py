@@ -4009,7 +4009,7 @@ def test_functions_are_short():
 
 
 def test_it_stays_lite():
-    assert sum(map(bool, map(str.strip, ABOVE.splitlines()))) < 3200  # lines that are not blank
+    assert sum(map(bool, map(str.strip, ABOVE.splitlines()))) < 3300  # lines that are not blank
     assert BELOW.count("\n") < 900
 
 
