@@ -3224,6 +3224,7 @@ MAX_CROSSING = 16 * 1024 * 1024  # bytes of a message between nodes; Redis itsel
 MAX_WAITING = 64 * 1024 * 1024  # bytes that may wait for Redis; beyond, messages are lost, and members told so
 JOIN_TIME = 5.0  # seconds that a join waits for its subscription at most, and `connect` for Redis
 MAX_LOST = 10_000  # names of channels to be told; beyond, all are
+MAX_DEPTH = 32  # tuples within tuples: each takes msgpack 40 KB of the C stack, and beyond that is a segfault
 _TUPLE, _PID, _DATETIME = 1, 2, 3  # MessagePack's extension types
 
 
@@ -3272,20 +3273,23 @@ class Codec:
     def encode(self, value: Any) -> bytes:
         """Raises TypeError for what cannot cross, ValueError for what is too large."""
         try:
-            data = self._pack(value)
+            data = self._pack(value, 0)
         except (TypeError, ValueError, OverflowError, RecursionError) as error:
             raise TypeError(f"this cannot cross to another node: {error}") from None
         if len(data) > MAX_CROSSING - 64:
             raise ValueError(f"{len(data)} bytes are too many to cross to another node: {MAX_CROSSING} are the limit")
         return STAMP + self.id + data
 
-    def _pack(self, value: Any) -> bytes:
+    def _pack(self, value: Any, depth: int) -> bytes:
+        if depth > MAX_DEPTH:
+            raise ValueError(f"tuples nested more than {MAX_DEPTH} deep")
         # strict: a tuple, and whatever else is not exactly MessagePack's, comes to `_extend`
-        return self.msgpack.packb(value, default=self._extend, strict_types=True, unicode_errors="surrogatepass")
+        extend = partial(self._extend, depth)
+        return self.msgpack.packb(value, default=extend, strict_types=True, unicode_errors="surrogatepass")
 
-    def _extend(self, value: Any) -> Any:
+    def _extend(self, depth: int, value: Any) -> Any:
         if isinstance(value, tuple):
-            return self.msgpack.ExtType(_TUPLE, self._pack(list(value)))
+            return self.msgpack.ExtType(_TUPLE, self._pack(list(value), depth + 1))
         if isinstance(value, Pid):
             if isinstance(value, Alias):
                 _aliases[value.serial] = value
@@ -3303,15 +3307,16 @@ class Codec:
             return repr(reason)
         return reason
 
-    def decode(self, data: bytes) -> Any:
+    def decode(self, data: bytes, depth: int = 0) -> Any:
         """What `encode` was given. Raises, one way or another, where the bytes are nothing of that kind."""
-        return self.msgpack.unpackb(
-            data, ext_hook=self._restore, strict_map_key=False, unicode_errors="surrogatepass"
-        )  # fmt: skip
+        if depth > MAX_DEPTH:
+            raise ValueError(f"tuples nested more than {MAX_DEPTH} deep")
+        restore = partial(self._restore, depth)
+        return self.msgpack.unpackb(data, ext_hook=restore, strict_map_key=False, unicode_errors="surrogatepass")
 
-    def _restore(self, code: int, data: bytes) -> Any:
+    def _restore(self, depth: int, code: int, data: bytes) -> Any:
         if code == _TUPLE:
-            return tuple(self.decode(data))
+            return tuple(self.decode(data, depth + 1))
         if code == _DATETIME:
             return datetime.fromisoformat(data.decode())
         if code != _PID or len(data) != 16:
@@ -3345,15 +3350,17 @@ class Redis:
         parts = urlsplit(url)
         query = dict(parse_qsl(parts.query))
         self.prefix = query.pop("prefix", "nova") + ":"
-        self.title = parts._replace(
-            netloc=parts.netloc.rpartition("@")[2], query=""
-        ).geturl()  # for the log: no password
+        place = url.partition("://")[2].rpartition("@")[2].partition("?")[0]
+        self.title = f"{parts.scheme}://{place}"  # for the log: no password, not even one with a slash
         options = {"protocol": 2, "socket_timeout": None, "socket_connect_timeout": 5, "socket_keepalive": True}
+        options |= {"decode_responses": False, "health_check_interval": 0}
+        query = {name: value for name, value in query.items() if name not in options}
         try:
             client = self.module.Redis.from_url(parts._replace(query=urlencode(query)).geturl(), **options)
+            self.pool = client.connection_pool
+            self.pool.make_connection()  # not connected yet, but it raises where it does not know an option
         except (ValueError, TypeError) as error:
             raise ValueError(f"{self.title} is no URL of a Redis: {error}") from None
-        self.pool = client.connection_pool
         self.errors = (OSError, self.module.RedisError)
 
     def connect(self) -> Any:
@@ -3456,13 +3463,17 @@ class Cluster:
         self.reader = gevent.spawn(self._run)
 
     def close(self) -> None:
-        """Says bye."""
-        if self.line is not None and self.up:
-            self._say("nodes", "", "bye")
-            with suppress(*self.redis.errors), gevent.Timeout(1, False):
-                while self.line.outbox:
-                    gevent.sleep(0.001)
+        """Says bye, and nothing after it: who asks for our state now gets no answer."""
         self.timer.close()
+        line = self.line
+        if line is not None and self.up:
+            self.changes.clear()
+            self._say("nodes", "", "bye")
+            self.line = None
+            with gevent.Timeout(1, False):
+                while line.outbox and self.up:
+                    gevent.sleep(0.001)
+            line.close()
         self.reader.kill()
         for id in list(self.nodes):
             self._forget(id, "this one has left")
@@ -3548,6 +3559,8 @@ class Cluster:
         if self.up and now - self.beaten >= BEAT - TICK / 2:
             self.beaten = now
             self._say("nodes", "", "beat", self.sequence)
+        if self.up and self.line is not None and self.line.waiting < MAX_WAITING // 2:
+            self._tell_what_is_lost()  # when Redis was too slow
         if self.line is not None and now - self.heard > DEAF:
             self.heard = now
             self.reader.kill(TimeoutError(f"no answer for {DEAF:.0f} s"), block=False)
@@ -3656,6 +3669,8 @@ class Cluster:
     def _learn(self, id: bytes, name: str, sequence: int, members: dict[str, list[int]]) -> None:
         """The whole state of a node, in the place of what was known of it."""
         now, known = monotonic(), self.nodes.get(id)
+        if known is not None and sequence < known.sequence:  # as in `_apply`
+            return
         if known is None:
             log.info("cluster: node %s %s is here", name, id.hex())
         before = known.members if known is not None else {}
@@ -3669,14 +3684,16 @@ class Cluster:
                     self.pubsub._tell(channel, change, RemotePid(self, id, serial))
 
     def _apply(self, id: bytes, sequence: int, changes: list[Any]) -> None:
-        """A delta. One that was seen in a state already is nothing new, and nor is what it says."""
+        """A delta; one that the state has overtaken is old."""
         node = self.nodes.get(id)
         if node is None or sequence > node.sequence + 1:
             self._ask_for_state(id)
             if node is not None:
                 self._resync(list(self.pubsub._channels))
             return
-        node.sequence = max(node.sequence, sequence)
+        if sequence <= node.sequence:  # a connection that was given up may still say what a newer one has overtaken
+            return
+        node.sequence = sequence
         for change, channel, serial in changes:
             members = node.members.setdefault(channel, set())
             if (change == "join") != (serial in members):
@@ -3766,13 +3783,17 @@ class Cluster:
         self.up, self.beaten = True, monotonic()
         self.was_up.set()
         log.info("cluster: %s is connected to %s%s", self.name, self.redis.title, " again" if again else "")
+        self.sequence += 1  # who has changed while the line was down was told by no delta
         self._say("nodes", "", "hello", self.name, self.sequence, self._members())
-        if self.lost != set():
-            lost, self.lost = self.lost, set()
-            self._say("nodes", "", "resync", None if lost is None else list(lost))
+        self._tell_what_is_lost()
         if again:
             self._watch_again()
             self._resync(list(self.pubsub._channels))
+
+    def _tell_what_is_lost(self) -> None:
+        if self.lost != set():
+            lost, self.lost = self.lost, set()
+            self._say("nodes", "", "resync", None if lost is None else list(lost))
 
     def _take_message(self, key: bytes, data: bytes) -> None:
         """Raises whatever it likes where the bytes are not what they should be."""
@@ -3821,8 +3842,9 @@ class Cluster:
                 send(_local_pid(serial) or "", message)
             case ["state", str(name), int(sequence), dict(members)]:
                 self._learn(id, name, sequence, members)
-            case ["need"]:
+            case ["need"]:  # it may have forgotten us, and what we monitor there
                 self._say("node:", id.hex(), "state", self.name, self.sequence, self._members())
+                self._watch_again(id)
             case ["watch", int(serial), ref]:
                 self._watch_for(id, serial, ref)
             case ["unwatch", int(serial), ref]:
@@ -3880,10 +3902,11 @@ def publish(url: str, channel: str, topic: str | bytes, payload: Any) -> int:
     Raises OSError or redis.RedisError where Redis cannot be reached, and what `connect` and `broadcast` raise.
     """
     redis = Redis(url)
-    data = Codec(None, os.urandom(8)).encode([self_pid(), topic, payload, None])
+    _, _, sender, topic, payload = pubsub._message(channel, topic, payload)
+    key, data = redis.key("channel:", channel), Codec(None, os.urandom(8)).encode([sender, topic, payload, None])
     connection = redis.connect()
     try:
-        connection.send_command("PUBLISH", redis.key("channel:", _channel(channel)), data)
+        connection.send_command("PUBLISH", key, data)
         return connection.read_response()
     finally:
         connection.disconnect()

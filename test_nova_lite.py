@@ -24,7 +24,7 @@ import subprocess
 import sys
 import time
 from array import array
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -45,8 +45,10 @@ import ast
 import http.client
 import logging
 import random
+import shutil
 import signal
 import ssl
+import tempfile
 import tracemalloc
 import types
 import urllib.parse
@@ -3699,9 +3701,47 @@ class Demo:
         return status, json.loads(body) if body else None
 
 
-@pytest.fixture(scope="module")
-def demo(tmp_path_factory):
-    with Demo(cwd=tmp_path_factory.mktemp("demo")) as demo:
+@pytest.fixture(scope="session")
+def postgres_url():
+    """A PostgreSQL of our own."""
+    found = [shutil.which("postgres"), *Path("/usr/lib/postgresql").glob("*/bin/postgres"), None]
+    program, psycopg = next(filter(None, found), None), pytest.importorskip("psycopg")
+    if program is None:
+        pytest.skip("there is no PostgreSQL on this machine")
+    user = "nobody" if os.geteuid() == 0 else None  # it refuses to be run by root
+    with tempfile.TemporaryDirectory() as folder:
+        if user:
+            shutil.chown(folder, user)
+        initdb = Path(program).resolve().with_name("initdb")
+        command = [initdb, "-A", "trust", "-U", "postgres", "-D", f"{folder}/data"]
+        subprocess.run(command, user=user, cwd=folder, check=True, capture_output=True)
+        port = free_port()
+        options = ["-p", str(port), "-k", folder, "-c", "listen_addresses=127.0.0.1", "-c", "fsync=off"]
+        server = subprocess.Popen(
+            [program, "-D", f"{folder}/data", *options], user=user, cwd=folder, stderr=subprocess.DEVNULL
+        )
+        url = f"postgresql://postgres@127.0.0.1:{port}/postgres"
+
+        def is_ready():
+            with suppress(psycopg.OperationalError):
+                psycopg.connect(url).close()
+                return True
+
+        until(is_ready)
+        yield url
+        server.send_signal(signal.SIGINT)  # its fast shutdown
+        server.wait(PATIENCE)
+
+
+def free_port():
+    with socket.create_server(("127.0.0.1", 0)) as sock:
+        return sock.getsockname()[1]
+
+
+@pytest.fixture(scope="module", params=["sqlite", "postgresql"])
+def demo(request, tmp_path_factory):
+    database = ["--db", request.getfixturevalue("postgres_url")] if request.param == "postgresql" else []
+    with Demo(*database, cwd=tmp_path_factory.mktemp("demo")) as demo:
         yield demo
 
 
