@@ -30,7 +30,8 @@ The map. The file reads from top to bottom; a room uses only the rooms above it.
     frames                  RFC 6455, in pure functions and one incremental parser
     websocket process       a connection: its loop, its single writer, its limits
     Nova                    routes as data, security, the gate before the 101
-    server                  HTTP, handing sockets over, draining, reloading
+    server                  HTTP, handing sockets over, draining, reloading, workers
+    cluster                 other nodes, through Redis
     demo, main              the tutorial, working; the command line
 
 Erlang's words, here. An atom is a string, a tuple a tuple, a pid a `Pid`; `Pid ! Msg` is `pid.send(msg)`, `self()` is
@@ -49,6 +50,8 @@ What differs from Erlang:
     it puts into contextvars may be seen there. Close what you open (`with gevent.Timeout(...)`).
   * Another OS thread may `send`, `broadcast` and `exit`; it has no mailbox of its own.
   * Sending to a name that nobody has is silent, as sending to the dead is.
+  * Across nodes, delivery is at most once; ("nova_resync", channel) says that something may be missing. Only what
+    MessagePack, tuples, pids and datetimes can say crosses; a link does not.
   * `init` of a WebSocket handler runs in the connection's own process, so joining there works over HTTP/1.1 as well.
   * `terminate` of a WebSocket handler runs whatever ends the connection, `exit(pid, "kill")` included.
   * The default view of ("ok", variables) is named after the controller function, not after its module.
@@ -2545,7 +2548,7 @@ def heartbeat(req: Request) -> Any:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Server: pywsgi, handing sockets over, draining, reloading.
+# Server: pywsgi, handing sockets over, draining, reloading, workers.
 # House rule: HTTP is pywsgi's and the handshake gevent-websocket's; only what they cannot do is done here.
 # ---------------------------------------------------------------------------------------------------------------------
 

