@@ -94,7 +94,7 @@ from datetime import datetime
 from functools import cache, lru_cache, partial
 from http.cookies import CookieError
 from io import BytesIO
-from itertools import count
+from itertools import count, islice
 from math import inf, isfinite
 from socket import IPPROTO_TCP, TCP_NODELAY, gethostname
 from ssl import SSLEOFError, SSLWantReadError, SSLWantWriteError, SSLZeroReturnError
@@ -1130,6 +1130,7 @@ def start_supervisor(
 class Message(tuple):
     """What members receive: ("nova_pubsub", channel, sender, topic, payload)."""
 
+    position: str | None = None  # in the history of a channel that is kept; for `join(since=...)`
     _memo: dict[Any, Any] | None = None
 
     def once(self, fn: Callable[[Message], Any]) -> Any:
@@ -1145,6 +1146,68 @@ class Message(tuple):
         return self._memo[id(code)][1]
 
 
+class History:
+    """The last messages of a channel, numbered without a gap. A position is "life.number"."""
+
+    def __init__(self, size: int, seconds: float) -> None:
+        self.size, self.seconds = size, seconds
+        self.messages: deque[tuple[float, Message]] = deque(maxlen=size)  # when it came, and the message
+        self.forget()
+
+    def begin(self, life: str, number: int) -> None:
+        """The last message was that one, and none before it is known."""
+        self.life, self.number = life, number
+        self.messages.clear()
+
+    def forget(self) -> None:
+        """Something is missing: no position from before is of use."""
+        self.begin(os.urandom(4).hex(), 0)
+
+    def load(self, life: str, number: int, messages: list[Message]) -> None:
+        """Takes over what is kept elsewhere, up to `number`; what has come since then stays."""
+        newer = [message for _, message in self.messages if self._is_behind(message.position, life, number)]
+        self.begin(life, number - len(messages))
+        for message in messages + newer:
+            self.add(message)
+
+    @property
+    def position(self) -> str:
+        return f"{self.life}.{self.number}"
+
+    def add(self, message: Message) -> bool:
+        """Takes the next message, which may know its position already; False if it is there."""
+        if message.position is None:
+            self.number += 1
+            message.position = self.position
+        else:
+            life, number = self._parse(message.position)
+            if life == self.life and number <= self.number:
+                return False
+            if (life, number) != (self.life, self.number + 1):
+                self.begin(life, number)
+            self.number = number
+        self.messages.append((monotonic(), message))
+        return True
+
+    def since(self, position: Any) -> list[Message] | None:
+        """What came behind `position`, or None if that cannot be told: it is too old, or of another life."""
+        while self.messages and monotonic() - self.messages[0][0] > self.seconds:
+            self.messages.popleft()
+        life, number = self._parse(position)
+        missed = self.number - number
+        if life != self.life or not 0 <= missed <= len(self.messages):
+            return None
+        return [message for _, message in list(self.messages)[len(self.messages) - missed :]]
+
+    def _is_behind(self, position: Any, life: str, number: int) -> bool:
+        return self._parse(position)[0] == life and self._parse(position)[1] > number
+
+    @staticmethod
+    def _parse(position: Any) -> tuple[str, int]:
+        life, _, number = str(position).rpartition(".")
+        return (life, int(number)) if re.fullmatch("[0-9]{1,18}", number) else ("", 0)
+
+
 class PubSub:
     """Channels and their members (nova_pubsub, on OTP's pg). The one instance is `pubsub`."""
 
@@ -1155,14 +1218,17 @@ class PubSub:
     def __init__(self) -> None:
         self._channels: dict[str, set[Process]] = {}  # no set is ever empty
         self._monitors: dict[str, dict[int, Process]] = {}  # channel -> ref -> who wants to know
+        self._kept: dict[str, History] = {}
         _exit_hooks.append(self._forget)
 
-    def join(self, channel: str, pid: Pid | None = None) -> str:
+    def join(self, channel: str, pid: Pid | None = None, since: str | None = None) -> str:
         """Makes `pid`, or the caller, a member: "ok". Joining twice is joining once; the dead do not stay.
 
-        In a cluster it waits until this node hears what is published to the channel, unless Redis is away.
+        With `since`, a position in a channel that is kept, the member first gets what it has missed, in order and
+        without gap or duplicate; or ("nova_resync", channel), if that cannot be had. In a cluster `join` waits until
+        this node hears what is published to the channel, unless Redis is away.
         """
-        _scheduler.at_home(self._join, _channel(channel), self._local(pid))
+        _scheduler.at_home(self._join, _channel(channel), self._local(pid), since)
         if self.cluster is not None:
             self.cluster.await_subscription(channel)
         return "ok"
@@ -1176,6 +1242,21 @@ class PubSub:
         _scheduler.at_home(self._leave, channel, process)
         return "ok"
 
+    def keep(self, channel: str, size: int = 100, seconds: float = 300) -> str:
+        """Keeps the channel's last messages for `join(since=...)`: so many, and no older than that. "ok".
+
+        In a cluster each node keeps the channel, and Redis does; messages then come by way of Redis.
+        """
+        if size < 1 or seconds <= 0:
+            raise ValueError("a history has a size and a time")
+        _scheduler.at_home(self._keep, _channel(channel), size, seconds)
+        return "ok"
+
+    def get_position(self, channel: str) -> str | None:
+        """The position of the last message of a channel that is kept, or None; a message has its own, `position`."""
+        history = self._kept.get(_channel(channel))
+        return history.position if history is not None else None
+
     def broadcast(self, channel: str, topic: str | bytes, payload: Any) -> str:
         """Sends to every member on every node, the caller included if it is one: "ok".
 
@@ -1185,7 +1266,8 @@ class PubSub:
 
     def local_broadcast(self, channel: str, topic: str | bytes, payload: Any) -> str:
         """Sends to every member on this node: "ok"."""
-        _scheduler.at_home(self._deliver, self._message(channel, topic, payload), None)
+        deliver = self._keep_and_deliver if self.cluster is None else self._deliver
+        _scheduler.at_home(deliver, self._message(channel, topic, payload), None)
         return "ok"
 
     def broadcast_from(self, pid: Pid, channel: str, topic: str | bytes, payload: Any) -> str:
@@ -1222,10 +1304,19 @@ class PubSub:
 
     # -- in the home thread
 
-    def _join(self, channel: str, process: Process) -> None:
+    def _keep(self, channel: str, size: int, seconds: float) -> None:
+        self._kept[channel] = History(size, seconds)
+        if self.cluster is not None:
+            self.cluster.kept(channel)
+
+    def _join(self, channel: str, process: Process, since: str | None = None) -> None:
         members = self._channels.get(channel, ())
         if process in members or process.mailbox is _NOWHERE:
             return
+        if since is not None:
+            missed = self._kept[channel].since(since) if channel in self._kept else None
+            for message in [("nova_resync", channel)] if missed is None else missed:
+                process.deliver(message)
         self._channels.setdefault(channel, set()).add(process)
         if not process.channels:
             process.channels = set()
@@ -1260,10 +1351,27 @@ class PubSub:
     def _broadcast(self, message: Message, but: Pid | None) -> str:
         cluster = self.cluster
         data = cluster.encode_broadcast(message, but) if cluster is not None else None  # may raise: nobody has it yet
-        _scheduler.at_home(self._deliver, message, but)
-        if data is not None:
-            _scheduler.at_home(cluster.publish, message[1], data)
+        _scheduler.at_home(self._send_out, message, but, data)
         return "ok"
+
+    def _send_out(self, message: Message, but: Pid | None, data: bytes | None) -> None:
+        channel, cluster = message[1], self.cluster
+        if data is None or cluster is None:
+            self._keep_and_deliver(message, but)
+        elif channel not in self._kept or not cluster.publish_kept(channel, data):
+            self._deliver_unkept(message, but)
+            cluster.publish(channel, data)
+
+    def _keep_and_deliver(self, message: Message, but: Pid | None) -> None:
+        history = self._kept.get(message[1])
+        if history is None or history.add(message):
+            self._deliver(message, but)
+
+    def _deliver_unkept(self, message: Message, but: Pid | None) -> None:
+        history = self._kept.get(message[1])
+        if history is not None:
+            history.forget()
+        self._deliver(message, but)
 
     def _deliver(self, message: Message, but: Pid | None) -> None:
         # No callback runs in here, nor anything that joins or leaves: `deliver` only queues.
@@ -3230,6 +3338,25 @@ MAX_LOST = 10_000  # names of channels to be told; beyond, all are
 MAX_DEPTH = 32  # tuples within tuples: each takes msgpack 40 KB of the C stack, and beyond that is a segfault
 _TUPLE, _PID, _DATETIME = 1, 2, 3  # MessagePack's extension types
 
+# What Redis does for a channel that is kept. KEYS: a hash with the life and the number of the last message, a stream of
+# the messages, the channel; ARGV: a life to begin, how many, seconds, the message; which goes out behind its position.
+KEPT = b"@"
+_BEGIN = """
+if redis.call('HSETNX', KEYS[1], 'life', ARGV[1]) == 1 then redis.call('DEL', KEYS[2]) end
+local life = redis.call('HGET', KEYS[1], 'life')
+"""
+KEEP = f"""{_BEGIN}
+local number = redis.call('HINCRBY', KEYS[1], 'number', 1)
+local message = '{KEPT.decode()}' .. life .. '.' .. number .. ' ' .. ARGV[4]
+redis.call('XADD', KEYS[2], 'MAXLEN', ARGV[2], number .. '-0', 'message', message)
+redis.call('EXPIRE', KEYS[1], ARGV[3] * 2)
+redis.call('EXPIRE', KEYS[2], ARGV[3])
+return redis.call('PUBLISH', KEYS[3], message)
+"""
+LOAD = f"""{_BEGIN}
+return {{life, redis.call('HGET', KEYS[1], 'number') or '0', redis.call('XRANGE', KEYS[2], '-', '+')}}
+"""
+
 
 class RemotePid(Pid):
     """A process of another node. To send it what cannot cross is a TypeError, or a ValueError if it is too large."""
@@ -3246,7 +3373,7 @@ class RemotePid(Pid):
         return hash((self.node, self.serial))
 
     def __repr__(self) -> str:
-        node = self.cluster.nodes.get(self.node)
+        node = self.cluster if self.node == self.cluster.id else self.cluster.nodes.get(self.node)
         return f"<{node.name if node else self.node.hex()}.{self.serial}>"
 
     def send(self, message: Any) -> None:
@@ -3393,7 +3520,9 @@ class Line:
         self.reading: Any = None
         self.writing: Any = None
         self.commands: list[Any] = []  # for `reading`: SUBSCRIBE and UNSUBSCRIBE
-        self.outbox: deque[tuple[bytes, bytes]] = deque()  # for `writing`: what to PUBLISH where
+        self.outbox: deque[tuple[str | None, tuple[Any, ...]]] = (
+            deque()
+        )  # for `writing`: (channel of a broadcast, command)
         self.waiting = 0  # bytes in it
         self.work = gevent.event.Event()
 
@@ -3411,9 +3540,13 @@ class Line:
             self.commands.append((name, *keys))
             self.work.set()
 
-    def publish(self, key: bytes, data: bytes) -> None:
-        self.outbox.append((key, data))
-        self.waiting += len(data)
+    def publish(self, key: bytes, data: bytes, channel: str | None = None) -> None:
+        self.send(("PUBLISH", key, data), channel)
+
+    def send(self, command: tuple[Any, ...], channel: str | None) -> None:
+        """A command whose last argument is the message."""
+        self.outbox.append((channel, command))
+        self.waiting += len(command[-1])
         self.work.set()
 
     def write(self) -> None:
@@ -3424,14 +3557,16 @@ class Line:
             self.reading.send_packed_command(self.reading.pack_commands(commands))
         batch: list[Any] = []
         size = 0
-        while len(batch) < len(self.outbox) and len(batch) < 1000 and size < 1_000_000:
-            batch.append(("PUBLISH", *self.outbox[len(batch)]))
-            size += len(batch[-1][2])
+        for _, command in islice(self.outbox, 1000):
+            batch.append(command)
+            size += len(command[-1])
+            if size > 1_000_000:
+                break
         if batch:
             self.writing.send_packed_command(self.writing.pack_commands(batch))
         for _ in batch:
             self.writing.read_response()
-            self.waiting -= len(self.outbox.popleft()[1])  # not before: what fails on the way is still here
+            self.waiting -= len(self.outbox.popleft()[1][-1])  # not before: what fails on the way is still here
         if self.outbox:
             self.work.set()
 
@@ -3505,7 +3640,7 @@ class Cluster:
         line = self.line = Line(self.redis)
         line.open()
         line.command("SUBSCRIBE", self.redis.key("nodes"))
-        for channel in self.pubsub._channels:
+        for channel in {*self.pubsub._channels, *self.pubsub._kept}:
             self._subscribe(channel)
         line.command("SUBSCRIBE", self.own_key)  # the last: once it is confirmed, all are
         writer = gevent.spawn(self._write, line)
@@ -3537,9 +3672,9 @@ class Cluster:
         line, self.line, self.up = self.line, None, False
         if line is not None:
             line.close()
-            for key, _ in line.outbox:
-                if key.startswith(self.channel_prefix):
-                    self._lose(self._channel_of(key))
+            for channel, _ in line.outbox:
+                if channel is not None:
+                    self._lose(channel)
         for table in (self.wanted, self.subscribing, self.live, self.changes):
             table.clear()
         while self.awaited:
@@ -3590,16 +3725,60 @@ class Cluster:
 
     def encode_broadcast(self, message: Message, but: Pid | None) -> bytes:
         _, _, sender, topic, payload = message
-        return self.codec.encode([sender, topic, payload, but if isinstance(but, RemotePid) else None])
+        return self.codec.encode([sender, topic, payload, but])
 
     def publish(self, channel: str, data: bytes) -> None:
         self._publish(self.redis.key("channel:", channel), data, channel)
 
     def _publish(self, key: bytes, data: bytes, channel: str | None) -> None:
         if self.up and self.line is not None and self.line.waiting < MAX_WAITING:
-            self.line.publish(key, data)
+            self.line.publish(key, data, channel)
         elif channel is not None:
             self._lose(channel)
+
+    # -- channels that are kept: subscribed to all the time, so that this node knows what Redis keeps
+
+    def kept(self, channel: str) -> None:
+        if channel in self.live:
+            gevent.spawn(self._load, channel)
+        elif channel not in self.wanted and self.line is not None and self.line.reading is not None:
+            self._subscribe(channel)
+
+    def publish_kept(self, channel: str, data: bytes) -> bool:
+        """By way of the history; False if that is not possible now."""
+        line, history = self.line, self.pubsub._kept[channel]
+        if not self.up or channel not in self.live or line is None or line.waiting > MAX_WAITING:
+            return False
+        keys = self._history_keys(channel), self.redis.key("channel:", channel)
+        life, seconds = os.urandom(4).hex(), max(1, int(history.seconds))
+        line.send(("EVAL", KEEP, 3, *keys[0], keys[1], life, history.size, seconds, data), channel)
+        return True
+
+    def _history_keys(self, channel: str) -> tuple[bytes, bytes]:
+        return self.redis.key("life:", channel), self.redis.key("history:", channel)
+
+    def _load(self, channel: str) -> None:
+        """The greenlet that fetches what Redis has kept."""
+        try:
+            connection = self.redis.connect()
+            try:
+                connection.send_command("EVAL", LOAD, 2, *self._history_keys(channel), os.urandom(4).hex())
+                life, number, entries = connection.read_response()
+            finally:
+                connection.disconnect()
+            messages = [self._read_kept(channel, fields[1])[0] for _, fields in entries]
+            self.pubsub._kept[channel].load(life.decode(), int(number), messages)
+        except Exception as error:  # the line is about to fail as well; or a stranger has written there
+            log.warning("cluster: the history of %s cannot be read: %s", channel, error)
+            self.pubsub._kept[channel].forget()
+
+    def _read_kept(self, channel: str, data: bytes) -> tuple[Message, Any]:
+        position, _, data = data.partition(b" ")
+        if not data.startswith(STAMP):
+            raise ValueError("no message of ours")
+        message, but = self._read_broadcast(channel, self.codec.decode(data[10:]))
+        message.position = position[1:].decode()
+        return message, but
 
     # -- who is in which channel: here
 
@@ -3612,7 +3791,7 @@ class Cluster:
     def left(self, channel: str, process: Process) -> None:
         if channel in self.live:
             self._change("leave", channel, process)
-        if channel in self.wanted and channel not in self.pubsub._channels:
+        if channel in self.wanted and channel not in self.pubsub._channels and channel not in self.pubsub._kept:
             self.wanted.discard(channel)
             self.live.discard(channel)
             self.line.command("UNSUBSCRIBE", self.redis.key("channel:", channel))  # type: ignore[union-attr]
@@ -3637,8 +3816,10 @@ class Cluster:
             del self.subscribing[channel]
             if channel in self.wanted:
                 self.live.add(channel)
-                for process in self.pubsub._channels[channel]:
+                for process in self.pubsub._channels.get(channel, ()):
                     self._change("join", channel, process)
+                if channel in self.pubsub._kept:
+                    gevent.spawn(self._load, channel)
                 self._release(channel)
 
     def _release(self, channel: str) -> None:
@@ -3652,7 +3833,8 @@ class Cluster:
             self.line.work.set()  # type: ignore[union-attr]
 
     def _members(self) -> dict[str, list[int]]:
-        return {channel: [process.serial for process in self.pubsub._channels[channel]] for channel in self.live}
+        channels = self.pubsub._channels
+        return {channel: [process.serial for process in channels[channel]] for channel in self.live & channels.keys()}
 
     def _resync(self, channels: Iterable[str]) -> None:
         """Something may have been missed in these channels: their members had better ask anew."""
@@ -3800,14 +3982,14 @@ class Cluster:
 
     def _take_message(self, key: bytes, data: bytes) -> None:
         """Raises whatever it likes where the bytes are not what they should be."""
-        if not data.startswith(STAMP) or len(data) > MAX_CROSSING:
+        if not data.startswith((STAMP, KEPT)) or len(data) > MAX_CROSSING:
             raise ValueError("no message of ours, or of another version, or too large")
+        if data.startswith(KEPT):
+            self.pubsub._keep_and_deliver(*self._read_kept(self._channel_of(key), data))
+            return
         id, body = data[2:10], self.codec.decode(data[10:])
         if key.startswith(self.channel_prefix):
-            sender, topic, payload, but = body
-            if not isinstance(sender, Pid) or not isinstance(topic, str | bytes):
-                raise ValueError("no broadcast")
-            self.pubsub._deliver(Message(("nova_pubsub", self._channel_of(key), sender, topic, payload)), but)
+            self.pubsub._deliver_unkept(*self._read_broadcast(self._channel_of(key), body))
             return
         node = self.nodes.get(id)
         if node is not None:
@@ -3816,6 +3998,12 @@ class Cluster:
             self._told(id, body)
         else:
             self._announced(id, body)
+
+    def _read_broadcast(self, channel: str, body: Any) -> tuple[Message, Any]:
+        sender, topic, payload, but = body
+        if not isinstance(sender, Pid) or not isinstance(topic, str | bytes):
+            raise ValueError("no broadcast")
+        return Message(("nova_pubsub", channel, sender, topic, payload)), but
 
     def _announced(self, id: bytes, body: Any) -> None:
         """What a node says to all."""
