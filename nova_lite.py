@@ -1413,8 +1413,9 @@ class Request(Mapping[str, Any]):
 
     `method`, `path`, `bindings` (from the route), `params` (the JSON object or form of the body), `json` (any JSON),
     `body` (bytes), `qs` (the query), `headers` (whatever case), `cookies`, `peer` (address, port), `auth_data` (what
-    security said), `subprotocol` (of a WebSocket: the one chosen, or None). Asking for `body`, `json` or `params` may
-    raise an HTTPError: 400, 408 or 413.
+    security said), `subprotocol` (of a WebSocket: the one chosen, or None), `since` (the position up to which a client
+    has heard what a channel keeps: its Last-Event-ID, `since` in the query, or None). Asking for `body`, `json` or
+    `params` may raise an HTTPError: 400, 408 or 413.
     """
 
     __slots__ = ("_known", "environ", "max_body")
@@ -1493,6 +1494,7 @@ _REQUEST_KEYS: dict[str, Callable[[Request], Any]] = {
     "peer": lambda req: (req.environ.get("REMOTE_ADDR", ""), int(req.environ.get("REMOTE_PORT") or 0)),
     "auth_data": lambda req: None,
     "subprotocol": lambda req: None,
+    "since": lambda req: req["headers"].get("Last-Event-Id") or req["qs"].get("since"),
 }
 
 
@@ -1719,6 +1721,19 @@ def encode_frame(frame: Any, bits: int = 0) -> bytes:
         case "close":
             return close_frame(NO_STATUS)
     raise ValueError(f"not a frame: {frame!r}")
+
+
+def encode_event(frame: Any) -> bytes:
+    """A text as a server-sent event, one `data:` a line; a ping or pong as a comment. ValueError for anything else."""
+    match frame:
+        case ("text", text) if isinstance(text, str):
+            lines = re.split("\r\n|\r|\n", text)
+            return "".join(f"data: {line}\n" for line in lines).encode() + b"\n"
+        case "ping" | "pong" | ("ping" | "pong", _):
+            return b":\n\n"
+        case "close" | ("close", _, _):
+            return b""
+    raise ValueError(f"no event: {frame!r}")
 
 
 class Parser:
@@ -2014,6 +2029,9 @@ class Connection(Process):
         "behind", "bits", "closing", "handler", "inbox", "lounge", "out", "parser", "quiet", "reader", "req", "said",
         "settings", "sock", "stalled", "starter", "state", "unhandled", "writer",
     )  # fmt: skip
+    STATUS = 101  # of the response after which the socket is handed over
+    ANSWERS_PINGS = True
+    PING = encode_frame("ping")
 
     def __init__(self, handler: Any, req: Request, settings: Settings, lounge: Lounge, bits: int = 0) -> None:
         self.handler = handler() if isinstance(handler, type) else handler  # may raise: not a process yet
@@ -2255,10 +2273,10 @@ class Connection(Process):
                 self.cut()
         elif self.out and (self.stalled > settings.send_timeout or self._falls_behind()):
             self.kill(SLOW)
-        elif self.quiet > settings.idle_timeout:
+        elif self.quiet > settings.idle_timeout and self.ANSWERS_PINGS:
             self.kill(IDLE)
         elif before // settings.ping_interval < self.quiet // settings.ping_interval:
-            self.said.append(encode_frame("ping"))  # from the hub, between turns: a process that is busy is alive, too
+            self.said.append(self.PING)  # from the hub, between turns: a process that is busy is alive, too
             self.flush()
 
     def _falls_behind(self) -> bool:
@@ -2298,8 +2316,7 @@ class Connection(Process):
 
     def _say_goodbye(self, ending: Ending) -> None:
         """The close frame, and from here on the socket is on its own."""
-        if ending.code is not None:
-            self.said.append(close_frame(ending.code, ending.text))
+        self._say_close(ending)
         self.flush()
         self.closing, self.stalled, self.inbox = True, 0.0, []
         if ending.reason == ("error", "closed"):
@@ -2308,6 +2325,10 @@ class Connection(Process):
             self.reader.start(self.readable)
         if not self.out:
             self._half_close()
+
+    def _say_close(self, ending: Ending) -> None:
+        if ending.code is not None:
+            self.said.append(close_frame(ending.code, ending.text))
 
     def _linger(self, data: bytes) -> None:
         """The client's half of the close handshake: its close frame, or its end of TCP (§7.1.1)."""
@@ -2344,6 +2365,49 @@ class Connection(Process):
             self.cut()
         elif self.sock is None:
             self.lounge.leave(self)
+
+
+class EventStream(Connection):
+    """The same without an upgrade: what the handler replies goes out as server-sent events (the HTML standard, §9.2).
+
+    The client has nothing to say, and its silence means nothing: one that is gone shows when writing fails or stalls.
+    """
+
+    __slots__ = ()
+    STATUS = 200
+    ANSWERS_PINGS = False
+    PING = b":\n\n"
+    KEEPALIVE = 15.0  # seconds between pings, at most: proxies cut what is silent
+
+    def __init__(self, handler: Any, req: Request, settings: Settings, lounge: Lounge) -> None:
+        pinging = replace(settings, ping_interval=min(settings.ping_interval, self.KEEPALIVE))
+        super().__init__(handler, req, pinging, lounge)
+
+    def _handle_mailbox(self) -> None:
+        mailbox, size = self.mailbox, 0
+        for _ in range(TURN_SIZE):
+            info, count = mailbox.popleft(), len(self.said)
+            size += self._take(self.handler.websocket_info(info, self.state))
+            position = getattr(info, "position", None)
+            if position is not None and len(self.said) > count:
+                self.said[-1] = b"id: " + position.encode() + b"\n" + self.said[-1]
+            if not mailbox or size > READ_SIZE or self.out:
+                break
+
+    def _say(self, frame: Any) -> int:
+        data = encode_event(frame)
+        self.said.append(data)
+        if frame == "close" or frame[0] == "close":
+            raise Ending(None, "", "stop")
+        return len(data)
+
+    def _take_in(self, data: bytes) -> None:
+        if not data:
+            self._take_end(None)
+            self.reader.stop()
+
+    def _say_close(self, _ending: Ending) -> None:
+        self.parser.done = True  # the client's half is not awaited
 
 
 SLOW = Ending(1013, "too slow", ("error", "slow"))
@@ -2546,15 +2610,14 @@ class _WebSocketEndpoint(_Endpoint):
             log.error("%s needs nova_lite's own server: app.run() or Server(app)", name_of(self.controller))
             return HTTPError(501, "this server does not do WebSockets")
         req = Request(environ, bindings, settings.max_body)
+        if asks_for_events(environ):
+            refusal = check_origin(environ, settings) or self.refusal(req)
+            return self.answer(refusal or self.admit(EventStream, req, dict(EVENT_STREAM)), req)
         refusal = check_handshake(environ, settings) or self.refusal(req)
-        return self.answer(refusal or self.admit(req), req)
+        return self.answer(refusal or self.upgrade(req), req)
 
-    def admit(self, req: Request) -> HTTPResponse:
-        """Runs init, and says 101 if it agrees: then the server sends it, and hands over the socket."""
+    def upgrade(self, req: Request) -> HTTPResponse:
         environ, headers = req.environ, {}
-        lounge: Lounge = environ["nova_lite.lounge"]
-        if len(lounge.connections) >= lounge.limit:
-            return HTTPError(503, "there are too many connections", Retry_After="5")
         req.agreed(choose_subprotocol(environ.get("HTTP_SEC_WEBSOCKET_PROTOCOL", ""), self.settings.subprotocols))
         if req["subprotocol"]:
             headers["Sec-WebSocket-Protocol"] = req["subprotocol"]
@@ -2562,11 +2625,27 @@ class _WebSocketEndpoint(_Endpoint):
         if bits:
             window = f"; server_max_window_bits={bits}" if bits < 15 else ""
             headers["Sec-WebSocket-Extensions"] = f"permessage-deflate{NO_TAKEOVER}{window}"
-        connection = Connection(self.controller, req, self.settings, lounge, bits)
+        return self.admit(partial(Connection, bits=bits), req, headers)
+
+    def admit(self, kind: Any, req: Request, headers: dict[str, str]) -> HTTPResponse:
+        """Runs init. If it agrees, the server sends this response, and hands over the socket."""
+        lounge: Lounge = req.environ["nova_lite.lounge"]
+        if len(lounge.connections) >= lounge.limit:
+            return HTTPError(503, "there are too many connections", Retry_After="5")
+        connection = kind(self.controller, req, self.settings, lounge)
         if not connection.start():
             return HTTPError(503 if lounge.draining else 500)
-        environ["nova_lite.lobby"].append(connection)
-        return HTTPResponse(b"", 101, headers)
+        req.environ["nova_lite.lobby"].append(connection)
+        return HTTPResponse(b"", connection.STATUS, headers)
+
+
+EVENT_STREAM = {"Content-Type": "text/event-stream", "Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
+
+
+def asks_for_events(environ: Mapping[str, Any]) -> bool:
+    """Whether a GET is for server-sent events, and not for a WebSocket."""
+    accepted = [part.partition(";")[0].strip() for part in environ.get("HTTP_ACCEPT", "").lower().split(",")]
+    return "text/event-stream" in accepted and environ["REQUEST_METHOD"] == "GET" and "HTTP_UPGRADE" not in environ
 
 
 # Neither side keeps a window from one message to the next: a broadcast is compressed once, and an idle connection
@@ -2616,9 +2695,12 @@ def check_handshake(environ: Mapping[str, Any], settings: Settings = Settings())
         return HTTPError(426, "only version 13 is served here", Sec_WebSocket_Version="13")
     if not re.fullmatch(r"[A-Za-z0-9+/]{22}==", environ.get("HTTP_SEC_WEBSOCKET_KEY", "")):
         return HTTPError(400, "Sec-WebSocket-Key is missing or no 16 bytes in base64")
-    if not is_own_origin(environ, settings):
-        return HTTPError(403, "this origin may not connect")
-    return None
+    return check_origin(environ, settings)
+
+
+def check_origin(environ: Mapping[str, Any], settings: Settings) -> HTTPResponse | None:
+    """The refusal of a page from elsewhere."""
+    return None if is_own_origin(environ, settings) else HTTPError(403, "this origin may not connect")
 
 
 def is_own_origin(environ: Mapping[str, Any], settings: Settings) -> bool:
@@ -2731,6 +2813,7 @@ class RequestHandler(UpgradeHandler):
     websocket: Any
     code: Any
     provided_date: Any
+    provided_content_length: Any
     wsgi_input: Any = None  # None until the head is there
     logger = log  # gevent-websocket would set up one of its own
     MessageClass = Headers
@@ -2830,7 +2913,7 @@ class RequestHandler(UpgradeHandler):
         self.deadline = monotonic() + self.server.BODY_TIME
         try:
             gevent.pywsgi.WSGIHandler.run_application(self)
-            if lobby and self.code == 101:
+            if lobby and self.code == lobby[0].STATUS:
                 self._hand_over(lobby[0])
                 lobby.clear()
         finally:
@@ -2854,16 +2937,17 @@ class RequestHandler(UpgradeHandler):
                 left -= len(part)
 
     def process_result(self) -> None:
-        if self.environ["nova_lite.lobby"] and self.code == 101:
-            extra = [
-                header for header in self.response_headers if header[0] not in (b"Content-Type", b"Content-Length")
-            ]
+        lobby = self.environ["nova_lite.lobby"]
+        if not lobby or self.code != lobby[0].STATUS:
+            super().process_result()
+            return
+        headers = [header for header in self.response_headers if header[0] != b"Content-Length"]  # bottle's, of nothing
+        if self.code == 101:
             self.upgrade_connection()
             self._disarm(self.environ.pop("wsgi.websocket"))
-            self.response_headers += extra
-            self.write(b"")
-        else:
-            super().process_result()
+            headers = self.response_headers + [header for header in headers if header[0] != b"Content-Type"]
+        self.response_headers, self.provided_content_length, self.close_connection = headers, True, True
+        self.write(b"")
 
     def _disarm(self, websocket: Any) -> None:
         """gevent-websocket's object is not used. Its __del__ would write a close frame; and it holds this handler,
@@ -4297,8 +4381,12 @@ class CommentsHandler(WebSocketHandler):
 
 
 class NotificationsHandler(WebSocketHandler):
+    """Who asks with `?since=`, empty at first, is told positions, and gets what it has missed when it comes back."""
+
     def init(self, state: Any) -> Any:
-        pubsub.join("notes")
+        since = state["req"]["since"]
+        self.as_text = as_json if since is None else as_json_with_position
+        pubsub.join("notes", since=since or None)
         return "ok", state
 
     def websocket_handle(self, frame: Frame, state: Any) -> Any:
@@ -4310,7 +4398,7 @@ class NotificationsHandler(WebSocketHandler):
     def websocket_info(self, info: Any, state: Any) -> Any:
         match info:
             case ("nova_pubsub", "notes", _sender, _topic, _payload):
-                return "reply", ("text", info.once(as_json)), state
+                return "reply", ("text", info.once(self.as_text)), state
             case ("nova_resync", "notes"):  # something may be missing: the page asks for all notes again
                 return "reply", ("text", '{"event": "nova_resync", "data": null}'), state
         return "ok", state
@@ -4318,6 +4406,10 @@ class NotificationsHandler(WebSocketHandler):
 
 def as_json(message: Message) -> str:
     return json.dumps({"event": message[3], "data": message[4]})
+
+
+def as_json_with_position(message: Message) -> str:
+    return json.dumps({"event": message[3], "data": message[4], "position": message.position})
 
 
 class NoteIndexer(GenServer):
@@ -4362,6 +4454,7 @@ def start_indexer(notes: Notes) -> Any:
 
 def demo(notes: Notes) -> Nova:
     """The tutorial's application."""
+    pubsub.keep("notes")
     api = NotesController(notes)
     page = {"Content-Type": "text/html; charset=utf-8"}
     return Nova([

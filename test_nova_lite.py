@@ -1445,6 +1445,7 @@ KEYS = [
     "peer",
     "auth_data",
     "subprotocol",
+    "since",
 ]
 
 
@@ -4050,7 +4051,7 @@ def test_functions_are_short():
 
 
 def test_it_stays_lite():
-    assert sum(map(bool, map(str.strip, ABOVE.splitlines()))) < 3300  # lines that are not blank
+    assert sum(map(bool, map(str.strip, ABOVE.splitlines()))) < 3800  # lines that are not blank
     assert BELOW.count("\n") < 900
 
 
@@ -4107,6 +4108,243 @@ def test_the_docstrings_program_is_the_readmes():
         return "".join(text.split())
 
     assert squeeze(program) in squeeze(nova_lite.__doc__)
+
+
+# -- events without WebSockets ----------------------------------------------------------------------------------------
+
+
+@contextmanager
+def events(server, path="/ws", **headers):
+    """(socket, its head): a client of server-sent events."""
+    lines = {"Host": "localhost", "Accept": "text/event-stream", **headers}
+    with bare(
+        server,
+        f"GET {path} HTTP/1.1\r\n".encode()
+        + b"".join(b"%b: %b\r\n" % (name.replace("_", "-").encode(), value.encode()) for name, value in lines.items())
+        + b"\r\n",
+    ) as sock:
+        yield sock, read_until(sock, b"\r\n\r\n")
+
+
+def read_until(sock, end):
+    data = b""
+    while end not in data and (more := sock.recv(1)):
+        data += more
+    return data
+
+
+def test_a_get_that_accepts_events_runs_the_same_handler_and_its_replies_are_events():
+    class Handler(Channel):
+        def websocket_info(self, info, state):
+            return "reply", [("text", info[4]), "ping"], state
+
+    with serving(("/ws", Handler, {"protocol": "ws"})) as server, events(server) as (sock, head):
+        assert head.startswith(b"HTTP/1.1 200 OK\r\n")
+        lines = head.split(b"\r\n")
+        assert {b"Content-Type: text/event-stream", b"Cache-Control: no-cache", b"Connection: close"} <= set(lines)
+        assert not re.search(rb"Content-Length|Transfer-Encoding|Upgrade", head)
+        (connection,) = pubsub.get_members("c")
+        assert server.lounge.connections == {connection}
+        pubsub.broadcast("c", "t", "one\ntwo\r\nthree\n")
+        assert read_until(sock, b":\n\n") == b"data: one\ndata: two\ndata: three\ndata: \n\n:\n\n"
+
+
+class Channel(WebSocketHandler):
+    """Joins where the client says, and tells it all."""
+
+    def init(self, state):
+        pubsub.join("c", since=state["req"]["since"])
+        return "ok", state
+
+    def websocket_info(self, info, state):
+        return "reply", ("text", str(info[-1])), state
+
+
+@pytest.mark.parametrize(
+    ("headers", "status"),
+    [
+        ({"Accept": "text/html"}, 426),
+        ({"Accept": "text/html, Text/Event-Stream;q=0.9"}, 200),
+        ({"Origin": "https://elsewhere.example"}, 403),
+        ({"Origin": "http://localhost"}, 200),
+        ({"Cookie": "no=1"}, 401),
+    ],
+)
+def test_the_gate_of_events_is_that_of_websockets(headers, status):
+    def security(req):
+        return "no" not in req["cookies"]
+
+    with serving(("/ws", Channel, {"protocol": "ws"}), security=security) as server:
+        with events(server, **headers) as (_, head):
+            assert head.startswith(b"HTTP/1.1 %d " % status)
+
+
+def test_events_have_the_same_limit_of_connections():
+    with Server(Nova([{"routes": [("/ws", Channel, {"protocol": "ws"})]}]), port=0, max_connections=1) as server:
+        with events(server), events(server) as (_, head):
+            assert head.startswith(b"HTTP/1.1 503 ")
+
+
+def test_an_init_that_refuses_is_a_500_for_events_too(caplog):
+    class Handler(WebSocketHandler):
+        def init(self, state):
+            return "stop", state
+
+    with serving(("/ws", Handler, {"protocol": "ws"})) as server, events(server) as (_, head):
+        assert head.startswith(b"HTTP/1.1 500 ")
+
+
+@pytest.mark.parametrize("answer", [("reply", "close"), ("stop",), ("reply", ("close", 1000, ""))], ids=str)
+def test_a_handler_ends_its_events(answer):
+    class Handler(Channel):
+        def websocket_info(self, info, state):
+            return *answer, state
+
+    with serving(("/ws", Handler, {"protocol": "ws"})) as server, events(server) as (sock, _):
+        pubsub.broadcast("c", "t", 1)
+        assert read_to_end(sock) == b""
+
+
+def test_a_binary_frame_is_no_event_and_ends_the_connection(caplog):
+    class Handler(Channel):
+        def websocket_info(self, info, state):
+            return "reply", ("binary", b"x"), state
+
+    with serving(("/ws", Handler, {"protocol": "ws"})) as server, events(server) as (sock, _):
+        pubsub.broadcast("c", "t", 1)
+        assert read_to_end(sock) == b""
+    assert crashes(caplog)
+
+
+def test_a_client_of_events_that_hangs_up_is_gone_at_once_and_silence_is_none():
+    with serving(("/ws", Channel, {"protocol": "ws"}), idle_timeout=0.1, ping_interval=0.2) as server:
+        with events(server) as (sock, _):
+            assert read_until(sock, b":\n\n:\n\n") == b":\n\n:\n\n"  # more than one idle_timeout later
+            sock.sendall(b"GET / HTTP/1.1\r\n\r\n")  # what it says is of no interest
+            assert pubsub.get_members("c")
+        until(lambda: not pubsub.get_members("c") and not server.lounge.connections)
+
+
+def test_a_client_of_events_that_does_not_read_is_cut():
+    with serving(("/ws", Channel, {"protocol": "ws"}), send_timeout=0.2) as server, events(server):
+        for _ in range(200):
+            pubsub.broadcast("c", "t", "x" * 100_000)
+        until(lambda: not pubsub.get_members("c"))
+
+
+def test_a_server_that_stops_ends_events():
+    with serving(("/ws", Channel, {"protocol": "ws"})) as server:
+        with events(server) as (sock, _):
+            server.stop()
+            assert read_to_end(sock) == b""
+
+
+def test_events_have_ids_and_last_event_id_brings_what_was_missed(kept):
+    with serving(("/ws", Channel, {"protocol": "ws"})) as server:
+        with events(server) as (sock, _):
+            pubsub.broadcast("c", "t", "one")
+            seen = read_until(sock, b"\n\n")
+            position = re.fullmatch(rb"id: (\w+\.1)\ndata: one\n\n", seen)[1].decode()
+        until(lambda: not pubsub.get_members("c"))
+        pubsub.broadcast("c", "t", "two")
+        pubsub.broadcast("c", "t", "three")
+        with events(server, Last_Event_ID=position) as (sock, _):
+            pubsub.broadcast("c", "t", "four")
+            texts = re.findall(rb"data: (\w+)", read_until(sock, b"four\n\n"))
+            assert texts == [b"two", b"three", b"four"]
+
+
+# -- replay -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def kept():
+    pubsub.keep("c", size=3)
+    yield
+    del pubsub._kept["c"]
+    for channel in ("c", "other"):
+        pubsub.leave(channel)
+
+
+@pytest.mark.parametrize("heard", range(4))
+def test_who_joins_at_a_position_gets_what_came_behind_it_and_then_what_comes(kept, heard):
+    positions = [pubsub.get_position("c")]
+    for number in range(3):
+        pubsub.broadcast("c", "t", number)
+        positions.append(pubsub.get_position("c"))
+    pubsub.join("c", since=positions[heard])
+    pubsub.broadcast("c", "t", 3)
+    assert [message[4] for message in drain()] == [0, 1, 2, 3][heard:]
+
+
+def test_a_message_knows_its_position(kept):
+    pubsub.join("c")
+    for number in range(3):
+        pubsub.broadcast("c", "t", number)
+        assert expect().position == pubsub.get_position("c")
+
+
+@pytest.mark.parametrize("since", ["", "1", "x.1", "deadbeef.1", "1.-1", "1.٣", 7, b"1.1", None], ids=repr)
+def test_a_position_of_another_life_or_of_no_kind_is_answered_by_a_resync(kept, since):
+    pubsub.broadcast("c", "t", 1)
+    pubsub.join("c", since=since)
+    assert drain() == ([] if since is None else [("nova_resync", "c")])
+
+
+def test_a_position_that_is_too_old_or_not_yet_reached_is_answered_by_a_resync(kept):
+    life, _, _ = pubsub.get_position("c").partition(".")
+    for number in range(5):
+        pubsub.broadcast("c", "t", number)
+    for number, missed in [(1, None), (2, [2, 3, 4]), (5, []), (6, None)]:
+        pubsub.join("c", since=f"{life}.{number}")
+        messages = drain()
+        assert messages == [("nova_resync", "c")] if missed is None else [m[4] for m in messages] == missed
+        pubsub.leave("c")
+
+
+def test_what_is_older_than_the_time_limit_is_not_kept(monkeypatch):
+    pubsub.keep("c", seconds=60)
+    try:
+        position = pubsub.get_position("c")
+        pubsub.broadcast("c", "t", 1)
+        now = time.monotonic()
+        monkeypatch.setattr(nova_lite, "monotonic", lambda: now + 61)
+        pubsub.join("c", since=position)
+        assert drain() == [("nova_resync", "c")]
+    finally:
+        pubsub.leave("c")
+        del pubsub._kept["c"]
+
+
+def test_joining_again_replays_nothing_and_a_channel_that_is_not_kept_resyncs(kept):
+    position = pubsub.get_position("c")
+    pubsub.join("c")
+    pubsub.broadcast("c", "t", 1)
+    assert len(drain()) == 1
+    pubsub.join("c", since=position)
+    assert drain() == []
+    pubsub.join("other", since=position)
+    assert drain() == [("nova_resync", "other")]
+    assert pubsub.get_position("other") is None
+
+
+@pytest.mark.parametrize("limits", [{"size": 0}, {"seconds": 0}], ids=str)
+def test_a_history_of_nothing_is_refused(limits):
+    with pytest.raises(ValueError, match="a history has a size and a time"):
+        pubsub.keep("c", **limits)
+
+
+def test_a_client_that_was_cut_off_gets_the_notes_that_it_has_missed(demo):
+    with ws(demo, "/notifications?since=") as client:
+        assert demo.notes("POST", "", NOTE)[0] == 201
+        position = json.loads(client.recv(PATIENCE))["position"]
+    titles = [f"missed {number}" for number in range(10)]
+    for title in titles:
+        demo.notes("POST", "", {**NOTE, "title": title})
+    with ws(demo, f"/notifications?since={position}") as client:
+        demo.notes("POST", "", {**NOTE, "title": "live"})
+        heard = [json.loads(client.recv(PATIENCE)) for _ in range(11)]
+    assert [event["data"]["title"] for event in heard] == [*titles, "live"]
 
 
 # -- the benchmark, tested --------------------------------------------------------------------------------------------
