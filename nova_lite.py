@@ -985,7 +985,11 @@ def cast(server: Pid | str, request: Any) -> str:
 
 def reply(from_: tuple[Pid, Pid], value: Any) -> str:
     """Answers a call from anywhere; `from_` is what handle_call was given (gen_server:reply/2)."""
-    from_[1].send(("reply", value))
+    try:
+        from_[1].send(("reply", value))
+    except (TypeError, ValueError) as error:  # it cannot cross to the caller's node: no reason for the server to die
+        log.error("%r cannot answer %r: %s", self_pid(), from_[0], error)
+        from_[1].send(("DOWN", str(error)))
     return "ok"
 
 
@@ -3195,22 +3199,24 @@ def run(
         options["reuse_port"], name = True, f"{name or _node}-{number}"
     _warn_unless_patched()
     _raise_descriptor_limit()
-    if cluster is not None:
-        pubsub.connect(cluster, name)
     try:
-        _serve(app, host, port, min(drain_time, 0.3) if reload else drain_time, options)
+        _serve(app, host, port, min(drain_time, 0.3) if reload else drain_time, options, cluster, name)
     finally:
         if cluster is not None:
             pubsub.disconnect()
 
 
-def _serve(app: Any, host: str, port: int, drain_time: float, options: dict[str, Any]) -> None:
+def _serve(
+    app: Any, host: str, port: int, drain_time: float, options: Any, cluster: str | None, name: str | None
+) -> None:
     asked_to_stop = gevent.event.Event()
     with Server(app, host, port, drain_time=drain_time, **options) as server:
         watchers = [gevent.signal_handler(sign, _on_signal, asked_to_stop) for sign in (signal.SIGINT, signal.SIGTERM)]
         orphaned = _on_orphaned(asked_to_stop.set)
-        scheme, name = "https" if server.ssl_enabled else "http", f"[{host}]" if ":" in host else host
-        log.info("serving on %s://%s:%d/ (Ctrl-C stops)", scheme, name, server.port)
+        if cluster is not None:
+            pubsub.connect(cluster, name)
+        scheme, shown = "https" if server.ssl_enabled else "http", f"[{host}]" if ":" in host else host
+        log.info("serving on %s://%s:%d/ (Ctrl-C stops)", scheme, shown, server.port)
         log.info("the descriptor limit allows %d WebSockets", server.lounge.limit)
         asked_to_stop.wait()
         log.info("stopping: %d requests and WebSockets to finish", server.unfinished())
@@ -3562,7 +3568,7 @@ class Redis:
     def __init__(self, url: str) -> None:
         self.module = _package("redis")
         parts = urlsplit(url)
-        query = dict(parse_qsl(parts.query))
+        query = dict(parse_qsl(parts.query, keep_blank_values=True))
         self.prefix = query.pop("prefix", "nova") + ":"
         place = url.partition("://")[2].rpartition("@")[2].partition("?")[0]
         self.title = f"{parts.scheme}://{place}"  # for the log: no password, not even one with a slash
@@ -3666,6 +3672,7 @@ class Cluster:
         self.nodes: dict[bytes, Node] = {}  # the others
         self.line: Line | None = None  # None while there is none
         self.up = False  # our hello has been said over this line
+        self.missed = False  # there was a time without a line
         self.was_up = gevent.event.Event()  # ... or over an earlier one
         self.sequence = 0  # of our last delta
         self.changes: list[Any] = []  # for the next one
@@ -3753,7 +3760,7 @@ class Cluster:
 
     def _hang_up(self) -> None:
         """The line is dead. What it has not carried is lost; who waits for it is let go."""
-        line, self.line, self.up = self.line, None, False
+        line, self.line, self.up, self.missed = self.line, None, False, True
         if line is not None:
             line.close()
             for channel, _ in line.outbox:
@@ -3956,9 +3963,7 @@ class Cluster:
         """A delta; one that the state has overtaken is old."""
         node = self.nodes.get(id)
         if node is None or sequence > node.sequence + 1:
-            self._ask_for_state(id)
-            if node is not None:
-                self._resync(list(self.pubsub._channels))
+            self._missed_something(id)
             return
         if sequence <= node.sequence:  # a connection that was given up may still say what a newer one has overtaken
             return
@@ -3970,6 +3975,12 @@ class Cluster:
                 self.pubsub._tell(channel, change, RemotePid(self, id, serial))
             if not members:
                 del node.members[channel]
+
+    def _missed_something(self, id: bytes) -> None:
+        """A gap in what a node says; or all of it, so far."""
+        self._ask_for_state(id)
+        if id in self.nodes:
+            self._resync(list(self.pubsub._channels))
 
     def _ask_for_state(self, id: bytes) -> None:
         """Once a second at most."""
@@ -4055,7 +4066,8 @@ class Cluster:
         self.sequence += 1  # who has changed while the line was down was told by no delta
         self._say("nodes", "", "hello", self.name, self.sequence, self._members())
         self._tell_what_is_lost()
-        if again:
+        if self.missed:
+            self.missed = False
             self._watch_again()
             self._resync(list(self.pubsub._channels))
 
@@ -4099,8 +4111,8 @@ class Cluster:
             case ["delta", int(sequence), list(changes)]:
                 self._apply(id, sequence, changes)
             case ["beat", int(sequence)]:
-                if id not in self.nodes or self.nodes[id].sequence != sequence:
-                    self._ask_for_state(id)
+                if id not in self.nodes or self.nodes[id].sequence < sequence:
+                    self._missed_something(id)
             case ["resync", None]:
                 self._resync(list(self.pubsub._channels))
             case ["resync", list(channels)]:
