@@ -2169,6 +2169,7 @@ class Connection(Process):
                 size = 0
             if self.out or number == TURN_SIZE:  # the rest waits for its turn, or until the client has read
                 self.inbox = inbox[number:] + self.inbox
+                self.unhandled += sum(len(frame[-1]) for frame in inbox[number:] if type(frame) is tuple)
                 break
             if type(frame) is not tuple:
                 self._handle_event(frame)
@@ -4792,7 +4793,7 @@ class CommentsHandler(WebSocketHandler):
 
     def websocket_info(self, info: Any, state: Any) -> Any:
         match info:
-            case ("nova_pubsub", "comments", _sender, "new_comment", text):
+            case ("nova_pubsub", "comments", _sender, "new_comment", text) if isinstance(text, str):
                 return "reply", ("text", text), state
         return "ok", state
 
@@ -4849,10 +4850,10 @@ class NoteIndexer(GenServer):
 
     def handle_info(self, info: Any, state: Any) -> Any:
         match info:
-            case ("nova_pubsub", "notes", _sender, "note_created" | "note_updated", note):
-                log.info("indexing note %s: %s", note["id"], note["title"])
-                state[note["id"]] = words_of(note)
-            case ("nova_pubsub", "notes", _sender, "note_deleted", {"id": id}):
+            case ("nova_pubsub", "notes", _, "note_created" | "note_updated", {"id": int(id), "title": title, "body": _}):
+                log.info("indexing note %s: %s", id, title)
+                state[id] = words_of(info[4])
+            case ("nova_pubsub", "notes", _sender, "note_deleted", {"id": int(id)}):
                 log.info("removing note %s from the index", id)
                 state.pop(id, None)
             case ("nova_resync", "notes"):

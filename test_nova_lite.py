@@ -5580,6 +5580,18 @@ def test_a_package_that_is_missing_is_named_in_one_line(tmp_path, missing, args,
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.parametrize("payload", [None, {}, {"id": 7}, {"id": [7], "title": "", "body": ""}, "x"], ids=str)
+def test_the_indexer_survives_what_a_stranger_broadcasts(begin, payload):
+    notes = nova_lite.Notes(":memory:")
+    indexer = begin(start_link, nova_lite.NoteIndexer, notes, "note_indexer")
+    for topic in ("note_created", "note_deleted"):
+        pubsub.broadcast("notes", topic, payload)
+    assert call(indexer, ("search", "x")) == []
+    unlink(indexer)
+    stop(indexer)
+    notes.close()
+
+
 def test_a_resync_reaches_the_page_and_the_indexer_reads_the_notes_again(tmp_path, begin):
     notes = nova_lite.Notes(str(tmp_path / "notes.db"))
     begin(start_link, nova_lite.NoteIndexer, notes, "note_indexer")
