@@ -2535,9 +2535,10 @@ class Nova(bottle.Bottle):
         super().__init__()
         self.settings = _settings(Settings(), settings)
         for group in [groups] if isinstance(groups, Mapping) else groups:
-            self._add_group(group)
+            self.add(group)
 
-    def _add_group(self, group: Mapping[str, Any]) -> None:
+    def add(self, group: Mapping[str, Any]) -> None:
+        """One more group of routes."""
         unknown = set(group) - {"prefix", "security", "routes", "plugins"}
         if unknown:
             raise ValueError(f"a group of routes has no {', '.join(sorted(unknown))}")
@@ -4382,7 +4383,7 @@ def board(app: Nova, path: str = "/board", security: Any = False) -> None:
         ("/", lambda _req: ("status", 200, page, BOARD), {"methods": ["get"]}),
         ("/live", BoardHandler, {"protocol": "ws"}),
     ]
-    app._add_group({"prefix": path, "security": security, "routes": routes})
+    app.add({"prefix": path, "security": security, "routes": routes})
 
 
 Nova.stats, Nova.board = stats, board
@@ -4393,56 +4394,62 @@ BOARD = """<!doctype html>
 <title>Board</title><link rel="icon" href="data:,">
 <style>
   :root { color-scheme: light dark; --bg: #f6f5f2; --card: #fff; --ink: #1d1c1a; --dim: #6b6760; --line: #e3e0da;
-          --accent: #b3263a; --good: #2c7a4b; --warn: #a35b00 }
+    --accent: #b3263a; --good: #2c7a4b; --warn: #a35b00 }
   @media (prefers-color-scheme: dark) { :root { --bg: #171614; --card: #211f1d; --ink: #eeebe6; --dim: #a29c92;
-          --line: #37332f; --accent: #f0788a; --good: #6cc592; --warn: #e8a64c } }
-  * { box-sizing: border-box } h1, h2, p, dd, dl { margin: 0 } a { color: inherit } .up { color: var(--good) }
+    --line: #37332f; --accent: #f0788a; --good: #6cc592; --warn: #e8a64c } } * { box-sizing: border-box }
+  h1, h2, p, dd, dl { margin: 0 } a { color: inherit } .up { color: var(--good) }
   body { margin: 0 auto; max-width: 84rem; padding: 1.25rem 1rem; background: var(--bg); color: var(--ink);
-         font: 15px/1.45 system-ui, sans-serif; font-variant-numeric: tabular-nums }
+    font: 15px/1.45 system-ui, sans-serif; font-variant-numeric: tabular-nums }
   header, .bar { display: flex; flex-wrap: wrap; gap: .5rem 1rem; align-items: center } h2 { font-size: 1.05rem }
-  h1 { font-size: 1.35rem; overflow-wrap: anywhere } #about, .bar .note { margin-right: auto } .old main { opacity: .5 }
-  #state { font-size: .875rem; padding: .15rem .7rem; border: 1px solid; border-radius: 1rem }
-  main { display: grid; grid-template-columns: minmax(0, 1fr); gap: 1rem; margin-top: 1rem } #nodes input { display: none }
+  h1 { font-size: 1.35rem; overflow-wrap: anywhere } #about, .bar .note { margin-right: auto }
+  #state { font-size: .875rem; padding: .15rem .7rem; border: 1px solid; border-radius: 1rem } .old main { opacity: .5 }
+  main { display: grid; grid-template-columns: minmax(0, 1fr); gap: 1rem; margin-top: 1rem }
+  .right { text-align: right }
   section, .tile { background: var(--card); border: 1px solid var(--line); border-radius: .75rem; min-width: 0 }
   dl { display: grid; grid-template-columns: repeat(auto-fit, minmax(11rem, 1fr)); gap: 1rem }
-  .tile { display: flex; flex-direction: column } .tile, .bar, .empty { padding: .75rem 1rem } .right { text-align: right }
-  .figure { font-size: 1.5rem; font-weight: 600; line-height: 1.3 } .empty:empty { display: none }
+  .tile { display: flex; flex-direction: column } .tile, .bar, .empty { padding: .75rem 1rem }
+  .figure { font-size: 1.5rem; font-weight: 600; line-height: 1.3 } .empty:empty, #nodes input { display: none }
   #about, dt, .note, .empty { color: var(--dim) } .down, .hot .figure, .slow .state { color: var(--warn) }
-  svg { display: block; width: 100%; height: 1.1rem } .tile svg { height: 2.25rem } .tile :last-child { margin-top: auto }
+  svg { display: block; width: 100%; height: 1.1rem } .tile svg { height: 2.25rem }
   polyline { fill: none; stroke: var(--accent); stroke-width: 1.5px; vector-effect: non-scaling-stroke }
-  input, button { font: inherit; color: inherit; background: var(--bg); border: 1px solid var(--line); padding: .3rem .6rem;
-    border-radius: .4rem } button { cursor: pointer } button:hover { border-color: var(--dim) } input { width: 14rem }
-  [aria-pressed=true] { background: var(--accent); color: var(--card) } dt, .note { font-size: .85rem }
+  input, button { font: inherit; color: inherit; background: var(--bg); border: 1px solid var(--line);
+    padding: .3rem .6rem; border-radius: .4rem } button { cursor: pointer } button:hover { border-color: var(--dim) }
+  input { width: 14rem } [aria-pressed=true] { background: var(--accent); color: var(--card) }
+  dt, .note { font-size: .85rem }
   .scroll { max-height: 34rem; overflow: auto; overflow-anchor: none; contain: content; border-radius: 0 0 .7rem .7rem }
-  table { border-spacing: 0; width: 100%; font-size: .875rem } .chart { width: 30%; min-width: 6rem }
+  tbody tr:last-child > * { border-bottom: 0 } table { border-spacing: 0; width: 100%; font-size: .875rem }
+  .chart { width: 30%; min-width: 6rem } .tile dd:last-child { margin-top: auto }
   th, td { text-align: left; font-weight: inherit; padding: .3rem .75rem; border-bottom: 1px solid var(--line);
     white-space: nowrap; max-width: 18rem; overflow: hidden; text-overflow: ellipsis }
   tr > :first-child { position: sticky; left: 0; padding-left: 1rem; background: var(--card) }
   thead th { position: sticky; top: 0; z-index: 1; background: var(--card); color: var(--dim) }
-  thead th:first-child { z-index: 2 } th[aria-sort] { color: var(--ink); font-weight: 600 } .right { padding-right: 1rem }
+  thead th:first-child { z-index: 2 } th[aria-sort] { color: var(--ink); font-weight: 600 }
   th button { border: 0; background: none; padding: .2rem 0 } .right button { margin-right: -.8em }
-  th button::after { content: "▼"; font-size: .6em; display: inline-block; width: 1.33em; text-align: right; opacity: 0 }
-  [aria-sort] button::after { opacity: 1 } [aria-sort=ascending] button::after { content: "▲" }
-  :focus-visible { outline: 2px solid var(--accent); outline-offset: 1px } .scroll:focus-visible { outline-offset: -2px }
+  th button::after { content: "▼"; font-size: .6em; display: inline-block; width: 1.33em; text-align: right;
+    opacity: 0 } [aria-sort] button::after { opacity: 1 } [aria-sort=ascending] button::after { content: "▲" }
+  tr > .right { padding-right: 1rem } :focus-visible { outline: 2px solid var(--accent); outline-offset: -1px }
   @media (min-width: 64rem) { main { grid-template-columns: minmax(0, 2fr) minmax(0, 3fr) }
     dl, #processes, [hidden] + #channels { grid-column: 1 / -1 } section:not(#processes) .scroll { max-height: 18rem } }
-  @media (max-width: 40rem) { body { padding: .75rem .5rem } dl { grid-template-columns: 1fr 1fr } main, dl { gap: .5rem }
-    .tile { padding: .6rem .75rem } input { width: 100%; font-size: 16px } #about { order: 1; width: 100% }
-    h1 { margin-right: auto } .scroll { max-height: 70vh } tr > :first-child { max-width: 8rem } }
+  @media (max-width: 40rem) { body { padding: .75rem .5rem } dl { grid-template-columns: 1fr 1fr }
+    main, dl { gap: .5rem } .tile { padding: .6rem .75rem } input { width: 100%; font-size: 16px } #about { order: 1;
+    width: 100% } h1 { margin-right: auto } .scroll { max-height: 70vh } tr > :first-child { max-width: 8rem } }
 </style>
 <header><h1 id="node">Board</h1><p id="about">nova_lite</p>
   <span id="state" class="down" role="status">connecting</span><a id="login" href="" hidden>Log in again</a>
   <button id="pause" aria-pressed="false">Pause</button>
   <form method="post" action="" hidden><button>Log out</button></form></header>
 <main id="main"><dl id="tiles"></dl></main>
-<template id="chart"><svg viewBox="0 -1 60 22" preserveAspectRatio="none" aria-hidden="true"><polyline/></svg></template>
-<template id="table"><section><div class="bar"><h2></h2><span class="note"></span><input type="search" placeholder="Filter">
-  </div><div class="scroll" tabindex="0" role="region"><table><thead><tr></tr></thead><tbody></tbody></table>
-  <p class="empty"></p></div></section></template>
+<template id="chart"><svg viewBox="0 -1 60 22" preserveAspectRatio="none" aria-hidden="true"><polyline/></svg>
+</template>
+<template id="table"><section>
+  <div class="bar"><h2></h2><span class="note"></span><input type="search" placeholder="Filter"></div>
+  <div class="scroll" tabindex="0" role="region">
+    <table><thead><tr></tr></thead><tbody></tbody></table><p class="empty"></p></div></section></template>
 <script>
 "use strict";
 const $ = id => document.getElementById(id), made = id => $(id).content.firstElementChild.cloneNode(true);
-const number = value => (value < 10 ? Math.round(value * 10) / 10 : Math.round(value)).toLocaleString("en");
+const english = new Intl.NumberFormat("en", { maximumFractionDigits: 1 });
+const number = value => english.format(value < 10 ? value : Math.round(value));
 const size = bytes => bytes < 1e9 ? `${number(bytes / 1e6)} MB` : `${(bytes / 1e9).toFixed(2)} GB`;
 const age = time => [[86400, "d"], [3600, "h"], [60, "min"], [1, "s"]].filter(([length]) => time >= length).map(
   ([length, unit]) => `${Math.floor(time / length)} ${unit}`)[0] || "0 s";
@@ -4462,7 +4469,7 @@ function record(name, value) {
   series.set(name, [...points, [now.uptime_seconds, value]]);
 }
 function plot(svg, name, least) {  // the newest at the right, the highest (or `least`) at the top; answers the highest
-  const points = series.get(name), highest = Math.max(...points.map(([, value]) => value)), top = Math.max(least, highest);
+  const points = series.get(name), highest = Math.max(...points.map(point => point[1])), top = Math.max(least, highest);
   const place = ([at, value]) => `${(SPAN + at - now.uptime_seconds).toFixed(1)},${(20 - 20 * value / top).toFixed(1)}`;
   const line = points.map(place).join(" ");
   if (svg.line !== line) svg.firstElementChild.setAttribute("points", svg.line = line);
@@ -4473,8 +4480,8 @@ const tiles = [  // title, what the chart shows, figure, note, the least at the 
   ["Memory", "memory_bytes", () => size(now.memory_bytes), peak => `peak ${size(peak)}`, 1],
   ["Connections", "connections", () => number(now.connections), () => `of ${number(now.max_connections)}`, 10],
   ["Messages/s", "rate", () => number(now.rate), peak => `peak ${number(peak)}`, 10],
-  ["Slow, closed", "closing", () => number(now.slow_closed), () => `slow now: ${number(now.slow)}`, 1, true],
-  ["Dropped", "dropping", () => number(now.messages_dropped), () => "messages to slow", 1, true],
+  ["Slow clients", "closing", () => number(now.slow_closed), () => `closed, ${number(now.slow)} slow now`, 1, true],
+  ["Messages dropped", "dropping", () => number(now.messages_dropped), () => "for slow clients", 1, true],
 ].map(([title, name, figure, note, least, alarm]) => {
   const nodes = ["figure", "note"].map(className => element("dd", { className })), chart = made("chart");
   const box = element("div", {}, element("dt", { textContent: title }), ...nodes, element("dd", {}, chart));
@@ -4512,18 +4519,23 @@ function table(name, key, by, columns) {  // columns: title, property (none: a c
     element(index ? "td" : "th", { className: look(column) }, ...(column[1] ? [] : [made("chart")]))));
   return (items, total) => {  // rows are changed and moved, not made again: focus, selection and scrolling stay
     const words = filter.value.toLowerCase().split(" "), texts = columns.filter(column => column[1] && !column[2]);
-    const has = item => [item[key], ...texts.map(column => item[column[1]])].join(" ").toLowerCase();
-    const wanted = filter.value ? items.filter(item => words.every(word => has(item).includes(word))) : [...items];
+    const text = item => [item[key], ...texts.map(column => item[column[1]])].join(" ").toLowerCase();
+    const has = item => { const all = text(item); return words.every(word => all.includes(word)); };
+    const wanted = filter.value ? items.filter(has) : [...items];
     const shown = wanted.sort(compare).slice(0, MOST), ids = new Set(shown.map(item => item[key]));
     for (const [id, row] of rows) if (!ids.has(id) && rows.delete(id)) row.remove();
     let place = body.firstChild;
     for (const item of shown) {
       const row = rows.get(item[key]) || newRow();
       rows.set(item[key], row);
-      columns.forEach(([, name, format], index) => name ? write(row.children[index], format ? format(item[name]) : item[name])
-        : plot(row.children[index].firstChild, "#" + item[key], 1));
+      columns.forEach(([, name, format = text => text], index) => name
+        ? write(row.children[index], format(item[name])) : plot(row.children[index].firstChild, "#" + item[key], 1));
       write(row, item.state || "", "className");
-      if (place && place.nextSibling === row) { place.remove(); place = row; }
+      const stays = row.value === (row.value = item[columns[by][1]]);  // those that do have kept their order
+      for (let other = place; stays && other && other !== row; other = place) {
+        place = other.nextSibling;
+        other.remove();
+      }
       if (place === row) place = row.nextSibling; else body.insertBefore(row, place);
     }
     write(find(".note"), number(shown.length) + (shown.length < total ? ` of ${number(total)}` : ""));
@@ -4532,11 +4544,11 @@ function table(name, key, by, columns) {  // columns: title, property (none: a c
 }
 const drawNodes = table("nodes", "id", 0, [["Node", "name"], ["Id", "id"], ["Members", "members", number],
   ["Silent", "silent_seconds", seconds => `${seconds.toFixed(1)} s`]]);
-const drawChannels = table("channels", "channel", 3, [["Channel", "channel"], ["Last minute"], ["Messages/s", "rate", number],
-  ["Members", "members", number], ["Here", "local_members", number]]);
-const drawProcesses = table("processes", "pid", 2, [["Process", "title"], ["State", "state"], ["Mailbox", "mailbox", number],
-  ["Handled/s", "rate", number], ["Handled", "handled", number], ["Age", "age_seconds", age], ["Handler", "handler"],
-  ["Channels", "channels"], ["Peer", "peer"]]);
+const drawChannels = table("channels", "channel", 3, [["Channel", "channel"], ["Last minute"],
+  ["Messages/s", "rate", number], ["Members", "members", number], ["Here", "local_members", number]]);
+const drawProcesses = table("processes", "pid", 2, [["Process", "title"], ["State", "state"],
+  ["Mailbox", "mailbox", number], ["Handled/s", "rate", number], ["Handled", "handled", number],
+  ["Age", "age_seconds", age], ["Handler", "handler"], ["Channels", "channels"], ["Peer", "peer"]]);
 function redraw() { frame = frame || requestAnimationFrame(draw); }  // not while nobody sees it
 function draw() {
   frame = 0;
@@ -4555,11 +4567,14 @@ function take(data) {  // what is a rate is the difference from the last time
   const same = now && now.node === data.node && now.uptime_seconds <= data.uptime_seconds, was = same ? now : data;
   const time = data.uptime_seconds - was.uptime_seconds, rate = (value, old) => time && Math.max(0, value - old) / time;
   if (same && time < 0.5) return;  // too short for a rate
-  const items = data => [...data.channels, ...data.processes], id = item => item.pid || "#" + item.channel;
-  const total = item => item.pid ? item.handled : item.messages, old = new Map(items(was).map(item => [id(item), item]));
-  for (const item of items(data)) item.rate = rate(total(item), total(old.get(id(item)) || item));
-  for (const item of data.processes) Object.assign(item, { handler: item.handler || "", peer: item.peer || "",
-    channels: item.channels.join(", "), title: `${item.name || ""} ${item.pid.replace(`<${data.node}.`, "<0.")}`.trim() });
+  for (const [kind, key, total] of [["channels", "channel", "messages"], ["processes", "pid", "handled"]]) {
+    const old = new Map(was[kind].map(item => [item[key], item[total]]));
+    for (const item of data[kind]) item.rate = old.has(item[key]) ? rate(item[total], old.get(item[key])) : 0;
+  }
+  for (const item of data.processes) {  // a pid of this node is short, as in Erlang
+    item.title = `${item.name || ""} ${item.pid.replace(`<${data.node}.`, "<0.")}`.trim();
+    Object.assign(item, { handler: item.handler || "", peer: item.peer || "", channels: item.channels.join(", ") });
+  }
   now = Object.assign(data, { cpu: 100 * rate(data.cpu_seconds, was.cpu_seconds),
     rate: data.channels.reduce((sum, item) => sum + item.rate, 0), closing: rate(data.slow_closed, was.slow_closed),
     dropping: rate(data.messages_dropped, was.messages_dropped),
@@ -4602,7 +4617,7 @@ connect();
 $("pause").onclick = event => event.target.ariaPressed = paused = !paused;
 </script>
 </html>
-"""  # noqa: E501
+"""
 
 
 # ----- delete from here when vendoring -------------------------------------------------------------------------------
@@ -4614,6 +4629,9 @@ $("pause").onclick = event => event.target.ariaPressed = paused = !paused;
 # ---------------------------------------------------------------------------------------------------------------------
 
 import argparse
+import hashlib
+import hmac
+import secrets
 import sqlite3
 
 from gevent.threadpool import ThreadPool
@@ -4850,7 +4868,13 @@ class NoteIndexer(GenServer):
 
     def handle_info(self, info: Any, state: Any) -> Any:
         match info:
-            case ("nova_pubsub", "notes", _, "note_created" | "note_updated", {"id": int(id), "title": title, "body": _}):
+            case (
+                "nova_pubsub",
+                "notes",
+                _,
+                "note_created" | "note_updated",
+                {"id": int(id), "title": title, "body": _},
+            ):
                 log.info("indexing note %s: %s", id, title)
                 state[id] = words_of(info[4])
             case ("nova_pubsub", "notes", _sender, "note_deleted", {"id": int(id)}):
@@ -4870,8 +4894,132 @@ def start_indexer(notes: Notes) -> Any:
     return start_supervisor([{"id": "note_indexer", "start": (start_link, NoteIndexer, notes, "note_indexer")}])
 
 
-def demo(notes: Notes) -> Nova:
-    """The tutorial's application."""
+class Login:
+    """One password before some pages: `routes` is the group with /login and /logout, `security` guards other groups.
+
+    Nothing is kept about who is logged in. The cookie says until when, under a signature whose key comes from the
+    password: so all workers accept it, it outlives a restart, and a new password ends every login.
+    """
+
+    LIFE = 12 * 3600  # seconds that a login lasts
+    TRIES, TRIES_OF_ALL = 5, 30  # wrong passwords a minute: from one address, from all together
+
+    def __init__(self, password: str, home: str = "/board") -> None:
+        self.home = home
+        # Slow by intention: who sees a cookie shall not try passwords by the million until its signature fits.
+        self.key = hashlib.scrypt(password.encode(), salt=b"nova_lite login", n=2**14, r=8, p=1)
+        self.proof = self.sign("password", password)
+        self.wrong: deque[tuple[float, str]] = deque()  # when and from where: TRIES_OF_ALL at most
+        post = {"methods": ["post"], "max_body": 4096}
+        show = ("/login", self.show, {"methods": ["get"]})
+        self.routes = {"routes": [show, ("/login", self.enter, post), ("/logout", self.leave, post)]}
+
+    def sign(self, kind: str, text: str) -> str:
+        return hmac.new(self.key, f"{kind}:{text}".encode(), "sha256").hexdigest()
+
+    def is_logged_in(self, req: Request) -> bool:
+        session, _, signature = req["cookies"].get("nova_login", "").rpartition(".")
+        is_ours = hmac.compare_digest(signature.encode(), self.sign("session", session).encode())
+        return is_ours and int(session.partition(".")[0]) > time.time()
+
+    def security(self, req: Request) -> Any:
+        if self.is_logged_in(req):
+            return True
+        is_live = "Upgrade" in req["headers"] or "event-stream" in req["headers"].get("Accept", "")
+        return False if is_live else ("redirect", "/login")
+
+    def show(self, req: Request) -> Any:
+        return ("redirect", self.home) if self.is_logged_in(req) else self.page(200)
+
+    def enter(self, req: Request) -> Any:
+        password, address = req["params"].get("password"), req["peer"][0]
+        if not is_own_form(req):
+            return self.page(403, "This form was sent from another site.")
+        wait = self.wait(address)  # nobody else gets a turn from here until the try is counted
+        if wait > 0:
+            return self.page(429, f"Too many wrong passwords. Wait {wait} seconds.", {"Retry-After": str(wait)})
+        given = password if isinstance(password, str) else ""
+        if not hmac.compare_digest(self.sign("password", given), self.proof):
+            self.wrong.append((monotonic(), address))
+            log.warning("a wrong password at /login from %s", address)
+            return self.page(401, "That is not the password.")
+        session = f"{int(time.time()) + self.LIFE}.{secrets.token_urlsafe(16)}"
+        return self.go(req, self.home, f"{session}.{self.sign('session', session)}", self.LIFE)
+
+    def leave(self, req: Request) -> Any:
+        return self.go(req, "/login", "", 0) if is_own_form(req) else ("status", 403)
+
+    def wait(self, address: str) -> int:
+        """Seconds until this address may try again."""
+        now = monotonic()
+        while self.wrong and self.wrong[0][0] <= now - 60:
+            self.wrong.popleft()
+        of_all, own = [at for at, _ in self.wrong], [at for at, other in self.wrong if other == address]
+        ends = [*own[-self.TRIES :][: len(own) >= self.TRIES], *of_all[: len(of_all) >= self.TRIES_OF_ALL]]
+        return int(max(ends) + 60 - now) + 1 if ends else 0
+
+    def go(self, req: Request, path: str, cookie: str, seconds: int) -> Any:
+        # A proxy may speak plain HTTP with us; what the browser speaks, the form's origin tells.
+        https = req.environ["wsgi.url_scheme"] == "https" or req["headers"].get("Origin", "").startswith("https:")
+        options = f"Max-Age={seconds}; Path=/; HttpOnly; SameSite=Strict{'; Secure' if https else ''}"
+        return "status", 303, {"Location": path, "Set-Cookie": f"nova_login={cookie}; {options}"}
+
+    def page(self, status: int, error: str = "", headers: Mapping[str, str] | None = None) -> Any:
+        policy = "default-src 'none'; style-src 'unsafe-inline'; img-src data:; frame-ancestors 'none'"
+        own = {"Content-Type": "text/html; charset=utf-8", "Cache-Control": "no-store"}
+        page = LOGIN_PAGE.replace("ERROR", error).replace("INVALID", str(bool(error)).lower())
+        return "status", status, {**own, "Content-Security-Policy": policy, **(headers or {})}, page
+
+
+def is_own_form(req: Request) -> bool:
+    """Whether a form comes from a page of ours: browsers tell its origin, others need not."""
+    origin, host = req["headers"].get("Origin"), req["headers"].get("Host", "").lower()
+    return origin is None or origin.lower().partition("://")[2] == host != ""
+
+
+def choose_password() -> str:
+    """NOVA_PASSWORD; or made up, told in one line, and left in the environment for workers and after a reload."""
+    if not os.environ.get("NOVA_PASSWORD"):
+        os.environ["NOVA_PASSWORD"] = secrets.token_urlsafe(12)
+        log.info("the password of /board is %s (NOVA_PASSWORD sets another)", os.environ["NOVA_PASSWORD"])
+    return os.environ["NOVA_PASSWORD"]
+
+
+LOGIN_PAGE = """<!doctype html>
+<html lang="en">
+<meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
+<title>Log in - nova_lite</title><link rel="icon" href="data:,">
+<style>
+  :root { color-scheme: light dark; --bg: #f6f5f2; --card: #fff; --ink: #1d1c1a; --line: #8f8a82; --accent: #b3263a }
+  @media (prefers-color-scheme: dark) { :root { --bg: #171614; --card: #211f1d; --ink: #eeebe6; --line: #7a746b;
+    --accent: #f0788a } } * { box-sizing: border-box }
+  body { margin: 0; padding: 15vh 1rem 2rem; background: var(--bg); color: var(--ink); font: 16px/1.5 system-ui }
+  form { display: grid; gap: .5rem; max-width: 22rem; margin: auto; padding: 1.5rem; background: var(--card);
+    border-radius: .75rem } h1 { font-size: 1.35rem; margin: 0 0 .5rem } p { color: var(--accent); margin: 0 }
+  input, button { font: inherit; color: inherit; background: var(--bg); border: 1px solid var(--line); width: 100%;
+    border-radius: .4rem; padding: .5rem .6rem } [aria-invalid=true] { border-color: var(--accent) }
+  button { cursor: pointer; background: var(--accent); color: var(--card); border: 0; font-weight: 600 }
+  p:empty { display: none } :focus-visible { outline: 2px solid var(--accent); outline-offset: 1px }
+</style>
+<form method="post" action="/login"><h1>nova_lite</h1><label for="password">Password</label>
+  <input type="password" id="password" name="password" autocomplete="current-password" required autofocus
+    aria-invalid="INVALID" aria-describedby="error">
+  <p id="error" role="alert">ERROR</p><button>Log in</button></form>
+</html>
+"""
+
+
+def demo(notes: Notes, password: str | None = None) -> Nova:
+    """The tutorial's application; with a password, and behind it, the board."""
+    app = tutorial(notes)
+    if password:
+        login = Login(password)
+        app.add(login.routes)
+        app.board(login.home, security=login.security)
+    return app
+
+
+def tutorial(notes: Notes) -> Nova:
     pubsub.keep("notes")
     api = NotesController(notes)
     page = {"Content-Type": "text/html; charset=utf-8"}
@@ -5139,6 +5287,7 @@ def main() -> int:
     args = serve_options()
     process = "%(process)d " if args.workers > 1 else ""
     logging.basicConfig(level=args.log_level.upper(), format=f"%(asctime)s {process}%(levelname)s %(message)s")
+    choose_password()  # before there are workers, or a child: they shall have the same
     try:
         if args.reload:
             reload_on_change()  # before the database is opened: only the child needs it
@@ -5163,7 +5312,7 @@ def serve(args: argparse.Namespace) -> int:
     try:
         start_indexer(notes)
         names = ("cluster", "name", "workers", "reload", "certfile", "keyfile", "log_level")
-        demo(notes).run(args.host, args.port, **{name: getattr(args, name) for name in names})
+        demo(notes, choose_password()).run(args.host, args.port, **{name: getattr(args, name) for name in names})
     finally:
         notes.close()
     return 0
