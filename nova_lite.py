@@ -95,7 +95,7 @@ from dataclasses import dataclass, fields, replace
 from datetime import datetime
 from functools import cache, lru_cache, partial
 from heapq import nlargest
-from http.cookies import CookieError
+from http.cookies import CookieError, SimpleCookie
 from io import BytesIO
 from itertools import count, islice
 from math import inf, isfinite
@@ -1611,7 +1611,9 @@ def to_response(result: Any, method: str = "GET", name: str = "") -> HTTPRespons
             return _view(options.get("view", name), variables, options)
         case ("redirect", str(url)):
             return HTTPResponse(b"", 302, {"Location": url})
-        case ("sendfile", int(status), Mapping() as headers, (int(offset), int() | None as length, path), str(mime)):
+        case ("sendfile", status, headers, (int(offset), int() | None as length, path), str(mime)) if _is_head(
+            status, headers
+        ):
             return _file(status, headers, offset, length, path, mime)
     raise ValueError(f"not a response: {result!r}")
 
@@ -2634,7 +2636,9 @@ class _Endpoint:
             return response
         merged = bottle.response.copy(HTTPResponse)  # cookies and headers that were set in bottle's own way
         merged.status, merged.body = response.status, response.body
-        merged.headers.update(response.headers)
+        merged._headers.update(response._headers)
+        if response._cookies:
+            merged._cookies = SimpleCookie({**(merged._cookies or {}), **response._cookies})
         return merged
 
     def attempt(self, fn: Any, req: Request) -> Any:
@@ -3390,6 +3394,8 @@ class Workers:
         quick_ends = 0
         while not self.asked_to_stop.is_set():
             child = self.children[number] = self._start(number)
+            if self.asked_to_stop.is_set():  # meanwhile
+                self.stop()
             started, code = monotonic(), child.wait()
             if self.asked_to_stop.is_set():
                 return
@@ -4361,12 +4367,12 @@ class BoardHandler(WebSocketHandler):
         return "ok", state
 
     def websocket_init(self, state: Any) -> Any:
-        return "reply", ("text", _json_encoder.encode(stats())), state
+        return "reply", ("text", json.dumps(stats())), state
 
     def websocket_info(self, info: Any, state: Any) -> Any:
         match info:
             case ("nova_pubsub", "nova_board", _sender, "stats", _figures):
-                return "reply", ("text", info.once(lambda message: _json_encoder.encode(message[4]))), state
+                return "reply", ("text", info.once(lambda message: json.dumps(message[4]))), state
         return "ok", state
 
 

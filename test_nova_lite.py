@@ -4117,6 +4117,39 @@ def test_the_docstrings_program_is_the_readmes():
     assert squeeze(program) in squeeze(nova_lite.__doc__)
 
 
+def test_cookies_and_repeated_headers_of_a_response_are_kept_beside_bottles_own():
+    def controller(_req):
+        bottle.response.set_cookie("first", "1")
+        response = HTTPResponse("hi")
+        response.set_cookie("second", "2")
+        for name in ("one", "two"):
+            response.add_header("Link", name)
+        return response
+
+    with serving(("/", controller)) as server:
+        _, headers, body = http_request(server, "GET", "/")
+    assert (headers.get_all("Link"), sorted(headers.get_all("Set-Cookie"))) == (["one", "two"], ["first=1", "second=2"])
+    assert body == b"hi"
+
+
+def test_frames_that_wait_behind_a_reply_nobody_reads_count_as_bytes_that_wait():
+    class Handler(WebSocketHandler):
+        def websocket_handle(self, frame, state):
+            return "reply", ("text", "x" * 8_000_000), state
+
+    with serving(("/ws", Handler, {"protocol": "ws"}), max_message_size=100_000) as server:
+        with bare(server, handshake() + masked(TEXT, b"go")) as client:
+            (connection,) = until(lambda: {c for c in server.lounge.connections if c.out})
+            client.setblocking(False)
+            frame, sent = masked(BINARY, b"y" * 60_000), 0
+            with gevent.Timeout(PATIENCE):
+                while connection.reader.active or not connection.inbox:
+                    with suppress(BlockingIOError):
+                        sent += client.send(frame[sent % len(frame) :])
+                    gevent.sleep(0.001)
+            assert len(connection.inbox) < 5
+
+
 # -- events without WebSockets ----------------------------------------------------------------------------------------
 
 
