@@ -2182,7 +2182,7 @@ class Connection(Process):
                 raise Ending(frame[1], "", "remote" if frame[1] == NO_STATUS else ("remote", *frame[1:]))
             self.handled += 1
             size += self._take(self.handler.websocket_handle(frame, self.state))
-        if not self.reader.active and not self.parser.done and len(self.inbox) < self.settings.backlog:
+        if not self.reader.active and not self._has_enough():
             self.reader.start(self.readable)
 
     def _handle_event(self, event: Any) -> None:
@@ -2254,9 +2254,14 @@ class Connection(Process):
         self.unhandled += sum(len(frame[-1]) for frame in frames) if self.bits else len(data)
         if not data or self.parser.failure is not None:
             self._take_end(self.parser.failure)
-        too_much = self.unhandled > self.settings.max_message_size and self.inbox
-        if too_much or len(self.inbox) >= self.settings.backlog or self.parser.done:
+        if self._has_enough():
             self.reader.stop()
+
+    def _has_enough(self) -> bool:
+        """Whether reading pauses; or is over."""
+        settings, inbox = self.settings, self.inbox
+        too_much = self.unhandled > settings.max_message_size and inbox
+        return bool(too_much or len(inbox) >= settings.backlog or self.parser.done)
 
     def _take_end(self, failure: ProtocolError | None) -> None:
         """The client is gone, or has broken the protocol."""
