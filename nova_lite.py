@@ -161,6 +161,7 @@ class Settings:
 # ---------------------------------------------------------------------------------------------------------------------
 
 TIME_SLICE = 0.003  # seconds that turns may take before sockets and timers get theirs: nothing shall wait for 5 ms
+A_MOMENT = 1e-6  # seconds: after sleep(0), gevent runs up to 50 callbacks before it looks at sockets again
 _FOR_EVER = 1e9  # seconds
 SPARE_RUNNERS = 64  # idle runners kept: a burst of callbacks that block should not cost as many stacks ever after
 
@@ -2879,6 +2880,7 @@ class RequestHandler(UpgradeHandler):
     wsgi_input: Any = None  # None until the head is there
     logger = log  # gevent-websocket would set up one of its own
     MessageClass = Headers
+    turn = 0.0  # when it has last let others have theirs
     deadline = 0.0  # by when the client must have sent what is awaited
     write_deadline = inf  # by when it must have taken what is being sent
     late = False
@@ -2896,7 +2898,11 @@ class RequestHandler(UpgradeHandler):
 
     def read_requestline(self) -> str:
         self.wsgi_input = None
-        self.deadline = monotonic() + self.server.KEEP_ALIVE
+        now = monotonic()
+        if now - self.turn > TIME_SLICE:  # reading does not wait where bytes are there: let others have a turn
+            gevent.sleep(A_MOMENT)
+            self.turn = now
+        self.deadline = now + self.server.KEEP_ALIVE
         self.rfile.peek(1)
         self.deadline = monotonic() + self.server.HEAD_TIME
         line = super().read_requestline()
@@ -3803,7 +3809,7 @@ class Cluster:
             while True:
                 self._take(line.reading.read_response())
                 if monotonic() - turn > TIME_SLICE:  # there may be much to read, and others want to work
-                    gevent.sleep(0)
+                    gevent.sleep(A_MOMENT)
                     turn = monotonic()
         finally:
             writer.kill()

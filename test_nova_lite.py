@@ -4146,6 +4146,28 @@ def test_frames_that_wait_behind_a_reply_nobody_reads_still_count():
             assert connection._has_enough()
 
 
+def test_a_client_that_pipelines_requests_lets_others_have_their_turn():
+    seen = []
+
+    def controller(req):
+        seen.append(req["qs"]["who"])
+        return "status", 200
+
+    def request(who):
+        return f"GET /?who={who} HTTP/1.1\r\nHost: localhost\r\n\r\n".encode()
+
+    with serving(("/", controller)) as server:
+        with bare(server) as greedy, bare(server) as modest:
+            greedy.sendall(
+                request("greedy") * 999 + request("last").replace(b"\r\n\r\n", b"\r\nConnection: close\r\n\r\n")
+            )
+            reading = gevent.spawn(read_to_end, greedy)
+            until(lambda: seen)
+            modest.sendall(request("modest"))
+            reading.join()
+    assert seen.index("modest") < 500 < seen.index("last")
+
+
 # -- events without WebSockets ----------------------------------------------------------------------------------------
 
 
