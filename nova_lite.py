@@ -4411,15 +4411,16 @@ BOARD = """<!doctype html>
 <title>Board</title><link rel="icon" href="data:,">
 <style>
   :root { color-scheme: light dark; --bg: #f6f5f2; --card: #fff; --ink: #1d1c1a; --dim: #6b6760; --line: #e3e0da;
-    --accent: #b3263a; --good: #2c7a4b; --warn: #a35b00 }
+    --accent: #b3263a; --good: #2c7a4b; --warn: #a35b00; --edge: #8f8a82 }
   @media (prefers-color-scheme: dark) { :root { --bg: #171614; --card: #211f1d; --ink: #eeebe6; --dim: #a29c92;
-    --line: #37332f; --accent: #f0788a; --good: #6cc592; --warn: #e8a64c } } * { box-sizing: border-box }
-  h1, h2, p, dd, dl { margin: 0 } a { color: inherit } .up { color: var(--good) }
+    --line: #37332f; --accent: #f0788a; --good: #6cc592; --warn: #e8a64c; --edge: #7a746b } }
+  * { box-sizing: border-box } h1, h2, p, dd, dl { margin: 0 } a { color: inherit } .up { color: var(--good) }
   body { margin: 0 auto; max-width: 84rem; padding: 1.25rem 1rem; background: var(--bg); color: var(--ink);
     font: 15px/1.45 system-ui, sans-serif; font-variant-numeric: tabular-nums }
   header, .bar { display: flex; flex-wrap: wrap; gap: .5rem 1rem; align-items: center } h2 { font-size: 1.05rem }
   h1 { font-size: 1.35rem; overflow-wrap: anywhere } #about, .bar .note { margin-right: auto }
-  #state { font-size: .875rem; padding: .15rem .7rem; border: 1px solid; border-radius: 1rem } .old main { opacity: .5 }
+  #state { font-size: .875rem; padding: .15rem .7rem; border: 1px solid; border-radius: 1rem } .old main { opacity: .6 }
+  section { padding-bottom: .25rem }
   main { display: grid; grid-template-columns: minmax(0, 1fr); gap: 1rem; margin-top: 1rem }
   .right { text-align: right }
   section, .tile { background: var(--card); border: 1px solid var(--line); border-radius: .75rem; min-width: 0 }
@@ -4429,8 +4430,8 @@ BOARD = """<!doctype html>
   #about, dt, .note, .empty { color: var(--dim) } .down, .hot .figure, .slow .state { color: var(--warn) }
   svg { display: block; width: 100%; height: 1.1rem } .tile svg { height: 2.25rem }
   polyline { fill: none; stroke: var(--accent); stroke-width: 1.5px; vector-effect: non-scaling-stroke }
-  input, button { font: inherit; color: inherit; background: var(--bg); border: 1px solid var(--line);
-    padding: .3rem .6rem; border-radius: .4rem } button { cursor: pointer } button:hover { border-color: var(--dim) }
+  input, button { font: inherit; color: inherit; background: var(--bg); border: 1px solid var(--edge);
+    padding: .3rem .6rem; border-radius: .4rem } button { cursor: pointer } button:hover { border-color: var(--ink) }
   input { width: 14rem } [aria-pressed=true] { background: var(--accent); color: var(--card) }
   dt, .note { font-size: .85rem }
   .scroll { max-height: 34rem; overflow: auto; overflow-anchor: none; contain: content; border-radius: 0 0 .7rem .7rem }
@@ -4576,7 +4577,8 @@ function draw() {
   write($("about"), `nova_lite ${version}, up ${age(now.uptime_seconds)}, ${state}`);
   for (const tile of tiles) tile.draw();
   $("nodes").hidden = !cluster;
-  drawNodes(cluster ? cluster.nodes : [], 0);
+  const members = now.channels.reduce((sum, item) => sum + item.local_members, 0);
+  drawNodes(cluster ? [{ id: "this one", name: node, members, silent_seconds: 0 }, ...cluster.nodes] : [], 0);
   drawChannels(now.channels, now.channels.length);
   drawProcesses(now.processes, now.process_count);
 }
@@ -5077,6 +5079,7 @@ LOGIN_PAGE = """<!doctype html>
   p:empty { display: none } :focus-visible { outline: 2px solid var(--accent); outline-offset: 1px }
 </style>
 <form method="post" action="/login"><h1>nova_lite</h1><label for="password">Password</label>
+  <input name="username" value="board" autocomplete="username" hidden>
   <input type="password" id="password" name="password" autocomplete="current-password" required autofocus
     aria-invalid="INVALID" aria-describedby="error">
   <p id="error" role="alert">ERROR</p><button>Log in</button></form>

@@ -5677,6 +5677,386 @@ def test_a_lost_connection_to_postgresql_costs_one_query(postgres_url):
         notes.close()
 
 
+# -- login ------------------------------------------------------------------------------------------------------------
+
+FORM = "application/x-www-form-urlencoded"
+
+
+@pytest.fixture
+def login():
+    return nova_lite.Login("sesame", home="/home")
+
+
+@pytest.fixture
+def guarded(login):
+    """An application of which nobody but the login's cookie sees /home and /live."""
+    routes = [("/home", lambda _req: ("json", "welcome")), ("/live", Parrot, {"protocol": "ws"})]
+    return Nova([login.routes, {"security": login.security, "routes": routes}])
+
+
+def try_password(app, password="sesame", **changes):
+    body = urllib.parse.urlencode({"password": password}).encode()
+    return ask(app, "POST", "/login", body, FORM, **{"REMOTE_ADDR": "10.0.0.1", **changes})
+
+
+def cookie_of(headers):
+    """What a browser sends back."""
+    return (headers["Set-Cookie"] or "").partition(";")[0]
+
+
+def is_welcome(app, cookie):
+    return ask(app, path="/home", HTTP_COOKIE=cookie)[0] == 200
+
+
+def test_a_stranger_is_sent_to_a_form_that_asks_for_the_password(guarded):
+    status, headers, _ = ask(guarded, path="/home")
+    assert (status, headers["Location"]) == (302, "/login")
+    status, headers, page = ask(guarded, path="/login")
+    assert (status, headers["Content-Type"]) == (200, "text/html; charset=utf-8")
+    assert headers["Cache-Control"] == "no-store"
+    assert "frame-ancestors 'none'" in headers["Content-Security-Policy"]
+    for words in (b'autocomplete="current-password"', b'<label for="password">', b"autofocus", b'method="post"'):
+        assert words in page
+
+
+@pytest.mark.parametrize("changes", [{"HTTP_UPGRADE": "websocket"}, {"HTTP_ACCEPT": "text/event-stream"}])
+def test_what_is_no_page_is_not_sent_anywhere(login, changes):
+    assert login.security(a_request(**changes)) is False
+
+
+def test_the_password_is_a_cookie_that_no_script_and_no_other_site_can_use(guarded):
+    status, headers, _ = try_password(guarded)
+    assert (status, headers["Location"]) == (303, "/home")
+    parts = headers["Set-Cookie"].split("; ")
+    assert parts[1:] == ["Max-Age=43200", "Path=/", "HttpOnly", "SameSite=Strict"]
+    assert is_welcome(guarded, cookie_of(headers))
+    assert cookie_of(headers) != cookie_of(try_password(guarded)[1])
+    assert ask(guarded, path="/login", HTTP_COOKIE=cookie_of(headers))[0] == 302
+
+
+@pytest.mark.parametrize("changes", [{"wsgi.url_scheme": "https"}, {"HTTP_ORIGIN": "https://localhost"}])
+def test_over_https_the_cookie_is_for_https_only(guarded, changes):
+    assert try_password(guarded, **changes)[1]["Set-Cookie"].endswith("; Secure")
+
+
+@pytest.mark.parametrize("password", ["", "Sesame", "sesame ", "sésame", "sesame\0", "None"])
+def test_a_wrong_password_is_told_at_the_field(guarded, password):
+    status, headers, page = try_password(guarded, password)
+    assert (status, headers["Set-Cookie"]) == (401, None)
+    assert b'aria-invalid="true"' in page
+    assert b'role="alert">That is not the password.<' in page
+    assert password.encode() not in page or not password
+
+
+@pytest.mark.parametrize(
+    ("body", "content_type"),
+    [(b"", FORM), (b"pass=sesame", FORM), (b"%ff=%ff&password=%ff", FORM), (b'{"password": null}', "application/json")],
+)
+def test_a_form_without_the_password_is_a_wrong_one(guarded, body, content_type):
+    assert ask(guarded, "POST", "/login", body, content_type)[0] == 401
+
+
+def test_no_cookie_but_ours_is_accepted(guarded, login, monkeypatch):
+    cookie = cookie_of(try_password(guarded)[1])
+    name, _, value = cookie.partition("=")
+    session, _, signature = value.rpartition(".")
+    seconds, _, id = session.partition(".")
+    forged = [
+        "", ".", "..", "é.é", session, f"{session}.", f".{signature}", f"{session}.{signature[:-1]}",
+        f"{int(seconds) + 1}.{id}.{signature}", f"{seconds}.{id}x.{signature}", f"{session}.{login.proof}",
+        f"{session}.{nova_lite.Login('other').sign('session', session)}",
+    ]  # fmt: skip
+    assert [value for value in forged if is_welcome(guarded, f"{name}={value}")] == []
+    assert is_welcome(guarded, cookie)
+    late = time.time() + 12 * 3600 + 1
+    monkeypatch.setattr(nova_lite.time, "time", lambda: late)
+    assert not is_welcome(guarded, cookie)
+
+
+def test_every_worker_and_the_next_start_accept_the_cookie(guarded):
+    cookie = cookie_of(try_password(guarded)[1])
+    assert nova_lite.Login("sesame").security(a_request(HTTP_COOKIE=cookie)) is True
+    assert nova_lite.Login("changed").security(a_request(HTTP_COOKIE=cookie)) == ("redirect", "/login")
+
+
+def test_the_sixth_try_of_an_address_within_a_minute_has_to_wait(guarded, monkeypatch):
+    clock = SimpleNamespace(now=1000.0)
+    monkeypatch.setattr(nova_lite, "monotonic", lambda: clock.now)
+    for _ in range(5):
+        assert try_password(guarded, "wrong")[0] == 401
+        clock.now += 1
+    status, headers, page = try_password(guarded)
+    assert (status, headers["Retry-After"], headers["Set-Cookie"]) == (429, "56", None)
+    assert b"Wait 56 seconds" in page
+    assert try_password(guarded, REMOTE_ADDR="10.0.0.2")[0] == 303
+    clock.now = 1060.5
+    assert try_password(guarded, "wrong")[0] == 401  # the first is forgotten
+    assert try_password(guarded)[0] == 429
+    clock.now = 1121
+    assert try_password(guarded)[0] == 303
+
+
+def test_thirty_wrong_tries_from_everywhere_are_enough_for_a_minute(guarded, login, monkeypatch):
+    clock = SimpleNamespace(now=1000.0)
+    monkeypatch.setattr(nova_lite, "monotonic", lambda: clock.now)
+    seen = [try_password(guarded, "wrong", REMOTE_ADDR=f"10.0.1.{number}")[0] for number in range(40)]
+    assert seen == [401] * 30 + [429] * 10
+    assert len(login.wrong) == 30
+    assert try_password(guarded)[0] == 429
+    clock.now += 61
+    assert try_password(guarded)[0] == 303
+
+
+@pytest.mark.parametrize("path", ["/login", "/logout"])
+@pytest.mark.parametrize("origin", ["http://evil.example", "null", "", "http://localhost:81", "http://[", "localhost"])
+def test_a_form_of_another_site_is_refused(guarded, login, path, origin):
+    status, headers, _ = ask(guarded, "POST", path, b"password=sesame", FORM, HTTP_ORIGIN=origin)
+    assert (status, headers["Set-Cookie"], list(login.wrong)) == (403, None, [])
+
+
+def test_the_pages_own_form_is_not_refused(guarded):
+    assert try_password(guarded, HTTP_ORIGIN="http://localhost")[0] == 303
+
+
+def test_logout_takes_the_cookie_back_and_is_a_post(guarded):
+    status, headers, _ = ask(guarded, "POST", "/logout")
+    assert (status, headers["Location"]) == (303, "/login")
+    assert headers["Set-Cookie"].startswith("nova_login=; Max-Age=0; Path=/; ")
+    assert ask(guarded, "GET", "/logout")[0] == 405
+
+
+def test_a_password_comes_from_the_environment_or_is_made_up_once_and_told(monkeypatch, caplog):
+    caplog.set_level(logging.INFO)
+    monkeypatch.setenv("NOVA_PASSWORD", "sesame")
+    assert nova_lite.choose_password() == "sesame"
+    assert not caplog.records
+    monkeypatch.setenv("NOVA_PASSWORD", "")
+    made_up = nova_lite.choose_password()
+    assert len(made_up) >= 16
+    assert nova_lite.choose_password() == os.environ["NOVA_PASSWORD"] == made_up
+    assert [made_up in record.getMessage() for record in caplog.records] == [True]
+
+
+def test_login_over_a_socket(guarded):
+    with Server(guarded, port=0, drain_time=PATIENCE) as server:
+        with pytest.raises(InvalidStatus) as refused:
+            ws(server, "/live")
+        assert refused.value.response.status_code == 401
+        form = {"Content-Type": FORM, "Origin": f"http://127.0.0.1:{server.port}"}
+        status, headers, _ = http_request(server, "POST", "/login", "password=sesame", form)
+        assert status == 303
+        with ws(server, "/live", additional_headers={"Cookie": cookie_of(headers)}) as client:
+            client.send("x")
+            assert client.recv(PATIENCE) == "x"
+        assert http_request(server, "POST", "/login", "password=" + "x" * 5000, form)[0] == 413
+
+
+@pytest.mark.parametrize("path", ["/board", "/board/live"])
+def test_the_demos_board_is_behind_the_login(tmp_path, path):
+    with Demo("--db", ":memory:", cwd=tmp_path, env={"NOVA_PASSWORD": ""}) as demo:
+        password = re.search(r"the password of /board is (\S+)", "".join(demo.log))[1]
+        upgrade = HANDSHAKE if path == "/board/live" else {}
+        assert http_request(demo, "GET", path, headers=upgrade)[0] == (401 if upgrade else 302)
+        body = urllib.parse.urlencode({"password": password})
+        headers = http_request(demo, "POST", "/login", body, {"Content-Type": FORM})[1]
+        if upgrade:
+            with ws(demo, path, additional_headers={"Cookie": cookie_of(headers)}) as client:
+                assert json.loads(client.recv(PATIENCE))["connections"] == 1
+        else:
+            assert http_request(demo, "GET", path, headers={"Cookie": cookie_of(headers)})[0] == 200
+
+
+# -- the board in a browser -------------------------------------------------------------------------------------------
+
+# gevent and playwright both want the greenlets of a process: the browser is driven from a Python of its own.
+BROWSER = """
+import os, sys
+from playwright.sync_api import expect, sync_playwright
+url, program = sys.argv[1:]
+options = ["no-sandbox", "disable-gpu", "disable-quic", "no-first-run", "disable-background-networking",
+           "disable-component-update", "disable-sync"]
+with sync_playwright() as playwright:
+    browser = playwright.chromium.launch(executable_path=program, args=["--" + option for option in options])
+    page, errors = browser.new_page(), []
+    page.on("pageerror", lambda error: errors.append(str(error)))
+    exec(sys.stdin.read())
+    browser.close()
+    assert errors == []
+"""
+
+
+@pytest.fixture
+def browse(monkeypatch):
+    """browse(server, path, script): the script has `page` and `url`, and fails by raising."""
+    pytest.importorskip("playwright", reason="playwright is not installed")
+    names = ["chromium", "chromium-browser", "google-chrome", "chrome"]
+    program = os.environ.get("CHROMIUM") or next(filter(None, map(shutil.which, names)), None)
+    if program is None:
+        pytest.skip("there is no Chromium on this machine")
+
+    monkeypatch.setattr(nova_lite, "_lounges", type(nova_lite._lounges)())  # without those of tests before
+
+    def browse(server, path, script):
+        command = [sys.executable, "-c", BROWSER, f"http://127.0.0.1:{server.port}{path}", program]
+        done = subprocess.run(command, input=script, capture_output=True, text=True, timeout=60)
+        assert done.returncode == 0, done.stderr
+
+    yield browse
+    until(lambda: whereis("nova_board") is None)
+
+
+class JoinsQuery(WebSocketHandler):
+    """Joins the channel that the query names."""
+
+    def init(self, state):
+        pubsub.join(state["req"]["qs"]["channel"])
+        return "ok", state
+
+
+@contextmanager
+def board_shown(**options):
+    app = Nova([{"routes": [("/ws", JoinsQuery, {"protocol": "ws"}), ("/echo", Parrot, {"protocol": "ws"})]}])
+    app.board("/any/board", **options)
+    with Server(app, port=0, drain_time=PATIENCE) as server:
+        yield server
+
+
+def test_the_board_shows_a_new_connection_within_two_seconds_and_that_it_went(browse):
+    with board_shown() as server:
+        browse(server, "/any/board", """
+page.goto(url)
+expect(page.locator("#state")).to_have_text("live")
+row = page.locator("#processes tbody tr", has_text="Parrot")
+expect(row).to_have_count(0)
+page.evaluate("window.other = new WebSocket(location.origin.replace('http', 'ws') + '/echo')")
+expect(row).to_have_count(1, timeout=2000)
+expect(page.locator(".tile", has_text="Connections").locator(".figure")).to_have_text("2", timeout=2000)
+page.evaluate("other.close()")
+expect(row).to_have_count(0, timeout=2000)
+""")  # fmt: skip
+
+
+def test_the_board_goes_on_by_itself_when_its_connection_is_lost(browse):
+    with board_shown() as server:
+        browse(server, "/any/board", """
+page.add_init_script("const Own = WebSocket; WebSocket = class extends Own { constructor(url) { super(url);"
+                     " (window.sockets ??= []).push(this); } }")
+page.goto(url)
+expect(page.locator("#state")).to_have_text("live")
+page.evaluate("sockets[0].close()")
+expect(page.locator("#state")).to_contain_text("reconnecting")
+expect(page.locator("#state")).to_have_text("live")
+assert page.evaluate("sockets.length") == 2
+""")  # fmt: skip
+
+
+def test_tables_are_sorted_and_filtered_and_stay_so_while_figures_come_in(browse, begin, me):
+    for number in range(12):
+        begin(start_link, Obedient, me, name=f"worker-{number}")
+    with board_shown() as server:
+        browse(server, "/any/board", """
+page.goto(url)
+rows, head = page.locator("#processes tbody tr"), page.locator("#processes thead th").first
+names = lambda: [text for text in page.locator("#processes tbody th").all_inner_texts() if text.startswith("worker")]
+expect(rows.filter(has_text="worker-11")).to_have_count(1)
+head.get_by_role("button").focus()
+page.keyboard.press("Enter")
+expect(head).to_have_attribute("aria-sort", "ascending")
+page.wait_for_function("document.querySelector('#processes tbody th').textContent.startsWith('<')")
+assert [name.split()[0] for name in names()] == [f"worker-{number}" for number in range(12)]
+page.keyboard.press("Enter")
+expect(head).to_have_attribute("aria-sort", "descending")
+expect(rows.first).to_contain_text("worker-11")
+assert [name.split()[0] for name in names()] == [f"worker-{number}" for number in reversed(range(12))]
+page.evaluate("window.row = document.querySelector('#processes tbody tr')")
+page.get_by_label("Filter processes").fill("worker-1 obedient")
+expect(rows).to_have_count(3)
+age = rows.first.locator("td").nth(4)
+before = age.inner_text()
+expect(age).not_to_have_text(before, timeout=5000)
+expect(rows).to_have_count(3)
+expect(rows.first).to_contain_text("worker-11")
+assert page.evaluate("row === document.querySelector('#processes tbody tr')")  # changed, not made again
+assert page.evaluate("document.activeElement.type") == "search"
+page.get_by_label("Filter processes").fill("no such thing")
+expect(page.locator("#processes .empty")).to_have_text("Nothing matches the filter.")
+""")  # fmt: skip
+
+
+def test_a_board_that_is_paused_stays_as_it_is(browse):
+    with board_shown() as server:
+        browse(server, "/any/board", """
+page.goto(url)
+row = page.locator("#processes tbody tr", has_text="Parrot")
+expect(page.locator("#state")).to_have_text("live")
+page.get_by_role("button", name="Pause").click()
+expect(page.locator("#state")).to_have_text("paused")
+page.evaluate("window.other = new WebSocket(location.origin.replace('http', 'ws') + '/echo')")
+page.wait_for_timeout(1500)
+expect(row).to_have_count(0)
+page.get_by_role("button", name="Pause").click()
+expect(row).to_have_count(1)
+""")  # fmt: skip
+
+
+def test_a_script_in_the_name_of_a_channel_is_shown_and_not_run(browse):
+    with board_shown() as server:
+        browse(server, "/any/board", """
+page.goto(url)
+name = "<img src=x onerror='window.hacked=1'><script>window.hacked=1</script>"
+page.evaluate("name => { window.other = new WebSocket(location.origin.replace('http', 'ws') + '/ws?channel='"
+              " + encodeURIComponent(name)); }", name)
+expect(page.locator("#channels tbody th").filter(has_text="onerror")).to_have_text(name)
+assert page.locator("main img, main script").count() == 0
+assert page.evaluate("window.hacked") is None
+""")  # fmt: skip
+
+
+def test_the_login_keeps_strangers_out_of_the_board_and_lets_in_who_has_the_password(browse):
+    login = nova_lite.Login("sesame", home="/any/board")
+    app = Nova(login.routes)
+    app.board("/any/board", security=login.security)
+    with Server(app, port=0, drain_time=PATIENCE) as server:
+        browse(server, "/any/board", """
+page.goto(url)
+assert page.url.endswith("/login")
+assert page.evaluate("new Promise(done => {"
+                     " const socket = new WebSocket(location.origin.replace('http', 'ws') + '/any/board/live');"
+                     " socket.onopen = () => done(false); socket.onerror = () => done(true); })")
+assert page.evaluate("document.activeElement.name") == "password"
+page.keyboard.type("wrong")
+page.keyboard.press("Enter")
+expect(page.get_by_role("alert")).to_have_text("That is not the password.")
+page.get_by_label("Password").fill("sesame")
+page.get_by_role("button").click()
+expect(page.locator("#state")).to_have_text("live")
+assert page.url == url
+(cookie,) = page.context.cookies()
+assert (cookie["httpOnly"], cookie["sameSite"], cookie["path"]) == (True, "Strict", "/")
+assert page.evaluate("document.cookie") == ""
+""")  # fmt: skip
+        until(lambda: whereis("nova_board") is None)
+
+
+def test_a_board_whose_login_is_over_says_so(browse):
+    login = nova_lite.Login("sesame", home="/any/board")
+    app = Nova(login.routes)
+    app.board("/any/board", security=login.security)
+    with Server(app, port=0, drain_time=PATIENCE) as server:
+        browse(server, "/login", """
+page.add_init_script("const Own = WebSocket; WebSocket = class extends Own { constructor(url) { super(url);"
+                     " window.socket = this; } }")
+page.goto(url)
+page.get_by_label("Password").fill("sesame")
+page.keyboard.press("Enter")
+expect(page.locator("#state")).to_have_text("live")
+page.context.clear_cookies()
+page.evaluate("socket.close()")
+page.get_by_role("link", name="Log in again").click()
+expect(page.get_by_label("Password")).to_be_visible()
+""")  # fmt: skip
+
+
 # -- what the browser relies on ---------------------------------------------------------------------------------------
 
 
