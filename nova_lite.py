@@ -1534,7 +1534,7 @@ _REQUEST_KEYS: dict[str, Callable[[Request], Any]] = {
     "peer": lambda req: (req.environ.get("REMOTE_ADDR", ""), int(req.environ.get("REMOTE_PORT") or 0)),
     "auth_data": lambda req: None,
     "subprotocol": lambda req: None,
-    "since": lambda req: req["headers"].get("Last-Event-Id") or req["qs"].get("since"),
+    "since": lambda req: req.environ.get("HTTP_LAST_EVENT_ID") or req["qs"].get("since"),
 }
 
 
@@ -1820,7 +1820,8 @@ class Parser:
                         break
                     position = after
         except ProtocolError as error:
-            self.done, self.failure, self.message, self.decoder, self.inflater = True, error, None, None, None
+            self.done, self.message, self.decoder, self.inflater = True, None, None, None
+            self.failure = ProtocolError(error.code, error.text)  # without the frames, which hold this parser
         return frames
 
     def _frame(self, data: bytes, position: int, frames: list[Frame]) -> int:
@@ -2342,6 +2343,7 @@ class Connection(Process):
         if self.starter is not None:
             return self.crashed(error, f"{type(self.handler).__name__}.init")
         ending = self._verdict(error)
+        ending.__traceback__ = None  # its frames hold it: 3 KiB a connection until the garbage collector comes by
         if self.sock is not None:
             self._say_goodbye(ending)
         log.info("%r%s closed: %r", self, self.title(), ending.reason)
@@ -2674,7 +2676,7 @@ class _WebSocketEndpoint(_Endpoint):
             return HTTPError(501, "this server does not do WebSockets")
         req = Request(environ, bindings, settings.max_body)
         if asks_for_events(environ):
-            refusal = check_origin(environ, settings) or self.refusal(req)
+            refusal = check_no_body(environ) or check_origin(environ, settings) or self.refusal(req)
             return self.answer(refusal or self.admit(EventStream, req, dict(EVENT_STREAM)), req)
         refusal = check_handshake(environ, settings) or self.refusal(req)
         return self.answer(refusal or self.upgrade(req), req)
@@ -2759,6 +2761,12 @@ def check_handshake(environ: Mapping[str, Any], settings: Settings = Settings())
     if not re.fullmatch(r"[A-Za-z0-9+/]{22}==", environ.get("HTTP_SEC_WEBSOCKET_KEY", "")):
         return HTTPError(400, "Sec-WebSocket-Key is missing or no 16 bytes in base64")
     return check_origin(environ, settings)
+
+
+def check_no_body(environ: Mapping[str, Any]) -> HTTPResponse | None:
+    if environ.get("CONTENT_LENGTH", "0") != "0" or "HTTP_TRANSFER_ENCODING" in environ:
+        return HTTPError(400, "there is a body, and nobody to read it")
+    return None
 
 
 def check_origin(environ: Mapping[str, Any], settings: Settings) -> HTTPResponse | None:

@@ -4117,6 +4117,25 @@ def test_the_docstrings_program_is_the_readmes():
     assert squeeze(program) in squeeze(nova_lite.__doc__)
 
 
+@pytest.mark.parametrize(
+    "ending", [masked(CLOSE, b"\x03\xe8"), masked(TEXT, b"\xff"), b""], ids=["close", "1007", "eof"]
+)
+def test_a_connection_that_ends_leaves_nothing_for_the_garbage_collector(ending):
+    with serving(("/ws", Channel, {"protocol": "ws"})) as server:
+        gc.collect()
+        gc.set_debug(gc.DEBUG_SAVEALL)
+        try:
+            with bare(server, handshake() + ending) as client:
+                client.shutdown(socket.SHUT_WR)
+                read_to_end(client)
+            until(lambda: not server.lounge.connections)
+            gc.collect()
+            assert {type(thing) for thing in gc.garbage} & {nova_lite.Ending, nova_lite.Connection, Channel} == set()
+        finally:
+            gc.set_debug(0)
+            gc.garbage.clear()
+
+
 def test_cookies_and_repeated_headers_of_a_response_are_kept_beside_bottles_own():
     def controller(_req):
         bottle.response.set_cookie("first", "1")
@@ -4226,6 +4245,9 @@ class Channel(WebSocketHandler):
         ({"Origin": "https://elsewhere.example"}, 403),
         ({"Origin": "http://localhost"}, 200),
         ({"Cookie": "no=1"}, 401),
+        ({"Content-Length": "1"}, 400),
+        ({"Transfer-Encoding": "chunked"}, 400),
+        ({"Last-Event-ID": "\xff\xfe"}, 200),
     ],
 )
 def test_the_gate_of_events_is_that_of_websockets(headers, status):
