@@ -3502,23 +3502,27 @@ MAX_LOST = 10_000  # names of channels to be told; beyond, all are
 MAX_DEPTH = 32  # tuples within tuples: each takes msgpack 40 KB of the C stack, and beyond that is a segfault
 _TUPLE, _PID, _DATETIME = 1, 2, 3  # MessagePack's extension types
 
-# What Redis does for a channel that is kept. KEYS: a hash with the life and the number of the last message, a stream of
-# the messages, the channel; ARGV: a life to begin, how many, seconds, the message; which goes out behind its position.
+# What Redis does for a channel that is kept. KEYS: a hash (life, number of the last message, run), a stream of them,
+# the channel. ARGV: a life to begin, the server's run_id, how many, seconds, the message, which goes out behind its
+# position. A server that starts again may have an older copy: with another run begins another life.
 KEPT = b"@"
 _BEGIN = """
-if redis.call('HSETNX', KEYS[1], 'life', ARGV[1]) == 1 then redis.call('DEL', KEYS[2]) end
-local life = redis.call('HGET', KEYS[1], 'life')
+if redis.call('HGET', KEYS[1], 'run') ~= ARGV[2] then
+  redis.call('DEL', KEYS[1], KEYS[2])
+  redis.call('HSET', KEYS[1], 'life', ARGV[1], 'run', ARGV[2], 'number', 0)
+end
+local life, now = redis.call('HGET', KEYS[1], 'life'), redis.call('TIME')[1]
 """
 KEEP = f"""{_BEGIN}
 local number = redis.call('HINCRBY', KEYS[1], 'number', 1)
-local message = '{KEPT.decode()}' .. life .. '.' .. number .. ' ' .. ARGV[4]
-redis.call('XADD', KEYS[2], 'MAXLEN', ARGV[2], number .. '-0', 'message', message)
-redis.call('EXPIRE', KEYS[1], ARGV[3] * 2)
-redis.call('EXPIRE', KEYS[2], ARGV[3])
+local message = '{KEPT.decode()}' .. life .. '.' .. number .. ' ' .. ARGV[5]
+redis.call('XADD', KEYS[2], 'MAXLEN', ARGV[3], number .. '-0', 'at', now, 'message', message)
+redis.call('EXPIRE', KEYS[1], ARGV[4] * 2)
+redis.call('EXPIRE', KEYS[2], ARGV[4])
 return redis.call('PUBLISH', KEYS[3], message)
 """
 LOAD = f"""{_BEGIN}
-return {{life, redis.call('HGET', KEYS[1], 'number') or '0', redis.call('XRANGE', KEYS[2], '-', '+')}}
+return {{life, redis.call('HGET', KEYS[1], 'number'), now, redis.call('XRANGE', KEYS[2], '-', '+')}}
 """
 
 
@@ -3683,6 +3687,7 @@ class Line:
         self.redis = redis
         self.reading: Any = None
         self.writing: Any = None
+        self.run = ""  # which start of the server it is
         self.commands: list[Any] = []  # for `reading`: SUBSCRIBE and UNSUBSCRIBE
         self.outbox: deque[tuple[str | None, tuple[Any, ...]]] = (
             deque()
@@ -3691,7 +3696,11 @@ class Line:
         self.work = gevent.event.Event()
 
     def open(self) -> None:
-        self.reading, self.writing = self.redis.connect(), self.redis.connect()
+        self.writing = self.redis.connect()
+        self.writing.send_command("INFO", "server")
+        with suppress(self.redis.module.ResponseError):  # it may not be allowed
+            self.run = b"".join(re.findall(rb"run_id:(\w+)", self.writing.read_response())).decode()
+        self.reading = self.redis.connect()
 
     def close(self) -> None:
         for connection in (self.reading, self.writing):
@@ -3844,6 +3853,8 @@ class Cluster:
                     self._lose(channel)
         for table in (self.wanted, self.subscribing, self.live, self.changes, self.loading):
             table.clear()
+        for history in self.pubsub._kept.values():
+            history.forget()  # others go on without us
         while self.underway:  # Redis may have them, but our own members do not
             self.pubsub._deliver_unkept(*self.underway.popleft())
         while self.awaited:
@@ -3921,7 +3932,7 @@ class Cluster:
             return False
         keys = self._history_keys(channel), self.redis.key("channel:", channel)
         life, seconds = os.urandom(4).hex(), max(1, int(history.seconds))
-        line.send(("EVAL", KEEP, 3, *keys[0], keys[1], life, history.size, seconds, data), channel)
+        line.send(("EVAL", KEEP, 3, *keys[0], keys[1], life, line.run, history.size, seconds, data), channel)
         self.underway.append((message, but))
         return True
 
@@ -3930,20 +3941,22 @@ class Cluster:
 
     def _load(self, channel: str) -> None:
         """The greenlet that fetches what Redis has kept."""
+        history, life = self.pubsub._kept[channel], os.urandom(4).hex()
         try:
-            connection = self.redis.connect()
+            run, connection = self.line.run, self.redis.connect()  # type: ignore[union-attr]
             try:
-                connection.send_command("EVAL", LOAD, 2, *self._history_keys(channel), os.urandom(4).hex())
-                life, number, entries = connection.read_response()
+                connection.send_command("EVAL", LOAD, 2, *self._history_keys(channel), life, run)
+                life, number, now, entries = connection.read_response()
             finally:
                 connection.disconnect()
-            messages = [self._read_kept(channel, fields[1])[0] for _, fields in entries]
+            recent = [fields[3] for _, fields in entries if int(now) - int(fields[1]) <= history.seconds]
+            messages = [self._read_kept(channel, data)[0] for data in recent]
             # Some of them may still be on their way over the line. When this has come over it, all of them have.
             self.loading[channel] = life.decode(), int(number), messages
             self._say("node:", self.id.hex(), "loaded", channel)
         except Exception as error:  # the line is about to fail as well; or a stranger has written there
             log.warning("cluster: the history of %s cannot be read: %s", channel, error)
-            self.pubsub._kept[channel].forget()
+            history.forget()
 
     def _read_kept(self, channel: str, data: bytes) -> tuple[Message, Any]:
         position, _, data = data.partition(b" ")

@@ -5574,6 +5574,23 @@ def test_a_node_that_keeps_a_channel_under_load_loses_nothing_and_doubles_nothin
     one.leave("k")
 
 
+def test_a_redis_that_has_started_again_from_an_older_copy_begins_another_life(keepers, shared_redis):
+    one, other = keepers
+    for number in range(3):
+        one.broadcast("k", "t", number)
+    until(lambda: other.get_position("k").endswith(".3"))
+    position = other.get_position("k")
+    (key,) = shared_redis.client.keys(f"{one.cluster.redis.prefix}life:k")
+    shared_redis.client.hset(key, mapping={"run": "another", "number": 1})
+    for number in range(3):
+        one.broadcast("k", "t", number)
+    until(lambda: other.get_position("k") != position and other.get_position("k").endswith(".3"))
+    other.join("k", since=position)
+    assert expect() == ("nova_resync", "k")
+    one.broadcast("k", "t", "live")
+    assert expect()[4] == "live"
+
+
 def test_members_here_get_what_redis_was_about_to_keep_when_it_died(node, own_redis):
     redis = own_redis()
     alone = node(redis.url())
