@@ -1274,7 +1274,7 @@ class PubSub:
         In a cluster each node keeps the channel, and Redis does; messages then come by way of Redis, to the members on
         this node as well, which wait for it while it hangs.
         """
-        if size < 1 or seconds <= 0:
+        if not (size >= 1 and 0 < seconds < inf):
             raise ValueError("a history has a size and a time")
         _scheduler.at_home(self._keep, _channel(channel), size, seconds)
         return "ok"
