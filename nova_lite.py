@@ -3513,13 +3513,18 @@ if redis.call('HGET', KEYS[1], 'run') ~= ARGV[2] then
 end
 local life, now = redis.call('HGET', KEYS[1], 'life'), redis.call('TIME')[1]
 """
-KEEP = f"""{_BEGIN}
-local number = redis.call('HINCRBY', KEYS[1], 'number', 1)
-local message = '{KEPT.decode()}' .. life .. '.' .. number .. ' ' .. ARGV[5]
-redis.call('XADD', KEYS[2], 'MAXLEN', ARGV[3], number .. '-0', 'at', now, 'message', message)
-redis.call('EXPIRE', KEYS[1], ARGV[4] * 2)
-redis.call('EXPIRE', KEYS[2], ARGV[4])
-return redis.call('PUBLISH', KEYS[3], message)
+KEEP = f"""
+local position = ''
+pcall(function()  -- where there is no memory left, it is published without a position
+  {_BEGIN}
+  local number = redis.call('HINCRBY', KEYS[1], 'number', 1)
+  local message = '{KEPT.decode()}' .. life .. '.' .. number .. ' ' .. ARGV[5]
+  redis.call('XADD', KEYS[2], 'MAXLEN', ARGV[3], number .. '-0', 'at', now, 'message', message)
+  redis.call('EXPIRE', KEYS[1], ARGV[4] * 2)
+  redis.call('EXPIRE', KEYS[2], ARGV[4])
+  position = life .. '.' .. number
+end)
+return redis.call('PUBLISH', KEYS[3], '{KEPT.decode()}' .. position .. ' ' .. ARGV[5])
 """
 LOAD = f"""{_BEGIN}
 return {{life, redis.call('HGET', KEYS[1], 'number'), now, redis.call('XRANGE', KEYS[2], '-', '+')}}
@@ -3963,17 +3968,18 @@ class Cluster:
         if not data.startswith(STAMP):
             raise ValueError("no message of ours")
         message, but = self._read_broadcast(channel, self.codec.decode(data[10:]))
-        message.position = position[1:].decode()
+        message.position = position[1:].decode() or None
         return message, but
 
     def _take_kept(self, channel: str, data: bytes) -> None:
         position, _, stamped = data.partition(b" ")
         if stamped.startswith(STAMP + self.id) and self.underway:  # Redis keeps the order
             message, but = self.underway.popleft()
-            message.position = position[1:].decode()
+            message.position = position[1:].decode() or None
         else:
             message, but = self._read_kept(channel, data)
-        self.pubsub._keep_and_deliver(message, but)
+        deliver = self.pubsub._deliver_unkept if message.position is None else self.pubsub._keep_and_deliver
+        deliver(message, but)
 
     # -- who is in which channel: here
 

@@ -5591,6 +5591,25 @@ def test_a_redis_that_has_started_again_from_an_older_copy_begins_another_life(k
     assert expect()[4] == "live"
 
 
+def test_a_redis_without_memory_still_carries_what_it_cannot_keep(keepers, own_redis, node):
+    redis = own_redis()
+    one, other = meet(node(redis.url()), node(redis.url()))
+    for member in (one, other):
+        member.keep("k")
+    other.join("k")
+    until(lambda: one.get_members("k") and "k" in one.cluster.live and not one.cluster.loading)
+    redis.client.config_set("maxmemory", 1)
+    position = one.get_position("k")
+    for number in range(3):
+        one.broadcast("k", "t", number)
+    assert [expect()[4] for _ in range(3)] == [0, 1, 2]
+    assert one.cluster.up
+    other.leave("k")
+    other.join("k", since=position)
+    assert expect() == ("nova_resync", "k")
+    other.leave("k")
+
+
 def test_members_here_get_what_redis_was_about_to_keep_when_it_died(node, own_redis):
     redis = own_redis()
     alone = node(redis.url())
