@@ -5285,7 +5285,7 @@ function arrived(node) {  // it glows for a moment, and so does the star; in the
 document.onvisibilitychange = () => { unseen = 0; document.title = "nova_lite"; };
 
 // The lines, and who is here.
-const comments = new NovaSocket("/comments"), events = new NovaSocket("/notifications");
+const comments = new NovaSocket("/comments"), events = new NovaSocket("/notifications?since=");
 const presence = new NovaSocket("/presence"), lines = [comments, events, presence];
 let word = "connecting", ticking;
 function report() {
@@ -5472,7 +5472,7 @@ function fault(field, text) {
 
 CLIENT = """/* A WebSocket that comes back. Copy it.
 
-     const notes = new NovaSocket("/notifications");
+     const notes = new NovaSocket("/notifications?since=");  // and what was missed comes, where the server keeps it
      notes.on("open", load).on("nova_resync", load);  // the first time, and whenever something may have been missed
      notes.on("note_created", note => ...);           // {"event": "note_created", "data": ...}
      notes.on("message", text => ...);                // any message, as it came
