@@ -1185,34 +1185,33 @@ class History:
 
     def begin(self, life: str, number: int) -> None:
         """The last message was that one, and none before it is known."""
-        self.life, self.number = life, number
+        self.life, self.number, self.known = life, number, number  # nothing is missing behind `known`
         self.messages.clear()
 
     def forget(self) -> None:
         """Something is missing: no position from before is of use."""
         self.begin(os.urandom(4).hex(), 0)
 
-    def load(self, life: str, number: int, messages: list[Message]) -> None:
+    def load(self, life: str, number: int, messages: list[tuple[float, Message]]) -> None:
         """Takes over what is kept elsewhere, up to `number`; what has come since then stays."""
-        newer = [message for _, message in self.messages if self._is_behind(message.position, life, number)]
+        newer = [entry for entry in self.messages if self._is_behind(entry[1].position, life, number)]
         self.begin(life, number - len(messages))
-        for message in messages + newer:
-            self.add(message)
+        for at, message in messages + newer:
+            self.add(message, at)
 
     @property
     def position(self) -> str:
         return f"{self.life}.{self.number}"
 
-    def add(self, message: Message) -> None:
-        """Takes the next message, which may know its position already."""
+    def add(self, message: Message, at: float | None = None) -> None:
+        """Takes the next message, which may know its position already; `at` is when it came, if not now."""
         if message.position is None:
             message.position = f"{self.life}.{self.number + 1}"
         life, number = self._parse(message.position)
-        if (life, number) == (self.life, self.number + 1):
-            self.number = number
-            self.messages.append((monotonic(), message))
-        else:  # nobody knows what came between
+        if (life, number) != (self.life, self.number + 1):  # nobody knows what came between
             self.begin(life, number)
+        self.number = number
+        self.messages.append((monotonic() if at is None else at, message))
 
     def since(self, position: Any) -> list[Message] | None:
         """What came behind `position`, or None if that cannot be told: it is too old, or of another life."""
@@ -1220,7 +1219,7 @@ class History:
             self.messages.popleft()
         life, number = self._parse(position)
         missed = self.number - number
-        if life != self.life or not 0 <= missed <= len(self.messages):
+        if life != self.life or number < self.known or not 0 <= missed <= len(self.messages):
             return None
         return [message for _, message in list(self.messages)[len(self.messages) - missed :]]
 
@@ -2889,6 +2888,7 @@ class RequestHandler(UpgradeHandler):
     deadline = 0.0  # by when the client must have sent what is awaited
     write_deadline = inf  # by when it must have taken what is being sent
     late = False
+    agreed = False  # the response is that of a connection in the lobby
     handed_over = False  # the socket belongs to a connection's process
 
     def handle(self) -> None:
@@ -2986,7 +2986,7 @@ class RequestHandler(UpgradeHandler):
         self.deadline = monotonic() + self.server.BODY_TIME
         try:
             gevent.pywsgi.WSGIHandler.run_application(self)
-            if lobby and self.code == lobby[0].STATUS:
+            if lobby and self.agreed:
                 self._hand_over(lobby[0])
                 lobby.clear()
         finally:
@@ -3011,7 +3011,9 @@ class RequestHandler(UpgradeHandler):
 
     def process_result(self) -> None:
         lobby = self.environ["nova_lite.lobby"]
-        if not lobby or self.code != lobby[0].STATUS:
+        # Else there is none, or a hook or a plugin has put another response, with a body, in the place of its own.
+        self.agreed = bool(lobby) and self.code == lobby[0].STATUS and not self.result
+        if not self.agreed:
             super().process_result()
             return
         headers = [header for header in self.response_headers if header[0] != b"Content-Length"]  # bottle's, of nothing
@@ -3768,7 +3770,7 @@ class Cluster:
         self.subscribing: dict[str, int] = {}  # channel -> SUBSCRIBEs that Redis has not confirmed yet
         self.live: set[str] = set()  # channels that are wanted, with all of them confirmed
         self.awaited: dict[str, gevent.event.Event] = {}  # channel that is wanted but not live -> who joins waits here
-        self.loading: dict[str, tuple[str, int, list[Message]]] = {}  # channel -> what its history is about to be
+        self.loading: dict[str, tuple[str, int, list[tuple[float, Message]]]] = {}  # channel -> its history, soon
         self.underway: deque[tuple[Message, Pid | None]] = deque()  # to the history, and not back yet
         self.lost: set[str] | None = set()  # channels where we have failed to publish; None: there are too many
         self.watches: dict[Any, tuple[RemotePid, Any]] = {}  # ref -> whom we monitor elsewhere, and who wants to know
@@ -3954,8 +3956,9 @@ class Cluster:
                 life, number, now, entries = connection.read_response()
             finally:
                 connection.disconnect()
-            recent = [fields[3] for _, fields in entries if int(now) - int(fields[1]) <= history.seconds]
-            messages = [self._read_kept(channel, data)[0] for data in recent]
+            aged = [(int(now) - int(fields[1]), fields[3]) for _, fields in entries]
+            recent = [(monotonic() - age, data) for age, data in aged if age <= history.seconds]
+            messages = [(at, self._read_kept(channel, data)[0]) for at, data in recent]
             # Some of them may still be on their way over the line. When this has come over it, all of them have.
             self.loading[channel] = life.decode(), int(number), messages
             self._say("node:", self.id.hex(), "loaded", channel)

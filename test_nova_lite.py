@@ -4259,6 +4259,21 @@ def test_the_gate_of_events_is_that_of_websockets(headers, status):
             assert head.startswith(b"HTTP/1.1 %d " % status)
 
 
+def test_a_plugin_may_answer_in_the_place_of_events():
+    def maintenance(_callback):
+        def answer(*args, **kwargs):
+            _callback(*args, **kwargs)
+            return HTTPResponse("maintenance", 200)
+
+        return answer
+
+    app = Nova([{"plugins": [maintenance], "routes": [("/ws", Channel, {"protocol": "ws"})]}])
+    with Server(app, port=0) as server:
+        status, _, body = http_request(server, "GET", "/ws", headers={"Accept": "text/event-stream"})
+        assert (status, body) == (200, b"maintenance")
+        until(lambda: not server.lounge.connections)
+
+
 def test_events_have_the_same_limit_of_connections():
     with Server(Nova([{"routes": [("/ws", Channel, {"protocol": "ws"})]}]), port=0, max_connections=1) as server:
         with events(server), events(server) as (_, head):
@@ -5608,6 +5623,47 @@ def test_a_redis_without_memory_still_carries_what_it_cannot_keep(keepers, own_r
     other.join("k", since=position)
     assert expect() == ("nova_resync", "k")
     other.leave("k")
+
+
+def test_a_message_that_comes_while_a_history_is_loaded_is_part_of_it(keepers, monkeypatch):
+    one, other = keepers
+    for number in range(3):
+        one.broadcast("k", "t", number)
+    until(lambda: other.get_position("k").endswith(".3"))
+    position, held = other.get_position("k"), []
+    monkeypatch.setattr(other.cluster, "_say", lambda *said: held.append(said))
+    other._kept["k"].forget()
+    other.cluster.kept("k")
+    until(lambda: held)  # it has asked Redis, and what it says to itself is still on the way
+    one.broadcast("k", "t", 3)
+    until(lambda: other.get_position("k") == position.replace(".3", ".4"))
+    other.join("k", since=position)
+    assert expect() == ("nova_resync", "k")  # nobody knows yet what came before it
+    other.leave("k")
+    monkeypatch.undo()
+    for said in held:
+        other.cluster._say(*said)
+    until(lambda: not other.cluster.loading)
+    other.join("k", since=position)
+    assert expect()[4] == 3
+
+
+def test_what_is_loaded_keeps_its_age(keepers, node, monkeypatch):
+    position = keepers[0].get_position("k")
+    keepers[0].broadcast("k", "t", 0)
+    until(lambda: keepers[1].get_position("k") != position)
+    late = node()
+    load = nova_lite.History.load
+    monkeypatch.setattr(
+        nova_lite.History,
+        "load",
+        lambda self, life, number, kept: load(self, life, number, [(at - 400, m) for at, m in kept]),
+    )
+    late.keep("k", seconds=300)
+    until(lambda: late.get_position("k").endswith(".1"))
+    late.join("k", since=position)
+    assert expect() == ("nova_resync", "k")
+    late.leave("k")
 
 
 def test_members_here_get_what_redis_was_about_to_keep_when_it_died(node, own_redis):
