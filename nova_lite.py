@@ -2208,8 +2208,11 @@ class Connection(Process):
                 raise ValueError(f"a callback answered {result!r}")
         return 0
 
+    def _encode(self, frame: Any) -> bytes:
+        return encode_frame(frame, self.bits)
+
     def _say(self, frame: Any) -> int:
-        data = encode_frame(frame, self.bits)
+        data = self._encode(frame)
         self.said.append(data)
         if frame == "close" or frame[0] == "close":
             raise Ending(None, "", "stop")
@@ -2447,12 +2450,8 @@ class EventStream(Connection):
             if not mailbox or size > READ_SIZE or self.out:
                 break
 
-    def _say(self, frame: Any) -> int:
-        data = encode_event(frame)
-        self.said.append(data)
-        if frame == "close" or frame[0] == "close":
-            raise Ending(None, "", "stop")
-        return len(data)
+    def _encode(self, frame: Any) -> bytes:
+        return encode_event(frame)
 
     def _take_in(self, data: bytes) -> None:
         if not data:
@@ -2544,7 +2543,7 @@ class Nova(bottle.Bottle):
             self.add(group)
 
     def add(self, group: Mapping[str, Any]) -> None:
-        """One more group of routes."""
+        """One more group of routes. Raises ValueError for what it does not know."""
         unknown = set(group) - {"prefix", "security", "routes", "plugins"}
         if unknown:
             raise ValueError(f"a group of routes has no {', '.join(sorted(unknown))}")
@@ -2750,7 +2749,7 @@ def check_handshake(environ: Mapping[str, Any], settings: Settings = Settings())
         return HTTPError(426, "a WebSocket is served here", Upgrade="websocket", Connection="Upgrade")
     if environ["SERVER_PROTOCOL"] != "HTTP/1.1" or environ["REQUEST_METHOD"] != "GET" or "upgrade" not in connection:
         return HTTPError(400, "a WebSocket handshake is a GET of HTTP/1.1 with Connection: Upgrade")
-    if environ.get("CONTENT_LENGTH", "0") != "0" or "HTTP_TRANSFER_ENCODING" in environ or not environ.get("HTTP_HOST"):
+    if check_no_body(environ) or not environ.get("HTTP_HOST"):
         return HTTPError(400, "a WebSocket handshake has a Host and no body")
     if environ.get("HTTP_SEC_WEBSOCKET_VERSION") != "13":
         return HTTPError(426, "only version 13 is served here", Sec_WebSocket_Version="13")
@@ -2760,8 +2759,9 @@ def check_handshake(environ: Mapping[str, Any], settings: Settings = Settings())
 
 
 def check_no_body(environ: Mapping[str, Any]) -> HTTPResponse | None:
+    """The refusal of a request with a body, which would be taken for what the client says afterwards."""
     if environ.get("CONTENT_LENGTH", "0") != "0" or "HTTP_TRANSFER_ENCODING" in environ:
-        return HTTPError(400, "there is a body, and nobody to read it")
+        return HTTPError(400, "a request for events has no body")
     return None
 
 
@@ -3631,9 +3631,8 @@ class Codec:
         return local or RemotePid(self.cluster, node, serial)
 
 
-_aliases: weakref.WeakValueDictionary[int, Alias] = (
-    weakref.WeakValueDictionary()
-)  # those that another node has heard of
+# Those that another node has heard of, by their serials.
+_aliases: weakref.WeakValueDictionary[int, Alias] = weakref.WeakValueDictionary()
 
 
 def _local_pid(serial: int) -> Pid | None:
@@ -3696,9 +3695,7 @@ class Line:
         self.writing: Any = None
         self.run = ""  # which start of the server it is
         self.commands: list[Any] = []  # for `reading`: SUBSCRIBE and UNSUBSCRIBE
-        self.outbox: deque[tuple[str | None, tuple[Any, ...]]] = (
-            deque()
-        )  # for `writing`: (channel of a broadcast, command)
+        self.outbox: deque[tuple[str | None, Any]] = deque()  # for `writing`: (channel of a broadcast, command)
         self.waiting = 0  # bytes in it
         self.work = gevent.event.Event()
 
@@ -3715,10 +3712,9 @@ class Line:
                 with suppress(*self.redis.errors):
                     connection.disconnect()
 
-    def command(self, name: str, *keys: bytes) -> None:
-        if keys:
-            self.commands.append((name, *keys))
-            self.work.set()
+    def command(self, name: str, key: bytes) -> None:
+        self.commands.append((name, key))
+        self.work.set()
 
     def publish(self, key: bytes, data: bytes, channel: str | None = None) -> None:
         self.send(("PUBLISH", key, data), channel)
@@ -3762,8 +3758,8 @@ class Cluster:
         self.nodes: dict[bytes, Node] = {}  # the others
         self.line: Line | None = None  # None while there is none
         self.up = False  # our hello has been said over this line
-        self.missed = False  # there was a time without a line
         self.was_up = gevent.event.Event()  # ... or over an earlier one
+        self.missed = False  # there was a time without a line
         self.sequence = 0  # of our last delta
         self.changes: list[Any] = []  # for the next one
         self.wanted: set[str] = set()  # channels for which the last that we said was SUBSCRIBE

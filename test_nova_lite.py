@@ -6204,11 +6204,17 @@ assert page.evaluate("window.hacked") is None
 """)  # fmt: skip
 
 
-def test_the_login_keeps_strangers_out_of_the_board_and_lets_in_who_has_the_password(browse):
+@contextmanager
+def board_behind_login():
     login = nova_lite.Login("sesame", home="/any/board")
     app = Nova(login.routes)
     app.board("/any/board", security=login.security)
     with Server(app, port=0, drain_time=PATIENCE) as server:
+        yield server
+
+
+def test_the_login_keeps_strangers_out_of_the_board_and_lets_in_who_has_the_password(browse):
+    with board_behind_login() as server:
         browse(server, "/any/board", """
 page.goto(url)
 assert page.url.endswith("/login")
@@ -6231,10 +6237,7 @@ assert page.evaluate("document.cookie") == ""
 
 
 def test_a_board_whose_login_is_over_says_so(browse):
-    login = nova_lite.Login("sesame", home="/any/board")
-    app = Nova(login.routes)
-    app.board("/any/board", security=login.security)
-    with Server(app, port=0, drain_time=PATIENCE) as server:
+    with board_behind_login() as server:
         browse(server, "/login", """
 page.add_init_script("const Own = WebSocket; WebSocket = class extends Own { constructor(url) { super(url);"
                      " window.socket = this; } }")
