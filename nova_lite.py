@@ -3924,8 +3924,8 @@ class Cluster:
     def kept(self, channel: str) -> None:
         if channel in self.live:
             gevent.spawn(self._load, channel)
-        elif channel not in self.wanted and self.line is not None and self.line.reading is not None:
-            self._subscribe(channel)
+        else:
+            self._want(channel)
 
     def publish_kept(self, message: Message, but: Pid | None, data: bytes) -> bool:
         """By way of the history: it is delivered here when it comes back. False if that is not possible now."""
@@ -3985,8 +3985,8 @@ class Cluster:
     def joined(self, channel: str, process: Process) -> None:
         if channel in self.live:
             self._change("join", channel, process)
-        elif channel not in self.wanted and self.line is not None and self.line.reading is not None:
-            self._subscribe(channel)
+        else:
+            self._want(channel)
 
     def left(self, channel: str, process: Process) -> None:
         if channel in self.live:
@@ -4002,6 +4002,11 @@ class Cluster:
         event = self.awaited.get(channel)
         if event is not None and _get_ident() == _scheduler.thread and not isinstance(getcurrent(), Hub):
             event.wait(JOIN_TIME)
+
+    def _want(self, channel: str) -> None:
+        """Subscribes, unless that is done; a line that is not open yet will do it once it is."""
+        if channel not in self.wanted and self.line is not None and self.line.reading is not None:
+            self._subscribe(channel)
 
     def _subscribe(self, channel: str) -> None:
         self.line.command("SUBSCRIBE", self.redis.key("channel:", channel))  # type: ignore[union-attr]
