@@ -75,15 +75,18 @@ import codecs
 import errno
 import gc
 import importlib
+import io
 import json
 import logging
 import os
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
 import sysconfig
+import tempfile
 import time
 import traceback
 import weakref
@@ -102,13 +105,13 @@ from math import inf, isfinite
 from socket import IPPROTO_TCP, TCP_NODELAY, gethostname
 from ssl import SSLEOFError, SSLWantReadError, SSLWantWriteError, SSLZeroReturnError
 from time import monotonic
-from types import SimpleNamespace
 from typing import Any, NoReturn
-from urllib.parse import parse_qsl, urlencode, urlsplit
+from urllib.parse import parse_qsl, unquote_to_bytes, urlencode, urlsplit
 
 import bottle
 import gevent
 import gevent.event
+import gevent.local
 import gevent.monkey
 import gevent.pywsgi
 import gevent.socket
@@ -1534,23 +1537,33 @@ _REQUEST_KEYS: dict[str, Callable[[Request], Any]] = {
 }
 
 
+class BadBody(HTTPError, OSError):
+    """The client's body cannot be read: a 400 or a 408, for bottle and for a WSGI application that expects OSError."""
+
+
 def read_body(environ: dict[str, Any], limit: int) -> bytes:
     """The body, which bottle's `request` may read again. Raises HTTPError: 413 over `limit` bytes, 400 if cut off."""
-    if "bottle.request.body" in environ:  # a hook has read it
-        environ["bottle.request.body"].seek(0)
+    file = environ.get("bottle.request.body")
+    if file is None or getattr(file, "is_unread", False):
+        file = environ.get("wsgi.input")
+    else:  # a hook has read it
+        file.seek(0)
     chunked = "chunked" in environ.get("HTTP_TRANSFER_ENCODING", "").lower()
     try:
         length = int(environ.get("CONTENT_LENGTH") or 0)
-        body = environ["wsgi.input"].read(limit + 1 if chunked else length) if 0 < length <= limit or chunked else b""
-    except (KeyError, OSError, ValueError):
-        raise HTTPError(408 if environ.get("nova_lite.late") else 400, "the body could not be read")
+        body = file.read(limit + 1 if chunked else length) if 0 < length <= limit or chunked else b""  # type: ignore[union-attr]
+    except HTTPError:
+        raise
+    except (AttributeError, OSError, ValueError):
+        raise HTTPError(400, "the body could not be read")
     if max(length, len(body)) > limit:
-        environ["CONTENT_LENGTH"] = str(max(length, len(body)))  # so that who asks again is told the same
+        environ["CONTENT_LENGTH"] = str(max(length, len(body)))  # so that the next reader gets the same answer
         raise HTTPError(413, f"the body is larger than {limit} bytes")
     if len(body) < length or length < 0:
         raise HTTPError(400, "the body was cut off")
-    # The server has taken the chunks apart already; bottle would try once more.
-    environ.pop("HTTP_TRANSFER_ENCODING", None)
+    # From here on bottle reads it as any other body of a known length.
+    for key in ("HTTP_TRANSFER_ENCODING", "bottle.request.body"):
+        environ.pop(key, None)
     environ["wsgi.input"], environ["CONTENT_LENGTH"] = BytesIO(body), str(len(body))
     return body
 
@@ -1653,6 +1666,10 @@ def _file(
     response.headers.setdefault("Content-Type", mime)
     response.headers["Content-Length"] = str(length)
     return response
+
+
+def printable(text: str) -> str:
+    return text.encode("unicode_escape").decode()
 
 
 def error_body(status_line: str, text: str, accept: str) -> tuple[str, bytes]:
@@ -2811,8 +2828,9 @@ def heartbeat(req: Request) -> Any:
 
 DRAIN_TIME = 5.0  # seconds that a stopping server gives requests and clients to finish
 MAX_HEADERS = 16_384  # bytes
-DISCARD_SIZE, DISCARD_TIME = 8 * 1024 * 1024, 2.0  # bytes and seconds spent on a body that nobody has read
-_NO_INPUT = SimpleNamespace(_discard=lambda: None)
+MAX_LINE = 8192  # bytes of a request line, 414 beyond
+READ_AHEAD = 8192  # bytes of a client's buffer; between two reads they are handled in one go, in a few milliseconds
+DISCARD_SIZE, DISCARD_TIME = 8 * 1024 * 1024, 2.0  # bytes and seconds spent on what a client sends and nothing reads
 BACKLOG = 2048  # connections that may wait to be accepted: a restart brings all clients at once
 
 
@@ -2823,9 +2841,7 @@ class Headers(dict[str, str]):
     request hide in another. Raises ValueError, and HTTPError 431 over MAX_HEADERS bytes.
     """
 
-    status = ""  # what follows is what pywsgi asks of its own class
-
-    def __init__(self, file: Any, *_: Any) -> None:
+    def __init__(self, file: Any) -> None:
         left = MAX_HEADERS
         while (line := file.readline(left + 1)) not in (b"\r\n", b"\n"):
             left -= len(line)
@@ -2838,7 +2854,7 @@ class Headers(dict[str, str]):
             if name in self and name in ("content-length", "host", "transfer-encoding"):
                 raise ValueError(f"{name} comes twice")
             self[name] = f"{self[name]}{'; ' if name == 'cookie' else ', '}{value}" if name in self else value
-        if not re.fullmatch("[0-9]*", self.get("content-length", "")):
+        if not re.fullmatch("[0-9]{1,18}", self.get("content-length", "0")):
             raise ValueError("Content-Length is no number")
         if "transfer-encoding" in self and (self["transfer-encoding"].lower() != "chunked" or "content-length" in self):
             raise ValueError("Transfer-Encoding is chunked alone, and without Content-Length")
@@ -2846,7 +2862,7 @@ class Headers(dict[str, str]):
     def get(self, name: str, default: Any = None) -> Any:
         return super().get(name.lower(), default)
 
-    getheader = get
+    getheader = get  # the names that pywsgi uses
 
     @property
     def typeheader(self) -> str | None:
@@ -2869,6 +2885,169 @@ def _date(second: int) -> bytes:
     return gevent.pywsgi.format_date_time(second)
 
 
+_REQUEST_LINE = re.compile(r"([!#$%&'*+.^_`|~0-9A-Za-z-]+) ([^\x00-\x20\x7f]+) (HTTP/1\.[01])\r?\n")
+_TARGET = re.compile(r"(?:https?://([^/?]*))?(|[/?].*)", re.IGNORECASE)
+_HOST = re.compile(r"(?:\[[0-9A-Fa-f:.]+\]|[0-9A-Za-z._~%!$&'()*+;=-]*)(?::[0-9]{0,5})?")
+
+
+def split_target(method: str, target: str) -> tuple[str | None, str]:
+    """Returns the authority, if there is one, and the path with its query (RFC 9112 §3.2).
+
+    Raises ValueError for what is neither in origin nor in absolute form, and for a path that is not UTF-8.
+    """
+    if target == "*" and method == "OPTIONS":
+        return None, "*"
+    match = _TARGET.fullmatch(target)
+    if match is None or (match[1] is None and not target.startswith("/")):
+        raise ValueError("not a target of a request")
+    authority, path = match[1], match[2] if match[2].startswith("/") else "/" + match[2]
+    if "%" in path or not path.isascii():
+        unquote_to_bytes(path.partition("?")[0].encode("latin-1")).decode()
+    return authority, path
+
+
+class ClientStream(io.RawIOBase):
+    """The bytes of an HTTP client, as they come. Reading raises TimeoutError after `deadline`.
+
+    Where bytes are always there, nothing waits: reading then yields to others once a time slice is over.
+    """
+
+    def __init__(self, sock: Any) -> None:
+        self.sock = sock
+        self.deadline = 0.0  # on the clock of monotonic()
+        self.turn = monotonic()  # when others have last had theirs
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        self.yield_after_slice()
+        start = monotonic()
+        self.sock.settimeout(max(self.deadline - start, 0.0))  # 0: takes what is there, but does not wait
+        try:
+            return self.sock.recv_into(buffer)
+        except (BlockingIOError, SSLWantReadError, SSLWantWriteError):
+            raise TimeoutError("the client takes too long") from None
+        finally:
+            end = monotonic()
+            if end - start > TIME_SLICE:  # it has waited
+                self.turn = end
+
+    def yield_after_slice(self) -> None:
+        if monotonic() - self.turn > TIME_SLICE:
+            gevent.sleep(A_MOMENT)
+            self.turn = monotonic()
+
+
+class Body(io.RawIOBase):
+    """The body of a request, up to its end and no further (RFC 9112 §6.2, §7.1). Reading raises BadBody."""
+
+    def __init__(self, file: Any, length: int | None, before: Callable[[], None] | None = None) -> None:
+        self.file = file
+        self.chunked = length is None
+        self.left = length or 0  # bytes to come, of the chunk if it is chunked
+        self.ended = length == 0
+        self.before = before  # called before the first read: sends the 100 that the client waits for
+        self.failure: BadBody | None = None
+        self.in_chunk = False  # the CRLF behind a chunk is still to come
+        self.extras = 0  # bytes of chunk extensions and trailers, MAX_HEADERS at most
+        self.taken = 0  # bytes
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        if self.before is not None:
+            before, self.before = self.before, None
+            before()
+        if self.failure is not None:
+            raise self.failure
+        try:
+            return self._read(memoryview(buffer))
+        except BadBody:
+            raise
+        except OSError as error:
+            late = isinstance(error, TimeoutError)
+            self._fail("the body took too long" if late else "the body was cut off", 408 if late else 400)
+
+    def _read(self, buffer: memoryview) -> int:
+        if self.chunked and not self.left and not self.ended:
+            self._next_chunk()
+        if self.ended:
+            return 0
+        size = self.file.readinto1(buffer[: self.left])
+        if not size:
+            self._fail("the body was cut off")
+        self.left -= size
+        self.taken += size
+        self.ended = not self.left and not self.chunked
+        return size
+
+    def _next_chunk(self) -> None:
+        if self.in_chunk and self._line() != b"\r\n":
+            self._fail("a chunk does not end where it should")
+        match = _CHUNK.fullmatch(self._line())
+        if match is None:
+            self._fail("this is not the beginning of a chunk")
+        self.left, self.in_chunk = int(match[1], 16), True
+        self._count_extra(match[2])
+        while not self.left and not self.ended:
+            line = self._line()
+            self.ended = line == b"\r\n"
+            self._count_extra(line)
+            if not self.ended and not _HEADER.fullmatch(line.decode("latin-1")):
+                self._fail("this is not a trailer")
+
+    def _line(self) -> bytes:
+        line = self.file.readline(MAX_HEADERS)
+        if not line.endswith(b"\r\n"):
+            self._fail("a line of the chunked body is too long, or does not end with CRLF")
+        self.taken += len(line)
+        return line
+
+    def _count_extra(self, extra: bytes) -> None:
+        self.extras += len(extra)
+        if self.extras > MAX_HEADERS:
+            self._fail("there are too many chunk extensions or trailers")
+
+    def _fail(self, text: str, status: int = 400) -> NoReturn:
+        self.failure = BadBody(status, text)
+        raise self.failure
+
+    def _discard(self) -> None:
+        """What pywsgi calls; `discard` is called later, when the request is over."""
+
+    def discard(self) -> None:
+        """Reads to where the next request begins, unless that takes too much."""
+        buffer = memoryview(bytearray(65536))
+        with suppress(OSError):
+            while self.before is None and self.taken < DISCARD_SIZE and self.readinto(buffer):
+                pass
+
+
+_TOKEN = rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+"
+_QUOTED = rb'"(?:[^"\\\x00-\x08\x0a-\x1f\x7f]|\\[\t\x20-\x7e\x80-\xff])*"'
+_CHUNK = re.compile(
+    rb"([0-9A-Fa-f]{1,16})((?:[ \t]*;[ \t]*%b(?:[ \t]*=[ \t]*(?:%b|%b))?)*)\r\n" % (_TOKEN, _TOKEN, _QUOTED)
+)
+_NO_BODY = Body(None, 0)
+
+
+class SpooledBody:
+    """A chunked body for `bottle.request`, which would take the chunks apart once more: a file, made at first use."""
+
+    def __init__(self, body: Any) -> None:
+        self._body = body
+        self.is_unread = True
+
+    def __getattr__(self, name: str) -> Any:
+        if self.is_unread:
+            self._file = tempfile.SpooledTemporaryFile(bottle.BaseRequest.MEMFILE_MAX)  # noqa: SIM115
+            shutil.copyfileobj(self._body, self._file)
+            self.is_unread = False
+        return getattr(self._file, name)
+
+
 class RequestHandler(UpgradeHandler):
     """A client's HTTP connection. gevent-websocket's upgrade is kept for when the application has said 101."""
 
@@ -2881,95 +3060,102 @@ class RequestHandler(UpgradeHandler):
     code: Any
     provided_date: Any
     provided_content_length: Any
-    wsgi_input: Any = None  # None until the head is there
+    wsgi_input: Any = _NO_BODY
     logger = log  # gevent-websocket would set up one of its own
-    MessageClass = Headers
-    turn = 0.0  # when it has last let others have theirs
-    deadline = 0.0  # by when the client must have sent what is awaited
-    write_deadline = inf  # by when it must have taken what is being sent
-    late = False
+    body_left: int | None = None  # bytes of the response that Content-Length still allows; None: no limit
     agreed = False  # the response is that of a connection in the lobby
     handed_over = False  # the socket belongs to a connection's process
+
+    def __init__(self, sock: Any, address: Any, server: Any) -> None:
+        self.socket, self.client_address, self.server = sock, address, server
+        self.stream = ClientStream(sock)
+        self.rfile = io.BufferedReader(self.stream, READ_AHEAD)
 
     def handle(self) -> None:
         if self.server.lounge.draining:  # accepted just before the listener closed
             return
         self.server.handlers.add(self)
         try:
-            with suppress(OSError):  # pywsgi answers a bad request to whoever is gone as well
-                super().handle()
+            super().handle()
         finally:
             self.server.handlers.discard(self)
 
-    def read_requestline(self) -> str:
-        self.wsgi_input = None
-        now = monotonic()
-        if now - self.turn > TIME_SLICE:  # reading does not wait where bytes are there: let others have a turn
-            gevent.sleep(A_MOMENT)
-            self.turn = now
-        self.deadline = now + self.server.KEEP_ALIVE
-        self.rfile.peek(1)
-        self.deadline = monotonic() + self.server.HEAD_TIME
-        line = super().read_requestline()
-        return line if line.strip("\r\n") or not line else super().read_requestline()  # an empty one is no harm (§2.2)
+    # -- the request
 
-    def check_time(self, now: float) -> None:
-        """The sweep comes by: a client that takes too long is not listened to any longer, and reading ends."""
-        if now > self.deadline and not self._has_body():
-            self.late = True
-            if self.wsgi_input is not None:
-                self.environ["nova_lite.late"] = True
-            with suppress(OSError, AttributeError):  # closed meanwhile
-                self.socket._sock.shutdown(_socket.SHUT_RD)  # gevent's own would raise in the reader
-        if now > self.write_deadline:
-            with suppress(OSError, AttributeError):
-                self.socket.shutdown(_socket.SHUT_RDWR)
-
-    def _sendall(self, data: bytes) -> None:
-        """In pieces, each with its time: a client that does not read its response is hung up on in the end."""
-        left = memoryview(data)
+    def handle_one_request(self) -> Any:
         try:
-            while left:
-                self.write_deadline = monotonic() + self.server.WRITE_TIME
-                left = left[self.socket.send(left[:65536]) :]
-        except OSError:
-            self.code = -abs(self.code)  # pywsgi's mark for what could not be sent
-            raise
-        self.write_deadline = inf
-        self.response_length += len(data)
+            return super().handle_one_request()
+        except HTTPError as error:  # of the request line
+            return self._handle_client_error(error)
 
-    def _has_body(self) -> bool:
-        body = self.wsgi_input
-        if body is None or body is _NO_INPUT:
-            return body is _NO_INPUT
-        return body.chunk_length == 0 if body.chunked_input else body.position >= (body.content_length or 0)
-
-    def _handle_client_error(self, ex: Exception) -> tuple[str, bytes]:
-        status = "408 Request Timeout" if self.late else getattr(ex, "status_line", "400 Bad Request")
-        log.info("%s:%d refused: %s (%s)", *self.client_address[:2], status, getattr(ex, "body", None) or ex)
-        kind, body = error_body(status, status[4:], "")
-        head = f"HTTP/1.1 {status}\r\nContent-Type: {kind}\r\nContent-Length: {len(body)}\r\nConnection: close\r\n\r\n"
-        return status, head.encode() + body
-
-    def handle_error(self, *error: Any) -> None:
-        if (self.code or 0) < 0:  # it could not be sent: nobody is there, so nobody is told
-            self.close_connection = True
-        else:
-            super().handle_error(*error)
+    def read_requestline(self) -> str:
+        self.stream.yield_after_slice()  # a client may pipeline many requests
+        self.stream.deadline = monotonic() + self.server.KEEP_ALIVE
+        self.rfile.peek(1)
+        self.stream.deadline = monotonic() + self.server.HEAD_TIME
+        try:
+            line = self.rfile.readline(MAX_LINE + 1)
+            if line in (b"\r\n", b"\n"):  # an empty one is no harm (RFC 9112 §2.2)
+                line = self.rfile.readline(MAX_LINE + 1)
+        except TimeoutError as error:
+            raise HTTPError(408, str(error)) from None
+        self.requestline = line.decode("latin-1").rstrip("\r\n")
+        if len(line) > MAX_LINE:
+            raise HTTPError(414, "the request line is too long")
+        return line.decode("latin-1")
 
     def read_request(self, raw_requestline: str) -> bool:
         self.busy = True
-        if not re.fullmatch(r"[A-Z]+ [^\x00-\x20\x7f]+ HTTP/1\.[01]\r?\n", raw_requestline):
-            raise ValueError("no request line of HTTP/1.1 or 1.0")
-        super().read_request(raw_requestline)
-        if self.request_version == "HTTP/1.1" and "host" not in self.headers:
-            raise ValueError("there is no Host")
-        if self.request_version == "HTTP/1.0" and "transfer-encoding" in self.headers:
+        self.requestline = raw_requestline.rstrip("\r\n")
+        match = _REQUEST_LINE.fullmatch(raw_requestline)
+        if match is None:
+            raise ValueError("this is not a request line of HTTP/1.1 or 1.0")
+        self.command, target, self.request_version = match.groups()
+        headers = self.headers = Headers(self.rfile)
+        authority, self.path = split_target(self.command, target)
+        if authority is not None:
+            headers["host"] = authority
+        if not _HOST.fullmatch(headers.get("host", "")) or (
+            self.request_version == "HTTP/1.1" and "host" not in headers
+        ):
+            raise ValueError("there is no Host, or it is not one")
+        if self.request_version == "HTTP/1.0" and "transfer-encoding" in headers:
             raise ValueError("there are no chunks in HTTP/1.0")
-        self.path = re.sub(r"^https?://[^/?]*", "", self.path) or "/"  # a request to a proxy is served as well (§3.2.2)
-        if "close" in re.split(r"[ \t,]+", self.headers.get("connection", "").lower()):
-            self.close_connection = True
+        self.content_length = int(headers.get("content-length", "0"))
+        options = _tokens(headers.get("connection", ""))
+        self.close_connection = "close" in options or (
+            self.request_version == "HTTP/1.0" and "keep-alive" not in options
+        )
         return True
+
+    def _handle_client_error(self, ex: Exception) -> None:
+        """Refuses a request that cannot be read, and hangs up: where the next one begins is not known."""
+        status = (
+            "408 Request Timeout" if isinstance(ex, TimeoutError) else getattr(ex, "status_line", "400 Bad Request")
+        )
+        reason = str(getattr(ex, "body", None) or ex)
+        log.info(
+            '%s:%d "%s" refused: %s (%s)',
+            *self.client_address[:2],
+            printable(self.requestline or ""),
+            status,
+            printable(reason),
+        )
+        kind, body = error_body(status, status[4:], "")
+        head = f"HTTP/1.1 {status}\r\nContent-Type: {kind}\r\nContent-Length: {len(body)}\r\nConnection: close\r\n\r\n"
+        with suppress(OSError):
+            self._sendall(head.encode() + body)
+        self.stream.deadline = monotonic() + DISCARD_TIME
+        self._linger()
+
+    def _linger(self) -> None:
+        """Ends the response, and reads on until `deadline`: closing with bytes unread would reset the connection, and
+        the client might never see its response (RFC 9112 §9.6)."""
+        left = DISCARD_SIZE
+        with suppress(OSError):
+            self.socket.shutdown(_socket.SHUT_WR)
+            while left > 0 and (part := self.rfile.read1(READ_AHEAD)):
+                left -= len(part)
 
     def _connection_upgrade_requested(self) -> bool:
         return False  # else pywsgi loses sight of the body, and of where the next request begins
@@ -2980,34 +3166,89 @@ class RequestHandler(UpgradeHandler):
             if key is not None:
                 yield key, value
 
+    def get_environ(self) -> dict[str, Any]:
+        environ = super().get_environ()
+        chunked = "transfer-encoding" in self.headers
+        if not chunked and not self.content_length:
+            self.wsgi_input, environ["wsgi.input"] = _NO_BODY, BytesIO()
+            return environ
+        expects = self.headers.get("expect", "").lower() == "100-continue" and self.request_version == "HTTP/1.1"
+        body = Body(self.rfile, None if chunked else self.content_length, self._send_continue if expects else None)
+        self.wsgi_input, environ["wsgi.input"] = body, io.BufferedReader(body)
+        if chunked:
+            environ["bottle.request.body"] = SpooledBody(environ["wsgi.input"])
+        return environ
+
+    def _send_continue(self) -> None:
+        if not self.headers_sent:
+            self.socket.settimeout(self.server.WRITE_TIME)
+            self.socket.sendall(b"HTTP/1.1 100 Continue\r\n\r\n")
+
+    # -- the application
+
+    def handle_one_response(self) -> None:
+        try:
+            super().handle_one_response()
+        finally:
+            self.busy = False
+            process = _current()
+            if process is not None:  # a request is a process for as long as it lasts
+                process.finish("normal")
+        if not self.wsgi_input.ended:
+            self._skip_body(self.wsgi_input)
+
+    def _skip_body(self, body: Body) -> None:
+        self.stream.deadline = monotonic() + DISCARD_TIME
+        if not self.close_connection:
+            body.discard()
+        if not body.ended:
+            self.close_connection = True
+            self._linger()
+
     def run_application(self) -> None:
         lobby: list[Connection] = []
         self.environ["nova_lite.lobby"], self.environ["nova_lite.lounge"] = lobby, self.server.lounge
-        self.deadline = monotonic() + self.server.BODY_TIME
+        self.stream.deadline = monotonic() + self.server.BODY_TIME
         try:
             gevent.pywsgi.WSGIHandler.run_application(self)
             if lobby and self.agreed:
                 self._hand_over(lobby[0])
                 lobby.clear()
+        except Exception:  # pywsgi would take any OSError of the application for a client that has gone
+            self.handle_error(*sys.exc_info())
         finally:
             for connection in lobby:  # the 101 was replaced by a hook or a plugin, or did not get through
                 connection.kill(("error", "closed"))
-            self._discard_body()
 
-    def _discard_body(self) -> None:
-        """Reads on to the next request; a client that says too much, takes too long or talks nonsense is hung up on."""
-        body, self.wsgi_input = self.wsgi_input, _NO_INPUT
-        if not body.chunked_input and body.position >= (body.content_length or 0):
-            return  # as nearly always
-        body.send_100_continue_enabled = False
-        left, self.close_connection, keep = DISCARD_SIZE, True, not self.close_connection
-        with gevent.Timeout(DISCARD_TIME, False), suppress(OSError):
-            while left > 0 and not body._chunked_input_error:
-                part = body.read(min(left, 65536))
-                if not part:
-                    self.close_connection = not keep
-                    return
-                left -= len(part)
+    def handle_error(self, kind: Any, error: Any, tb: Any) -> None:
+        if (self.code or 0) < 0:  # it could not be sent: nobody is there, so nobody is told
+            self.close_connection = True
+        elif isinstance(error, BadBody):
+            self._refuse(error.status_code, str(error.body))
+        elif isinstance(error, SystemExit | KeyboardInterrupt):
+            super().handle_error(kind, error, tb)
+        else:
+            if not isinstance(error, gevent.GreenletExit):
+                where = *self.client_address[:2], printable(self.requestline or "")
+                log.error('%s:%d "%s" crashed', *where, exc_info=(kind, error, tb))
+            self._refuse(500)
+
+    def _send_error_response_if_possible(self, error_code: int) -> None:
+        self._refuse(error_code)
+
+    def _refuse(self, status: int, text: str = "") -> None:
+        """Sends an error in the place of the application's response. If that has begun, closing tells that its end is
+        missing."""
+        self.close_connection = True
+        if self.headers_sent:
+            return
+        error = HTTPError(status)
+        kind, body = error_body(error.status_line, text or error.status_line[4:], self.environ.get("HTTP_ACCEPT", ""))
+        with suppress(OSError):
+            self.start_response(error.status_line, [("Content-Type", kind), ("Content-Length", str(len(body)))])
+            self.write(body)
+
+    # -- the response
 
     def process_result(self) -> None:
         lobby = self.environ["nova_lite.lobby"]
@@ -3015,14 +3256,105 @@ class RequestHandler(UpgradeHandler):
         self.agreed = bool(lobby) and self.code == lobby[0].STATUS and not self.result
         if not self.agreed:
             super().process_result()
+            if self.body_left:
+                self.close_connection = True
+                log.error("%s: Content-Length is %d bytes too large", printable(self.requestline), self.body_left)
             return
         headers = [header for header in self.response_headers if header[0] != b"Content-Length"]  # bottle's, of nothing
         if self.code == 101:
             self.upgrade_connection()
             self._disarm(self.environ.pop("wsgi.websocket"))
             headers = self.response_headers + [header for header in headers if header[0] != b"Content-Type"]
-        self.response_headers, self.provided_content_length, self.close_connection = headers, True, True
+        self.response_headers, self.close_connection = headers, True
         self.write(b"")
+
+    def write(self, data: Any) -> None:
+        if not isinstance(data, bytes | bytearray | memoryview):
+            raise TypeError(f"a WSGI application answers with bytes, not {data!r:.100} (PEP 3333)")
+        if self.headers_sent:
+            self.stream.yield_after_slice()
+            self._write(self._clip(data))
+        elif not self.status:
+            raise self.ApplicationError("The application did not call start_response()")
+        else:
+            self._write_with_headers(data)
+
+    def _clip(self, data: Any) -> Any:
+        """Returns what may still be sent of the body."""
+        if self.body_left is not None:
+            data = data[: self.body_left]
+            self.body_left -= len(data)
+        return data
+
+    def _write_with_headers(self, data: Any) -> None:
+        """Head and body in one packet: in two, a kept-alive client's delayed ACK holds the second back for 40 ms."""
+        self.headers_sent = True
+        self.finalize_headers()
+        data = self._clip(data)
+        lines = [b"HTTP/1.1 " + self.status, *(b"%b: %b" % header for header in self.response_headers), b"\r\n"]
+        head = b"\r\n".join(lines)
+        if self.response_use_chunked or len(data) > 65536:
+            self._sendall(head)
+            self._write(data)
+        else:
+            self._sendall(head + data)
+
+    def finalize_headers(self) -> None:
+        if not self.provided_date:
+            self.provided_date = True
+            self.response_headers.append((b"Date", _date(int(time.time()))))
+        if not self.agreed:
+            self._frame_response()
+        if self.code != 101:
+            self._finalize_connection()
+
+    def _frame_response(self) -> None:
+        """Decides how the client learns where the body ends (RFC 9112 §6.3)."""
+        self.body_left = None
+        if self.command == "HEAD" or self.code in (204, 304):
+            self.body_left = 0
+        elif self.provided_content_length is not None:
+            self.body_left = int(self.provided_content_length)
+        elif hasattr(self.result, "__len__"):
+            self.body_left = sum(map(len, self.result))
+            self.response_headers.append((b"Content-Length", b"%d" % self.body_left))
+        elif self.request_version == "HTTP/1.1":
+            self.response_use_chunked = True
+            self.response_headers.append((b"Transfer-Encoding", b"chunked"))
+        else:
+            self.close_connection = True
+
+    def _finalize_connection(self) -> None:
+        """Merges what the application and pywsgi say of the connection with whether it closes."""
+        options = []
+        for header in [header for header in self.response_headers if header[0].lower() == b"connection"]:
+            options += _tokens(header[1].decode("latin-1"))
+            self.response_headers.remove(header)
+        if "close" in options or self.server.lounge.draining or self.wsgi_input.before is not None:
+            self.close_connection = True  # `before`: what comes next may be the body that was not asked for, or not
+        options = [option for option in options if option not in ("close", "keep-alive")]
+        if self.close_connection:
+            options.append("close")
+        elif self.request_version == "HTTP/1.0":
+            options.append("keep-alive")
+        if options:
+            self.response_headers.append((b"Connection", ", ".join(options).encode("latin-1")))
+
+    def _sendall(self, data: bytes) -> None:
+        """In pieces, each with its time: a client that does not read its response is hung up on in the end."""
+        left = memoryview(data)
+        try:
+            while left:
+                self.socket.settimeout(self.server.WRITE_TIME)
+                left = left[self.socket.send(left[:65536]) :]
+                if left:
+                    self.stream.yield_after_slice()
+        except OSError:
+            self.code = -abs(self.code or 500)  # pywsgi's mark for what could not be sent
+            raise
+        self.response_length += len(data)
+
+    # -- handing over
 
     def _disarm(self, websocket: Any) -> None:
         """gevent-websocket's object is not used. Its __del__ would write a close frame; and it holds this handler,
@@ -3032,16 +3364,15 @@ class RequestHandler(UpgradeHandler):
 
     def _hand_over(self, connection: Connection) -> None:
         """The socket goes to the connection's process; pywsgi lets go of its own handle, buffers and greenlet."""
-        sock = self.socket
-        sock.setblocking(False)
-        with suppress(BlockingIOError, SSLWantReadError):
-            early = b""
+        sock, early = self.socket, b""
+        self.stream.deadline = 0.0
+        with suppress(TimeoutError):
             early = self.rfile.peek()  # frames that came right behind the handshake
-            if self.server.ssl_enabled and sock.pending():
-                early += sock.recv(sock.pending())
         raw: Any
         if self.server.ssl_enabled:
-            self.rfile.close()
+            if sock.pending():
+                early += sock.recv(sock.pending())
+            sock.setblocking(False)
             raw = TLS(sock)
         else:
             raw = _socket.socket(sock.family, sock.type, sock.proto, sock.detach())
@@ -3052,45 +3383,23 @@ class RequestHandler(UpgradeHandler):
         if self.server.lounge.draining:
             connection.kill("shutdown")
 
-    def handle_one_response(self) -> None:
-        try:
-            super().handle_one_response()
-        finally:
-            self.busy = False
-            process = _current()
-            if process is not None:  # a request is a process for as long as it lasts
-                process.finish("normal")
-
-    def _write_with_headers(self, data: bytes) -> None:
-        """Head and body in one packet: in two, a kept-alive client's delayed ACK holds the second back for 40 ms."""
-        self.headers_sent = True
-        if not self.provided_date:
-            self.provided_date = True
-            self.response_headers.append((b"Date", _date(int(time.time()))))
-        self.finalize_headers()
-        self.close_connection = self.close_connection or self.server.lounge.draining
-        if self.code == 413 and "expect" in self.headers:  # what comes next may be the body, or not
-            self.close_connection = True
-        if self.close_connection and self.code != 101 and self.request_version == "HTTP/1.1":
-            self.response_headers.append((b"Connection", b"close"))
-        lines = [b"HTTP/1.1 " + self.status, *(b"%b: %b" % header for header in self.response_headers), b"\r\n"]
-        head = b"\r\n".join(lines)
-        if self.response_use_chunked or len(data) > 65536:
-            self._sendall(head)
-            self._write(data)
-        else:
-            self._sendall(head + data)
+    # -- the log
 
     def log_request(self) -> None:
         if log.isEnabledFor(logging.INFO):
             milliseconds = (self.time_finish - self.time_start) * 1000
             peer, port = self.client_address[:2]
             status = (self._orig_status or "000").split()[0]
-            line = self.requestline, status, self.response_length, milliseconds
+            line = printable(self.requestline or ""), status, self.response_length, milliseconds
             log.info('%s:%d "%s" %s %d %.1f ms', peer, port, *line)
 
     def log_error(self, msg: str, *args: Any) -> None:
-        log.info("bad request: " + msg, *args)  # noqa: G003 -- pywsgi's messages are formats
+        log.info("bad request: " + printable(msg), *map(printable, map(str, args)))  # noqa: G003
+
+
+def _tokens(value: str) -> list[str]:
+    """Returns the options of a Connection header, in lower case (RFC 9110 §7.6.1)."""
+    return [token for token in re.split(r"[ \t,]+", value.lower()) if token]
 
 
 class Server(gevent.pywsgi.WSGIServer):
@@ -3120,7 +3429,6 @@ class Server(gevent.pywsgi.WSGIServer):
         self.lounge = Lounge(_descriptor_limit() - 64 if max_connections is None else max_connections)
         self.handlers: set[RequestHandler] = set()
         self.drain_time = drain_time
-        self.sweeper: Any = None
         self.short_of_descriptors = -60.0  # when it was last logged
         tls = {"ssl_context": _tls_context(certfile, keyfile)} if certfile else {}
         if reuse_port:
@@ -3136,16 +3444,9 @@ class Server(gevent.pywsgi.WSGIServer):
         return self.address[1]
 
     def init_socket(self) -> None:
+        _check_patch()
         super().init_socket()
         self.socket.setsockopt(IPPROTO_TCP, TCP_NODELAY, 1)  # accepted sockets inherit it
-        interval = min(1.0, min(self.KEEP_ALIVE, self.HEAD_TIME, self.BODY_TIME, self.WRITE_TIME) / 4)
-        self.sweeper = self.loop.timer(interval, interval)
-        self.sweeper.start(self._sweep)
-
-    def _sweep(self) -> None:
-        now = monotonic()
-        for handler in list(self.handlers):
-            handler.check_time(now)
 
     def do_read(self) -> Any:
         """Accepts; when descriptors have run out, pauses, and lets the clients wait in the kernel's queue."""
@@ -3174,11 +3475,6 @@ class Server(gevent.pywsgi.WSGIServer):
         handler.handle()
         if not handler.handed_over:
             sock.close()
-
-    def close(self) -> None:
-        if self.__dict__.get("sweeper") is not None:
-            self.sweeper.close()
-        super().close()
 
     def stop(self, timeout: float | None = None) -> None:
         """Closes the listener, lets requests finish, closes WebSockets with 1001; cuts what is left after `timeout`.
@@ -3269,7 +3565,6 @@ def run(
             raise ValueError("workers need a cluster, or a broadcast would reach the clients of one of them only")
         number, port = run_workers(workers, host, port, drain_time)
         options["reuse_port"], name = True, f"{name or _node}-{number}"
-    _warn_unless_patched()
     _raise_descriptor_limit()
     try:
         _serve(app, host, port, min(drain_time, 0.3) if reload else drain_time, options, cluster, name)
@@ -3309,23 +3604,50 @@ def _on_signal(asked_to_stop: gevent.event.Event) -> None:
     asked_to_stop.set()
 
 
-def _warn_unless_patched() -> None:
-    """If another greenlet sees the request that this one binds, bottle was imported before the patch."""
-    seen: list[dict[str, Any]] = []
-
-    def look() -> None:
-        with suppress(RuntimeError):  # "Request context not initialized", as it should be
-            seen.append(bottle.request.environ)
-
-    bottle.request.bind({})
-    gevent.spawn(look).join()
-    if seen or not gevent.monkey.is_module_patched("socket"):
+def _check_patch() -> None:
+    """Warns where the library is not patched. What bottle then shares is kept per greenlet, or one client's response
+    would carry the cookies of another."""
+    is_shared = _is_seen_elsewhere(bottle.request)
+    if is_shared:
+        for kind in (bottle.LocalRequest, bottle.LocalResponse):
+            _keep_per_greenlet(kind)
+    if is_shared or not gevent.monkey.is_module_patched("socket"):
         when = "too late" if gevent.monkey.is_module_patched("threading") else "not at all"
         log.warning(
             "the standard library is patched %s: whatever blocks will stop every connection. "
             "Make this the first line of your program: from gevent import monkey; monkey.patch_all()",
             when,
         )
+
+
+def _is_seen_elsewhere(request: Any) -> bool:
+    """Returns whether another greenlet sees the environ that this one binds: bottle was imported before the patch."""
+    seen: list[Any] = []
+
+    def look() -> None:
+        with suppress(RuntimeError):  # "Request context not initialized", as it should be
+            seen.append(request.environ)
+
+    request.bind({})
+    greenlet(look).switch()
+    return bool(seen)
+
+
+def _keep_per_greenlet(kind: type) -> None:
+    """Replaces the attributes that bottle keeps per thread."""
+    values = gevent.local.local()
+
+    def property_of(name: str) -> property:
+        def read(_: Any) -> Any:
+            try:
+                return getattr(values, name)
+            except AttributeError:
+                raise RuntimeError("Request context not initialized.")  # bottle's own words
+
+        return property(read, lambda _, value: setattr(values, name, value), lambda _: delattr(values, name))
+
+    for name in [name for name, value in vars(kind).items() if isinstance(value, property)]:
+        setattr(kind, name, property_of(name))
 
 
 def _descriptor_limit() -> int:

@@ -3143,9 +3143,13 @@ def test_2000_connections_that_come_talk_and_vanish_in_every_way_leave_nothing_b
         lambda sock: sock.sendall(masked(1, b"crash")),
         lambda sock: sock.setsockopt(*reset),
         lambda sock: sock.shutdown(socket.SHUT_WR),
-        lambda sock: exit(pubsub.get_members("churn")[0], "kill"),
+        lambda sock: exit(its_process(sock), "kill"),
         lambda sock: None,
     ]
+
+    def its_process(sock):
+        (pid,) = [pid for pid in pubsub.get_members("churn") if pid.req["peer"] == sock.getsockname()]
+        return pid
 
     def left():
         gc.collect()
@@ -3454,8 +3458,8 @@ def test_a_controller_may_take_longer_than_the_client(me):
 
     with Hasty(Nova([{"routes": [("/", slow)]}]), port=0) as server:
         with bare(server, b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 2\r\n\r\nab") as sock:
-            (handler,) = until(lambda: [handler for handler in server.handlers if handler._has_body()])
-            until(lambda: nova_lite.monotonic() > handler.deadline + 0.05)
+            (handler,) = until(lambda: [handler for handler in server.handlers if handler.wsgi_input.ended])
+            until(lambda: nova_lite.monotonic() > handler.stream.deadline + 0.05)
             (process,) = until(lambda: [p for p in nova_lite._processes.values() if p is not me])
             process.send("go on")
             assert sock.recv(1000).endswith(b"ab")
@@ -4003,6 +4007,7 @@ def test_a_copy_works_in_a_package_of_another_project(tmp_path, text):
     (package / "__init__.py").touch()
     (package / "nova_lite.py").write_text(text)
     code = """
+from gevent import monkey; monkey.patch_all()
 from mypkg.nova_lite import *
 class S(GenServer):
     def handle_call(self, request, from_, state):
@@ -4185,6 +4190,23 @@ def test_a_client_that_pipelines_requests_lets_others_have_their_turn():
             modest.sendall(request("modest"))
             reading.join()
     assert seen.index("modest") < 500 < seen.index("last")
+
+
+@pytest.mark.parametrize("requests_before", [0, 1], ids=["first request", "next request"])
+def test_a_connection_that_lets_others_have_their_turn_is_not_taken_for_late(monkeypatch, requests_before):
+    monkeypatch.setattr(Server, "BODY_TIME", 0.05)  # of the request before; the next one has all of KEEP_ALIVE
+    monkeypatch.setattr(nova_lite, "TIME_SLICE", 1e-4)
+    monkeypatch.setattr(nova_lite, "A_MOMENT", 0.2)
+    with serving(("/", lambda _req: ("status", 200)), ("/ws", Parrot, {"protocol": "ws"})) as server:
+        with bare(server) as client:
+            for _ in range(requests_before):
+                client.sendall(b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n")
+                read_until(client, b"\r\n\r\n")
+            client.sendall(handshake())
+            read_until(client, b"\r\n\r\n")
+            for _ in range(2):  # what had arrived before a cut could still be read
+                client.sendall(masked(TEXT, b"hello"))
+                assert read_until(client, b"hello").endswith(b"hello")
 
 
 # -- events without WebSockets ----------------------------------------------------------------------------------------
