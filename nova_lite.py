@@ -2501,6 +2501,7 @@ class Lounge:
 
     def __init__(self, limit: int) -> None:
         self.limit = limit  # connections
+        self.leaving = False  # asked to stop, but still serving: see SHUTDOWN_DELAY
         self.draining = False
         self.cut = 0  # connections that did not read
         self.dropped = 0  # messages, for connections that did not read
@@ -2585,6 +2586,20 @@ class Nova(bottle.Bottle):
         else:
             raise ValueError(f"{rule}: {controller!r} cannot serve the protocol {protocol!r}")
         self.route(rule, [method.upper() for method in methods or ["ANY"]], endpoint, apply=plugins)
+
+    def _cast(self, out: Any, peek: Any = None) -> Any:
+        """Logs what bottle turns into a 500 in silence: a generator's first step, a body that cannot be encoded."""
+        if getattr(out, "exception", None) is not None and "bottle.exc_info" not in bottle.request.environ:
+            self._log_crash(out.exception)
+        try:
+            return super()._cast(out, peek)
+        except Exception as error:
+            self._log_crash(error)
+            return super()._cast(HTTPError(500), peek)
+
+    def _log_crash(self, error: BaseException) -> None:
+        where = bottle.request.method, printable(bottle.request.path)
+        log.error("the response to %s %s crashed", *where, exc_info=error)
 
     def default_error_handler(self, res: HTTPError) -> bytes:
         accept = bottle.request.environ.get("HTTP_ACCEPT", "")
@@ -2809,12 +2824,12 @@ def _endpoint_of(url: str) -> tuple[str, str | None, int | None] | None:
 
 
 def heartbeat(req: Request) -> Any:
-    """A controller: 200, or 503 once the server drains, so that a load balancer looks elsewhere.
+    """A controller: 200, or 503 once the server is asked to stop, so that a load balancer looks elsewhere.
 
     Asked with `?cluster`, 503 also while this node is cut off from the others.
     """
     lounge, cluster = req.environ.get("nova_lite.lounge"), pubsub.cluster
-    if lounge is not None and lounge.draining:
+    if lounge is not None and (lounge.leaving or lounge.draining):
         return "status", 503, {"Retry-After": "5"}
     if "cluster" in req["qs"] and cluster is not None and not cluster.up:
         return "status", 503, {"Retry-After": "5"}
@@ -2827,6 +2842,7 @@ def heartbeat(req: Request) -> Any:
 # ---------------------------------------------------------------------------------------------------------------------
 
 DRAIN_TIME = 5.0  # seconds that a stopping server gives requests and clients to finish
+SHUTDOWN_DELAY = 0.0  # seconds before it drains, in which it serves on and says 503 to a load balancer's heartbeat
 MAX_HEADERS = 16_384  # bytes
 MAX_LINE = 8192  # bytes of a request line, 414 beyond
 READ_AHEAD = 8192  # bytes of a client's buffer; between two reads they are handled in one go, in a few milliseconds
@@ -3546,12 +3562,15 @@ def run(
     name: str | None = None,
     workers: int = 1,
     drain_time: float = DRAIN_TIME,
+    shutdown_delay: float = SHUTDOWN_DELAY,
     reload: bool = False,
     log_level: str = "info",
     **options: Any,
 ) -> None:
     """Serves `app` until SIGINT or SIGTERM, then drains for at most `drain_time` seconds and returns.
 
+    Before it drains it serves on for `shutdown_delay` seconds, in which `heartbeat` says 503: a load balancer needs the
+    time to notice. A second signal ends the process at once.
     `cluster` is the URL of a Redis, see `pubsub.connect`, and `name` this node's name there. More than one of the
     `workers` need a cluster, else ValueError; see `run_workers`. `reload` starts the program again whenever one of its
     files changes; `options` are `Server`'s. Raises OSError where the address is taken.
@@ -3563,31 +3582,36 @@ def run(
     if workers > 1:
         if cluster is None:
             raise ValueError("workers need a cluster, or a broadcast would reach the clients of one of them only")
-        number, port = run_workers(workers, host, port, drain_time)
+        number, port = run_workers(workers, host, port, drain_time + shutdown_delay)
         options["reuse_port"], name = True, f"{name or _node}-{number}"
     _raise_descriptor_limit()
+    if reload:
+        drain_time, shutdown_delay = min(drain_time, 0.3), 0.0
     try:
-        _serve(app, host, port, min(drain_time, 0.3) if reload else drain_time, options, cluster, name)
+        _serve(Server(app, host, port, drain_time=drain_time, **options), shutdown_delay, cluster, name)
     finally:
         if cluster is not None:
             pubsub.disconnect()
 
 
-def _serve(
-    app: Any, host: str, port: int, drain_time: float, options: Any, cluster: str | None, name: str | None
-) -> None:
+def _serve(server: Server, shutdown_delay: float, cluster: str | None, name: str | None) -> None:
     asked_to_stop = gevent.event.Event()
-    with Server(app, host, port, drain_time=drain_time, **options) as server:
+    with server:
         watchers = [gevent.signal_handler(sign, _on_signal, asked_to_stop) for sign in (signal.SIGINT, signal.SIGTERM)]
         orphaned = _on_orphaned(asked_to_stop.set)
         if cluster is not None:
             pubsub.connect(cluster, name)
+        host = server.address[0]
         scheme, shown = "https" if server.ssl_enabled else "http", f"[{host}]" if ":" in host else host
         log.info("serving on %s://%s:%d/ (Ctrl-C stops)", scheme, shown, server.port)
         log.info("the descriptor limit allows %d WebSockets", server.lounge.limit)
         gc.collect()
         gc.freeze()  # what is there now stays: a full collection then takes 3 ms, not 15
         asked_to_stop.wait()
+        if shutdown_delay > 0:
+            log.info("serving on for %s s; the heartbeat says 503", shutdown_delay)
+            server.lounge.leaving = True
+            gevent.sleep(shutdown_delay)
         log.info("stopping: %d requests and WebSockets to finish", server.unfinished())
     for watcher in watchers:
         watcher.cancel()
@@ -4685,7 +4709,7 @@ def stats(_app: Any = None) -> dict[str, Any]:
         "memory_bytes": _memory(),
         "connections": sum(len(lounge.connections) for lounge in _lounges),
         "max_connections": sum(lounge.limit for lounge in _lounges),
-        "draining": any(lounge.draining for lounge in _lounges),
+        "draining": any(lounge.leaving or lounge.draining for lounge in _lounges),
         "slow_closed": sum(lounge.cut for lounge in _lounges),
         "messages_dropped": sum(lounge.dropped for lounge in _lounges),
         "process_count": len(_processes),
@@ -5924,6 +5948,13 @@ def command_line() -> argparse.ArgumentParser:
     parser.add_argument(
         "--workers", type=worker_count, default=1, metavar="N", help="processes on the port; needs --cluster (1)"
     )
+    parser.add_argument(
+        "--shutdown-delay",
+        type=seconds,
+        default=SHUTDOWN_DELAY,
+        metavar="SECONDS",
+        help="after SIGTERM serve on for so long, with a 503 from /heartbeat, before draining (%(default)s)",
+    )
     parser.add_argument("--certfile", metavar="FILE", help="certificate (PEM): serve https and wss")
     parser.add_argument("--keyfile", metavar="FILE", help="its key, if it is in a file of its own")
     parser.add_argument("--reload", action="store_true", help="start again whenever the program changes")
@@ -5949,6 +5980,12 @@ def worker_count(text: str) -> int:
     return int(text)
 
 
+def seconds(text: str) -> float:
+    if not 0 <= float(text) < inf:
+        raise argparse.ArgumentTypeError(f"{text} is not a time: 0 or more seconds")
+    return float(text)
+
+
 def port_number(text: str) -> int:
     port = int(text)
     if not 0 <= port <= 65535:
@@ -5968,7 +6005,7 @@ def main() -> int:
         if args.reload:
             reload_on_change()  # before the database is opened: only the child needs it
         if args.workers > 1:
-            run_workers(args.workers, args.host, args.port)
+            run_workers(args.workers, args.host, args.port, DRAIN_TIME + args.shutdown_delay)
         return serve(args)
     except OSError as error:  # ssl.SSLError is one as well
         what = str(error.strerror).partition(":")[0]
@@ -5987,7 +6024,7 @@ def serve(args: argparse.Namespace) -> int:
         return 1
     try:
         start_indexer(notes)
-        names = ("cluster", "name", "workers", "reload", "certfile", "keyfile", "log_level")
+        names = ("cluster", "name", "workers", "shutdown_delay", "reload", "certfile", "keyfile", "log_level")
         demo(notes, choose_password()).run(args.host, args.port, **{name: getattr(args, name) for name in names})
     finally:
         notes.close()
