@@ -3392,6 +3392,27 @@ def test_a_request_that_is_not_strictly_one_is_a_400_and_the_end_of_the_connecti
         assert answer.count(b"HTTP/1.1") == 1
 
 
+# The method and the target of a request, and what they mean: authority and path.
+@pytest.mark.parametrize(
+    ("method", "target", "expected"),
+    [
+        ("GET", "/", (None, "/")), ("GET", "/a?b", (None, "/a?b")), ("GET", "//a", (None, "//a")),
+        ("GET", "http://h", ("h", "/")), ("GET", "HTTP://h:1/a?b", ("h:1", "/a?b")),
+        ("GET", "https://h?a", ("h", "/?a")), ("GET", "/?%ff", (None, "/?%ff")),
+        ("GET", "/%C3%BC", (None, "/%C3%BC")), ("GET", "/\xc3\xbc", (None, "/\xc3\xbc")),
+        ("OPTIONS", "*", (None, "*")), ("GET", "*", None), ("GET", "a", None), ("GET", "?a", None), ("GET", "", None),
+        ("GET", "http:///a", None), ("GET", "ftp://h/a", None), ("CONNECT", "h:80", None), ("GET", "/%ff", None),
+        ("GET", "/a%C3", None), ("GET", "/\xff", None), ("GET", "http://h/%ff", None),
+    ],
+)  # fmt: skip
+def test_the_target_of_a_request(method, target, expected):
+    if expected is None:
+        with pytest.raises(ValueError):  # noqa: PT011 -- UnicodeDecodeError is one as well
+            nova_lite.split_target(method, target)
+    else:
+        assert nova_lite.split_target(method, target) == expected
+
+
 class Hasty(Server):
     KEEP_ALIVE, HEAD_TIME, BODY_TIME = 0.3, 0.1, 0.1
 
@@ -4922,6 +4943,21 @@ def test_a_note_outlives_a_kill_right_after_its_201(tmp_path):
         assert demo.notes("GET", f"/{note['id']}") == (200, note)
 
 
+def test_after_sigterm_a_load_balancer_hears_503_while_clients_are_still_served(tmp_path):
+    with Demo("--db", ":memory:", "--shutdown-delay", "1", cwd=tmp_path) as demo:
+        assert http_request(demo, "GET", "/heartbeat")[0] == 200
+        demo.process.terminate()
+        until(lambda: http_request(demo, "GET", "/heartbeat")[0] == 503)
+        with ws(demo) as client:  # a new one
+            client.send("hello")
+            assert client.recv(PATIENCE) == "Echo: hello"
+            assert http_request(demo, "GET", "/api/notes")[0] == 200
+            with pytest.raises(ConnectionClosed) as closed:
+                client.recv(PATIENCE)
+            assert closed.value.rcvd.code == 1001
+        assert demo.wait() == 0
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_ends_it_in_order(tmp_path, number):
     with Demo("--db", ":memory:", cwd=tmp_path) as demo, ws(demo, "/ws") as client:
@@ -5128,6 +5164,47 @@ def test_one_warning_says_that_the_patch_is_missing_or_late(tmp_path, first, wor
     process.stderr.close()
     warnings = [line for line in lines if "monkey.patch_all()" in line]
     assert [word in line for word, line in zip(words, warnings, strict=True)] == [True] * len(words)
+
+
+@pytest.mark.parametrize("first", ["import bottle\n", "import bottle\n" + PATCH], ids=["not patched", "patched late"])
+def test_a_response_never_carries_the_cookies_of_another_request_however_late_the_patch(first):
+    program = """
+import logging
+logging.disable()  # the warning
+import gevent, gevent.event
+import nova_lite
+from nova_lite import Nova, Server
+
+both_are_in = gevent.event.Event()
+
+def controller(req):
+    name = req["qs"]["name"]
+    bottle.response.set_cookie("who", name)
+    bottle.response.set_header("X-Who", name)
+    waiting.append(name)
+    if len(waiting) == 2:
+        both_are_in.set()
+    both_are_in.wait()
+    return "json", [name, bottle.request.query["name"]]
+
+waiting = []
+with Server(Nova([{"routes": [("/", controller)]}]), port=0) as server:
+    def ask(name):
+        with gevent.socket.create_connection(("127.0.0.1", server.port)) as sock:
+            sock.sendall(f"GET /?name={name} HTTP/1.1\\r\\nHost: x\\r\\nConnection: close\\r\\n\\r\\n".encode())
+            return b"".join(iter(lambda: sock.recv(4096), b"")).decode()
+    for job in [gevent.spawn(ask, name) for name in ("alice", "bob")]:
+        head, _, body = job.get(timeout=10).partition("\\r\\n\\r\\n")
+        print(*sorted(line for line in head.split("\\r\\n") if "ho" in line.lower()), body, sep="|")
+"""
+    lines = python(first + "import bottle\n" + program, ROOT).splitlines()
+    assert lines == [f'Set-Cookie: who={name}|X-Who: {name}|["{name}","{name}"]' for name in ("alice", "bob")]
+
+
+def test_a_server_on_a_library_that_is_not_patched_warns_as_run_does(tmp_path):
+    program = "from nova_lite import Nova, Server\nwith Server(Nova(), port=0):\n    pass\n"
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=30)
+    assert (done.returncode, done.stderr.count("monkey.patch_all()")) == (0, 1)
 
 
 def test_the_readmes_program_runs_as_printed(tmp_path):
