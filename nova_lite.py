@@ -2928,6 +2928,8 @@ class ClientStream(io.RawIOBase):
     Where bytes are always there, nothing waits: reading then yields to others once a time slice is over.
     """
 
+    WAITED = 1e-4  # seconds: a read that takes longer has waited, and others have had their turn
+
     def __init__(self, sock: Any) -> None:
         self.sock = sock
         self.deadline = 0.0  # on the clock of monotonic()
@@ -2937,17 +2939,17 @@ class ClientStream(io.RawIOBase):
         return True
 
     def readinto(self, buffer: Any) -> int:
-        self.yield_after_slice()
         start = monotonic()
         self.sock.settimeout(max(self.deadline - start, 0.0))  # 0: takes what is there, but does not wait
         try:
-            return self.sock.recv_into(buffer)
+            size = self.sock.recv_into(buffer)
         except (BlockingIOError, SSLWantReadError, SSLWantWriteError):
             raise TimeoutError("the client takes too long") from None
-        finally:
-            end = monotonic()
-            if end - start > TIME_SLICE:  # it has waited
-                self.turn = end
+        if monotonic() - start > self.WAITED:
+            self.turn = monotonic()
+        else:
+            self.yield_after_slice()
+        return size
 
     def yield_after_slice(self) -> None:
         if monotonic() - self.turn > TIME_SLICE:
@@ -3105,9 +3107,9 @@ class RequestHandler(UpgradeHandler):
             return self._handle_client_error(error)
 
     def read_requestline(self) -> str:
-        self.stream.yield_after_slice()  # a client may pipeline many requests
         self.stream.deadline = monotonic() + self.server.KEEP_ALIVE
         self.rfile.peek(1)
+        self.stream.yield_after_slice()  # a client may pipeline many requests
         self.stream.deadline = monotonic() + self.server.HEAD_TIME
         try:
             line = self.rfile.readline(MAX_LINE + 1)
