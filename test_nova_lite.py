@@ -7889,6 +7889,67 @@ def test_the_benchmark_notices_what_is_lost_or_twice_or_out_of_order(order, word
         until(lambda: not server.lounge.connections)
 
 
+class Leaving(nova_lite.CommentsHandler):
+    """Closes a connection at the message that `leaves` tells from others; all messages of all clients are counted."""
+
+    leaves = staticmethod(lambda number: False)
+    number = 0
+
+    def websocket_handle(self, frame, state):
+        if frame[0] in ("text", "ping"):
+            type(self).number += 1
+            if self.leaves(type(self).number):
+                return "stop", state
+        return super().websocket_handle(frame, state)
+
+
+CLOSINGS = {  # how many connections each of ten loses, and in which phase; every client pings once before and after
+    "none": (lambda number: False, 0, None),
+    "one before": (lambda number: number == 4, 1, 1),
+    "three before": (lambda number: number in (1, 4, 9), 3, 1),
+    "all before": (lambda number: number <= 10, 10, 1),
+    "the one that speaks": (lambda number: number == 13, 1, 2),
+    "two after": (lambda number: number in (32, 35), 2, 3),
+}
+
+
+@pytest.mark.parametrize(("leaves", "closed", "phase"), CLOSINGS.values(), ids=CLOSINGS)
+def test_the_benchmark_counts_the_connections_that_close_and_fails(leaves, closed, phase):
+    handler = type("Handler", (Leaving,), {"leaves": staticmethod(leaves)})
+    job = {**CASES["burst"], "clients": 10, "messages": 20, "patience": 1}
+    with serving(("/comments", handler, {"protocol": "ws"})) as server:
+        with worker("load", json.dumps({**job, "port": server.port})) as load:
+            for number in range(4):
+                words = f"^{closed} of 10 connections have been closed before the end$"
+                with pytest.raises(Failure, match=words) if number == phase else nullcontext():
+                    load()
+                if number == phase:
+                    break
+        until(lambda: not server.lounge.connections)
+
+
+def test_the_benchmark_counts_the_kept_alive_connections_that_close():
+    job = {**CASES["http heartbeat"], "clients": 5, "messages": 20, "path": "/closes", "patience": 1}
+    with serving(("/closes", lambda _req: ("status", 200, {"Connection": "close"}, ""))) as server:
+        with worker("load", json.dumps({**job, "port": server.port})) as load:
+            with pytest.raises(Failure, match="^5 of 5 connections have been closed before the end$"):
+                for _ in range(4):
+                    load()
+
+
+def test_the_benchmark_ends_with_an_exit_code_and_a_clear_line_where_connections_close(monkeypatch, capsys):
+    handler = type("Handler", (Leaving,), {"leaves": staticmethod(lambda number: number in (5, 50, 99))})
+    with serving(("/ws", handler, {"protocol": "ws"})) as server:
+        own, here = worker, {"port": server.port, "memory": 0, "cpu": 0, "held": []}
+        fake = nullcontext(lambda: here)
+        monkeypatch.setitem(globals(), "worker", lambda role, *args: fake if role == "serve" else own(role, *args))
+        monkeypatch.setitem(CASES, "echo", {**CASES["echo"], "peers": [], "clients": 100})
+        monkeypatch.delitem(CASES, "echo x16")
+        assert run_bench(["--quick", "echo"]) == 1
+        until(lambda: not server.lounge.connections)
+    assert "echo: nova_lite FAILED: 3 of 100 connections have been closed before the end" in capsys.readouterr().err
+
+
 def test_the_benchmark_answers_the_pings_of_a_server():
     job = {**CASES["burst"], "clients": 3, "messages": 20}
     with serving(("/comments", nova_lite.CommentsHandler, {"protocol": "ws"}), ping_interval=0.02) as server:
@@ -7945,7 +8006,11 @@ start_thread = _thread.start_new_thread  # the system's own, as nothing is patch
 
 
 class Failure(Exception):
-    """A delivery is lost, wrong or late, or a process has ended."""
+    """A delivery is lost, wrong or late, a connection or a process has ended."""
+
+
+class Closed(Exception):
+    """The server has closed a connection of the load generator."""
 
 
 def case(what, peers=("plain", "websockets"), mode="broadcast", path="/comments", **job):
@@ -8244,8 +8309,10 @@ def raise_descriptor_limit():
 
 MASK = b"\x12\x34\x56\x78"
 PINGED, OUR_PONG, OUR_PING, PONGED = b"\x89\x00", b"\x8a\x80" + MASK, b"\x89\x80" + MASK, b"\x8a\x00"
+CLOSING = b"\x88"  # how a close frame begins
 KEY, ACCEPT = "dGhlIHNhbXBsZSBub25jZQ==", b"s3pPLMBiTxaQ9kYGzzhZRbK+xOo="  # RFC 6455 §1.3
 AT_ONCE = 128  # handshakes under way
+CALM = 0.5  # seconds without an event, after which no more connections are thought to be closed
 
 
 def text_frame(text, mask=b""):
@@ -8294,10 +8361,10 @@ class Client:
         self.stream, self.starts, self.arrived, self.offset, self.number = stream, starts, arrived, 0, 0
 
     def receive(self):
-        data = self.sock.recv(65_536)
-        if not data:
-            raise Failure("the server has closed a connection")
-        return data
+        with suppress(ConnectionError):
+            if data := self.sock.recv(65_536):
+                return data
+        raise Closed
 
     def read(self):
         data, now = self.receive(), perf_counter()
@@ -8319,6 +8386,8 @@ class Client:
         if data != due:
             at = next((at for at, (one, other) in enumerate(zip(data, due, strict=False)) if one != other), len(due))
             number = bisect(self.starts, self.offset + at) - 1
+            if data.startswith(CLOSING, at) and self.starts[number] == self.offset + at:
+                raise Closed
             raise Failure(f"message {number} is due, {due[at:][:40]!r}, but there is {data[at:][:40]!r}")
         return data
 
@@ -8367,7 +8436,8 @@ class Exchange:
     def send_next(self):
         for message in self.unsent:
             self.sent.append(perf_counter())
-            self.sock.sendall(message)
+            with suppress(ConnectionError):
+                self.sock.sendall(message)
             break
 
     def arrived(self, number, now):
@@ -8383,25 +8453,41 @@ class Load:
 
     def __init__(self, job):
         self.job, self.left, self.clients, self.latencies = SimpleNamespace(**job), 0, [], array("d")
+        self.closed = 0  # connections that the server has closed
         self.selector = selectors.DefaultSelector()
 
     def wait(self, left=0):
-        while self.left > left:
+        while self.left > left and not self.closed:
             if not self.handle(self.job.patience):
                 raise Failure(f"{self.left} things are still due after {self.job.patience} s without any")
+        self.check()
 
     def handle(self, timeout):
         events = self.selector.select(timeout)
         for key, _ in events:
-            key.data()
+            try:
+                key.data()
+            except (Closed, ConnectionError):
+                self.closed += 1
+                self.selector.unregister(key.fileobj)
         return events
+
+    def check(self):
+        """Raises Failure if connections have been closed; waits until no more of them come, so that all are counted."""
+        while self.handle(CALM if self.closed else 0):
+            pass
+        if self.closed:
+            raise Failure(f"{self.closed} of {self.job.clients} connections have been closed before the end")
 
     def connect(self):
         self.left = total = self.job.clients
         kind = HttpClient if self.job.mode == "http" else Client
         for number in range(total):
             path = self.job.path.format(channel=number % self.job.channels)
-            self.clients.append(kind(self, path))
+            try:
+                self.clients.append(kind(self, path))
+            except (Closed, ConnectionError):
+                self.closed += 1
             self.wait(total - number - 1 + AT_ONCE)
         self.wait()
 
@@ -8410,7 +8496,8 @@ class Load:
         for client in self.clients if self.job.mode != "http" else []:
             self.left += 1
             client.expect(PONGED, [0, 2, inf], self.ponged)
-            client.sock.sendall(OUR_PING)
+            with suppress(ConnectionError):  # what is closed is seen where it is read
+                client.sock.sendall(OUR_PING)
         self.wait()
 
     def ponged(self, _number, _now):
