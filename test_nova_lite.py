@@ -44,6 +44,7 @@ if __name__ == "__main__":
     sys.exit(pytest.main([__file__, "-q", "-p", "no:cacheprovider", *sys.argv[1:]]))
 
 import ast
+import codecs
 import http.client
 import logging
 import random
@@ -3833,7 +3834,7 @@ def plain_app(environ, start_response):
         case "/Close":
             return sized(b"close", Connection="Close")
         case "/raises":
-            return unsized(part for part in [1 / 0])
+            return unsized(1 / part for part in [0])
         case "/raises-late":
             return unsized(part if part else 1 / 0 for part in [b"a start", b""])
     return sized(b"", "404 Not Found")
@@ -4017,7 +4018,7 @@ def test_what_raises_before_its_first_chunk_is_a_500_and_in_the_log(tracebacks):
 @pytest.mark.parametrize("route", ["generator", "surrogate", "later"])
 def test_what_fails_in_bottle_after_the_controller_is_in_the_log(route, tracebacks):
     app = Nova([{"routes": [("/surrogate", lambda _req: ("status", 200, {}, "\ud800")), ("/next", hello)]}])
-    app.route("/generator", callback=lambda: (part for part in [1 / 0]))
+    app.route("/generator", callback=lambda: (1 / part for part in [0]))
     app.route("/later", callback=lambda: (part or 1 / 0 for part in [b"a start", b""]))
     with Server(app, port=0) as server:
         said, _ = talk(server, as_request("GET", f"/{route}"))
@@ -4089,7 +4090,6 @@ def uploading(app):
     }  # fmt: skip
     for name, read in forms.items():
         app.route(f"/{name}", "POST", read)
-    app.route("/next", callback=lambda: "next")
     return app
 
 
@@ -4097,7 +4097,9 @@ def uploading(app):
 @pytest.mark.parametrize("name", BODIES)
 def test_an_upload_in_bottles_style_may_come_in_chunks(name, make, tracebacks):
     body, kind, expected = BODIES[name]
-    with Server(uploading(make()), port=0) as server:
+    app = uploading(make())
+    app.route("/next", callback=lambda: "next")
+    with Server(app, port=0) as server:
         for request_ in (as_request("POST", f"/{name}", kind, body=body), chunked(f"/{name}", in_chunks(body), kind)):
             ((status, _, said),), kept = talk(server, request_)
             assert (status, said.decode(), kept) == (200, expected, True)
@@ -4130,6 +4132,17 @@ def test_a_form_that_cannot_be_read_is_a_400_and_the_connection_is_kept(form, in
     assert tracebacks == []
 
 
+def test_a_form_is_read_whichever_way_it_is_framed():
+    with serving(("/form", lambda req: ("json", 200, {}, req["params"])), ("/next", hello)) as server:
+        for request_ in (
+            as_request("POST", "/form", FORM_TYPE, "Connection: close", body=UPLOADED),
+            chunked("/form", in_chunks(UPLOADED), FORM_TYPE, "Connection: close"),
+        ):
+            with bare(server, request_) as sock:
+                ((status, _, body),) = responses(read_what_comes(sock))
+            assert (status, json.loads(body)) == (200, {"a": "b"})
+
+
 @pytest.mark.parametrize("name", ["Origin", "Accept", "Last-Event-ID", "Content-Type", "Cookie", "X-Any", "User-Agent"])
 def test_a_header_is_latin_1_to_a_controller_and_never_an_exception(name, tracebacks):
     def controller(req):
@@ -4140,7 +4153,8 @@ def test_a_header_is_latin_1_to_a_controller_and_never_an_exception(name, traceb
             head = b"POST / HTTP/1.1\r\nHost: x\r\n" + name.encode() + b": " + value + b"\r\nConnection: close\r\n\r\n"
             with bare(server, head) as sock:
                 ((status, _, body),) = responses(read_what_comes(sock))
-            assert (status, value.decode("latin-1") in json.loads(body)[0].values()) == (200, True)
+            assert status == 200, value
+            assert value.decode("latin-1") in json.loads(body)[0].values()
     assert tracebacks == []
 
 
@@ -4345,14 +4359,24 @@ def floods():
 FLOODS = floods()
 
 
+@contextmanager
+def joined(fn):
+    """A greenlet that is waited for, whatever happens meanwhile."""
+    running = gevent.spawn(fn)
+    try:
+        yield running
+    finally:
+        running.join()
+
+
 def longest_waits(server, flooder, first, again):
     """(seconds, seconds): the longest time that an echo and a heartbeat have taken beside a flood."""
     echoes, beats = [], []
-    with upgraded(server) as sock:
+    with upgraded(server) as sock, ExitStack() as stack:
         flooder.stdin.write(f"{(server.port, FLOOD_TIME, first, again)}\n".encode())
         flooder.stdin.flush()
         assert flooder.stdout.readline() == b"floods\n"
-        sent = gevent.spawn(lambda: int(flooder.stdout.readline()))
+        sent = stack.enter_context(joined(lambda: int(flooder.stdout.readline())))
         while not sent.ready():
             start = time.monotonic()
             sock.sendall(masked(TEXT, b"echo"))
@@ -4362,7 +4386,7 @@ def longest_waits(server, flooder, first, again):
             assert http_request(server, "GET", "/heartbeat")[0] == 200
             beats.append(time.monotonic() - start)
             gevent.sleep(0.002)
-        assert sent.get() > 100_000
+    assert sent.get() > 100_000
     print(f"echoes {1000 * max(echoes):.0f} ms, heartbeats {1000 * max(beats):.0f} ms at most, {sent.get():,} bytes")
     return max(echoes), max(beats)
 
@@ -4582,6 +4606,7 @@ def test_chunks_are_read_as_a_decoder_after_rfc_9112_reads_them(kind, chance, tr
             said = say_in_pieces(chance, server, chunked("/read", data))
             context = f"case {number}: {verdict}: {data!r} was answered by {said!r}"
             found = responses(said)
+            assert found, context
             status, _, answer = found[0]
             is_next = [answer for *_, answer in found[1:]].count(b"next")
             assert tracebacks == [], context
@@ -4593,12 +4618,9 @@ def test_chunks_are_read_as_a_decoder_after_rfc_9112_reads_them(kind, chance, tr
             assert 500 not in [status for status, *_ in found], context
 
 
-REFERENCE_CODES = {"ProtocolError": 1002, "PayloadTooBig": 1009, "UnicodeDecodeError": 1007}
-
-
 def by_websockets(portions, limit):
-    """(frames, whether it failed, the protocol): what the package `websockets` makes of a client's bytes."""
-    protocol, found, parts = Protocol(Side.SERVER, max_size=limit), [], []
+    """(frames, failure or None, whether a message is unfinished): what `websockets` makes of a client's bytes."""
+    protocol, found, kind, whole, is_unfinished = Protocol(Side.SERVER, max_size=limit), [], "", b"", False
     for data in portions:
         protocol.receive_data(data)
         for frame in protocol.events_received():
@@ -4610,14 +4632,15 @@ def by_websockets(portions, limit):
                     close = Close.parse(body)
                     found.append(("close", close.code if body else nova_lite.NO_STATUS, close.reason))
                 case name:
-                    parts = [*parts, body] if name == "CONT" else [name, body]
+                    is_unfinished = not frame.fin
+                    kind, whole = (kind, whole + body) if name == "CONT" else (name.lower(), body)
+                    try:
+                        text = kind == "text" and codecs.getincrementaldecoder("utf-8")().decode(whole, frame.fin)
+                    except UnicodeDecodeError as error:
+                        return found, error, is_unfinished
                     if frame.fin:
-                        try:
-                            whole = b"".join(parts[1:])
-                            found.append(("text", whole.decode()) if parts[0] == "TEXT" else ("binary", whole))
-                        except UnicodeDecodeError:
-                            return found, True, protocol
-    return found, protocol.parser_exc is not None, protocol
+                        found.append((kind, text if kind == "text" else whole))
+    return found, protocol.parser_exc, is_unfinished
 
 
 def has_a_length_too_long(data):
@@ -4649,17 +4672,19 @@ def test_frames_are_what_the_websockets_package_finds_or_both_fail(chance):
         parser, frames = Parser(limit), []
         for portion in pieces(chance, data, 8):
             frames += parser.feed(portion)
-        expected, has_failed, protocol = by_websockets(pieces(chance, data, 8), limit)
-        context = f"case {number}: {data!r} is {frames}, {parser.failure!r}; {expected}, {protocol.parser_exc!r}"
-        if has_a_length_too_long(data):
+        expected, failure, is_unfinished = by_websockets(pieces(chance, data, 8), limit)
+        context = f"case {number}: {data!r} is {frames}, {parser.failure!r}; {expected}, {failure!r}"
+        if (
+            is_unfinished and frames and frames[-1][0] == "close"
+        ):  # here it ends all, there it is refused between fragments
+            assert (frames[:-1], failure is None) == (expected, False), context
+        elif has_a_length_too_long(data):
             assert frames == expected[: len(frames)], context
-            continue
-        assert frames == expected, context
-        if parser.failure is not None and not has_failed:  # by the head of a frame, or by half a text
-            more, _, protocol = by_websockets([data, bytes(2 * limit)], limit)
-            assert (more, protocol.parser_exc is not None) == (expected, True), context
+        elif parser.failure is not None and failure is None:  # by the head of a frame, or by half a text
+            more, failure, _ = by_websockets([data, bytes(2 * limit)], limit)
+            assert (more, failure is None) == (frames, False), context
         else:
-            assert (parser.failure is not None) == has_failed, context
+            assert (frames, parser.failure is None) == (expected, failure is None), context
 
 
 def test_any_cookies_are_a_dict_of_text_and_do_not_hide_a_good_one(chance):
@@ -7963,6 +7988,67 @@ def test_the_benchmark_notices_what_is_lost_or_twice_or_out_of_order(order, word
         until(lambda: not server.lounge.connections)
 
 
+class Leaving(nova_lite.CommentsHandler):
+    """Closes a connection at the message that `leaves` tells from others; all messages of all clients are counted."""
+
+    leaves = staticmethod(lambda number: False)
+    number = 0
+
+    def websocket_handle(self, frame, state):
+        if frame[0] in ("text", "ping"):
+            type(self).number += 1
+            if self.leaves(type(self).number):
+                return "stop", state
+        return super().websocket_handle(frame, state)
+
+
+CLOSINGS = {  # how many connections each of ten loses, and in which phase; every client pings once before and after
+    "none": (lambda number: False, 0, None),
+    "one before": (lambda number: number == 4, 1, 1),
+    "three before": (lambda number: number in (1, 4, 9), 3, 1),
+    "all before": (lambda number: number <= 10, 10, 1),
+    "the one that speaks": (lambda number: number == 13, 1, 2),
+    "two after": (lambda number: number in (32, 35), 2, 3),
+}
+
+
+@pytest.mark.parametrize(("leaves", "closed", "phase"), CLOSINGS.values(), ids=CLOSINGS)
+def test_the_benchmark_counts_the_connections_that_close_and_fails(leaves, closed, phase):
+    handler = type("Handler", (Leaving,), {"leaves": staticmethod(leaves)})
+    job = {**CASES["burst"], "clients": 10, "messages": 20, "patience": 1}
+    with serving(("/comments", handler, {"protocol": "ws"})) as server:
+        with worker("load", json.dumps({**job, "port": server.port})) as load:
+            for number in range(4):
+                words = f"^{closed} of 10 connections have been closed before the end$"
+                with pytest.raises(Failure, match=words) if number == phase else nullcontext():
+                    load()
+                if number == phase:
+                    break
+        until(lambda: not server.lounge.connections)
+
+
+def test_the_benchmark_counts_the_kept_alive_connections_that_close():
+    job = {**CASES["http heartbeat"], "clients": 5, "messages": 20, "path": "/closes", "patience": 1}
+    with serving(("/closes", lambda _req: ("status", 200, {"Connection": "close"}, ""))) as server:
+        with worker("load", json.dumps({**job, "port": server.port})) as load:
+            with pytest.raises(Failure, match="^5 of 5 connections have been closed before the end$"):
+                for _ in range(4):
+                    load()
+
+
+def test_the_benchmark_ends_with_an_exit_code_and_a_clear_line_where_connections_close(monkeypatch, capsys):
+    handler = type("Handler", (Leaving,), {"leaves": staticmethod(lambda number: number in (5, 50, 99))})
+    with serving(("/ws", handler, {"protocol": "ws"})) as server:
+        own, here = worker, {"port": server.port, "memory": 0, "cpu": 0, "held": []}
+        fake = nullcontext(lambda: here)
+        monkeypatch.setitem(globals(), "worker", lambda role, *args: fake if role == "serve" else own(role, *args))
+        monkeypatch.setitem(CASES, "echo", {**CASES["echo"], "peers": [], "clients": 100})
+        monkeypatch.delitem(CASES, "echo x16")
+        assert run_bench(["--quick", "echo"]) == 1
+        until(lambda: not server.lounge.connections)
+    assert "echo: nova_lite FAILED: 3 of 100 connections have been closed before the end" in capsys.readouterr().err
+
+
 def test_the_benchmark_answers_the_pings_of_a_server():
     job = {**CASES["burst"], "clients": 3, "messages": 20}
     with serving(("/comments", nova_lite.CommentsHandler, {"protocol": "ws"}), ping_interval=0.02) as server:
@@ -8019,7 +8105,11 @@ start_thread = _thread.start_new_thread  # the system's own, as nothing is patch
 
 
 class Failure(Exception):
-    """A delivery is lost, wrong or late, or a process has ended."""
+    """A delivery is lost, wrong or late, a connection or a process has ended."""
+
+
+class Closed(Exception):
+    """The server has closed a connection of the load generator."""
 
 
 def case(what, peers=("plain", "websockets"), mode="broadcast", path="/comments", **job):
@@ -8318,8 +8408,10 @@ def raise_descriptor_limit():
 
 MASK = b"\x12\x34\x56\x78"
 PINGED, OUR_PONG, OUR_PING, PONGED = b"\x89\x00", b"\x8a\x80" + MASK, b"\x89\x80" + MASK, b"\x8a\x00"
+CLOSING = b"\x88"  # how a close frame begins
 KEY, ACCEPT = "dGhlIHNhbXBsZSBub25jZQ==", b"s3pPLMBiTxaQ9kYGzzhZRbK+xOo="  # RFC 6455 §1.3
 AT_ONCE = 128  # handshakes under way
+CALM = 0.5  # seconds without an event, after which no more connections are thought to be closed
 
 
 def text_frame(text, mask=b""):
@@ -8368,10 +8460,10 @@ class Client:
         self.stream, self.starts, self.arrived, self.offset, self.number = stream, starts, arrived, 0, 0
 
     def receive(self):
-        data = self.sock.recv(65_536)
-        if not data:
-            raise Failure("the server has closed a connection")
-        return data
+        with suppress(ConnectionError):
+            if data := self.sock.recv(65_536):
+                return data
+        raise Closed
 
     def read(self):
         data, now = self.receive(), perf_counter()
@@ -8393,6 +8485,8 @@ class Client:
         if data != due:
             at = next((at for at, (one, other) in enumerate(zip(data, due, strict=False)) if one != other), len(due))
             number = bisect(self.starts, self.offset + at) - 1
+            if data.startswith(CLOSING, at) and self.starts[number] == self.offset + at:
+                raise Closed
             raise Failure(f"message {number} is due, {due[at:][:40]!r}, but there is {data[at:][:40]!r}")
         return data
 
@@ -8441,7 +8535,8 @@ class Exchange:
     def send_next(self):
         for message in self.unsent:
             self.sent.append(perf_counter())
-            self.sock.sendall(message)
+            with suppress(ConnectionError):
+                self.sock.sendall(message)
             break
 
     def arrived(self, number, now):
@@ -8457,25 +8552,41 @@ class Load:
 
     def __init__(self, job):
         self.job, self.left, self.clients, self.latencies = SimpleNamespace(**job), 0, [], array("d")
+        self.closed = 0  # connections that the server has closed
         self.selector = selectors.DefaultSelector()
 
     def wait(self, left=0):
-        while self.left > left:
+        while self.left > left and not self.closed:
             if not self.handle(self.job.patience):
                 raise Failure(f"{self.left} things are still due after {self.job.patience} s without any")
+        self.check()
 
     def handle(self, timeout):
         events = self.selector.select(timeout)
         for key, _ in events:
-            key.data()
+            try:
+                key.data()
+            except (Closed, ConnectionError):
+                self.closed += 1
+                self.selector.unregister(key.fileobj)
         return events
+
+    def check(self):
+        """Raises Failure if connections have been closed; waits until no more of them come, so that all are counted."""
+        while self.handle(CALM if self.closed else 0):
+            pass
+        if self.closed:
+            raise Failure(f"{self.closed} of {self.job.clients} connections have been closed before the end")
 
     def connect(self):
         self.left = total = self.job.clients
         kind = HttpClient if self.job.mode == "http" else Client
         for number in range(total):
             path = self.job.path.format(channel=number % self.job.channels)
-            self.clients.append(kind(self, path))
+            try:
+                self.clients.append(kind(self, path))
+            except (Closed, ConnectionError):
+                self.closed += 1
             self.wait(total - number - 1 + AT_ONCE)
         self.wait()
 
@@ -8484,7 +8595,8 @@ class Load:
         for client in self.clients if self.job.mode != "http" else []:
             self.left += 1
             client.expect(PONGED, [0, 2, inf], self.ponged)
-            client.sock.sendall(OUR_PING)
+            with suppress(ConnectionError):  # what is closed is seen where it is read
+                client.sock.sendall(OUR_PING)
         self.wait()
 
     def ponged(self, _number, _now):
