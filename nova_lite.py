@@ -2589,7 +2589,8 @@ class Nova(bottle.Bottle):
 
     def _cast(self, out: Any, peek: Any = None) -> Any:
         """Logs what bottle turns into a 500 in silence: a generator's first step, a body that cannot be encoded."""
-        if getattr(out, "exception", None) is not None and "bottle.exc_info" not in bottle.request.environ:
+        is_silent = isinstance(out, HTTPError) and out.exception and "bottle.exc_info" not in bottle.request.environ
+        if is_silent and out.status_code >= 500:
             self._log_crash(out.exception)
         try:
             return super()._cast(out, peek)
@@ -5952,7 +5953,7 @@ def command_line() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--shutdown-delay",
-        type=seconds,
+        type=duration,
         default=SHUTDOWN_DELAY,
         metavar="SECONDS",
         help="after SIGTERM serve on for so long, with a 503 from /heartbeat, before draining (%(default)s)",
@@ -5982,7 +5983,7 @@ def worker_count(text: str) -> int:
     return int(text)
 
 
-def seconds(text: str) -> float:
+def duration(text: str) -> float:
     if not 0 <= float(text) < inf:
         raise argparse.ArgumentTypeError(f"{text} is not a time: 0 or more seconds")
     return float(text)
