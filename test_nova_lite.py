@@ -4145,7 +4145,7 @@ def test_a_path_that_is_not_utf_8_is_a_400(path, tracebacks):
 # -- bursts and floods ------------------------------------------------------------------------------------------------
 #
 # The server, and whoever floods it, are processes of their own: what they compute must not hold up the client that is
-# timed.
+# timed. FLOOD_TIME=2 in the environment floods for two seconds each; `-s` shows the figures.
 
 BURST = 1000  # connections that come at once
 LONGEST_WAIT = 0.25  # seconds
