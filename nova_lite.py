@@ -665,7 +665,7 @@ def _count_refused(me: Process, match: Callable[[Any], Any], seen: int) -> int:
             continue
         accepted = match(message)
         if me.handled != handled:  # `match` has received: the others have moved up
-            seen, handled, messages = 0, me.handled, iter(mailbox)
+            seen, handled, messages = 0, me.handled, islice(mailbox, 0, None)
         elif accepted:
             return seen
         else:
@@ -1226,7 +1226,9 @@ class Supervisor(GenServer):
         ref = monitor(pid)
         unlink(pid)  # else the EXIT of each would stay in the mailbox, and in the way of the next DOWN
         exit(pid, "shutdown")
-        is_supervisor = isinstance(pid, ServerProcess) and isinstance(pid.server, Supervisor)  # has children to wait for
+        is_supervisor = isinstance(pid, ServerProcess) and isinstance(
+            pid.server, Supervisor
+        )  # has children to wait for
         if receive(None if is_supervisor else self.SHUTDOWN, _down(ref)) is None:
             exit(pid, "kill")
             receive(None, _down(ref))
@@ -1293,7 +1295,9 @@ class Message(tuple):
         if self._memo is None:
             self._memo = {}
         by_code = type(fn) is FunctionType and fn.__defaults__ is None and fn.__kwdefaults__ is None
-        key = fn.__code__ if by_code else fn  # by identity: the codes of two files may be equal; kept, so its id is, too
+        key = (
+            fn.__code__ if by_code else fn
+        )  # by identity: the codes of two files may be equal; kept, so its id is, too
         if id(key) not in self._memo:
             self._memo[id(key)] = key, *self._work_out(fn)
         _, value, error, origin = self._memo[id(key)]
@@ -3644,6 +3648,7 @@ FIRST_DELAY, LAST_DELAY = 0.1, 5.0  # seconds before connecting again, doubled e
 MAX_CROSSING = 16 * 1024 * 1024  # bytes of a message between nodes; Redis itself cuts subscribers 32 MB behind
 MAX_WAITING = 64 * 1024 * 1024  # bytes that may wait for Redis; beyond, messages are lost, and members told so
 JOIN_TIME = 5.0  # seconds that a join waits for its subscription at most, and `connect` for Redis
+MAX_NAMES = 1000  # of nodes that have left; the pids of those before print the node's id
 MAX_LOST = 10_000  # names of channels to be told; beyond, all are
 MAX_DEPTH = 32  # tuples within tuples: each takes msgpack 40 KB of the C stack, and beyond that is a segfault
 _TUPLE, _PID, _DATETIME = 1, 2, 3  # MessagePack's extension types
@@ -3692,8 +3697,7 @@ class RemotePid(Pid):
         return hash((self.node, self.serial))
 
     def __repr__(self) -> str:
-        node = self.cluster if self.node == self.cluster.id else self.cluster.nodes.get(self.node)
-        return f"<{node.name if node else self.node.hex()}.{self.serial}>"
+        return f"<{self.cluster.names.get(self.node, self.node.hex())}.{self.serial}>"
 
     def send(self, message: Any) -> None:
         self.cluster.tell(self.node, "send", self.serial, message)
@@ -3900,6 +3904,7 @@ class Cluster:
         self.own_key, self.channel_prefix = self.redis.key("node:", self.id.hex()), self.redis.key("channel:")
         self.codec = Codec(self, self.id)
         self.nodes: dict[bytes, Node] = {}  # the others
+        self.names = {self.id: name}  # node -> name, after it has left as well: its pids may still be printed
         self.line: Line | None = None  # None while there is none
         self.up = False  # our hello has been said over this line
         self.was_up = gevent.event.Event()  # ... or over an earlier one
@@ -4223,6 +4228,7 @@ class Cluster:
             return
         if known is None:
             log.info("cluster: node %s %s is here", name, id.hex())
+        self.names[id] = name
         before = known.members if known is not None else {}
         after = {channel: set(serials) for channel, serials in members.items() if serials}
         self.nodes[id] = Node(name, sequence, after, now)
@@ -4270,6 +4276,9 @@ class Cluster:
         node = self.nodes.pop(id, None)
         if node is None:
             return
+        self.names[id] = self.names.pop(id)  # behind those that have left before
+        if len(self.names) > len(self.nodes) + MAX_NAMES:
+            del self.names[next(old for old in self.names if old != self.id and old not in self.nodes)]
         log.info("cluster: node %s %s is gone: %s", node.name, id.hex(), why)
         for channel, serials in node.members.items():
             for serial in serials:
