@@ -105,6 +105,7 @@ from math import inf, isfinite
 from socket import IPPROTO_TCP, TCP_NODELAY, gethostname
 from ssl import SSLEOFError, SSLWantReadError, SSLWantWriteError, SSLZeroReturnError
 from time import monotonic
+from types import FunctionType, ModuleType
 from typing import Any, NoReturn
 from urllib.parse import parse_qsl, unquote_to_bytes, urlencode, urlsplit
 
@@ -220,20 +221,21 @@ class Process(Pid):
     """A local process. Its kinds say what a turn is: `step`."""
 
     __slots__ = (
-        "born", "channels", "exiting", "handled", "links", "mailbox", "name", "trapping", "wake", "watchers",
-        "watching",
+        "born", "channels", "exiting", "handled", "links", "mailbox", "name", "owned", "runner", "trapping", "wake",
+        "watchers",
     )  # fmt: skip
 
     def __init__(self) -> None:
         self.serial = next(_serials)
         self.mailbox: deque[Any] = deque()  # _NOWHERE once it has ended
         self.wake: Callable[[Any], None] | None = None  # what the next message calls for; None: it is queued or running
-        self.exiting: ProcessExit | None = None  # a signal that is to end it
+        self.runner: Runner | None = None  # the greenlet that runs it, or that it blocks
+        self.exiting: ProcessExit | None = None  # a signal that is to end it: no message is received any more
         self.trapping = False
         self.name: str | None = None
         self.links: Any = ()  # a set once there are some; symmetric
         self.watchers: dict[Any, Any] | None = None  # ref -> who monitors this process
-        self.watching: dict[int, Pid] | None = None  # ref -> whom it monitors, to be forgotten there at its end
+        self.owned: dict[Any, Any] | None = None  # ref -> a monitor or timer that goes with it, by its `unwatch(ref)`
         self.channels: Any = ()  # pub/sub's own
         self.born = monotonic()
         self.handled = 0  # messages, in all
@@ -278,6 +280,16 @@ class Process(Pid):
         if self.watchers:
             self.watchers.pop(ref, None)
 
+    def own(self, ref: Any, thing: Any) -> None:
+        """Calls `thing.unwatch(ref)` at the end of this process."""
+        if self.owned is None:
+            self.owned = {}
+        self.owned[ref] = thing
+
+    def disown(self, ref: Any) -> Any:
+        """Returns what was owned under `ref`, or None."""
+        return self.owned.pop(ref, None) if self.owned else None
+
     # -- signals
 
     def signal(self, source: Pid, reason: Any) -> None:
@@ -290,19 +302,29 @@ class Process(Pid):
         """Ends the process: here and now if it is the one that runs, else as soon as the hub comes by."""
         if self.mailbox is _NOWHERE or (self.exiting is not None and reason != "killed"):
             return
-        self.exiting = ProcessExit(reason)
+        self.exiting = signal = ProcessExit(reason)
         if _current() is self:
-            raise self.exiting
-        if any(runner.process is self for runner in _scheduler.runners):
-            _scheduler.hub.loop.run_callback(self._interrupt, self.exiting)
+            raise signal
+        if self.holder() is not None:
+            _scheduler.hub.loop.run_callback(self._interrupt, signal)
         elif self.wake is not None:
             _enqueue(self)
 
     def _interrupt(self, signal: ProcessExit) -> None:
-        # Between `kill` and this callback the runner may have finished with the process: then `rest` has seen to it.
-        for runner in list(_scheduler.runners):
-            if runner.process is self and self.exiting is signal:
-                runner.throw(signal)
+        # Between `kill` and this callback the runner may have finished with the process, and then `rest` has queued it;
+        # or `receive` has raised the signal already: a second time would end the process's own `finally`.
+        holder = self.holder()
+        if holder is not None and self.exiting is signal and signal.__traceback__ is None:
+            holder.throw(signal)
+
+    def holder(self) -> Any:
+        """Returns the greenlet that runs the process or is blocked by it, or None."""
+        return self.runner
+
+    def check_signals(self) -> None:
+        """Raises the exit signal that has come, if any: what was sent after it must not be received."""
+        if self.exiting is not None and self.exiting is not _ENDING:
+            raise self.exiting
 
     def ends(self, error: BaseException) -> None:
         """A turn was left by `error`, or a signal came between turns: last words, then the end. Never raises."""
@@ -323,8 +345,12 @@ class Process(Pid):
         """Logs a crash, once, with its traceback; a death by signal is none. Tells the exit reason."""
         if isinstance(error, gevent.GreenletExit):
             return getattr(error, "reason", "killed")
-        if not isinstance(error, KeyboardInterrupt | SystemExit):
+        known = vars(error)  # what `Message.once` raises in all receivers is logged for the first
+        if not isinstance(error, KeyboardInterrupt | SystemExit) and not known.get("_is_logged"):
             log.error("%r%s crashed%s", self, self.title(), where and f" in {where}", exc_info=error)
+        if "_is_logged" in known:
+            known["_is_logged"] = True
+            error.with_traceback(None)  # the message would keep this receiver's frames
         return error
 
     def role(self) -> str:
@@ -339,16 +365,16 @@ class Process(Pid):
         """The one and only end: name and channels go, monitors and links hear of it."""
         if self.mailbox is _NOWHERE:
             return
-        self.mailbox, self.wake = _NOWHERE, None
+        self.mailbox, self.wake, self.exiting = _NOWHERE, None, _ENDING
         _processes.pop(self.serial, None)
         if self.name is not None:
             del _names[self.name]
         for hook in _exit_hooks:
             hook(self)
-        for ref, target in (self.watching or {}).items():
-            target.unwatch(ref)
-        watchers, links = self.watchers or {}, self.links
-        self.watchers, self.watching, self.links = None, None, ()
+        owned, watchers, links = self.owned or {}, self.watchers or {}, self.links
+        self.owned, self.watchers, self.links = None, None, ()
+        for ref, thing in owned.items():
+            thing.unwatch(ref)
         for ref, watcher in watchers.items():
             watcher.down(ref, self, reason)
         for other in links:
@@ -357,8 +383,7 @@ class Process(Pid):
 
     def down(self, ref: int, process: Pid | str, reason: Any) -> None:
         """A process that this one monitors has ended."""
-        if self.watching:
-            self.watching.pop(ref, None)
+        self.disown(ref)
         self.deliver(("DOWN", ref, "process", process, reason))
 
 
@@ -407,7 +432,7 @@ class Adopted(Process):
         _scheduler.at_home(self.finish, "normal")
 
     def finish(self, reason: Any) -> None:
-        super().finish(reason)
+        super().finish(self.exiting.reason if self.exiting is not None and reason == "normal" else reason)
         target = self.greenlet()
         if target is not None:
             _adopted.pop(target, None)
@@ -416,20 +441,14 @@ class Adopted(Process):
 
     def kill(self, reason: Any) -> None:
         target = self.greenlet()
-        if target is None or self.mailbox is _NOWHERE:
-            return
-        if target.parent is None:
+        if target is not None and target.parent is None and self.mailbox is not _NOWHERE:
             log.error("%r is the main greenlet and goes on; the exit signal was %r", self, reason)
-        elif target is getcurrent():
-            raise ProcessExit(reason)
         else:
             _scheduler.settle()
-            _scheduler.hub.loop.run_callback(self._interrupt, ProcessExit(reason))
+            super().kill(reason)
 
-    def _interrupt(self, signal: ProcessExit) -> None:
-        target = self.greenlet()
-        if target is not None and self.mailbox is not _NOWHERE:
-            target.throw(signal)
+    def holder(self) -> Any:
+        return self.greenlet()
 
 
 class Runner(greenlet):
@@ -443,6 +462,7 @@ class Runner(greenlet):
         while True:
             while ready and monotonic() < scheduler.deadline:
                 process = self.process = ready.popleft()
+                process.runner = self
                 try:
                     if process.exiting is None:
                         process.step()
@@ -450,9 +470,9 @@ class Runner(greenlet):
                         process.ends(process.exiting)
                 except BaseException as error:
                     process.ends(error)
+                process.runner = None
             self.process = process = None  # type: ignore[assignment]  # an idle runner keeps nobody alive
             if len(scheduler.idle) >= SPARE_RUNNERS:
-                scheduler.runners.discard(self)
                 return
             scheduler.idle.append(self)
             try:
@@ -460,7 +480,6 @@ class Runner(greenlet):
                     scheduler.hub.switch()
             except BaseException:  # a gevent.Timeout that a callback has left running
                 scheduler.idle.remove(self)
-                scheduler.runners.discard(self)
                 return
 
     def switch_out(self) -> None:
@@ -477,10 +496,13 @@ class Scheduler:
         self.hub: Any = None
         self.ready: deque[Process] = deque()
         self.idle: list[Runner] = []
-        self.runners: set[Runner] = set()
         self.deadline = 0.0
         self.called = False  # `serve` is among the hub's callbacks
         self.again: Any = None  # the timer that calls it after a slice
+        self.iteration = -1  # of the hub's loop, in which the slice of `receive` began
+        self.slice_end = 0.0  # when that slice is over
+        self.handed_over: deque[tuple[Callable[..., Any], tuple[Any, ...]]] = deque()  # by other threads, to be called
+        self.alarm: Any = None  # the watcher that other threads wake the hub with
 
     def enqueue(self, process: Process) -> None:
         process.wake = None
@@ -493,29 +515,51 @@ class Scheduler:
         """Hub callback: runners take turns until the queue is empty or the time slice is over."""
         self.deadline = monotonic() + TIME_SLICE
         while self.ready and monotonic() < self.deadline:
-            runner = self.idle.pop() if self.idle else self.new_runner()
+            runner = self.idle.pop() if self.idle else Runner(parent=self.hub)
             runner.switch()  # comes back when it is idle, or when a callback blocks it
         self.called = bool(self.ready)
         if self.called:  # by a timer: gevent runs 50 callbacks before it looks at sockets again
             self.again.start(self.serve)
 
-    def new_runner(self) -> Runner:
-        runner = Runner(parent=self.hub)
-        self.runners.add(runner)
-        return runner
+    def yield_after_slice(self) -> None:
+        """Waits for a moment if the hub has not looked at its sockets and timers for a time slice."""
+        iteration = self.hub.loop.iteration
+        if iteration != self.iteration:
+            self.iteration, self.slice_end = iteration, monotonic() + TIME_SLICE
+        elif monotonic() > self.slice_end and getcurrent() is not self.hub:
+            gevent.sleep(A_MOMENT)
+            if iteration < 0:  # libuv's loop does not count
+                self.slice_end = monotonic() + TIME_SLICE
 
     def settle(self) -> None:
         """Makes this thread and its hub the home of all processes, unless there is one."""
         if self.thread is None:
-            self.thread, self.hub = _get_ident(), get_hub()
+            self.hub = get_hub()
             self.again = self.hub.loop.timer(0)
+            self.alarm = self.hub.loop.async_(ref=False)
+            self.alarm.start(self.call_handed_over)
+            self.thread = _get_ident()  # the last: other threads look at this
 
     def at_home(self, fn: Callable[..., Any], *args: Any) -> None:
         """Calls `fn` in the home thread: at once if this is it, else as a callback of its hub, in order."""
         if self.thread is None or self.thread == _get_ident():
             fn(*args)
-        else:
-            self.hub.loop.run_callback_threadsafe(fn, *args)
+        else:  # not by `run_callback_threadsafe`: it corrupts the loop's count of references (gevent's issue 2212)
+            self.handed_over.append((fn, args))
+            self.alarm.send()
+
+    def call_handed_over(self) -> None:
+        """Hub callback: calls what other threads have handed over, for a time slice."""
+        end = monotonic() + TIME_SLICE
+        while self.handed_over:
+            fn, args = self.handed_over.popleft()
+            try:
+                fn(*args)
+            except BaseException:
+                self.hub.handle_error(fn, *sys.exc_info())
+            if monotonic() > end:
+                self.alarm.send()
+                break
 
 
 _scheduler = Scheduler()
@@ -592,23 +636,49 @@ def receive(timeout: float | None = None, match: Callable[[Any], Any] | None = N
     me = _me()
     deadline = None if timeout is None else monotonic() + timeout
     seen = 0  # messages that `match` has refused
+    mailbox = me.mailbox
+    if mailbox or timeout == 0:
+        _scheduler.yield_after_slice()
     while True:
-        mailbox = me.mailbox
-        while seen < len(mailbox):
+        if me.exiting is not None:
+            me.check_signals()
+        if match is not None:
+            seen = _count_refused(me, match, seen)
+            me.check_signals()  # `match` may have waited
+        if seen < len(mailbox):
             message = mailbox[seen]
-            if match is None or match(message):
-                del mailbox[seen]
-                me.handled += 1
-                return message
-            seen += 1
+            del mailbox[seen]
+            me.handled += 1
+            return message
         if deadline is not None and monotonic() >= deadline:
             return None
         _await_message(me, None if deadline is None else deadline - monotonic())
 
 
+def _count_refused(me: Process, match: Callable[[Any], Any], seen: int) -> int:
+    """Returns how many messages come before the first that `match` accepts; all, if it accepts none."""
+    mailbox, handled = me.mailbox, me.handled
+    messages = islice(mailbox, seen, None)
+    while True:
+        try:
+            message = next(messages)
+        except StopIteration:
+            return seen
+        except RuntimeError:  # the mailbox has changed: `match` has sent to this process, or waited
+            messages = islice(mailbox, seen, None)
+            continue
+        accepted = match(message)
+        if me.handled != handled:  # `match` has received: the others have moved up
+            seen, handled, messages = 0, me.handled, islice(mailbox, 0, None)
+        elif accepted:
+            return seen
+        else:
+            seen += 1
+            if not seen % 16:
+                _scheduler.yield_after_slice()
+
+
 def _await_message(me: Process, timeout: float | None) -> None:
-    if me.exiting not in (None, _ENDING):
-        raise me.exiting
     waiter = Waiter()
 
     def wake(process: Process) -> None:
@@ -645,12 +715,10 @@ def whereis(name: str) -> Pid | None:
 def monitor(target: Pid | str) -> int:
     """From now on one ("DOWN", ref, "process", pid, reason) when `target` ends; at once, "noproc", if it is dead."""
     me, process, ref = _me(), _resolve(target), next(_refs)
-    if me.watching is None:
-        me.watching = {}
     if process is None:
         me.down(ref, target, "noproc")
     else:
-        me.watching[ref] = process
+        me.own(ref, process)
         process.watch(ref, me)
     return ref
 
@@ -658,7 +726,7 @@ def monitor(target: Pid | str) -> int:
 def demonitor(ref: int, flush: bool = False) -> bool:
     """Ends a monitor; tells whether there was one. With `flush`, a DOWN that has come already goes too."""
     me = _me()
-    target = (me.watching or {}).pop(ref, None)
+    target = me.disown(ref)
     if target is not None:
         target.unwatch(ref)
     elif flush:
@@ -725,16 +793,32 @@ class Timer:
 
     watcher: Any
     due: float
+    owner: Process | None = None  # the process that it goes with; None once it is over
 
     def fire(self, target: Pid | str, message: Any) -> None:
-        self.watcher.close()
+        self.unwatch(self)
         send(target, message)
+
+    def unwatch(self, _ref: Any) -> None:
+        """Ends it, and keeps nothing."""
+        self.watcher.close()
+        owner, self.owner = self.owner, None
+        if owner is not None:
+            owner.disown(self)
 
 
 def send_after(seconds: float, target: Pid | str, message: Any) -> Timer:
-    """Sends `message` in so many seconds (erlang:send_after/3). Raises TypeError where `target` is no pid or name."""
+    """Sends `message` in so many seconds, unless the process has ended by then (erlang:send_after/3).
+
+    A timer to a name stays. Raises TypeError where `target` is no pid or name.
+    """
     _me(), _resolve(target)
     timer = Timer(_scheduler.hub.loop.timer(max(seconds, 0)), monotonic() + seconds)
+    if isinstance(target, Process):
+        if target.mailbox is _NOWHERE:
+            return timer
+        timer.owner = target
+        target.own(timer, timer)
     timer.watcher.start(timer.fire, target, message, update=True)
     return timer
 
@@ -742,7 +826,7 @@ def send_after(seconds: float, target: Pid | str, message: Any) -> Timer:
 def cancel_timer(timer: Timer) -> float | bool:
     """Cancels it: the seconds that were left, or False if it had fired or was cancelled (erlang:cancel_timer/1)."""
     left = max(timer.due - monotonic(), 0.0) if timer.watcher.active else False
-    timer.watcher.close()
+    timer.unwatch(timer)
     return left
 
 
@@ -836,6 +920,16 @@ def _is_normal(reason: Any) -> bool:
     return reason in ("normal", "shutdown") or (isinstance(reason, tuple) and reason[:1] == ("shutdown",))
 
 
+def _is_timeout(rest: list[Any]) -> bool:
+    """Returns whether a result ends in nothing more, or in a timeout, None and "infinity" included, or "hibernate"."""
+    match rest:
+        case [] | [None | "infinity" | "hibernate"]:
+            return True
+        case [int() | float() as seconds] if not isinstance(seconds, bool):
+            return seconds >= 0
+    return False
+
+
 class ServerProcess(Process):
     """The loop of a gen_server."""
 
@@ -861,13 +955,17 @@ class ServerProcess(Process):
                 break
         self.rest()
         if isinstance(timeout, int | float) and self.wake is not None:
-            self.timer = _scheduler.hub.loop.timer(max(timeout, 0))
-            self.timer.start(self.deliver, "timeout", update=True)
+            self.timer = _scheduler.hub.loop.timer(timeout)
+            self.timer.start(self._time_out, update=True)
+
+    def _time_out(self) -> None:
+        if self.wake is not None:  # else a message has come in the same turn of the hub, and cancels it
+            self.deliver("timeout")
 
     def _init(self) -> Any:
         result, starter = self.server.init(self.args), self.starter
         match result:
-            case ("ok", state, *timeout) if len(timeout) < 2:
+            case ("ok", state, *timeout) if _is_timeout(timeout):
                 self.state, self.starter = state, None
                 starter.send("ok")  # type: ignore[union-attr]
                 return timeout[0] if timeout else None
@@ -896,9 +994,9 @@ class ServerProcess(Process):
 
     def _take(self, result: Any, from_: Any = None) -> Any:
         match result:
-            case ("noreply", state, *timeout) if len(timeout) < 2:
+            case ("noreply", state, *timeout) if _is_timeout(timeout):
                 self.state = state
-            case ("reply", value, state, *timeout) if from_ and len(timeout) < 2:
+            case ("reply", value, state, *timeout) if from_ and _is_timeout(timeout):
                 self.state = state
                 reply(from_, value)
             case ("stop", reason, state):
@@ -1020,7 +1118,8 @@ def reply(from_: tuple[Pid, Pid], value: Any) -> str:
 def stop(server: Pid | str, reason: Any = "normal", timeout: float | None = None) -> str:
     """Lets a server end after what is in its mailbox, and waits for it (gen_server:stop/3).
 
-    Raises NoProc if there is none, and CallTimeout after `timeout` seconds.
+    Raises NoProc if there is none, ServerDied if it ends for another reason (`terminate` crashes, it is killed), and
+    CallTimeout after `timeout` seconds.
     """
     process = _resolve(server)
     if process is None:
@@ -1032,6 +1131,8 @@ def stop(server: Pid | str, reason: Any = "normal", timeout: float | None = None
             raise CallTimeout(f"{server!r} did not stop in {timeout} s")
         case ("DOWN", "noproc"):
             raise NoProc(server)
+        case ("DOWN", other) if other != reason:
+            raise ServerDied(other)
     return "ok"
 
 
@@ -1055,26 +1156,30 @@ class Supervisor(GenServer):
             if isinstance(pid, tuple):
                 self.terminate("shutdown", state)
                 return "stop", ("shutdown", ("failed_to_start_child", spec["id"], pid[1]))
-            state[spec["id"]] = (spec, pid)
+            if pid is not None or spec["restart"] != "temporary":  # OTP forgets a temporary child that is ignored
+                state[spec["id"]] = (spec, pid)
         return "ok", state
 
     def _start(self, spec: dict[str, Any]) -> Any:
         """The Pid of a child; None if it said "ignore"; ("error", reason)."""
         fn, *args = spec["start"]
+        crash = None
         try:
-            pid = fn(*args)
+            answer = fn(*args)
         except Exception as error:
-            log.error("%r child %r could not be started", self_pid(), spec["id"], exc_info=error)
-            return "error", error
-        match pid:
+            answer, crash = ("error", error), error
+        match answer:
             case Pid():
-                link(pid)
-                return pid
+                link(answer)
+                return answer
             case "ignore":
                 return None
             case ("error", _):
-                return pid
-        return "error", pid
+                pass
+            case _:
+                answer = "error", answer
+        log.error("%r child %r could not be started: %r", self_pid(), spec["id"], answer[1], exc_info=crash)
+        return answer
 
     def handle_call(self, request: Any, from_: Any, state: Any) -> Any:
         if request == "which_children":
@@ -1123,10 +1228,34 @@ class Supervisor(GenServer):
 
     def _shut_down(self, pid: Pid) -> None:
         ref = monitor(pid)
+        unlink(pid)  # else the EXIT of each would stay in the mailbox, and in the way of the next DOWN
         exit(pid, "shutdown")
-        if receive(self.SHUTDOWN, _down(ref)) is None:
+        is_supervisor = isinstance(pid, ServerProcess) and isinstance(
+            pid.server, Supervisor
+        )  # has children to wait for
+        if receive(None if is_supervisor else self.SHUTDOWN, _down(ref)) is None:
             exit(pid, "kill")
             receive(None, _down(ref))
+
+
+def _child(spec: Any) -> dict[str, Any]:
+    """Returns a child with all its keys. Raises ValueError that says what is wrong with it."""
+    if not isinstance(spec, dict):
+        raise ValueError(f"a child must be a dict, got {spec!r}")
+    child = {"restart": "permanent", **spec}
+    unknown = child.keys() - {"id", "start", "restart"}
+    start, restart = child.get("start"), child["restart"]
+    if "id" not in child:
+        problem = "no id"
+    elif unknown:
+        problem = f"unknown keys {sorted(map(str, unknown))}"
+    elif not (isinstance(start, tuple | list) and start and callable(start[0])):
+        problem = f"start must be (function, *arguments), got {start!r}"
+    elif restart not in ("permanent", "transient", "temporary"):
+        problem = f"restart must be 'permanent', 'transient' or 'temporary', got {restart!r}"
+    else:
+        return child
+    raise ValueError(f"child {child.get('id')!r}: {problem}")
 
 
 def start_supervisor(
@@ -1136,14 +1265,14 @@ def start_supervisor(
 
     A child is {"id", "start": (fn, *args), "restart": "permanent" (the default) | "transient" | "temporary"}. More than
     `intensity` restarts in `period` seconds end the children in reverse order and then the supervisor, with "shutdown".
-    `call(supervisor, "which_children")` lists (id, pid, restart). Answers as `start_link`; ValueError for a bad child.
+    `call(supervisor, "which_children")` lists (id, pid, restart). Answers as `start_link`. Raises ValueError for a bad
+    child, `intensity` or `period`.
     """
-    specs = [{"restart": "permanent", **child} for child in children]
-    for spec in specs:
-        match spec:
-            case {"id": _, "start": (fn, *_), "restart": "permanent" | "transient" | "temporary"} if callable(fn):
-                continue
-        raise ValueError(f"a child needs an id, a start and one of the three kinds of restart: {spec!r}")
+    if not isinstance(intensity, int) or isinstance(intensity, bool) or intensity < 0:
+        raise ValueError(f"intensity must be a number of restarts, got {intensity!r}")
+    if not isinstance(period, int | float) or isinstance(period, bool) or not period > 0:
+        raise ValueError(f"period must be a number of seconds above 0, got {period!r}")
+    specs = [_child(child) for child in children]
     if len({spec["id"] for spec in specs}) < len(specs):
         raise ValueError("two children have the same id")
     return start_link(Supervisor(specs, intensity, period), name=name)
@@ -1162,16 +1291,33 @@ class Message(tuple):
     _memo: dict[Any, Any] | None = None
 
     def once(self, fn: Callable[[Message], Any]) -> Any:
-        """`fn(self)`, worked out for the first receiver and shared with the others.
+        """Returns `fn(self)`, worked out for the first receiver and shared with the others; so is what it raises.
 
-        `fn` is known by its code, so that a lambda will do; its value must depend on the message alone.
+        `fn` is known by its code, so that a lambda will do, or else by its identity. Its value must depend on the
+        message alone: ValueError for a bound method or a closure, which bring along something of one receiver.
         """
         if self._memo is None:
             self._memo = {}
-        code = getattr(fn, "__code__", fn)  # by identity: the codes of two files may be equal; kept, so its id is, too
-        if id(code) not in self._memo:
-            self._memo[id(code)] = code, fn(self)
-        return self._memo[id(code)][1]
+        by_code = type(fn) is FunctionType and fn.__defaults__ is None and fn.__kwdefaults__ is None
+        key = (
+            fn.__code__ if by_code else fn
+        )  # by identity: the codes of two files may be equal; kept, so its id is, too
+        if id(key) not in self._memo:
+            self._memo[id(key)] = key, *self._work_out(fn)
+        _, value, error, origin = self._memo[id(key)]
+        if error is not None:
+            raise error.with_traceback(origin)  # else it would gather the frames of all receivers
+        return value
+
+    def _work_out(self, fn: Callable[[Message], Any]) -> tuple[Any, Exception | None, Any]:
+        owner = getattr(fn, "__self__", None)
+        if getattr(fn, "__closure__", None) or not (owner is None or isinstance(owner, ModuleType)):
+            raise ValueError(f"once needs a function of the message alone, not a bound method or a closure: {fn!r}")
+        try:
+            return fn(self), None, None
+        except Exception as error:
+            vars(error)["_is_logged"] = False  # for `crashed`, which logs it once for all receivers
+            return None, error, error.__traceback__
 
 
 class History:
@@ -1245,6 +1391,7 @@ class PubSub:
     def __init__(self) -> None:
         self._channels: dict[str, set[Process]] = {}  # no set is ever empty
         self._monitors: dict[str, dict[int, Process]] = {}  # channel -> ref -> who wants to know
+        self._monitored: dict[int, str] = {}  # ref -> channel
         self._kept: dict[str, History] = {}
         self._counts: dict[str, int] = {}  # channel with members here -> messages that they got
         _exit_hooks.append(self._forget)
@@ -1318,18 +1465,23 @@ class PubSub:
 
     def monitor(self, channel: str) -> tuple[int, list[Pid]]:
         """(ref, members), and from now on (ref, "join" | "leave", channel, [pid]) for each change (pg:monitor/2)."""
-        ref = next(_refs)
-        self._monitors.setdefault(_channel(channel), {})[ref] = _me()
+        ref, me = next(_refs), _me()
+        self._monitors.setdefault(_channel(channel), {})[ref] = me
+        self._monitored[ref] = channel
+        me.own(ref, self)
         return ref, self.get_members(channel)
 
     def demonitor(self, ref: int) -> bool:
         """Ends such a monitor; tells whether there was one (pg:demonitor/2)."""
-        for channel, watchers in self._monitors.items():
-            if watchers.pop(ref, None):
-                if not watchers:
-                    del self._monitors[channel]
-                return True
-        return False
+        channel = self._monitored.pop(ref, None)
+        if channel is None:
+            return False
+        self._monitors[channel].pop(ref).disown(ref)
+        if not self._monitors[channel]:
+            del self._monitors[channel]
+        return True
+
+    unwatch = demonitor
 
     # -- in the home thread
 
@@ -1378,9 +1530,6 @@ class PubSub:
         """Exit hook: a process that dies leaves all its channels."""
         for channel in process.channels:
             self._leave(channel, process)
-        for watchers in list(self._monitors.values()) if self._monitors else ():
-            for ref in [ref for ref, watcher in watchers.items() if watcher is process]:
-                self.demonitor(ref)
 
     def _broadcast(self, message: Message, but: Pid | None) -> str:
         cluster = self.cluster
@@ -1981,7 +2130,6 @@ def _message(opcode: int, body: bytes) -> Frame:
 # ---------------------------------------------------------------------------------------------------------------------
 
 READ_SIZE = 65536  # bytes; one read a wake-up, so that one client's flood leaves room for the others
-TURN_SIZE = 256  # messages that one turn handles at most, for the same reason
 LINGER = 5.0  # seconds that a closed connection waits for the client to close as well
 CACHED_FRAMES, CACHED_BYTES = 256, 1_000_000  # of broadcasts: a flood of 64 channels still finds its frames again
 
@@ -2101,7 +2249,7 @@ class Connection(Process):
         self.out: Any = b""  # what the socket has not taken yet
         self.said: list[bytes] = []  # the frames of this turn
         self.inbox: list[Any] = []  # the client's frames, and perhaps an Ending behind them
-        self.unhandled = 0  # about how many bytes they are
+        self.unhandled = 0  # about how many bytes have come since it was empty
         self.bits = bits  # the window of the compression that was agreed on; 0: none
         self.parser = Parser(settings.max_message_size, bits > 0)
         self.quiet = 0.0  # seconds without a byte from the client
@@ -2153,16 +2301,17 @@ class Connection(Process):
             self._init()
             self.rest()
             return
-        if self.inbox:
+        if self.inbox and not self.out:
             self._handle_inbox()
-        if self.mailbox and not self.out:
+        if self.mailbox and not self.out and self.exiting is None:
             self._handle_mailbox()
         self.flush()
         self.rest()
 
     def _handle_mailbox(self) -> None:
-        handler, mailbox, said, size = self.handler, self.mailbox, self.said, 0
-        for done in range(1, TURN_SIZE + 1):  # noqa: B007 -- it is used below
+        handler, mailbox, said, size, deadline = self.handler, self.mailbox, self.said, 0, _scheduler.deadline
+        while True:
+            self.handled += 1
             result = handler.websocket_info(mailbox.popleft(), self.state)
             # A single frame is said in here, not in `_take`: a flood costs a fifth less.
             if type(result) is tuple and len(result) == 3 and result[0] == "reply" and type(result[1]) is tuple:
@@ -2174,29 +2323,29 @@ class Connection(Process):
                     raise Ending(None, "", "stop")
             else:
                 size += self._take(result)
-            if not mailbox or size > READ_SIZE or self.out:
+            if not mailbox or size > READ_SIZE or self.out or self.exiting is not None or monotonic() > deadline:
                 break  # what is left waits in the mailbox, where it is shared with other connections, and counted
-        self.handled += done
 
     def _handle_inbox(self) -> None:
-        inbox, self.inbox, self.unhandled, size = self.inbox, [], 0, 0
-        for number, frame in enumerate(inbox):
+        inbox, size, deadline = self.inbox, 0, _scheduler.deadline
+        for done, frame in enumerate(inbox, 1):  # noqa: B007 -- it is used below
+            if type(frame) is not tuple:
+                self._handle_event(frame)
+            elif frame[0] == "close":
+                raise Ending(frame[1], "", "remote" if frame[1] == NO_STATUS else ("remote", *frame[1:]))
+            else:
+                if frame[0] == "ping":
+                    self.said.append(encode_frame(("pong", frame[1])))
+                self.handled += 1
+                size += self._take(self.handler.websocket_handle(frame, self.state))
             if size > READ_SIZE:
                 self.flush()
                 size = 0
-            if self.out or number == TURN_SIZE:  # the rest waits for its turn, or until the client has read
-                self.inbox = inbox[number:] + self.inbox
-                self.unhandled += sum(len(frame[-1]) for frame in inbox[number:] if type(frame) is tuple)
-                break
-            if type(frame) is not tuple:
-                self._handle_event(frame)
-                continue
-            if frame[0] == "ping":
-                self.said.append(encode_frame(("pong", frame[1])))
-            elif frame[0] == "close":
-                raise Ending(frame[1], "", "remote" if frame[1] == NO_STATUS else ("remote", *frame[1:]))
-            self.handled += 1
-            size += self._take(self.handler.websocket_handle(frame, self.state))
+            if self.out or self.exiting is not None or monotonic() > deadline:
+                break  # the rest waits for its turn, or until the client has read
+        del inbox[:done]
+        if not inbox:
+            self.unhandled = 0
         if not self.reader.active and not self._has_enough():
             self.reader.start(self.readable)
 
@@ -2456,15 +2605,15 @@ class EventStream(Connection):
         super().__init__(handler, req, pinging, lounge)
 
     def _handle_mailbox(self) -> None:
-        mailbox, size = self.mailbox, 0
-        for _ in range(TURN_SIZE):
+        mailbox, size, deadline = self.mailbox, 0, _scheduler.deadline
+        while True:
             info, count = mailbox.popleft(), len(self.said)
             self.handled += 1
             size += self._take(self.handler.websocket_info(info, self.state))
             position = getattr(info, "position", None)
             if position is not None and len(self.said) > count:
                 self.said[-1] = b"id: " + position.encode() + b"\n" + self.said[-1]
-            if not mailbox or size > READ_SIZE or self.out:
+            if not mailbox or size > READ_SIZE or self.out or self.exiting is not None or monotonic() > deadline:
                 break
 
     def _encode(self, frame: Any) -> bytes:
@@ -2929,33 +3078,20 @@ class ClientStream(io.RawIOBase):
     Where bytes are always there, nothing waits: reading then yields to others once a time slice is over.
     """
 
-    WAITED = 1e-4  # seconds: a read that takes longer has waited, and others have had their turn
-
     def __init__(self, sock: Any) -> None:
         self.sock = sock
         self.deadline = 0.0  # on the clock of monotonic()
-        self.turn = monotonic()  # when others have last had theirs
 
     def readable(self) -> bool:
         return True
 
     def readinto(self, buffer: Any) -> int:
-        start = monotonic()
-        self.sock.settimeout(max(self.deadline - start, 0.0))  # 0: takes what is there, but does not wait
+        _scheduler.yield_after_slice()
+        self.sock.settimeout(max(self.deadline - monotonic(), 0.0))  # 0: takes what is there, but does not wait
         try:
-            size = self.sock.recv_into(buffer)
+            return self.sock.recv_into(buffer)
         except (BlockingIOError, SSLWantReadError, SSLWantWriteError):
             raise TimeoutError("the client takes too long") from None
-        if monotonic() - start > self.WAITED:
-            self.turn = monotonic()
-        else:
-            self.yield_after_slice()
-        return size
-
-    def yield_after_slice(self) -> None:
-        if monotonic() - self.turn > TIME_SLICE:
-            gevent.sleep(A_MOMENT)
-            self.turn = monotonic()
 
 
 class Body(io.RawIOBase):
@@ -3110,7 +3246,7 @@ class RequestHandler(UpgradeHandler):
     def read_requestline(self) -> str:
         self.stream.deadline = monotonic() + self.server.KEEP_ALIVE
         self.rfile.peek(1)
-        self.stream.yield_after_slice()  # a client may pipeline many requests
+        _scheduler.yield_after_slice()  # a client may pipeline many requests
         self.stream.deadline = monotonic() + self.server.HEAD_TIME
         try:
             line = self.rfile.readline(MAX_LINE + 1)
@@ -3291,7 +3427,7 @@ class RequestHandler(UpgradeHandler):
         if not isinstance(data, bytes | bytearray | memoryview):
             raise TypeError(f"a WSGI application answers with bytes, not {data!r:.100} (PEP 3333)")
         if self.headers_sent:
-            self.stream.yield_after_slice()
+            _scheduler.yield_after_slice()
             self._write(self._clip(data))
         elif not self.status:
             raise self.ApplicationError("The application did not call start_response()")
@@ -3367,7 +3503,7 @@ class RequestHandler(UpgradeHandler):
                 self.socket.settimeout(self.server.WRITE_TIME)
                 left = left[self.socket.send(left[:65536]) :]
                 if left:
-                    self.stream.yield_after_slice()
+                    _scheduler.yield_after_slice()
         except OSError:
             self.code = -abs(self.code or 500)  # pywsgi's mark for what could not be sent
             raise
@@ -3464,6 +3600,7 @@ class Server(gevent.pywsgi.WSGIServer):
 
     def init_socket(self) -> None:
         _check_patch()
+        _scheduler.settle()
         super().init_socket()
         self.socket.setsockopt(IPPROTO_TCP, TCP_NODELAY, 1)  # accepted sockets inherit it
 
@@ -3849,6 +3986,7 @@ FIRST_DELAY, LAST_DELAY = 0.1, 5.0  # seconds before connecting again, doubled e
 MAX_CROSSING = 16 * 1024 * 1024  # bytes of a message between nodes; Redis itself cuts subscribers 32 MB behind
 MAX_WAITING = 64 * 1024 * 1024  # bytes that may wait for Redis; beyond, messages are lost, and members told so
 JOIN_TIME = 5.0  # seconds that a join waits for its subscription at most, and `connect` for Redis
+MAX_NAMES = 1000  # of nodes that have left; the pids of those before print the node's id
 MAX_LOST = 10_000  # names of channels to be told; beyond, all are
 MAX_DEPTH = 32  # tuples within tuples: each takes msgpack 40 KB of the C stack, and beyond that is a segfault
 _TUPLE, _PID, _DATETIME = 1, 2, 3  # MessagePack's extension types
@@ -3897,8 +4035,7 @@ class RemotePid(Pid):
         return hash((self.node, self.serial))
 
     def __repr__(self) -> str:
-        node = self.cluster if self.node == self.cluster.id else self.cluster.nodes.get(self.node)
-        return f"<{node.name if node else self.node.hex()}.{self.serial}>"
+        return f"<{self.cluster.names.get(self.node, self.node.hex())}.{self.serial}>"
 
     def send(self, message: Any) -> None:
         self.cluster.tell(self.node, "send", self.serial, message)
@@ -4105,6 +4242,7 @@ class Cluster:
         self.own_key, self.channel_prefix = self.redis.key("node:", self.id.hex()), self.redis.key("channel:")
         self.codec = Codec(self, self.id)
         self.nodes: dict[bytes, Node] = {}  # the others
+        self.names = {self.id: name}  # node -> name, after it has left as well: its pids may still be printed
         self.line: Line | None = None  # None while there is none
         self.up = False  # our hello has been said over this line
         self.was_up = gevent.event.Event()  # ... or over an earlier one
@@ -4428,6 +4566,7 @@ class Cluster:
             return
         if known is None:
             log.info("cluster: node %s %s is here", name, id.hex())
+        self.names[id] = name
         before = known.members if known is not None else {}
         after = {channel: set(serials) for channel, serials in members.items() if serials}
         self.nodes[id] = Node(name, sequence, after, now)
@@ -4475,6 +4614,9 @@ class Cluster:
         node = self.nodes.pop(id, None)
         if node is None:
             return
+        self.names[id] = self.names.pop(id)  # behind those that have left before
+        if len(self.names) > len(self.nodes) + MAX_NAMES:
+            del self.names[next(old for old in self.names if old != self.id and old not in self.nodes)]
         log.info("cluster: node %s %s is gone: %s", node.name, id.hex(), why)
         for channel, serials in node.members.items():
             for serial in serials:

@@ -56,11 +56,12 @@ import tempfile
 import tracemalloc
 import types
 import urllib.parse
+import weakref
 import wsgiref.headers
 import wsgiref.util
 import zlib
 from datetime import datetime, timedelta, timezone
-from functools import reduce
+from functools import partial, reduce
 from io import BytesIO, StringIO
 from itertools import pairwise
 
@@ -348,6 +349,11 @@ def test_a_pid_is_hashable_and_prints_like_erlangs(me):
     assert repr(me).endswith(f".{me.serial}>")
 
 
+def repeat(times, act):
+    for _ in range(times):
+        act()
+
+
 def test_messages_arrive_in_the_order_of_sending(me):
     for n in range(3):
         me.send(n)
@@ -373,6 +379,63 @@ def test_receive_waits_on_past_messages_that_it_refuses(me):
     spawn(lambda: [me.send(n) or gevent.sleep(0) for n in range(5)])
     assert expect(lambda n: n == 4) == 4
     assert drain() == [0, 1, 2, 3]
+
+
+def test_what_match_does_to_the_mailbox_is_no_trouble(me):
+    def accepts_the_third_and_sends(n):
+        if n == 1:
+            send(me, "sent")
+        return n == "sent"
+
+    def accepts_the_third_and_receives(n):
+        receive(0, lambda m: m == n - 1)
+        return n == 2
+
+    for n in range(4):
+        me.send(n)
+    assert receive(0, accepts_the_third_and_sends) == "sent"
+    assert receive(0, accepts_the_third_and_receives) == 2
+    assert drain() == [3]
+
+
+def cpu_seconds(act, *args):
+    start = time.process_time()
+    act(*args)
+    return time.process_time() - start
+
+
+def test_the_cost_of_a_match_grows_with_the_mailbox_and_not_with_its_square(me):
+    def cost(messages):
+        for _ in range(messages):
+            me.send("unwanted")
+        try:
+            return min(cpu_seconds(receive, 0, "wanted".__eq__) for _ in range(3))
+        finally:
+            me.mailbox.clear()
+
+    assert cost(200_000) < 40 * cost(20_000)
+
+
+# What a process does with each of 100 messages of 1 ms, or instead of waiting for them.
+@pytest.mark.parametrize(
+    "work",
+    [
+        lambda done: repeat(100, lambda: (receive(), busy(0.001), done.append(1))),
+        lambda done: repeat(100, lambda: (receive(None, lambda n: n >= 0), busy(0.001), done.append(1))),
+        lambda done: receive(0, lambda _n: busy(0.001) or done.append(1)),
+        lambda done: repeat(200, lambda: (receive(0), busy(0.001), done.append(1))),
+    ],
+    ids=["receives", "matches", "refuses", "polls"],
+)
+def test_receive_lets_timers_and_others_have_their_turn_however_full_the_mailbox(me, begin, work):
+    done = []
+    pid = begin(spawn, work, done)
+    for n in range(100):
+        pid.send(n)
+    send_after(0.01, me, "timer")
+    assert expect() == "timer"
+    assert len(done) < 90
+    reason_of(pid)
 
 
 def test_sending_to_the_dead_or_to_an_unknown_name_is_silent():
@@ -401,6 +464,38 @@ def test_threads_wake_a_server_without_losing_a_message(server):
 def test_hub_callbacks_send_to_those_who_wait(server):
     in_hub(server.send, "from the hub")
     assert receive(PATIENCE) == ("info", "from the hub")
+
+
+def test_a_threads_mistake_costs_no_message_of_another(me, capsys):
+    def run():
+        me.send("before")
+        nova_lite._scheduler.at_home(divide)
+        me.send("after")
+
+    in_thread(run)
+    assert [expect(), expect()] == ["before", "after"]
+    assert "ZeroDivisionError" in capsys.readouterr().err
+
+
+def test_a_flood_from_threads_leaves_the_hubs_references_as_they_were(me):
+    gevent.sleep(0.001)
+    loop = gevent.get_hub().loop
+    before = loop.activecnt
+    threads = [gevent.get_hub().threadpool.spawn(repeat, 100_000, lambda: me.send(1)) for _ in range(2)]
+    for _ in range(200_000):
+        expect()
+    gevent.joinall(threads)
+    gevent.sleep(0.001)
+    assert loop.activecnt == before
+
+
+def test_what_threads_hand_over_leaves_timers_their_turn(me):
+    done = []
+    in_thread(repeat, 100, lambda: nova_lite._scheduler.at_home(lambda: busy(0.001) or done.append(1)))
+    send_after(0.01, me, "timer")
+    assert expect() == "timer"
+    assert len(done) < 90
+    until(lambda: len(done) == 100)
 
 
 @pytest.mark.parametrize(
@@ -631,6 +726,125 @@ def test_exit_signals(me, begin, along, reason, trapping, outcome):
         assert expect(down(ref))[4] == outcome
 
 
+def pass_on(test, take):
+    while True:
+        test.send(("got", take()))
+        gevent.sleep(0)
+
+
+def adopted(fn, *args):
+    """The pid of a greenlet that runs `fn(*args)`."""
+    pids = []
+    gevent.spawn(lambda: (pids.append(self_pid()), fn(*args)))
+    return until(lambda: pids)[0]
+
+
+@pytest.mark.parametrize("reason", ["enough", "kill"])
+@pytest.mark.parametrize("start", [spawn, adopted])
+@pytest.mark.parametrize("take", [receive, lambda: receive(PATIENCE), lambda: receive(None, lambda _message: True)])
+def test_what_is_sent_after_an_exit_signal_is_never_received(me, begin, start, take, reason):
+    pid = begin(start, pass_on, me, take)
+    pid.send("before")
+    assert expect() == ("got", "before")
+    exit(pid, reason)
+    for _ in range(100):
+        pid.send("after")
+    assert reason_of(pid) in ("enough", "killed")
+    assert drain() == []
+
+
+def test_what_a_thread_sends_after_an_exit_signal_is_never_received(me, begin):
+    pid = begin(spawn, pass_on, me, receive)
+    ref = monitor(pid)
+    in_thread(lambda: (exit(pid, "enough"), pid.send("after")))
+    assert expect(down(ref))[4] == "enough"
+    assert drain() == []
+
+
+def test_a_match_that_waits_gets_no_message_after_an_exit_signal(me, begin):
+    pid = begin(spawn, pass_on, me, lambda: receive(None, lambda _message: me.send("asked") or gevent.sleep(0) is None))
+    pid.send("before")
+    assert expect() == "asked"
+    exit(pid, "enough")
+    assert reason_of(pid) == "enough"
+    assert drain() == []
+
+
+def test_a_server_handles_nothing_after_an_exit_signal(me, begin):
+    server = begin(start_link, Obedient, me)
+    unlink(server)
+    cast(server, lambda state: (me.send("handles"), gevent.sleep(0), ("noreply", state))[-1])
+    assert expect() == "handles"
+    exit(server, "enough")
+    server.send("after")
+    assert reason_of(server) == "enough"
+    assert drain() == []
+
+
+def test_a_signal_that_trapping_made_a_message_keeps_its_place(me, begin):
+    pid = begin(spawn, lambda: (process_flag("trap_exit", True), me.send("traps"), pass_on(me, receive)))
+    assert expect() == "traps"
+    for n in range(2):
+        exit(pid, n)
+        pid.send(n)
+    assert [expect()[1] for _ in range(4)] == [("EXIT", me, 0), 0, ("EXIT", me, 1), 1]
+
+
+def test_an_exit_signal_is_raised_once_so_that_finally_has_its_time(me, begin):
+    def tidy():
+        try:
+            me.send("ready")
+            gevent.sleep(0)
+            receive()
+        finally:
+            gevent.sleep(0.001)
+            me.send("tidied")
+
+    pid = begin(spawn, tidy)
+    assert expect() == "ready"
+    ref = monitor(pid)
+    exit(pid, "enough")
+    assert [expect(), expect()] == ["tidied", ("DOWN", ref, "process", pid, "enough")]
+
+
+@pytest.mark.parametrize("start", [spawn, adopted])
+def test_a_process_that_survives_its_exit_signal_ends_for_that_reason(me, begin, start):
+    def survive():
+        with suppress(BaseException):
+            gevent.sleep(PATIENCE)
+
+    pid = begin(start, survive)
+    gevent.sleep(0)
+    exit(pid, "enough")
+    assert reason_of(pid) == "enough"
+
+
+def kill_blocked(processes):
+    """CPU seconds to end so many blocked processes."""
+    pids = [spawn(gevent.sleep, 3600) for _ in range(processes)]
+    return cpu_of_the_end(pids, lambda: [exit(pid, "kill") for pid in pids])
+
+
+def break_links(processes):
+    """The same, where all are linked to one that ends."""
+    centre = spawn(obey)
+    pids = [spawn(lambda: link(centre) and gevent.sleep(3600)) for _ in range(processes)]
+    return cpu_of_the_end(pids, lambda: exit(centre, "enough"))
+
+
+def cpu_of_the_end(pids, act):
+    until(lambda: all(pid.mailbox is not nova_lite._NOWHERE and pid.runner is not None for pid in pids))
+    start = time.process_time()
+    act()
+    until(lambda: not any(pid.serial in nova_lite._processes for pid in (pids[0], pids[-1])))
+    return time.process_time() - start
+
+
+@pytest.mark.parametrize("cost", [kill_blocked, break_links])
+def test_the_cost_of_ending_blocked_processes_grows_with_their_number_and_not_with_its_square(cost):
+    assert cost(4000) < 24 * max(cost(500), cost(500))
+
+
 def test_kill_cannot_be_trapped_but_killed_can(begin, me):
     process_flag("trap_exit", True)
     pid = begin(spawn, lambda: (process_flag("trap_exit", True), me.send("ready"), obey()))
@@ -750,6 +964,43 @@ def test_cancel_timer_answers_what_was_left(me):
     assert cancel_timer(timer) is False
     assert expect() == "at once"
     assert cancel_timer(fired) is False
+
+
+def test_a_timer_goes_with_its_process_and_keeps_nothing_of_it(me):
+    class Treasure:
+        pass
+
+    def set_timers(treasure):
+        me.send(send_after(3600, self_pid(), treasure))
+        send_after(3600, self_pid(), treasure)
+
+    treasure = Treasure()
+    alive = weakref.ref(treasure)
+    pid = spawn(set_timers, treasure)
+    timer = expect()
+    assert reason_of(pid) in ("normal", "noproc")
+    assert cancel_timer(timer) is False
+    assert cancel_timer(send_after(3600, pid, treasure)) is False
+    del pid, treasure
+    gc.collect()
+    assert alive() is None
+
+
+def test_a_timer_that_is_over_is_forgotten_by_its_process(me):
+    cancel_timer(send_after(3600, me, "never"))
+    send_after(0, me, "at once")
+    assert expect() == "at once"
+    assert not me.owned
+
+
+def test_a_timer_to_a_name_finds_who_has_it_then(me, begin):
+    first, second = begin(spawn, obey), begin(spawn, obey)
+    register("worker", first)
+    send_after(0.01, "worker", lambda: me.send(self_pid()))
+    exit(first, "kill")
+    reason_of(first)
+    register("worker", second)
+    assert expect() is second
 
 
 def test_a_timer_counts_from_now_however_long_the_process_has_computed(me):
@@ -966,8 +1217,11 @@ STOPS = [
     (lambda state: ("stop", "enough", state), "enough", ServerDied),
     (lambda _state: "nonsense", ("bad_return_value", "nonsense"), ServerDied),
     (lambda _state: ("reply",), ("bad_return_value", ("reply",)), ServerDied),
-    (lambda _state: ("noreply", 1, 2, 3), ("bad_return_value", ("noreply", 1, 2, 3)), ServerDied),
-]
+    *((lambda _state, bad=bad: bad, ("bad_return_value", bad), ServerDied) for bad in (
+        ("noreply", 1, 2, 3), ("noreply", 1, "rubbish"), ("noreply", 1, {}), ("noreply", 1, -1), ("noreply", 1, True),
+        ("reply", 1, 2, "0.5"), ("reply", 1, 2, []), ("reply", 1, 2, -0.5),
+    )),
+]  # fmt: skip
 
 
 @pytest.mark.parametrize(("answer", "reason", "outcome"), STOPS)
@@ -982,6 +1236,20 @@ def test_a_call_that_ends_the_server(server, caplog, answer, reason, outcome):
     assert expect() == ("terminate", reason)
     assert expect() == ("DOWN", ref, "process", server, reason)
     assert len(crashes(caplog)) == (reason not in ("normal", "shutdown"))
+
+
+@pytest.mark.parametrize("timeout", [None, "infinity", float("inf"), "hibernate", 3600, 0.5])
+def test_a_result_may_end_in_a_timeout_or_hibernate(begin, me, timeout):
+    server = begin(start_link, Obedient, lambda: ("ok", me, timeout))
+    cast(server, lambda state: ("noreply", state, timeout))
+    assert call(server, lambda _from, state: ("reply", "done", state, timeout)) == "done"
+    assert drain() == []
+
+
+@pytest.mark.parametrize("rest", ["rubbish", {}, -1, True, float("nan")])
+def test_an_init_that_ends_in_nonsense_is_a_bad_return_value(rest):
+    kind, (what, _) = start_link(Obedient, lambda: ("ok", None, rest))
+    assert (kind, what) == ("error", "bad_return_value")
 
 
 @pytest.mark.parametrize("message", [("reply", "x", None), ("stop", "normal", "x", None), None])
@@ -1055,6 +1323,15 @@ def test_a_message_cancels_the_timeout(server):
     assert receive(0.04) is None
 
 
+def test_a_message_that_is_due_with_the_timeout_cancels_it(server, me):
+    cast(server, lambda state: me.send("set") or ("noreply", state, 0.02))
+    assert expect() == "set"
+    send_after(0.01, server, "hello")
+    busy(0.04)  # now both are due, the message first
+    assert expect() == ("info", "hello")
+    assert receive(0.04) is None
+
+
 def test_stop_waits_until_the_server_has_handled_what_it_had_and_ended(me):
     server = start_link(Obedient, me)
     server.send("hello")
@@ -1074,6 +1351,22 @@ def test_stop_gives_its_reason_and_up_when_it_must(begin, me):
     ref = monitor(server)
     stop(server, ("shutdown", "for today"))
     assert expect(down(ref))[4] == ("shutdown", "for today")
+
+
+def test_stop_raises_where_the_server_ended_for_another_reason(me, begin):
+    crashing = types.SimpleNamespace(init=lambda _args: ("ok", 0), terminate=lambda *_: divide())
+    server = begin(start_link, crashing)
+    unlink(server)
+    with pytest.raises(ServerDied) as died:
+        stop(server)
+    assert isinstance(died.value.reason, ZeroDivisionError)
+    server = begin(start_link, Obedient, me)
+    unlink(server)
+    cast(server, lambda _state: gevent.sleep(PATIENCE))
+    begin(spawn, lambda: until(lambda: server.watchers) and exit(server, "kill"))
+    with pytest.raises(ServerDied) as died:
+        stop(server)
+    assert died.value.reason == "killed"
 
 
 def test_a_server_that_stops_itself_by_stop_fails_at_once(server):
@@ -1206,6 +1499,48 @@ def test_a_child_that_ignores_is_kept_without_a_pid(me, begin):
     stop(supervisor)
 
 
+def test_a_temporary_child_that_ignores_is_forgotten(me, begin):
+    supervisor = begin(start_supervisor, [child(me, "a", "temporary", start=(lambda _args: "ignore",))])
+    assert children(supervisor) == {}
+    stop(supervisor)
+
+
+@pytest.mark.parametrize(
+    ("start", "words"),
+    [
+        ((start_link, Obedient, lambda: ("stop", "no disk")), "'no disk'"),
+        ((start_link, Obedient, lambda: "nonsense"), "('bad_return_value', 'nonsense')"),
+        ((lambda: ("error", "no luck"),), "'no luck'"),
+        ((lambda: 42,), "42"),
+        ((divide,), "ZeroDivisionError"),
+    ],
+)
+def test_a_child_that_cannot_be_started_is_logged_once_with_its_reason(caplog, start, words):
+    assert start_supervisor([{"id": "archive", "start": start}])[0] == "error"
+    (told,) = [record.getMessage() for record in crashes(caplog) if "'archive'" in record.getMessage()]
+    assert words in told
+
+
+def test_a_supervisor_below_a_supervisor_has_all_the_time_that_its_children_need(me, begin, monkeypatch):
+    monkeypatch.setattr(nova_lite.Supervisor, "SHUTDOWN", 0.05)
+
+    def slow():
+        process_flag("trap_exit", True)
+        with suppress(BaseException):
+            receive(None, lambda message: message[0] == "EXIT")
+            gevent.sleep(0.03)
+        me.send("slow one has ended")
+
+    workers = [{"id": n, "start": (spawn, slow)} for n in range(4)]
+    supervisor = begin(start_supervisor, [{"id": "below", "start": (start_supervisor, workers)}])
+    gevent.sleep(0)
+    below = children(supervisor)["below"]
+    ref = monitor(below)
+    stop(supervisor)
+    assert expect(down(ref))[4] == "shutdown"
+    assert drain() == ["slow one has ended"] * 4
+
+
 def test_a_restart_that_fails_is_tried_again_until_it_is_too_often(me, begin):
     process_flag("trap_exit", True)
     answers = iter([spawn, lambda _obey: ("error", "not yet"), spawn, *[lambda _obey: ("error", "never")] * 9])
@@ -1237,18 +1572,22 @@ def test_a_supervisor_falls_with_its_parent_and_stops_its_children(me, begin):
 
 
 @pytest.mark.parametrize(
-    "specs",
+    ("specs", "options", "words"),
     [
-        [{"id": "a"}],
-        [{"start": (spawn, obey)}],
-        [{"id": "a", "start": (spawn, obey), "restart": "sometimes"}],
-        [{"id": "a", "start": (spawn, obey)}, {"id": "a", "start": (spawn, obey)}],
-        *([{"id": "a", "start": start}] for start in (obey, (), (42,), "spawn")),
+        ([{"id": "a"}], {}, "child 'a': start"),
+        ([{"start": (spawn, obey)}], {}, "no id"),
+        ([{"id": "a", "start": (spawn, obey), "restart": "sometimes"}], {}, "child 'a': restart.*'sometimes'"),
+        ([{"id": "a", "start": (spawn, obey), "restrat": "transient"}], {}, "child 'a': unknown.*restrat"),
+        ([{"id": "a", "start": (spawn, obey)}, {"id": "a", "start": (spawn, obey)}], {}, "the same id"),
+        (["a"], {}, "a dict, got 'a'"),
+        *(([{"id": "a", "start": start}], {}, "child 'a': start") for start in (obey, (), (42,), "spawn")),
+        *(([], {"intensity": value}, "intensity.*got") for value in (-1, 0.5, "1", None, True)),
+        *(([], {"period": value}, "period.*got") for value in (0, -1, "5", None, True, float("nan"))),
     ],
 )
-def test_a_bad_child_is_a_value_error(specs):
-    with pytest.raises(ValueError, match="child"):
-        start_supervisor(specs)
+def test_a_supervisor_that_makes_no_sense_is_a_value_error_that_says_why(specs, options, words):
+    with pytest.raises(ValueError, match=words):
+        start_supervisor(specs, **options)
 
 
 # -- pub/sub ----------------------------------------------------------------------------------------------------------
@@ -1392,31 +1731,92 @@ def test_a_monitor_of_a_channel_tells_who_comes_and_goes(me, begin):
 def test_a_channel_forgets_a_monitor_that_died(begin):
     reason_of(spawn(pubsub.monitor, "room"))
     assert not pubsub._monitors
+    assert not pubsub._monitored
+
+
+def test_a_process_forgets_a_monitor_that_it_has_ended(me):
+    ref, _ = pubsub.monitor("room")
+    assert pubsub.demonitor(ref)
+    assert not me.owned
+    assert not pubsub._monitors
+
+
+def spell(message):
+    """Notes in the payload, a list, that it was called."""
+    message[4].append("called")
+    return json.dumps(message[4])
 
 
 def test_once_works_a_value_out_for_the_first_receiver_and_shares_it(me, begin):
-    worked = []
-
-    def encode(message):
-        worked.append(message)
-        return json.dumps(message[4])
-
     servers = [begin(start_link, Obedient, me) for _ in range(3)]
     for server in servers:
         pubsub.join("room", server)
-    for payload in (1, 2):
+    for payload in ([1], [2]):
         pubsub.broadcast("room", "topic", payload)
-    values = [expect()[1].once(encode) for _ in range(6)]
-    assert sorted(values) == ["1", "1", "1", "2", "2", "2"]
-    assert [message[4] for message in worked] == [1, 2]
+    values = [expect()[1].once(spell) for _ in range(6)]
+    assert sorted(values) == ['[1, "called"]'] * 3 + ['[2, "called"]'] * 3
 
 
 def test_once_knows_a_function_by_its_code_and_remembers_none_as_well():
-    message, calls = Message(("nova_pubsub", "room", None, "topic", 1)), []
-    assert [message.once(lambda m: calls.append(m)) for _ in range(3)] == [None] * 3
-    assert len(calls) == 1
-    assert message.once(lambda m: m[4] + 1) == 2
+    message = Message(("nova_pubsub", "room", None, "topic", []))
+    assert [message.once(lambda m: m[4].append("called")) for _ in range(3)] == [None] * 3
+    assert message.once(lambda m: m[4] * 2) == ["called"] * 2
     assert message.once(len) == 5
+
+
+class Reader:
+    def __init__(self, name):
+        self.name = name
+
+    def greet(self, message):
+        return f"{self.name} reads {message[4]}"
+
+    def closure(self):
+        return lambda message: self.greet(message)
+
+
+@pytest.mark.parametrize(
+    "fn", [Reader("Ann").greet, Reader("Ann").closure(), "Ann reads {}".format, ["Ann"].append, dict.fromkeys]
+)
+def test_once_refuses_what_brings_along_something_of_one_receiver(fn):
+    message = Message(("nova_pubsub", "room", None, "topic", 1))
+    for _ in range(2):
+        with pytest.raises(ValueError, match="bound method or a closure"):
+            message.once(fn)
+
+
+def test_once_gives_functions_with_the_same_code_and_other_defaults_each_its_own_value():
+    message = Message(("nova_pubsub", "room", None, "topic", 1))
+    assert [message.once(lambda m, name=name: f"{name} reads {m[4]}") for name in ("Ann", "Bob")] == [
+        "Ann reads 1", "Bob reads 1",
+    ]  # fmt: skip
+    shared = partial(json.dumps, default=str)
+    assert [message.once(fn) for fn in (shared, shared, partial(json.dumps, indent=0))] == [
+        '["nova_pubsub", "room", null, "topic", 1]', '["nova_pubsub", "room", null, "topic", 1]',
+        '[\n"nova_pubsub",\n"room",\nnull,\n"topic",\n1\n]',
+    ]  # fmt: skip
+
+
+def test_what_once_raises_is_worked_out_once_as_well():
+    message = Message(("nova_pubsub", "room", None, "topic", [object()]))
+    errors = []
+    for _ in range(3):
+        with pytest.raises(TypeError, match="not JSON serializable") as raised:
+            message.once(spell)
+        errors.append(raised.value)
+        assert raised.traceback[-1].name == "default", "whoever looks sees where it came from"
+        assert len(raised.traceback) < 10
+    assert message[4][1:] == ["called"]
+
+
+def test_a_receiver_that_is_killed_in_once_takes_nobody_along(me, begin):
+    message = Message(("nova_pubsub", "room", None, "topic", [0.01]))
+    wait = eval("lambda m: m[4].append('called') or gevent.sleep(m[4][0]) or 'done'", {"gevent": gevent})
+    pid = begin(spawn, message.once, wait)
+    until(lambda: message[4][1:])
+    exit(pid, "kill")
+    reason_of(pid)
+    assert message.once(wait) == "done"
 
 
 def test_once_does_not_take_two_modules_functions_for_the_same():
@@ -2827,17 +3227,73 @@ def test_what_was_said_before_a_callback_blocks_goes_out_before_it_waits(recorde
         assert sock.recv(100) == b"\x81\x04wait"
 
 
-def greenlets():
-    return sum(issubclass(type(thing), gevent.Greenlet) for thing in gc.get_objects())
+def greenlets(kind=gevent.Greenlet):
+    return sum(issubclass(type(thing), kind) for thing in gc.get_objects())
+
+
+def test_a_connection_handles_nothing_after_an_exit_signal(recorder, me):
+    def wait(what, state):
+        me.send(("handles", what))
+        gevent.sleep(0)
+        return "ok", state
+
+    with serving(on(recorder, wait)) as server, upgraded(server) as sock:
+        pid = expect(is_a("init"))[1]
+        pid.send("before")
+        pid.send("before, too")
+        assert expect(is_a("handles"))[1] == "before"
+        exit(pid, "shutdown")
+        pid.send("after")
+        assert close_code(sock) == 1001
+        ended("shutdown")
+        assert receive(0, is_a("handles")) is None
+
+
+@pytest.mark.parametrize("whence", ["the client", "a process"])
+def test_the_messages_of_a_connection_leave_timers_their_turn(recorder, me, whence):
+    done = []
+
+    def work(_what, state):
+        busy(0.001)
+        done.append(1)
+        return "ok", state
+
+    with serving(on(recorder, work)) as server, upgraded(server) as sock:
+        pid = expect(is_a("init"))[1]
+        if whence == "the client":
+            sock.sendall(masked(1, b"x") * 200)
+            until(lambda: done)
+        else:
+            for n in range(200):
+                pid.send(n)
+        before = len(done)
+        send_after(0.01, me, "timer")
+        expect(lambda message: message == "timer")
+        assert len(done) - before < 180
+        until(lambda: len(done) == 200)
+
+
+def test_what_json_cannot_say_ends_each_member_and_is_logged_once(recorder, caplog):
+    def encode(info, state):
+        return "reply", ("text", info.once(spell)), state
+
+    recorder.init = lambda self, state: (pubsub.join("room"), state)
+    with serving(on(recorder, encode)) as server, ExitStack() as stack:
+        socks = [stack.enter_context(upgraded(server)) for _ in range(20)]
+        pubsub.broadcast("room", "topic", [{1, 2}])
+        assert [close_code(sock) for sock in socks] == [1011] * 20
+    (record,) = crashes(caplog)
+    assert record.exc_info[0] is TypeError
+    assert "serializable" in str(record.exc_info[1])
 
 
 def test_idle_connections_hold_no_greenlet(recorder):
     with serving(on(recorder, lambda info, state: ("ok", state))) as server:
         before = greenlets()
-        runners = len(nova_lite._scheduler.runners)
+        runners = greenlets(nova_lite.Runner)
         socks = [upgraded(server) for _ in range(100)]
         until(lambda: greenlets() <= before + 1)
-        assert len(nova_lite._scheduler.runners) <= runners + 1
+        assert greenlets(nova_lite.Runner) <= runners + 1
         for sock in socks:
             sock.close()
 
@@ -6505,9 +6961,14 @@ def test_a_goodbye_is_heard_at_once(node, shared_redis):
     a = node()
     with other_node(shared_redis.url(node.prefix)) as process:
         (pid,) = until(lambda: a.get_members("room"))
-        ref = monitor(pid)
+        changes, _ = a.monitor("room")
+        ref, printed = monitor(pid), repr(pid)
+        assert printed.startswith("<other.")
         process.terminate()
+        assert expect() == (changes, "leave", "room", [pid])
         assert expect() == ("DOWN", ref, "process", pid, "noconnection")
+        assert repr(pid) == printed, "a pid prints in a leave as it did in the join"
+        a.demonitor(changes)
         assert [a.get_members("room"), a.cluster.nodes] == [[], {}]
         assert process.wait(PATIENCE) == 0
 
