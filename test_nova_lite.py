@@ -1769,6 +1769,21 @@ def test_no_bytes_in_a_header_or_a_form_are_a_500(strict_server, caplog, endpoin
         assert forms[:7] + forms[8:9] + forms[-2:] == [400] * 10
 
 
+@given(st.binary(max_size=200))
+def test_no_bytes_in_a_cookie_are_an_error(data):
+    cookies = a_request(HTTP_COOKIE=data.decode("latin-1"))["cookies"]
+    assert json.dumps(cookies, ensure_ascii=False).encode()
+
+
+@given(st.lists(st.tuples(st.integers(0, len(MULTIPART)), st.integers(0, 3), st.binary(max_size=4)), max_size=4))
+def test_a_form_that_is_changed_anywhere_is_read_or_a_400(changes):
+    body = MULTIPART.replace(b'"\r\n', b'"\r\nContent-Type: text/plain; charset=utf-8\r\nContent-Length: 3\r\n')
+    for at, size, data in changes:
+        body = body[:at] + data + body[at + size :]
+    answer = ask(one_route(shown("params")), "POST", "/", body, "multipart/form-data; boundary=B")
+    assert answer[0] in (201, 400)
+
+
 def test_16_kib_of_cookies_take_no_time_to_speak_of():
     for cookie in ("a=;" * 5461, "a" * 16_384, 'a="' + "\\" * 16_380 + '"', "a=" + '"' * 16_382, ";" * 16_384):
         start = time.process_time()
