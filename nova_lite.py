@@ -98,7 +98,7 @@ from dataclasses import dataclass, fields, replace
 from datetime import datetime
 from functools import cache, lru_cache, partial
 from heapq import nlargest
-from http.cookies import CookieError, SimpleCookie
+from http.cookies import SimpleCookie
 from io import BytesIO
 from itertools import count, islice
 from math import inf, isfinite
@@ -146,7 +146,7 @@ class Settings:
     backlog: int = 64  # frames (and `max_message_size` bytes) that may wait for their handler before reading pauses
     on_slow: str = "close"  # or "drop_oldest", "drop_new": what happens beyond `mailbox_limit`; drops are logged
     origins: Any = None  # None: the request's own host, or no Origin header at all; else a list of origins, or "*"
-    trust_proxy: bool = False  # whether X-Forwarded-Proto and -Host say what the request's own host is
+    trust_proxy: int = 0  # proxies in front, True is 1; of X-Forwarded-Proto and -Host, the farthest one's word counts
     subprotocols: Any = ()  # what the handler speaks; the first of the client's that is among them is chosen
     compress: bool = False  # permessage-deflate (RFC 7692) with clients that offer it; costs CPU
 
@@ -236,7 +236,7 @@ class Process(Pid):
         self.links: Any = ()  # a set once there are some; symmetric
         self.watchers: dict[Any, Any] | None = None  # ref -> who monitors this process
         self.owned: dict[Any, Any] | None = None  # ref -> a monitor or timer that goes with it, by its `unwatch(ref)`
-        self.channels: Any = ()  # pub/sub's own
+        self.channels: Any = ()  # pub/sub's own: a dict once there are some
         self.born = monotonic()
         self.handled = 0  # messages, in all
         _processes[self.serial] = self
@@ -1381,6 +1381,9 @@ class History:
         return (life, int(number)) if re.fullmatch("[0-9]{1,18}", number) else ("", 0)
 
 
+NO_POSITION = "0"  # of no history: a client that comes back with it gets a resync
+
+
 class PubSub:
     """Channels and their members (nova_pubsub, on OTP's pg). The one instance is `pubsub`."""
 
@@ -1413,7 +1416,7 @@ class PubSub:
         process = self._local(pid)
         if process not in self._channels.get(_channel(channel), ()):
             return "not_joined"
-        process.channels.discard(channel)
+        process.channels.pop(channel, None)
         _scheduler.at_home(self._leave, channel, process)
         return "ok"
 
@@ -1497,16 +1500,18 @@ class PubSub:
         members = self._channels.get(channel, ())
         if process in members or process.mailbox is _NOWHERE:
             return
+        position = self.get_position(channel)
         if since is not None:
             missed = self._kept[channel].since(since) if channel in self._kept else None
+            position = NO_POSITION if missed is None else since
             for message in [("nova_resync", channel)] if missed is None else missed:
                 process.deliver(message)
         if not members:
             self._channels[channel], self._counts[channel] = set(), 0
         self._channels[channel].add(process)
         if not process.channels:
-            process.channels = set()
-        process.channels.add(channel)
+            process.channels = {}
+        process.channels[channel] = position
         if self.cluster is not None:
             self.cluster.joined(channel, process)
         self._tell(channel, "join", process)
@@ -1606,10 +1611,10 @@ class Request(Mapping[str, Any]):
     `params` may raise an HTTPError: 400, 408 or 413.
     """
 
-    __slots__ = ("_known", "environ", "max_body")
+    __slots__ = ("_known", "environ", "settings")
 
-    def __init__(self, environ: dict[str, Any], bindings: dict[str, Any], max_body: int = Settings.max_body) -> None:
-        self.environ, self.max_body = environ, max_body
+    def __init__(self, environ: dict[str, Any], bindings: dict[str, Any], settings: Settings = Settings()) -> None:
+        self.environ, self.settings = environ, settings
         self._known: dict[str, Any] = {"bindings": bindings, "auth_data": None}
 
     def __getitem__(self, key: str) -> Any:
@@ -1624,7 +1629,7 @@ class Request(Mapping[str, Any]):
         return len(_REQUEST_KEYS)
 
     def __repr__(self) -> str:
-        return f"<Request {self['method']} {self['path']}>"
+        return f"<Request {self['method']} {printable(self['path'])}>"
 
     def authorized(self, auth_data: Any) -> None:
         """Security has said yes, and this."""
@@ -1638,8 +1643,27 @@ class Request(Mapping[str, Any]):
         """Outlives its HTTP request: keeps what the client has said, and lets go of the server's buffers."""
         self.environ = {key: value for key, value in self.environ.items() if type(value) is str}
 
+    def is_own_origin(self) -> bool:
+        """Returns whether it comes from a page of the application's own, or of `origins`, or from no page at all."""
+        return is_own_origin(self.environ, self.settings)
+
     def content_type(self) -> str:
         return self.environ.get("CONTENT_TYPE", "").partition(";")[0].strip().lower()
+
+
+class RequestHeaders(bottle.WSGIHeaderDict):
+    """The headers of a request, by name in any case. A value is latin-1, whatever its bytes are (PEP 3333)."""
+
+    def __getitem__(self, name: str) -> Any:
+        return self.environ[self._ekey(name)]
+
+
+def printable(text: Any) -> str:
+    """Returns what a stranger has said for a line of a log: with escapes for what could end, erase or forge one.
+
+    That is all that is not printable (CWE-117, CWE-150), backslashes and double quotes.
+    """
+    return repr(str(text))[1:-1].replace('"', '\\"')
 
 
 def _json(req: Request) -> Any:
@@ -1653,20 +1677,35 @@ def _params(req: Request) -> Mapping[str, Any]:
     if req.content_type() == "application/x-www-form-urlencoded":
         return dict(parse_qsl(req["body"].decode("utf-8", "replace"), keep_blank_values=True))
     if req.content_type() == "multipart/form-data":
+        body = BytesIO(req["body"])  # first: it changes what the environ says of the body
         own = {key: value for key, value in req.environ.items() if not key.startswith("bottle.")}
-        form = bottle.BaseRequest({**own, "wsgi.input": BytesIO(req["body"])})
         try:
-            return dict(form.forms.decode())
-        except UnicodeError:
-            raise HTTPError(400, "the form is not UTF-8")
+            form = dict(bottle.BaseRequest({**own, "wsgi.input": body}).forms.decode())
+            "".join([*form, *form.values()]).encode()  # some charsets make lone surrogates
+            return form
+        except (LookupError, TypeError, ValueError):  # an unknown charset; a part without a name; all else
+            raise HTTPError(400, "the form cannot be read")
     return {}
 
 
 def _cookies(req: Request) -> dict[str, str]:
-    try:
-        return dict(bottle.BaseRequest(req.environ).cookies.decode())
-    except (CookieError, UnicodeError):
-        return {}  # a browser sends what any page of the domain has set: no reason to refuse the request
+    """Returns what can be read of the cookies: any page of the domain may have set the others (RFC 6265 §5.4)."""
+    cookies = {}
+    for pair in req.environ.get("HTTP_COOKIE", "").split(";"):
+        # Only what browsers strip, too: with another kind of space before it, `__Host-id` is somebody else's cookie.
+        name, equals, value = (part.strip(" \t") for part in pair.partition("="))
+        if len(value) > 1 and value[0] == value[-1] == '"':  # as http.cookies writes it
+            value = _ESCAPE.sub(lambda found: found[2] or chr(int(found[1], 8)), value[1:-1])
+        if equals and name:
+            cookies[_as_utf8(name)] = _as_utf8(value)
+    return cookies
+
+
+_ESCAPE = re.compile(r"\\(?:([0-3][0-7]{2})|(.))")
+
+
+def _as_utf8(text: str) -> str:
+    return text.encode("latin-1").decode(errors="replace")
 
 
 _REQUEST_KEYS: dict[str, Callable[[Request], Any]] = {
@@ -1675,15 +1714,46 @@ _REQUEST_KEYS: dict[str, Callable[[Request], Any]] = {
     "bindings": lambda req: {},
     "params": _params,
     "json": _json,
-    "body": lambda req: read_body(req.environ, req.max_body),
+    "body": lambda req: read_body(req.environ, req.settings.max_body),
     "qs": lambda req: dict(parse_qsl(req.environ.get("QUERY_STRING", ""), keep_blank_values=True)),
-    "headers": lambda req: bottle.WSGIHeaderDict(req.environ),
+    "headers": lambda req: RequestHeaders(req.environ),
     "cookies": _cookies,
     "peer": lambda req: (req.environ.get("REMOTE_ADDR", ""), int(req.environ.get("REMOTE_PORT") or 0)),
     "auth_data": lambda req: None,
     "subprotocol": lambda req: None,
     "since": lambda req: req.environ.get("HTTP_LAST_EVENT_ID") or req["qs"].get("since"),
 }
+
+
+def is_own_origin(environ: Mapping[str, Any], settings: Settings) -> bool:
+    """Whether a page from this Origin may connect. Browsers send one always, others need not (RFC 6455 §10.2)."""
+    origin, allowed = environ.get("HTTP_ORIGIN"), settings.origins
+    if origin is None or allowed == "*":
+        return True
+    if allowed is None:
+        scheme = _forwarded(environ, "PROTO", settings.trust_proxy) or environ["wsgi.url_scheme"]
+        host = _forwarded(environ, "HOST", settings.trust_proxy) or environ.get("HTTP_HOST", "")
+        allowed = [re.sub("^ws", "http", f"{scheme}://{host}")]  # Traefik says wss of a handshake
+    parsed = parse_origin(origin)
+    return parsed is not None and parsed in map(parse_origin, allowed)
+
+
+def _forwarded(environ: Mapping[str, Any], name: str, proxies: int) -> str:
+    """Returns what the farthest of so many proxies says, or "". Each appends to the list or begins it anew."""
+    said = [part.strip() for part in environ.get(f"HTTP_X_FORWARDED_{name}", "").split(",")]
+    return next(iter([part for part in said if part][-proxies:]), "") if proxies else ""
+
+
+_ORIGIN = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://([A-Za-z0-9._~-]+|\[[0-9A-Fa-f:.]+\])(?::([0-9]{1,5}))?")
+
+
+def parse_origin(text: Any) -> tuple[str, str, int] | None:
+    """Returns (scheme, host, port) in normal form, or None for what is not scheme://host[:port] (RFC 6454 §6.2)."""
+    match = _ORIGIN.fullmatch(text) if isinstance(text, str) else None
+    if match is None or int(match[3] or 0) > 65535:
+        return None
+    scheme = match[1].lower()
+    return scheme, match[2].lower(), int(match[3] or {"http": 80, "https": 443}.get(scheme, 0))
 
 
 class BadBody(HTTPError, OSError):
@@ -1815,10 +1885,6 @@ def _file(
     response.headers.setdefault("Content-Type", mime)
     response.headers["Content-Length"] = str(length)
     return response
-
-
-def printable(text: str) -> str:
-    return text.encode("unicode_escape").decode()
 
 
 def error_body(status_line: str, text: str, accept: str) -> tuple[str, bytes]:
@@ -2533,7 +2599,7 @@ class Connection(Process):
         return getattr(self.handler, "__name__", type(self.handler).__name__)  # a module, or an instance
 
     def title(self) -> str:
-        return "{} {}:{}".format(f" {self.req['path']}", *self.req["peer"])
+        return " {} {}:{}".format(printable(self.req["path"]), *self.req["peer"])
 
     def _say_goodbye(self, ending: Ending) -> None:
         """The close frame, and from here on the socket is on its own."""
@@ -2599,10 +2665,26 @@ class EventStream(Connection):
     ANSWERS_PINGS = False
     PING = b":\n\n"
     KEEPALIVE = 15.0  # seconds between pings, at most: proxies cut what is silent
+    RETRY = 1_000, 4_000  # milliseconds after which a client reconnects; spread, since many may have lost their server
 
     def __init__(self, handler: Any, req: Request, settings: Settings, lounge: Lounge) -> None:
         pinging = replace(settings, ping_interval=min(settings.ping_interval, self.KEEPALIVE))
         super().__init__(handler, req, pinging, lounge)
+
+    def open(self, sock: Any, early: bytes) -> None:
+        super().open(sock, early)
+        if self.sock is not None:
+            self.said.append(self._first_event())
+            self.flush()
+
+    def _first_event(self) -> bytes:
+        """Returns what follows the head at once, so that Firefox fires `open`: the position as of the join.
+
+        With it, a client that is cut off before its first message may come back for what it has missed.
+        """
+        position = next(filter(None, dict(self.channels).values()), None)  # one will do: the other channels resync
+        where = f"event: position\nid: {position}\ndata:\n" if position else ""
+        return f"retry: {random.randint(*self.RETRY)}\n{where}\n".encode()
 
     def _handle_mailbox(self) -> None:
         mailbox, size, deadline = self.mailbox, 0, _scheduler.deadline
@@ -2706,6 +2788,7 @@ class Nova(bottle.Bottle):
     def __init__(self, groups: Iterable[Mapping[str, Any]] = (), **settings: Any) -> None:
         super().__init__()
         self.settings = _settings(Settings(), settings)
+        self.plugins.insert(0, _Outermost())
         for group in [groups] if isinstance(groups, Mapping) else groups:
             self.add(group)
 
@@ -2764,6 +2847,11 @@ def _settings(settings: Settings, options: Mapping[str, Any]) -> Settings:
         raise ValueError(f"there is no option {', '.join(sorted(unknown))}")
     if isinstance(options.get("origins"), str) and options["origins"] != "*":
         raise ValueError("origins is a list, or '*'")
+    for origin in () if options.get("origins") in (None, "*") else options["origins"]:
+        if parse_origin(origin) is None:
+            raise ValueError(f"expected an origin such as 'https://example.org', without a path, got {origin!r}")
+    if not isinstance(options.get("trust_proxy", 0), int) or options.get("trust_proxy", 0) < 0:
+        raise ValueError(f"trust_proxy is a number of proxies, or True for one, not {options['trust_proxy']!r}")
     if isinstance(options.get("subprotocols"), str):
         raise ValueError("subprotocols is a list")
     if options.get("on_slow", "close") not in ("close", "drop_oldest", "drop_new"):
@@ -2788,7 +2876,7 @@ class _Endpoint:
         self.controller, self.security, self.settings = controller, security, settings
 
     def __call__(self, **bindings: Any) -> HTTPResponse:
-        req = Request(bottle.request.environ, bindings, self.settings.max_body)
+        req = Request(bottle.request.environ, bindings, self.settings)
         return self.answer(self.refusal(req) or self.attempt(self.controller, req), req)
 
     def refusal(self, req: Request) -> Any:
@@ -2833,8 +2921,42 @@ class _Endpoint:
         except HTTPResponse as response:
             return response
         except Exception:
-            log.exception("%s crashed at %s %s", name_of(fn), req["method"], req["path"])
+            log.exception("%s crashed at %s %s", name_of(fn), req["method"], printable(req["path"]))
             return HTTPError(500)
+
+
+class _Outermost:
+    """A bottle plugin around all others, which may answer as a controller does."""
+
+    def apply(self, callback: Any, route: bottle.Route) -> Any:
+        endpoint = route.callback
+        if not isinstance(endpoint, _Endpoint):
+            return _refusing_bad_forms(callback)
+
+        def answer(**bindings: Any) -> Any:
+            result = callback(**bindings)
+            if not isinstance(result, tuple):
+                return result
+            return endpoint.answer(result, Request(bottle.request.environ, bindings, endpoint.settings))
+
+        return answer
+
+
+def _refusing_bad_forms(callback: Any) -> Any:
+    """Wraps a callback of bottle's own kind: what its `request.forms` raises for a form that cannot be read is a 400."""
+
+    def call(*args: Any, **bindings: Any) -> Any:
+        try:
+            return callback(*args, **bindings)
+        except (LookupError, TypeError, ValueError) as error:
+            if any(frame.f_code is _BOTTLES_FORM for frame, _ in traceback.walk_tb(error.__traceback__)):
+                raise HTTPError(400, "the form cannot be read")
+            raise
+
+    return call
+
+
+_BOTTLES_FORM = vars(bottle.BaseRequest)["POST"].getter.__code__
 
 
 class _WebSocketEndpoint(_Endpoint):
@@ -2851,7 +2973,7 @@ class _WebSocketEndpoint(_Endpoint):
         if "nova_lite.lounge" not in environ:
             log.error("%s needs nova_lite's own server: app.run() or Server(app)", name_of(self.controller))
             return HTTPError(501, "this server does not do WebSockets")
-        req = Request(environ, bindings, settings.max_body)
+        req = Request(environ, bindings, settings)
         if asks_for_events(environ):
             refusal = check_no_body(environ) or check_origin(environ, settings) or self.refusal(req)
             return self.answer(refusal or self.admit(EventStream, req, dict(EVENT_STREAM)), req)
@@ -2950,27 +3072,6 @@ def check_no_body(environ: Mapping[str, Any]) -> HTTPResponse | None:
 def check_origin(environ: Mapping[str, Any], settings: Settings) -> HTTPResponse | None:
     """The refusal of a page from elsewhere."""
     return None if is_own_origin(environ, settings) else HTTPError(403, "this origin may not connect")
-
-
-def is_own_origin(environ: Mapping[str, Any], settings: Settings) -> bool:
-    """Whether a page from this Origin may connect. Browsers send one always, others need not (RFC 6455 §10.2)."""
-    origin = environ.get("HTTP_ORIGIN")
-    if origin is None or settings.origins == "*":
-        return True
-    if settings.origins is not None:
-        return origin in settings.origins
-    scheme, host = environ["wsgi.url_scheme"], environ.get("HTTP_HOST", "")
-    if settings.trust_proxy:
-        scheme, host = environ.get("HTTP_X_FORWARDED_PROTO", scheme), environ.get("HTTP_X_FORWARDED_HOST", host)
-    return _endpoint_of(origin) == _endpoint_of(f"{scheme}://{host}") is not None
-
-
-def _endpoint_of(url: str) -> tuple[str, str | None, int | None] | None:
-    try:
-        parts = urlsplit(url)
-        return parts.scheme, parts.hostname, parts.port or {"http": 80, "https": 443}.get(parts.scheme)
-    except ValueError:
-        return None
 
 
 def heartbeat(req: Request) -> Any:
@@ -5474,7 +5575,7 @@ class NoteIndexer(GenServer):
                 "note_created" | "note_updated",
                 {"id": int(id), "title": title, "body": _},
             ):
-                log.info("indexing note %s: %s", id, title)
+                log.info("indexing note %s: %r", id, title)
                 state[id] = words_of(info[4])
             case ("nova_pubsub", "notes", _sender, "note_deleted", {"id": int(id)}):
                 log.info("removing note %s from the index", id)
@@ -5540,7 +5641,7 @@ class Login:
 
     def enter(self, req: Request) -> Any:
         password, address = req["params"].get("password"), req["peer"][0]
-        if not is_own_form(req):
+        if not req.is_own_origin():
             return self.page(403, "This form was sent from another site.")
         wait = self.wait(address)  # nobody else gets a turn from here until the try is counted
         if wait > 0:
@@ -5554,7 +5655,7 @@ class Login:
         return self.go(req, self.home, f"{session}.{self.sign('session', session)}", self.LIFE)
 
     def leave(self, req: Request) -> Any:
-        return self.go(req, "/login", "", 0) if is_own_form(req) else ("status", 403)
+        return self.go(req, "/login", "", 0) if req.is_own_origin() else ("status", 403)
 
     def wait(self, address: str) -> int:
         """Seconds until this address may try again."""
@@ -5576,12 +5677,6 @@ class Login:
         own = {"Content-Type": "text/html; charset=utf-8", "Cache-Control": "no-store"}
         page = LOGIN_PAGE.replace("ERROR", error).replace("INVALID", str(bool(error)).lower())
         return "status", status, {**own, "Content-Security-Policy": policy, **(headers or {})}, page
-
-
-def is_own_form(req: Request) -> bool:
-    """Whether a form comes from a page of ours: browsers tell its origin, others need not."""
-    origin, host = req["headers"].get("Origin"), req["headers"].get("Host", "").lower()
-    return origin is None or origin.lower().partition("://")[2] == host != ""
 
 
 def choose_password() -> str:
