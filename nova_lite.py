@@ -2943,7 +2943,7 @@ class _Outermost:
 
 
 def _refusing_bad_forms(callback: Any) -> Any:
-    """Wraps a callback of bottle's own kind: what its `request.forms` raises for a form that cannot be read is a 400."""
+    """Wraps a callback of bottle's own kind: where bottle cannot read the form, the answer is a 400, not a 500."""
 
     def call(*args: Any, **bindings: Any) -> Any:
         try:
