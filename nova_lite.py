@@ -105,7 +105,7 @@ from math import inf, isfinite
 from socket import IPPROTO_TCP, TCP_NODELAY, gethostname
 from ssl import SSLEOFError, SSLWantReadError, SSLWantWriteError, SSLZeroReturnError
 from time import monotonic
-from types import FunctionType, ModuleType
+from types import FunctionType, ModuleType, SimpleNamespace
 from typing import Any, NoReturn
 from urllib.parse import parse_qsl, unquote_to_bytes, urlencode, urlsplit
 
@@ -124,13 +124,42 @@ from greenlet import getcurrent, greenlet
 
 __version__ = "0.1.0"
 __all__ = [
-    "CallError", "CallTimeout", "GenServer", "Message", "NoProc", "Nova", "Pid", "Request", "Server", "ServerDied",
-    "Settings", "WebSocketHandler", "call", "cancel_timer", "cast", "demonitor", "exit", "heartbeat", "link", "monitor",
-    "process_flag", "publish", "pubsub", "receive", "register", "reload_on_change", "reply", "run", "run_workers",
-    "self_pid", "send", "send_after", "spawn", "start_link", "start_supervisor", "stop", "unlink", "whereis",
-]  # fmt: skip
+    "Message",
+    "Nova",
+    "Pid",
+    "Request",
+    "Server",
+    "Settings",
+    "WebSocketHandler",
+    "cancel_timer",
+    "demonitor",
+    "exit",
+    "heartbeat",
+    "link",
+    "monitor",
+    "process_flag",
+    "pubsub",
+    "receive",
+    "register",
+    "run",
+    "self_pid",
+    "send",
+    "send_after",
+    "spawn",
+    "unlink",
+    "whereis",
+]  # fmt: skip -- the rooms behind the core add their own
 
 log = logging.getLogger("nova_lite" if __name__ == "__main__" else __name__)
+
+rooms: dict[str, SimpleNamespace] = {}  # what a room below offers to those above it, by the room's name
+
+
+def room(name: str) -> SimpleNamespace:
+    """Returns what a room offers. Raises RuntimeError if it was cut off."""
+    if name not in rooms:
+        raise RuntimeError(f"this copy of nova_lite has no room {name!r}")
+    return rooms[name]
 
 
 @dataclass(frozen=True)
@@ -830,32 +859,6 @@ def cancel_timer(timer: Timer) -> float | bool:
     return left
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# gen_server, supervisor: OTP's two behaviours that everything else is built from.
-# House rule: uses processes only.
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-class CallError(Exception):
-    """A `call` that got no answer."""
-
-
-class CallTimeout(CallError, TimeoutError):
-    """The server did not answer in time. If it still does, nobody hears it."""
-
-
-class NoProc(CallError):
-    """There is no such process."""
-
-
-class ServerDied(CallError):
-    """The server ended, for `reason`, before it answered."""
-
-    def __init__(self, reason: Any) -> None:
-        super().__init__(reason)
-        self.reason = reason
-
-
 class Alias(Pid):
     """An address for one answer, as OTP's process aliases: once nobody waits any more, it is deaf."""
 
@@ -883,169 +886,9 @@ def _ask(process: Pid, alias: Alias, timeout: float | None, request: Any = None)
         process.unwatch(ref)
 
 
-class GenServer:
-    """The callbacks of a server, one instance a server (OTP's gen_server). All run in the server's own process."""
-
-    def init(self, args: Any) -> Any:
-        """("ok", state), ("stop", reason) or "ignore"."""
-        return "ok", args
-
-    def handle_call(self, request: Any, from_: Any, state: Any) -> Any:
-        """("reply", value, state), ("noreply", state), ("stop", reason, value, state) or ("stop", reason, state)."""
-        return "stop", ("bad_call", request), state
-
-    def handle_cast(self, request: Any, state: Any) -> Any:
-        """("noreply", state) or ("stop", reason, state)."""
-        return "stop", ("bad_cast", request), state
-
-    def handle_info(self, info: Any, state: Any) -> Any:
-        """As handle_cast, for any other message."""
-        log.warning("%r %s: unexpected message %r", self_pid(), type(self).__name__, info)
-        return "noreply", state
-
-    def terminate(self, reason: Any, state: Any) -> None:
-        """The server is about to end by its own doing, by a crash, or by its parent's exit signal if it traps exits."""
-
-
-class _Stop(Exception):
-    """A callback has asked for the end."""
-
-    def __init__(self, reason: Any, answer: Callable[[], Any] | None = None) -> None:
-        super().__init__(reason)
-        self.reason, self.answer = reason, answer
-
-
 def _is_normal(reason: Any) -> bool:
     """Whether OTP takes this exit reason for an orderly end."""
     return reason in ("normal", "shutdown") or (isinstance(reason, tuple) and reason[:1] == ("shutdown",))
-
-
-def _is_timeout(rest: list[Any]) -> bool:
-    """Returns whether a result ends in nothing more, or in a timeout, None and "infinity" included, or "hibernate"."""
-    match rest:
-        case [] | [None | "infinity" | "hibernate"]:
-            return True
-        case [int() | float() as seconds] if not isinstance(seconds, bool):
-            return seconds >= 0
-    return False
-
-
-class ServerProcess(Process):
-    """The loop of a gen_server."""
-
-    __slots__ = ("args", "parent", "server", "starter", "state", "timer")
-
-    def __init__(self, server: Any, args: Any, parent: Process) -> None:
-        super().__init__()
-        self.server, self.args, self.parent = server, args, parent
-        self.starter: Alias | None = Alias()  # who waits for init's answer
-        self.state: Any = None
-        self.timer: Any = None  # runs while it rests, if a callback has asked for "timeout"
-
-    def step(self) -> None:
-        if self.timer is not None:
-            self.timer.close()
-            self.timer = None
-        timeout = self._init() if self.starter is not None else None
-        mailbox = self.mailbox
-        while mailbox and self.exiting is None:
-            self.handled += 1
-            timeout = self._handle(mailbox.popleft())
-            if monotonic() > _scheduler.deadline:
-                break
-        self.rest()
-        if isinstance(timeout, int | float) and self.wake is not None:
-            self.timer = _scheduler.hub.loop.timer(timeout)
-            self.timer.start(self._time_out, update=True)
-
-    def _time_out(self) -> None:
-        if self.wake is not None:  # else a message has come in the same turn of the hub, and cancels it
-            self.deliver("timeout")
-
-    def _init(self) -> Any:
-        result, starter = self.server.init(self.args), self.starter
-        match result:
-            case ("ok", state, *timeout) if _is_timeout(timeout):
-                self.state, self.starter = state, None
-                starter.send("ok")  # type: ignore[union-attr]
-                return timeout[0] if timeout else None
-            case ("stop", reason):
-                raise _Stop(reason)
-            case "ignore":
-                raise _Stop("normal", lambda: starter.send("ignore"))  # type: ignore[union-attr]
-        raise _Stop(("bad_return_value", result))
-
-    def _handle(self, message: Any) -> Any:
-        """Handles one message and tells the timeout that the callback asks for."""
-        match message:
-            case ("$gen_call", (_, Pid()) as from_, request):
-                return self._take(self.server.handle_call(request, from_, self.state), from_)
-            case ("$gen_cast", request):
-                return self._take(self.server.handle_cast(request, self.state))
-            case ("$stop", reason):
-                raise _Stop(reason)
-            case ("EXIT", self.parent, reason):
-                raise _Stop(reason)
-        return self._take(self._optional("handle_info")(message, self.state))
-
-    def _optional(self, callback: str) -> Callable[..., Any]:
-        """A callback that OTP does not ask for: GenServer's, where the server has none."""
-        return getattr(self.server, callback, None) or partial(getattr(GenServer, callback), self.server)
-
-    def _take(self, result: Any, from_: Any = None) -> Any:
-        match result:
-            case ("noreply", state, *timeout) if _is_timeout(timeout):
-                self.state = state
-            case ("reply", value, state, *timeout) if from_ and _is_timeout(timeout):
-                self.state = state
-                reply(from_, value)
-            case ("stop", reason, state):
-                self.state = state
-                raise _Stop(reason)
-            case ("stop", reason, value, state) if from_:
-                self.state = state
-                raise _Stop(reason, lambda: reply(from_, value))
-            case _:
-                raise _Stop(("bad_return_value", result))
-        return timeout[0] if timeout else None
-
-    def last_words(self, error: BaseException) -> Any:
-        if self.timer is not None:
-            self.timer.close()
-        if self.starter is not None:
-            return self._never_started(error)
-        if isinstance(error, ProcessExit):
-            return error.reason
-        reason = self._reason(error)
-        try:
-            self._optional("terminate")(reason, self.state)
-        except BaseException as failure:
-            reason = self.crashed(failure, "terminate")
-        if isinstance(error, _Stop) and error.answer:
-            error.answer()
-        return reason
-
-    def _never_started(self, error: BaseException) -> Any:
-        """`start_link` tells its caller; no exit signal does it a second time."""
-        if self.parent in self.links:
-            self.links.discard(self.parent)
-            self.parent.links.discard(self)
-        if isinstance(error, _Stop) and error.answer:
-            error.answer()
-        return error.reason if isinstance(error, _Stop) else self.crashed(error, "init")
-
-    def _reason(self, error: BaseException) -> Any:
-        if not isinstance(error, _Stop):
-            return self.crashed(error, _culprit(error))
-        if not _is_normal(error.reason):
-            log.error("%r%s stopped: %r", self, self.title(), error.reason)
-        return error.reason
-
-    def role(self) -> str:
-        return getattr(type(self.server), "__name__", "")
-
-    def title(self) -> str:
-        return super().title() or f" {self.role()}"
 
 
 def _culprit(error: BaseException) -> str:
@@ -1054,228 +897,6 @@ def _culprit(error: BaseException) -> str:
     own = [at for at, (filename, _) in enumerate(names) if filename == __file__]
     foreign = names[own[-1] + 1 :] if own else names
     return foreign[0][1] if foreign else names[-1][1] if names else ""
-
-
-def start_link(cls: Any, args: Any = None, name: str | None = None) -> Any:
-    """Starts a server, linked to the caller, and waits for its `init` (gen_server:start_link/4).
-
-    `cls` is a class, or any object with the callbacks. Answers the Pid; ("error", reason) if `init` stops or crashes,
-    ("error", ("already_started", pid)) if `name` is taken; "ignore" if `init` says so.
-    """
-    me = _me()
-    if name is not None and _name(name) in _names:
-        return "error", ("already_started", _names[name])
-    server = ServerProcess(cls() if isinstance(cls, type) else cls, args, me)
-    if name is not None:
-        register(name, server)
-    link(server)
-    starter = server.starter
-    _enqueue(server)
-    match _ask(server, starter, None):  # type: ignore[arg-type]
-        case "ok":
-            return server
-        case ("DOWN", reason):
-            return "error", reason
-    return "ignore"
-
-
-def call(server: Pid | str, request: Any, timeout: float | None = 5.0) -> Any:
-    """Asks a server and waits for its answer (gen_server:call/3); `timeout` in seconds, None for ever.
-
-    Raises CallTimeout, NoProc or ServerDied, all of them CallError.
-    """
-    me, process, alias = _me(), _resolve(server), Alias()
-    if process is None:
-        raise NoProc(server)
-    if process is me:
-        raise CallError(f"{me!r} calls itself")
-    match _ask(process, alias, timeout, ("$gen_call", (me, alias), request)):
-        case ("reply", value):
-            return value
-        case ("DOWN", "noproc"):
-            raise NoProc(server)
-        case ("DOWN", reason):
-            raise ServerDied(reason)
-    raise CallTimeout(f"no answer from {server!r} to {request!r} in {timeout} s")
-
-
-def cast(server: Pid | str, request: Any) -> str:
-    """Sends a request that nobody answers; "ok", whether the server lives or not (gen_server:cast/2)."""
-    send(server, ("$gen_cast", request))
-    return "ok"
-
-
-def reply(from_: tuple[Pid, Pid], value: Any) -> str:
-    """Answers a call from anywhere; `from_` is what handle_call was given (gen_server:reply/2)."""
-    try:
-        from_[1].send(("reply", value))
-    except (TypeError, ValueError) as error:  # it cannot cross to the caller's node: no reason for the server to die
-        log.error("%r cannot answer %r: %s", self_pid(), from_[0], error)
-        from_[1].send(("DOWN", str(error)))
-    return "ok"
-
-
-def stop(server: Pid | str, reason: Any = "normal", timeout: float | None = None) -> str:
-    """Lets a server end after what is in its mailbox, and waits for it (gen_server:stop/3).
-
-    Raises NoProc if there is none, ServerDied if it ends for another reason (`terminate` crashes, it is killed), and
-    CallTimeout after `timeout` seconds.
-    """
-    process = _resolve(server)
-    if process is None:
-        raise NoProc(server)
-    if process is _me():
-        raise CallError(f"{process!r} stops itself")
-    match _ask(process, Alias(), timeout, ("$stop", reason)):
-        case None:
-            raise CallTimeout(f"{server!r} did not stop in {timeout} s")
-        case ("DOWN", "noproc"):
-            raise NoProc(server)
-        case ("DOWN", other) if other != reason:
-            raise ServerDied(other)
-    return "ok"
-
-
-class Supervisor(GenServer):
-    """OTP's supervisor, one_for_one: a child that ends is started again, unless that happens too often.
-
-    Its state is {id: (spec, pid)} in starting order; pid is None for a child that is not running.
-    """
-
-    SHUTDOWN = 5.0  # seconds that a child has to end before it is killed (OTP's default)
-
-    def __init__(self, children: list[dict[str, Any]], intensity: int, period: float) -> None:
-        self.children, self.intensity, self.period = children, intensity, period
-        self.restarts: deque[float] = deque()
-
-    def init(self, _args: Any) -> Any:
-        process_flag("trap_exit", True)
-        state: dict[Any, Any] = {}
-        for spec in self.children:
-            pid = self._start(spec)
-            if isinstance(pid, tuple):
-                self.terminate("shutdown", state)
-                return "stop", ("shutdown", ("failed_to_start_child", spec["id"], pid[1]))
-            if pid is not None or spec["restart"] != "temporary":  # OTP forgets a temporary child that is ignored
-                state[spec["id"]] = (spec, pid)
-        return "ok", state
-
-    def _start(self, spec: dict[str, Any]) -> Any:
-        """The Pid of a child; None if it said "ignore"; ("error", reason)."""
-        fn, *args = spec["start"]
-        crash = None
-        try:
-            answer = fn(*args)
-        except Exception as error:
-            answer, crash = ("error", error), error
-        match answer:
-            case Pid():
-                link(answer)
-                return answer
-            case "ignore":
-                return None
-            case ("error", _):
-                pass
-            case _:
-                answer = "error", answer
-        log.error("%r child %r could not be started: %r", self_pid(), spec["id"], answer[1], exc_info=crash)
-        return answer
-
-    def handle_call(self, request: Any, from_: Any, state: Any) -> Any:
-        if request == "which_children":
-            return "reply", [(id, pid, spec["restart"]) for id, (spec, pid) in state.items()], state
-        return "reply", ("error", "unknown_request"), state
-
-    def handle_info(self, info: Any, state: Any) -> Any:
-        match info:
-            case ("EXIT", pid, reason):
-                ids = [id for id, (_, child) in state.items() if child is pid]
-                return self._ended(ids[0], reason, state) if ids else ("noreply", state)
-            case ("$restart", id) if id in state and state[id][1] is None:
-                return self._restart(id, state)
-        return "noreply", state
-
-    def _ended(self, id: Any, reason: Any, state: Any) -> Any:
-        spec, pid = state[id]
-        state[id] = (spec, None)
-        if spec["restart"] == "temporary":
-            del state[id]
-        elif spec["restart"] == "permanent" or not _is_normal(reason):
-            log.warning("%r child %r, %r, ended: %r; starting it again", self_pid(), id, pid, reason)
-            return self._restart(id, state)
-        return "noreply", state
-
-    def _restart(self, id: Any, state: Any) -> Any:
-        now = monotonic()
-        self.restarts.append(now)
-        while now - self.restarts[0] > self.period:
-            self.restarts.popleft()
-        if len(self.restarts) > self.intensity:
-            log.error("%r gives up: more than %d restarts in %s s", self_pid(), self.intensity, self.period)
-            return "stop", "shutdown", state
-        spec, _ = state[id]
-        pid = self._start(spec)
-        if isinstance(pid, tuple):
-            pid = None
-            self_pid().send(("$restart", id))
-        state[id] = (spec, pid)
-        return "noreply", state
-
-    def terminate(self, reason: Any, state: Any) -> None:
-        for _, pid in reversed(state.values()):
-            if pid is not None:
-                self._shut_down(pid)
-
-    def _shut_down(self, pid: Pid) -> None:
-        ref = monitor(pid)
-        unlink(pid)  # else the EXIT of each would stay in the mailbox, and in the way of the next DOWN
-        exit(pid, "shutdown")
-        is_supervisor = isinstance(pid, ServerProcess) and isinstance(
-            pid.server, Supervisor
-        )  # has children to wait for
-        if receive(None if is_supervisor else self.SHUTDOWN, _down(ref)) is None:
-            exit(pid, "kill")
-            receive(None, _down(ref))
-
-
-def _child(spec: Any) -> dict[str, Any]:
-    """Returns a child with all its keys. Raises ValueError that says what is wrong with it."""
-    if not isinstance(spec, dict):
-        raise ValueError(f"a child must be a dict, got {spec!r}")
-    child = {"restart": "permanent", **spec}
-    unknown = child.keys() - {"id", "start", "restart"}
-    start, restart = child.get("start"), child["restart"]
-    if "id" not in child:
-        problem = "no id"
-    elif unknown:
-        problem = f"unknown keys {sorted(map(str, unknown))}"
-    elif not (isinstance(start, tuple | list) and start and callable(start[0])):
-        problem = f"start must be (function, *arguments), got {start!r}"
-    elif restart not in ("permanent", "transient", "temporary"):
-        problem = f"restart must be 'permanent', 'transient' or 'temporary', got {restart!r}"
-    else:
-        return child
-    raise ValueError(f"child {child.get('id')!r}: {problem}")
-
-
-def start_supervisor(
-    children: Iterable[dict[str, Any]], intensity: int = 1, period: float = 5, name: str | None = None
-) -> Any:
-    """Starts the children in order and keeps them running (OTP's supervisor, one_for_one).
-
-    A child is {"id", "start": (fn, *args), "restart": "permanent" (the default) | "transient" | "temporary"}. More than
-    `intensity` restarts in `period` seconds end the children in reverse order and then the supervisor, with "shutdown".
-    `call(supervisor, "which_children")` lists (id, pid, restart). Answers as `start_link`. Raises ValueError for a bad
-    child, `intensity` or `period`.
-    """
-    if not isinstance(intensity, int) or isinstance(intensity, bool) or intensity < 0:
-        raise ValueError(f"intensity must be a number of restarts, got {intensity!r}")
-    if not isinstance(period, int | float) or isinstance(period, bool) or not period > 0:
-        raise ValueError(f"period must be a number of seconds above 0, got {period!r}")
-    specs = [_child(child) for child in children]
-    if len({spec["id"] for spec in specs}) < len(specs):
-        raise ValueError("two children have the same id")
-    return start_link(Supervisor(specs, intensity, period), name=name)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1320,84 +941,83 @@ class Message(tuple):
             return None, error, error.__traceback__
 
 
-class History:
-    """The last messages of a channel, numbered without a gap. A position is "life.number"."""
-
-    def __init__(self, size: int, seconds: float) -> None:
-        self.size, self.seconds = size, seconds
-        self.messages: deque[tuple[float, Message]] = deque(maxlen=size)  # when it came, and the message
-        self.forget()
-
-    def resize(self, size: int, seconds: float) -> None:
-        self.size, self.seconds = size, seconds
-        self.messages = deque(self.messages, maxlen=size)
-
-    def begin(self, life: str, number: int) -> None:
-        """The last message was that one, and none before it is known."""
-        self.life, self.number, self.known = life, number, number  # nothing is missing behind `known`
-        self.messages.clear()
-
-    def forget(self) -> None:
-        """Something is missing: no position from before is of use."""
-        self.begin(os.urandom(4).hex(), 0)
-
-    def load(self, life: str, number: int, messages: list[tuple[float, Message]]) -> None:
-        """Takes over what is kept elsewhere, up to `number`; what has come since then stays."""
-        newer = [entry for entry in self.messages if self._is_behind(entry[1].position, life, number)]
-        self.begin(life, number - len(messages))
-        for at, message in messages + newer:
-            self.add(message, at)
-
-    @property
-    def position(self) -> str:
-        return f"{self.life}.{self.number}"
-
-    def add(self, message: Message, at: float | None = None) -> None:
-        """Takes the next message, which may know its position already; `at` is when it came, if not now."""
-        if message.position is None:
-            message.position = f"{self.life}.{self.number + 1}"
-        life, number = self._parse(message.position)
-        if (life, number) != (self.life, self.number + 1):  # nobody knows what came between
-            self.begin(life, number)
-        self.number = number
-        self.messages.append((monotonic() if at is None else at, message))
-
-    def since(self, position: Any) -> list[Message] | None:
-        """What came behind `position`, or None if that cannot be told: it is too old, or of another life."""
-        while self.messages and monotonic() - self.messages[0][0] > self.seconds:
-            self.messages.popleft()
-        life, number = self._parse(position)
-        missed = self.number - number
-        if life != self.life or number < self.known or not 0 <= missed <= len(self.messages):
-            return None
-        return [message for _, message in list(self.messages)[len(self.messages) - missed :]]
-
-    def _is_behind(self, position: Any, life: str, number: int) -> bool:
-        return self._parse(position)[0] == life and self._parse(position)[1] > number
-
-    @staticmethod
-    def _parse(position: Any) -> tuple[str, int]:
-        life, _, number = str(position).rpartition(".")
-        return (life, int(number)) if re.fullmatch("[0-9]{1,18}", number) else ("", 0)
-
-
 NO_POSITION = "0"  # of no history: a client that comes back with it gets a resync
+
+
+class Adapter:
+    """What pub/sub asks of the other nodes. This one is for a node that is alone.
+
+    The law: a broadcast reaches every member on every node once. `dispatch` sends it to the members here, by pub/sub's
+    own methods, and to the other nodes. All methods but `encode` and `wait_until_subscribed` run in the hub's thread.
+    """
+
+    connected = True
+
+    def __init__(self, pubsub: PubSub) -> None:
+        self.pubsub = pubsub
+
+    def encode(self, message: Message, exclude: Pid | None) -> Any:
+        """Returns what `dispatch` needs besides. Raises TypeError or ValueError for what cannot cross to a node."""
+
+    def dispatch(self, message: Message, exclude: Pid | None, _data: Any) -> None:
+        self.pubsub.record_and_deliver(message, exclude)
+
+    def dispatch_here(self, message: Message) -> None:
+        self.pubsub.record_and_deliver(message, None)
+
+    def on_join(self, channel: str, process: Process) -> None:
+        """A process of this node has joined."""
+
+    def on_leave(self, channel: str, process: Process) -> None:
+        """It has left. The channel may be empty now."""
+
+    def on_keep(self, channel: str) -> None:
+        """The channel is kept from now on."""
+
+    def wait_until_subscribed(self, channel: str) -> None:
+        """Returns when this node receives what other nodes send to the channel."""
+
+    def get_members(self, channel: str) -> list[Pid]:
+        """Returns the members on other nodes."""
+        return []
+
+    def count_members(self, channel: str) -> int:
+        return 0
+
+    def which_channels(self) -> Iterable[str]:
+        """Returns the channels that have members on other nodes."""
+        return ()
+
+    def info(self) -> dict[str, Any] | None:
+        """Returns what `stats` shows of the cluster."""
+        return None
 
 
 class PubSub:
     """Channels and their members (nova_pubsub, on OTP's pg). The one instance is `pubsub`."""
 
-    cluster: Any = None  # what connects this node to others, once `connect` has been called
-    connect: Callable[..., str]  # these two come with the cluster, further down
-    disconnect: Callable[..., str]
-
     def __init__(self) -> None:
-        self._channels: dict[str, set[Process]] = {}  # no set is ever empty
-        self._monitors: dict[str, dict[int, Process]] = {}  # channel -> ref -> who wants to know
+        self.adapter: Any = Adapter(self)  # the cluster's, once `connect` has been called
+        self.channels: dict[str, set[Process]] = {}  # no set is ever empty
+        self.monitors: dict[str, dict[int, Process]] = {}  # channel -> ref -> the process to be informed
+        self.histories: dict[str, Any] = {}  # channel -> what the room replay keeps of it
+        self.message_counts: dict[str, int] = {}  # channel with members here -> messages sent to them
         self._monitored: dict[int, str] = {}  # ref -> channel
-        self._kept: dict[str, History] = {}
-        self._counts: dict[str, int] = {}  # channel with members here -> messages that they got
-        _exit_hooks.append(self._forget)
+        _exit_hooks.append(self._on_exit)
+
+    def connect(self, url: str, name: str | None = None) -> str:
+        """Makes this node one of a cluster, over the Redis (or Valkey) at `url`, and returns "ok".
+
+        `redis://[user:password@]host[:port][/database][?prefix=...]`, or `rediss://` for TLS; a prefix keeps
+        applications apart. Waits at most 5 seconds for the connection. Without one the node continues alone and goes on
+        trying. Raises ValueError for a bad URL, ImportError without the packages `redis` and `msgpack`, RuntimeError if
+        the node is connected already, if nothing is patched, or if this copy has no room `cluster`.
+        """
+        return room("cluster").connect(self, url, name)
+
+    def disconnect(self) -> str:
+        """Leaves the cluster: "ok", or "not_connected"."""
+        return room("cluster").disconnect(self)
 
     def join(self, channel: str, pid: Pid | None = None, since: str | None = None) -> str:
         """Makes `pid`, or the caller, a member: "ok". Joining twice is joining once; the dead do not stay.
@@ -1406,15 +1026,14 @@ class PubSub:
         without gap or duplicate; or ("nova_resync", channel), if that cannot be had. In a cluster `join` waits until
         this node hears what is published to the channel, unless Redis is away.
         """
-        _scheduler.at_home(self._join, _channel(channel), self._local(pid), since)
-        if self.cluster is not None:
-            self.cluster.await_subscription(channel)
+        _scheduler.at_home(self._join, check_channel(channel), self._local(pid), since)
+        self.adapter.wait_until_subscribed(channel)
         return "ok"
 
     def leave(self, channel: str, pid: Pid | None = None) -> str:
         """Ends a membership: "ok", or "not_joined"."""
         process = self._local(pid)
-        if process not in self._channels.get(_channel(channel), ()):
+        if process not in self.channels.get(check_channel(channel), ()):
             return "not_joined"
         process.channels.pop(channel, None)
         _scheduler.at_home(self._leave, channel, process)
@@ -1424,16 +1043,13 @@ class PubSub:
         """Keeps the channel's last messages for `join(since=...)`: so many, and no older than that. "ok".
 
         In a cluster each node keeps the channel, and Redis does; messages then come by way of Redis, to the members on
-        this node as well, which wait for it while it hangs.
+        this node as well, which wait for it while it hangs. Raises RuntimeError if this copy has no room `replay`.
         """
-        if not (size >= 1 and 0 < seconds < inf):
-            raise ValueError("a history has a size and a time")
-        _scheduler.at_home(self._keep, _channel(channel), size, seconds)
-        return "ok"
+        return room("replay").keep(self, channel, size, seconds)
 
     def get_position(self, channel: str) -> str | None:
         """The position of the last message of a channel that is kept, or None; a message has its own, `position`."""
-        history = self._kept.get(_channel(channel))
+        history = self.histories.get(check_channel(channel))
         return history.position if history is not None else None
 
     def broadcast(self, channel: str, topic: str | bytes, payload: Any) -> str:
@@ -1441,35 +1057,33 @@ class PubSub:
 
         In a cluster, TypeError for a payload that cannot cross it, and ValueError for one that is too large.
         """
-        return self._broadcast(self._message(channel, topic, payload), None)
+        return self._broadcast(self.make_message(channel, topic, payload), None)
 
     def local_broadcast(self, channel: str, topic: str | bytes, payload: Any) -> str:
         """Sends to every member on this node: "ok"."""
-        deliver = self._keep_and_deliver if self.cluster is None else self._deliver
-        _scheduler.at_home(deliver, self._message(channel, topic, payload), None)
+        _scheduler.at_home(self.adapter.dispatch_here, self.make_message(channel, topic, payload))
         return "ok"
 
     def broadcast_from(self, pid: Pid, channel: str, topic: str | bytes, payload: Any) -> str:
         """As `broadcast`, to all but `pid`."""
-        return self._broadcast(self._message(channel, topic, payload), pid)
+        return self._broadcast(self.make_message(channel, topic, payload), pid)
 
     def get_members(self, channel: str) -> list[Pid]:
         """The members on all nodes, as far as this one has heard."""
-        remote = self.cluster.get_members(channel) if self.cluster is not None else []
-        return self.get_local_members(channel) + remote
+        return self.get_local_members(channel) + self.adapter.get_members(channel)
 
     def get_local_members(self, channel: str) -> list[Pid]:
         """The members on this node."""
-        return list(self._channels.get(_channel(channel), ()))
+        return list(self.channels.get(check_channel(channel), ()))
 
     def which_channels(self) -> list[str]:
         """The channels that have members, on whatever node (pg:which_groups/1)."""
-        return list({*self._channels, *(self.cluster.which_channels() if self.cluster is not None else ())})
+        return list({*self.channels, *self.adapter.which_channels()})
 
     def monitor(self, channel: str) -> tuple[int, list[Pid]]:
         """(ref, members), and from now on (ref, "join" | "leave", channel, [pid]) for each change (pg:monitor/2)."""
         ref, me = next(_refs), _me()
-        self._monitors.setdefault(_channel(channel), {})[ref] = me
+        self.monitors.setdefault(check_channel(channel), {})[ref] = me
         self._monitored[ref] = channel
         me.own(ref, self)
         return ref, self.get_members(channel)
@@ -1479,103 +1093,85 @@ class PubSub:
         channel = self._monitored.pop(ref, None)
         if channel is None:
             return False
-        self._monitors[channel].pop(ref).disown(ref)
-        if not self._monitors[channel]:
-            del self._monitors[channel]
+        self.monitors[channel].pop(ref).disown(ref)
+        if not self.monitors[channel]:
+            del self.monitors[channel]
         return True
 
     unwatch = demonitor
 
-    # -- in the home thread
-
-    def _keep(self, channel: str, size: int, seconds: float) -> None:
-        if channel in self._kept:
-            self._kept[channel].resize(size, seconds)
-            return
-        self._kept[channel] = History(size, seconds)
-        if self.cluster is not None:
-            self.cluster.kept(channel)
+    # -- in the hub's thread
 
     def _join(self, channel: str, process: Process, since: str | None = None) -> None:
-        members = self._channels.get(channel, ())
+        members = self.channels.get(channel, ())
         if process in members or process.mailbox is _NOWHERE:
             return
         position = self.get_position(channel)
         if since is not None:
-            missed = self._kept[channel].since(since) if channel in self._kept else None
+            missed = self.histories[channel].since(since) if channel in self.histories else None
             position = NO_POSITION if missed is None else since
             for message in [("nova_resync", channel)] if missed is None else missed:
                 process.deliver(message)
         if not members:
-            self._channels[channel], self._counts[channel] = set(), 0
-        self._channels[channel].add(process)
+            self.channels[channel], self.message_counts[channel] = set(), 0
+        self.channels[channel].add(process)
         if not process.channels:
             process.channels = {}
         process.channels[channel] = position
-        if self.cluster is not None:
-            self.cluster.joined(channel, process)
-        self._tell(channel, "join", process)
+        self.adapter.on_join(channel, process)
+        self.notify_monitors(channel, "join", process)
 
     def _leave(self, channel: str, process: Process) -> None:
-        members = self._channels.get(channel, set())
+        members = self.channels.get(channel, set())
         if process not in members:
             return
         members.remove(process)
         if not members:
-            del self._channels[channel], self._counts[channel]
-        if self.cluster is not None:
-            self.cluster.left(channel, process)
-        self._tell(channel, "leave", process)
+            del self.channels[channel], self.message_counts[channel]
+        self.adapter.on_leave(channel, process)
+        self.notify_monitors(channel, "leave", process)
 
-    def _tell(self, channel: str, change: str, process: Pid) -> None:
-        for ref, watcher in self._monitors.get(channel, {}).items():
-            watcher.deliver((ref, change, channel, [process]))
+    def notify_monitors(self, channel: str, change: str, process: Pid) -> None:
+        for ref, monitoring in self.monitors.get(channel, {}).items():
+            monitoring.deliver((ref, change, channel, [process]))
 
-    def _forget(self, process: Process) -> None:
-        """Exit hook: a process that dies leaves all its channels."""
+    def _on_exit(self, process: Process) -> None:
         for channel in process.channels:
             self._leave(channel, process)
 
-    def _broadcast(self, message: Message, but: Pid | None) -> str:
-        cluster = self.cluster
-        data = cluster.encode_broadcast(message, but) if cluster is not None else None  # may raise: nobody has it yet
-        _scheduler.at_home(self._send_out, message, but, data)
+    def _broadcast(self, message: Message, exclude: Pid | None) -> str:
+        adapter = self.adapter
+        data = adapter.encode(message, exclude)  # may raise, before anyone has received it
+        _scheduler.at_home(adapter.dispatch, message, exclude, data)
         return "ok"
 
-    def _send_out(self, message: Message, but: Pid | None, data: bytes | None) -> None:
-        channel, cluster = message[1], self.cluster
-        if data is None or cluster is None:
-            self._keep_and_deliver(message, but)
-        elif channel not in self._kept or not cluster.publish_kept(message, but, data):
-            self._deliver_unkept(message, but)
-            cluster.publish(channel, data)
-
-    def _keep_and_deliver(self, message: Message, but: Pid | None) -> None:
-        history = self._kept.get(message[1])
+    def record_and_deliver(self, message: Message, exclude: Pid | None) -> None:
+        history = self.histories.get(message[1])
         if history is not None:
             history.add(message)
-        self._deliver(message, but)
+        self.deliver(message, exclude)
 
-    def _deliver_unkept(self, message: Message, but: Pid | None) -> None:
-        history = self._kept.get(message[1])
+    def deliver_unrecorded(self, message: Message, exclude: Pid | None) -> None:
+        """Delivers what a history has missed: no position before it is valid any more."""
+        history = self.histories.get(message[1])
         if history is not None:
             history.forget()
-        self._deliver(message, but)
+        self.deliver(message, exclude)
 
-    def _deliver(self, message: Message, but: Pid | None) -> None:
-        members = self._channels.get(message[1])
+    def deliver(self, message: Message, exclude: Pid | None) -> None:
+        members = self.channels.get(message[1])
         if members is None:
             return
-        self._counts[message[1]] += 1
+        self.message_counts[message[1]] += 1
         # No callback runs in here, nor anything that joins or leaves: `deliver` only queues.
         for process in members:
-            if process is not but:
+            if process is not exclude:
                 process.deliver(message)
 
-    def _message(self, channel: str, topic: str | bytes, payload: Any) -> Message:
+    def make_message(self, channel: str, topic: str | bytes, payload: Any) -> Message:
         if not isinstance(topic, str | bytes):
-            raise TypeError(f"a topic is a string or bytes, not {topic!r}")
-        return Message(("nova_pubsub", _channel(channel), self_pid(), topic, payload))
+            raise TypeError(f"expected a topic, a string or bytes, got {topic!r}")
+        return Message(("nova_pubsub", check_channel(channel), self_pid(), topic, payload))
 
     def _local(self, pid: Pid | None) -> Process:
         process = _me() if pid is None else pid
@@ -1584,7 +1180,7 @@ class PubSub:
         return process
 
 
-def _channel(channel: str) -> str:
+def check_channel(channel: str) -> str:
     if not isinstance(channel, str):
         raise TypeError(f"a channel is a string, not {channel!r}")
     if not channel:
@@ -2257,38 +1853,6 @@ def _cache_frame(frame: Frame, bits: int, data: bytes) -> bytes:
     return data
 
 
-class TLS:
-    """A TLS socket as a plain one that never waits: reading raises BlockingIOError, sending sends nothing."""
-
-    def __init__(self, sock: Any) -> None:
-        self.sock = sock  # gevent's, which does not wait once its timeout is 0
-        self.fileno, self.close = sock.fileno, sock.close
-
-    def recv(self, size: int) -> bytes:
-        """One record, and what is left of it: bytes that have left the kernel wake no watcher."""
-        try:
-            data = self.sock.recv(size)
-            while pending := self.sock.pending():
-                data += self.sock.recv(pending)
-            return data
-        except (SSLWantReadError, SSLWantWriteError):
-            raise BlockingIOError from None
-        except (SSLEOFError, SSLZeroReturnError):
-            return b""
-
-    def send(self, data: Any) -> int:
-        try:
-            return self.sock.send(data)
-        except (SSLWantReadError, SSLWantWriteError):
-            return 0
-
-    def shutdown(self, how: int) -> None:
-        """close_notify, which need not be answered, and TCP's FIN."""
-        with suppress(OSError, ValueError):
-            self.sock._sslobj.shutdown()
-        _socket.socket.shutdown(self.sock._sock, how)
-
-
 class Connection(Process):
     """A WebSocket's process: waits as this object, an io watcher and a descriptor; holds no greenlet, no HTTP handler.
 
@@ -2819,6 +2383,18 @@ class Nova(bottle.Bottle):
             raise ValueError(f"{rule}: {controller!r} cannot serve the protocol {protocol!r}")
         self.route(rule, [method.upper() for method in methods or ["ANY"]], endpoint, apply=plugins)
 
+    def run(self, host: str = "127.0.0.1", port: int = 8080, **options: Any) -> None:
+        """Serves the application until SIGINT or SIGTERM; `options` are those of the function `run`."""
+        room("server").run(self, host, port, **options)
+
+    def stats(self) -> dict[str, Any]:
+        """Returns figures of this node, see the function `stats`."""
+        return room("board").stats()
+
+    def board(self, path: str = "/board", security: Any = False, logout: str = "") -> None:
+        """Adds the board, a page that shows what this node is doing, see the function `board`."""
+        room("board").board(self, path, security, logout)
+
     def _cast(self, out: Any, peek: Any = None) -> Any:
         """Logs what bottle turns into a 500 in silence: a generator's first step, a body that cannot be encoded."""
         is_silent = isinstance(out, HTTPError) and out.exception and "bottle.exc_info" not in bottle.request.environ
@@ -3079,10 +2655,10 @@ def heartbeat(req: Request) -> Any:
 
     Asked with `?cluster`, 503 also while this node is cut off from the others.
     """
-    lounge, cluster = req.environ.get("nova_lite.lounge"), pubsub.cluster
+    lounge = req.environ.get("nova_lite.lounge")
     if lounge is not None and (lounge.leaving or lounge.draining):
         return "status", 503, {"Retry-After": "5"}
-    if "cluster" in req["qs"] and cluster is not None and not cluster.up:
+    if "cluster" in req["qs"] and not pubsub.adapter.connected:
         return "status", 503, {"Retry-After": "5"}
     return "status", 200
 
@@ -3302,6 +2878,38 @@ class SpooledBody:
             shutil.copyfileobj(self._body, self._file)
             self.is_unread = False
         return getattr(self._file, name)
+
+
+class TLS:
+    """A TLS socket as a plain one that never waits: reading raises BlockingIOError, sending sends nothing."""
+
+    def __init__(self, sock: Any) -> None:
+        self.sock = sock  # gevent's, which does not wait once its timeout is 0
+        self.fileno, self.close = sock.fileno, sock.close
+
+    def recv(self, size: int) -> bytes:
+        """One record, and what is left of it: bytes that have left the kernel wake no watcher."""
+        try:
+            data = self.sock.recv(size)
+            while pending := self.sock.pending():
+                data += self.sock.recv(pending)
+            return data
+        except (SSLWantReadError, SSLWantWriteError):
+            raise BlockingIOError from None
+        except (SSLEOFError, SSLZeroReturnError):
+            return b""
+
+    def send(self, data: Any) -> int:
+        try:
+            return self.sock.send(data)
+        except (SSLWantReadError, SSLWantWriteError):
+            return 0
+
+    def shutdown(self, how: int) -> None:
+        """close_notify, which need not be answered, and TCP's FIN."""
+        with suppress(OSError, ValueError):
+            self.sock._sslobj.shutdown()
+        _socket.socket.shutdown(self.sock._sock, how)
 
 
 class RequestHandler(UpgradeHandler):
@@ -3819,11 +3427,11 @@ def run(
     process = "%(process)d " if workers > 1 else ""
     logging.basicConfig(level=log_level.upper(), format=f"%(asctime)s {process}%(levelname)s %(name)s: %(message)s")
     if reload:
-        reload_on_change()
+        room("launch").reload_on_change()
     if workers > 1:
         if cluster is None:
             raise ValueError("workers need a cluster, or a broadcast would reach the clients of one of them only")
-        number, port = run_workers(workers, host, port, drain_time + shutdown_delay)
+        number, port = room("launch").run_workers(workers, host, port, drain_time + shutdown_delay)
         options["reuse_port"], name = True, f"{name or _node}-{number}"
     _raise_descriptor_limit()
     if reload:
@@ -3839,7 +3447,7 @@ def _serve(server: Server, shutdown_delay: float, cluster: str | None, name: str
     asked_to_stop = gevent.event.Event()
     with server:
         watchers = [gevent.signal_handler(sign, _on_signal, asked_to_stop) for sign in (signal.SIGINT, signal.SIGTERM)]
-        orphaned = _on_orphaned(asked_to_stop.set)
+        closers = [close for hook in while_serving if (close := hook(asked_to_stop.set))]
         if cluster is not None:
             pubsub.connect(cluster, name)
         host = server.address[0]
@@ -3854,13 +3462,12 @@ def _serve(server: Server, shutdown_delay: float, cluster: str | None, name: str
             server.lounge.leaving = True
             gevent.sleep(shutdown_delay)
         log.info("stopping: %d requests and WebSockets to finish", server.unfinished())
-    for watcher in watchers:
-        watcher.cancel()
-    if orphaned is not None:
-        orphaned.close()
+    for close in [watcher.cancel for watcher in watchers] + closers:
+        close()
 
 
-Nova.run = run  # app.run(port=8080), in the place of bottle's
+rooms["server"] = SimpleNamespace(run=run)
+while_serving: list[Callable[[Callable[[], None]], Any]] = []  # hooks: take what stops the server, return a closer
 
 
 def _on_signal(asked_to_stop: gevent.event.Event) -> None:
@@ -3929,6 +3536,523 @@ def _raise_descriptor_limit() -> None:
 
         _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+
+# ----- cut here: without gen_server ----------------------------------------------------------------------------------
+# Lost: GenServer, start_link, call, cast, reply, stop; supervisors.
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# gen_server, supervisor: OTP's two behaviours that everything else is built from.
+# House rule: uses processes only.
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class CallError(Exception):
+    """A `call` that got no answer."""
+
+
+class CallTimeout(CallError, TimeoutError):
+    """The server did not answer in time. If it still does, nobody hears it."""
+
+
+class NoProc(CallError):
+    """There is no such process."""
+
+
+class ServerDied(CallError):
+    """The server ended, for `reason`, before it answered."""
+
+    def __init__(self, reason: Any) -> None:
+        super().__init__(reason)
+        self.reason = reason
+
+
+class GenServer:
+    """The callbacks of a server, one instance a server (OTP's gen_server). All run in the server's own process."""
+
+    def init(self, args: Any) -> Any:
+        """("ok", state), ("stop", reason) or "ignore"."""
+        return "ok", args
+
+    def handle_call(self, request: Any, from_: Any, state: Any) -> Any:
+        """("reply", value, state), ("noreply", state), ("stop", reason, value, state) or ("stop", reason, state)."""
+        return "stop", ("bad_call", request), state
+
+    def handle_cast(self, request: Any, state: Any) -> Any:
+        """("noreply", state) or ("stop", reason, state)."""
+        return "stop", ("bad_cast", request), state
+
+    def handle_info(self, info: Any, state: Any) -> Any:
+        """As handle_cast, for any other message."""
+        log.warning("%r %s: unexpected message %r", self_pid(), type(self).__name__, info)
+        return "noreply", state
+
+    def terminate(self, reason: Any, state: Any) -> None:
+        """The server is about to end by its own doing, by a crash, or by its parent's exit signal if it traps exits."""
+
+
+class _Stop(Exception):
+    """A callback has asked for the end."""
+
+    def __init__(self, reason: Any, answer: Callable[[], Any] | None = None) -> None:
+        super().__init__(reason)
+        self.reason, self.answer = reason, answer
+
+
+def _is_timeout(rest: list[Any]) -> bool:
+    """Returns whether a result ends in nothing more, or in a timeout, None and "infinity" included, or "hibernate"."""
+    match rest:
+        case [] | [None | "infinity" | "hibernate"]:
+            return True
+        case [int() | float() as seconds] if not isinstance(seconds, bool):
+            return seconds >= 0
+    return False
+
+
+class ServerProcess(Process):
+    """The loop of a gen_server."""
+
+    __slots__ = ("args", "parent", "server", "starter", "state", "timer")
+
+    def __init__(self, server: Any, args: Any, parent: Process) -> None:
+        super().__init__()
+        self.server, self.args, self.parent = server, args, parent
+        self.starter: Alias | None = Alias()  # who waits for init's answer
+        self.state: Any = None
+        self.timer: Any = None  # runs while it rests, if a callback has asked for "timeout"
+
+    def step(self) -> None:
+        if self.timer is not None:
+            self.timer.close()
+            self.timer = None
+        timeout = self._init() if self.starter is not None else None
+        mailbox = self.mailbox
+        while mailbox and self.exiting is None:
+            self.handled += 1
+            timeout = self._handle(mailbox.popleft())
+            if monotonic() > _scheduler.deadline:
+                break
+        self.rest()
+        if isinstance(timeout, int | float) and self.wake is not None:
+            self.timer = _scheduler.hub.loop.timer(timeout)
+            self.timer.start(self._time_out, update=True)
+
+    def _time_out(self) -> None:
+        if self.wake is not None:  # else a message has come in the same turn of the hub, and cancels it
+            self.deliver("timeout")
+
+    def _init(self) -> Any:
+        result, starter = self.server.init(self.args), self.starter
+        match result:
+            case ("ok", state, *timeout) if _is_timeout(timeout):
+                self.state, self.starter = state, None
+                starter.send("ok")  # type: ignore[union-attr]
+                return timeout[0] if timeout else None
+            case ("stop", reason):
+                raise _Stop(reason)
+            case "ignore":
+                raise _Stop("normal", lambda: starter.send("ignore"))  # type: ignore[union-attr]
+        raise _Stop(("bad_return_value", result))
+
+    def _handle(self, message: Any) -> Any:
+        """Handles one message and tells the timeout that the callback asks for."""
+        match message:
+            case ("$gen_call", (_, Pid()) as from_, request):
+                return self._take(self.server.handle_call(request, from_, self.state), from_)
+            case ("$gen_cast", request):
+                return self._take(self.server.handle_cast(request, self.state))
+            case ("$stop", reason):
+                raise _Stop(reason)
+            case ("EXIT", self.parent, reason):
+                raise _Stop(reason)
+        return self._take(self._optional("handle_info")(message, self.state))
+
+    def _optional(self, callback: str) -> Callable[..., Any]:
+        """A callback that OTP does not ask for: GenServer's, where the server has none."""
+        return getattr(self.server, callback, None) or partial(getattr(GenServer, callback), self.server)
+
+    def _take(self, result: Any, from_: Any = None) -> Any:
+        match result:
+            case ("noreply", state, *timeout) if _is_timeout(timeout):
+                self.state = state
+            case ("reply", value, state, *timeout) if from_ and _is_timeout(timeout):
+                self.state = state
+                reply(from_, value)
+            case ("stop", reason, state):
+                self.state = state
+                raise _Stop(reason)
+            case ("stop", reason, value, state) if from_:
+                self.state = state
+                raise _Stop(reason, lambda: reply(from_, value))
+            case _:
+                raise _Stop(("bad_return_value", result))
+        return timeout[0] if timeout else None
+
+    def last_words(self, error: BaseException) -> Any:
+        if self.timer is not None:
+            self.timer.close()
+        if self.starter is not None:
+            return self._never_started(error)
+        if isinstance(error, ProcessExit):
+            return error.reason
+        reason = self._reason(error)
+        try:
+            self._optional("terminate")(reason, self.state)
+        except BaseException as failure:
+            reason = self.crashed(failure, "terminate")
+        if isinstance(error, _Stop) and error.answer:
+            error.answer()
+        return reason
+
+    def _never_started(self, error: BaseException) -> Any:
+        """`start_link` tells its caller; no exit signal does it a second time."""
+        if self.parent in self.links:
+            self.links.discard(self.parent)
+            self.parent.links.discard(self)
+        if isinstance(error, _Stop) and error.answer:
+            error.answer()
+        return error.reason if isinstance(error, _Stop) else self.crashed(error, "init")
+
+    def _reason(self, error: BaseException) -> Any:
+        if not isinstance(error, _Stop):
+            return self.crashed(error, _culprit(error))
+        if not _is_normal(error.reason):
+            log.error("%r%s stopped: %r", self, self.title(), error.reason)
+        return error.reason
+
+    def role(self) -> str:
+        return getattr(type(self.server), "__name__", "")
+
+    def title(self) -> str:
+        return super().title() or f" {self.role()}"
+
+
+def start_link(cls: Any, args: Any = None, name: str | None = None) -> Any:
+    """Starts a server, linked to the caller, and waits for its `init` (gen_server:start_link/4).
+
+    `cls` is a class, or any object with the callbacks. Answers the Pid; ("error", reason) if `init` stops or crashes,
+    ("error", ("already_started", pid)) if `name` is taken; "ignore" if `init` says so.
+    """
+    me = _me()
+    if name is not None and _name(name) in _names:
+        return "error", ("already_started", _names[name])
+    server = ServerProcess(cls() if isinstance(cls, type) else cls, args, me)
+    if name is not None:
+        register(name, server)
+    link(server)
+    starter = server.starter
+    _enqueue(server)
+    match _ask(server, starter, None):  # type: ignore[arg-type]
+        case "ok":
+            return server
+        case ("DOWN", reason):
+            return "error", reason
+    return "ignore"
+
+
+def call(server: Pid | str, request: Any, timeout: float | None = 5.0) -> Any:
+    """Asks a server and waits for its answer (gen_server:call/3); `timeout` in seconds, None for ever.
+
+    Raises CallTimeout, NoProc or ServerDied, all of them CallError.
+    """
+    me, process, alias = _me(), _resolve(server), Alias()
+    if process is None:
+        raise NoProc(server)
+    if process is me:
+        raise CallError(f"{me!r} calls itself")
+    match _ask(process, alias, timeout, ("$gen_call", (me, alias), request)):
+        case ("reply", value):
+            return value
+        case ("DOWN", "noproc"):
+            raise NoProc(server)
+        case ("DOWN", reason):
+            raise ServerDied(reason)
+    raise CallTimeout(f"no answer from {server!r} to {request!r} in {timeout} s")
+
+
+def cast(server: Pid | str, request: Any) -> str:
+    """Sends a request that nobody answers; "ok", whether the server lives or not (gen_server:cast/2)."""
+    send(server, ("$gen_cast", request))
+    return "ok"
+
+
+def reply(from_: tuple[Pid, Pid], value: Any) -> str:
+    """Answers a call from anywhere; `from_` is what handle_call was given (gen_server:reply/2)."""
+    try:
+        from_[1].send(("reply", value))
+    except (TypeError, ValueError) as error:  # it cannot cross to the caller's node: no reason for the server to die
+        log.error("%r cannot answer %r: %s", self_pid(), from_[0], error)
+        from_[1].send(("DOWN", str(error)))
+    return "ok"
+
+
+def stop(server: Pid | str, reason: Any = "normal", timeout: float | None = None) -> str:
+    """Lets a server end after what is in its mailbox, and waits for it (gen_server:stop/3).
+
+    Raises NoProc if there is none, ServerDied if it ends for another reason (`terminate` crashes, it is killed), and
+    CallTimeout after `timeout` seconds.
+    """
+    process = _resolve(server)
+    if process is None:
+        raise NoProc(server)
+    if process is _me():
+        raise CallError(f"{process!r} stops itself")
+    match _ask(process, Alias(), timeout, ("$stop", reason)):
+        case None:
+            raise CallTimeout(f"{server!r} did not stop in {timeout} s")
+        case ("DOWN", "noproc"):
+            raise NoProc(server)
+        case ("DOWN", other) if other != reason:
+            raise ServerDied(other)
+    return "ok"
+
+
+class Supervisor(GenServer):
+    """OTP's supervisor, one_for_one: a child that ends is started again, unless that happens too often.
+
+    Its state is {id: (spec, pid)} in starting order; pid is None for a child that is not running.
+    """
+
+    SHUTDOWN = 5.0  # seconds that a child has to end before it is killed (OTP's default)
+
+    def __init__(self, children: list[dict[str, Any]], intensity: int, period: float) -> None:
+        self.children, self.intensity, self.period = children, intensity, period
+        self.restarts: deque[float] = deque()
+
+    def init(self, _args: Any) -> Any:
+        process_flag("trap_exit", True)
+        state: dict[Any, Any] = {}
+        for spec in self.children:
+            pid = self._start(spec)
+            if isinstance(pid, tuple):
+                self.terminate("shutdown", state)
+                return "stop", ("shutdown", ("failed_to_start_child", spec["id"], pid[1]))
+            if pid is not None or spec["restart"] != "temporary":  # OTP forgets a temporary child that is ignored
+                state[spec["id"]] = (spec, pid)
+        return "ok", state
+
+    def _start(self, spec: dict[str, Any]) -> Any:
+        """The Pid of a child; None if it said "ignore"; ("error", reason)."""
+        fn, *args = spec["start"]
+        crash = None
+        try:
+            answer = fn(*args)
+        except Exception as error:
+            answer, crash = ("error", error), error
+        match answer:
+            case Pid():
+                link(answer)
+                return answer
+            case "ignore":
+                return None
+            case ("error", _):
+                pass
+            case _:
+                answer = "error", answer
+        log.error("%r child %r could not be started: %r", self_pid(), spec["id"], answer[1], exc_info=crash)
+        return answer
+
+    def handle_call(self, request: Any, from_: Any, state: Any) -> Any:
+        if request == "which_children":
+            return "reply", [(id, pid, spec["restart"]) for id, (spec, pid) in state.items()], state
+        return "reply", ("error", "unknown_request"), state
+
+    def handle_info(self, info: Any, state: Any) -> Any:
+        match info:
+            case ("EXIT", pid, reason):
+                ids = [id for id, (_, child) in state.items() if child is pid]
+                return self._ended(ids[0], reason, state) if ids else ("noreply", state)
+            case ("$restart", id) if id in state and state[id][1] is None:
+                return self._restart(id, state)
+        return "noreply", state
+
+    def _ended(self, id: Any, reason: Any, state: Any) -> Any:
+        spec, pid = state[id]
+        state[id] = (spec, None)
+        if spec["restart"] == "temporary":
+            del state[id]
+        elif spec["restart"] == "permanent" or not _is_normal(reason):
+            log.warning("%r child %r, %r, ended: %r; starting it again", self_pid(), id, pid, reason)
+            return self._restart(id, state)
+        return "noreply", state
+
+    def _restart(self, id: Any, state: Any) -> Any:
+        now = monotonic()
+        self.restarts.append(now)
+        while now - self.restarts[0] > self.period:
+            self.restarts.popleft()
+        if len(self.restarts) > self.intensity:
+            log.error("%r gives up: more than %d restarts in %s s", self_pid(), self.intensity, self.period)
+            return "stop", "shutdown", state
+        spec, _ = state[id]
+        pid = self._start(spec)
+        if isinstance(pid, tuple):
+            pid = None
+            self_pid().send(("$restart", id))
+        state[id] = (spec, pid)
+        return "noreply", state
+
+    def terminate(self, reason: Any, state: Any) -> None:
+        for _, pid in reversed(state.values()):
+            if pid is not None:
+                self._shut_down(pid)
+
+    def _shut_down(self, pid: Pid) -> None:
+        ref = monitor(pid)
+        unlink(pid)  # else the EXIT of each would stay in the mailbox, and in the way of the next DOWN
+        exit(pid, "shutdown")
+        is_supervisor = isinstance(pid, ServerProcess) and isinstance(
+            pid.server, Supervisor
+        )  # has children to wait for
+        if receive(None if is_supervisor else self.SHUTDOWN, _down(ref)) is None:
+            exit(pid, "kill")
+            receive(None, _down(ref))
+
+
+def _child(spec: Any) -> dict[str, Any]:
+    """Returns a child with all its keys. Raises ValueError that says what is wrong with it."""
+    if not isinstance(spec, dict):
+        raise ValueError(f"a child must be a dict, got {spec!r}")
+    child = {"restart": "permanent", **spec}
+    unknown = child.keys() - {"id", "start", "restart"}
+    start, restart = child.get("start"), child["restart"]
+    if "id" not in child:
+        problem = "no id"
+    elif unknown:
+        problem = f"unknown keys {sorted(map(str, unknown))}"
+    elif not (isinstance(start, tuple | list) and start and callable(start[0])):
+        problem = f"start must be (function, *arguments), got {start!r}"
+    elif restart not in ("permanent", "transient", "temporary"):
+        problem = f"restart must be 'permanent', 'transient' or 'temporary', got {restart!r}"
+    else:
+        return child
+    raise ValueError(f"child {child.get('id')!r}: {problem}")
+
+
+def start_supervisor(
+    children: Iterable[dict[str, Any]], intensity: int = 1, period: float = 5, name: str | None = None
+) -> Any:
+    """Starts the children in order and keeps them running (OTP's supervisor, one_for_one).
+
+    A child is {"id", "start": (fn, *args), "restart": "permanent" (the default) | "transient" | "temporary"}. More than
+    `intensity` restarts in `period` seconds end the children in reverse order and then the supervisor, with "shutdown".
+    `call(supervisor, "which_children")` lists (id, pid, restart). Answers as `start_link`. Raises ValueError for a bad
+    child, `intensity` or `period`.
+    """
+    if not isinstance(intensity, int) or isinstance(intensity, bool) or intensity < 0:
+        raise ValueError(f"intensity must be a number of restarts, got {intensity!r}")
+    if not isinstance(period, int | float) or isinstance(period, bool) or not period > 0:
+        raise ValueError(f"period must be a number of seconds above 0, got {period!r}")
+    specs = [_child(child) for child in children]
+    if len({spec["id"] for spec in specs}) < len(specs):
+        raise ValueError("two children have the same id")
+    return start_link(Supervisor(specs, intensity, period), name=name)
+
+
+__all__ += [
+    "CallError", "CallTimeout", "GenServer", "NoProc", "ServerDied", "call", "cast", "reply", "start_link",
+    "start_supervisor", "stop",
+]  # fmt: skip
+
+
+# ----- cut here: without replay --------------------------------------------------------------------------------------
+# Lost: pubsub.keep; join(since=...) then answers with a resync.
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Replay: channels that are kept; what a member has missed comes first.
+# House rule: plugs into pub/sub; knows no cluster.
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class History:
+    """The last messages of a channel, numbered without a gap. A position is "life.number"."""
+
+    def __init__(self, size: int, seconds: float) -> None:
+        self.size, self.seconds = size, seconds
+        self.messages: deque[tuple[float, Message]] = deque(maxlen=size)  # when it came, and the message
+        self.forget()
+
+    def resize(self, size: int, seconds: float) -> None:
+        self.size, self.seconds = size, seconds
+        self.messages = deque(self.messages, maxlen=size)
+
+    def begin(self, life: str, number: int) -> None:
+        """The last message was that one, and none before it is known."""
+        self.life, self.number, self.known = life, number, number  # nothing is missing behind `known`
+        self.messages.clear()
+
+    def forget(self) -> None:
+        """Something is missing: no position from before is of use."""
+        self.begin(os.urandom(4).hex(), 0)
+
+    def load(self, life: str, number: int, messages: list[tuple[float, Message]]) -> None:
+        """Takes over what is kept elsewhere, up to `number`; what has come since then stays."""
+        newer = [entry for entry in self.messages if self._is_behind(entry[1].position, life, number)]
+        self.begin(life, number - len(messages))
+        for at, message in messages + newer:
+            self.add(message, at)
+
+    @property
+    def position(self) -> str:
+        return f"{self.life}.{self.number}"
+
+    def add(self, message: Message, at: float | None = None) -> None:
+        """Takes the next message, which may know its position already; `at` is when it came, if not now."""
+        if message.position is None:
+            message.position = f"{self.life}.{self.number + 1}"
+        life, number = self._parse(message.position)
+        if (life, number) != (self.life, self.number + 1):  # nobody knows what came between
+            self.begin(life, number)
+        self.number = number
+        self.messages.append((monotonic() if at is None else at, message))
+
+    def since(self, position: Any) -> list[Message] | None:
+        """What came behind `position`, or None if that cannot be told: it is too old, or of another life."""
+        while self.messages and monotonic() - self.messages[0][0] > self.seconds:
+            self.messages.popleft()
+        life, number = self._parse(position)
+        missed = self.number - number
+        if life != self.life or number < self.known or not 0 <= missed <= len(self.messages):
+            return None
+        return [message for _, message in list(self.messages)[len(self.messages) - missed :]]
+
+    def _is_behind(self, position: Any, life: str, number: int) -> bool:
+        return self._parse(position)[0] == life and self._parse(position)[1] > number
+
+    @staticmethod
+    def _parse(position: Any) -> tuple[str, int]:
+        life, _, number = str(position).rpartition(".")
+        return (life, int(number)) if re.fullmatch("[0-9]{1,18}", number) else ("", 0)
+
+
+def _keep(pubsub: PubSub, channel: str, size: int, seconds: float) -> str:
+    if not (size >= 1 and 0 < seconds < inf):
+        raise ValueError("a history has a size and a time")
+    _scheduler.at_home(_start_history, pubsub, check_channel(channel), size, seconds)
+    return "ok"
+
+
+def _start_history(pubsub: PubSub, channel: str, size: int, seconds: float) -> None:
+    if channel in pubsub.histories:
+        pubsub.histories[channel].resize(size, seconds)
+    else:
+        pubsub.histories[channel] = History(size, seconds)
+        pubsub.adapter.on_keep(channel)
+
+
+rooms["replay"] = SimpleNamespace(keep=_keep)
+
+
+# ----- cut here: without launch --------------------------------------------------------------------------------------
+# Lost: reload=True and workers=N; reload_on_change, run_workers.
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Launch: reloading, workers.
+# House rule: starts processes of the system; knows nothing of what they serve.
+# ---------------------------------------------------------------------------------------------------------------------
 
 
 _RELOADED = "NOVA_LITE_RELOADED"  # in the environment of the process that serves
@@ -4040,7 +4164,7 @@ def _on_orphaned(stop: Callable[[], None]) -> Any:
         stop()
 
     watcher.start(orphaned)
-    return watcher
+    return watcher.close
 
 
 def _own_command() -> list[str]:
@@ -4058,6 +4182,15 @@ def _file_stamps() -> dict[str, float]:
             with suppress(OSError):
                 stamps[path] = os.stat(path).st_mtime
     return stamps
+
+
+while_serving.append(_on_orphaned)
+__all__ += ["reload_on_change", "run_workers"]
+rooms["launch"] = SimpleNamespace(reload_on_change=reload_on_change, run_workers=run_workers)
+
+
+# ----- cut here: without cluster -------------------------------------------------------------------------------------
+# Lost: cluster=URL, pubsub.connect, publish: a node is alone.
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -4334,18 +4467,19 @@ class Line:
             self.work.set()
 
 
-class Cluster:
+class Cluster(Adapter):
     """This node among others; `pubsub.connect` makes it. What it does between waits, it does in the home thread."""
 
     def __init__(self, pubsub: PubSub, url: str, name: str) -> None:
-        self.id, self.name, self.pubsub = os.urandom(8), name, pubsub
+        super().__init__(pubsub)
+        self.id, self.name = os.urandom(8), name
         self.redis = Redis(url)
         self.own_key, self.channel_prefix = self.redis.key("node:", self.id.hex()), self.redis.key("channel:")
         self.codec = Codec(self, self.id)
         self.nodes: dict[bytes, Node] = {}  # the others
         self.names = {self.id: name}  # node -> name, after it has left as well: its pids may still be printed
         self.line: Line | None = None  # None while there is none
-        self.up = False  # our hello has been said over this line
+        self.connected = False  # our hello has been said over this line
         self.was_up = gevent.event.Event()  # ... or over an earlier one
         self.missed = False  # there was a time without a line
         self.sequence = 0  # of our last delta
@@ -4371,12 +4505,12 @@ class Cluster:
         """Says bye, and nothing after it: who asks for our state now gets no answer."""
         self.timer.close()
         line = self.line
-        if line is not None and self.up:
+        if line is not None and self.connected:
             self.changes.clear()
             self._say("nodes", "", "bye")
             self.line = None
             with gevent.Timeout(1, False):
-                while line.outbox and self.up:
+                while line.outbox and self.connected:
                     gevent.sleep(0.001)
             line.close()
         self.reader.kill()
@@ -4395,10 +4529,11 @@ class Cluster:
             except Exception as error:
                 if not isinstance(error, self.redis.errors):
                     log.exception("cluster: this should not have happened")
-                if self.up or str(error) != failure:
-                    what = "lost" if self.up else "cannot be reached"
+                if self.connected or str(error) != failure:
+                    what = "lost" if self.connected else "cannot be reached"
                     log.warning("cluster: %s %s: %s; trying again", self.redis.title, what, error)
-                delay, failure = FIRST_DELAY if self.up else min(max(delay, FIRST_DELAY) * 2, LAST_DELAY), str(error)
+                delay = FIRST_DELAY if self.connected else min(max(delay, FIRST_DELAY) * 2, LAST_DELAY)
+                failure = str(error)
             finally:
                 self._hang_up()
 
@@ -4407,7 +4542,7 @@ class Cluster:
         line = self.line = Line(self.redis)
         line.open()
         line.command("SUBSCRIBE", self.redis.key("nodes"))
-        for channel in {*self.pubsub._channels, *self.pubsub._kept}:
+        for channel in {*self.pubsub.channels, *self.pubsub.histories}:
             self._subscribe(channel)
         line.command("SUBSCRIBE", self.own_key)  # the last: once it is confirmed, all are
         writer = gevent.spawn(self._write, line)
@@ -4436,7 +4571,7 @@ class Cluster:
 
     def _hang_up(self) -> None:
         """The line is dead. What it has not carried is lost; who waits for it is let go."""
-        line, self.line, self.up, self.missed = self.line, None, False, True
+        line, self.line, self.connected, self.missed = self.line, None, False, True
         if line is not None:
             line.close()
             for channel, _ in line.outbox:
@@ -4444,10 +4579,10 @@ class Cluster:
                     self._lose(channel)
         for table in (self.wanted, self.subscribing, self.live, self.changes, self.loading):
             table.clear()
-        for history in self.pubsub._kept.values():
+        for history in self.pubsub.histories.values():
             history.forget()  # others go on without us
         while self.underway:  # Redis may have them, but our own members do not
-            self.pubsub._deliver_unkept(*self.underway.popleft())
+            self.pubsub.deliver_unrecorded(*self.underway.popleft())
         while self.awaited:
             self.awaited.popitem()[1].set()
 
@@ -4465,10 +4600,10 @@ class Cluster:
             for node in self.nodes.values():
                 node.heard = now
         self.ticked = now
-        if self.up and now - self.beaten >= BEAT - TICK / 2:
+        if self.connected and now - self.beaten >= BEAT - TICK / 2:
             self.beaten = now
             self._say("nodes", "", "beat", self.sequence)
-        if self.up and self.line is not None and self.line.waiting < MAX_WAITING // 2:
+        if self.connected and self.line is not None and self.line.waiting < MAX_WAITING // 2:
             self._tell_what_is_lost()  # when Redis was too slow
         if self.line is not None and now - self.heard > DEAF:
             self.heard = now
@@ -4494,22 +4629,28 @@ class Cluster:
         data = self.codec.encode(list(body))
         _scheduler.at_home(self._publish, self.redis.key("node:", node.hex()), data, None)
 
-    def encode_broadcast(self, message: Message, but: Pid | None) -> bytes:
+    def encode(self, message: Message, but: Pid | None) -> bytes:
         _, _, sender, topic, payload = message
         return self.codec.encode([sender, topic, payload, but])
 
-    def publish(self, channel: str, data: bytes) -> None:
-        self._publish(self.redis.key("channel:", channel), data, channel)
+    def dispatch(self, message: Message, but: Pid | None, data: bytes) -> None:
+        channel = message[1]
+        if channel not in self.pubsub.histories or not self.publish_kept(message, but, data):
+            self.pubsub.deliver_unrecorded(message, but)
+            self._publish(self.redis.key("channel:", channel), data, channel)
+
+    def dispatch_here(self, message: Message) -> None:
+        self.pubsub.deliver(message, None)
 
     def _publish(self, key: bytes, data: bytes, channel: str | None) -> None:
-        if self.up and self.line is not None and self.line.waiting < MAX_WAITING:
+        if self.connected and self.line is not None and self.line.waiting < MAX_WAITING:
             self.line.publish(key, data, channel)
         elif channel is not None:
             self._lose(channel)
 
     # -- channels that are kept: subscribed to all the time, so that this node knows what Redis keeps
 
-    def kept(self, channel: str) -> None:
+    def on_keep(self, channel: str) -> None:
         if channel in self.live:
             gevent.spawn(self._load, channel)
         else:
@@ -4518,8 +4659,8 @@ class Cluster:
     def publish_kept(self, message: Message, but: Pid | None, data: bytes) -> bool:
         """By way of the history: it is delivered here when it comes back. False if that is not possible now."""
         channel = message[1]
-        line, history = self.line, self.pubsub._kept[channel]
-        if not self.up or channel not in self.live or line is None or line.waiting > MAX_WAITING:
+        line, history = self.line, self.pubsub.histories[channel]
+        if not self.connected or channel not in self.live or line is None or line.waiting > MAX_WAITING:
             return False
         keys = self._history_keys(channel), self.redis.key("channel:", channel)
         life, seconds = os.urandom(4).hex(), max(1, int(history.seconds))
@@ -4532,7 +4673,7 @@ class Cluster:
 
     def _load(self, channel: str) -> None:
         """The greenlet that fetches what Redis has kept."""
-        history, life = self.pubsub._kept[channel], os.urandom(4).hex()
+        history, life = self.pubsub.histories[channel], os.urandom(4).hex()
         try:
             run, connection = self.line.run, self.redis.connect()  # type: ignore[union-attr]
             try:
@@ -4565,27 +4706,27 @@ class Cluster:
             message.position = position[1:].decode() or None
         else:
             message, but = self._read_kept(channel, data)
-        deliver = self.pubsub._deliver_unkept if message.position is None else self.pubsub._keep_and_deliver
+        deliver = self.pubsub.deliver_unrecorded if message.position is None else self.pubsub.record_and_deliver
         deliver(message, but)
 
     # -- who is in which channel: here
 
-    def joined(self, channel: str, process: Process) -> None:
+    def on_join(self, channel: str, process: Process) -> None:
         if channel in self.live:
             self._change("join", channel, process)
         else:
             self._want(channel)
 
-    def left(self, channel: str, process: Process) -> None:
+    def on_leave(self, channel: str, process: Process) -> None:
         if channel in self.live:
             self._change("leave", channel, process)
-        if channel in self.wanted and channel not in self.pubsub._channels and channel not in self.pubsub._kept:
+        if channel in self.wanted and channel not in self.pubsub.channels and channel not in self.pubsub.histories:
             self.wanted.discard(channel)
             self.live.discard(channel)
             self.line.command("UNSUBSCRIBE", self.redis.key("channel:", channel))  # type: ignore[union-attr]
             self._release(channel)
 
-    def await_subscription(self, channel: str) -> None:
+    def wait_until_subscribed(self, channel: str) -> None:
         """Until this node hears what is published to the channel, or the line is gone. The hub does not wait."""
         event = self.awaited.get(channel)
         if event is not None and _get_ident() == _scheduler.thread and not isinstance(getcurrent(), Hub):
@@ -4609,9 +4750,9 @@ class Cluster:
             del self.subscribing[channel]
             if channel in self.wanted:
                 self.live.add(channel)
-                for process in self.pubsub._channels.get(channel, ()):
+                for process in self.pubsub.channels.get(channel, ()):
                     self._change("join", channel, process)
-                if channel in self.pubsub._kept:
+                if channel in self.pubsub.histories:
                     gevent.spawn(self._load, channel)
                 self._release(channel)
 
@@ -4621,18 +4762,18 @@ class Cluster:
             event.set()
 
     def _change(self, change: str, channel: str, process: Process) -> None:
-        if self.up:  # else the hello will tell
+        if self.connected:  # else the hello will tell
             self.changes.append([change, channel, process.serial])
             self.line.work.set()  # type: ignore[union-attr]
 
     def _members(self) -> dict[str, list[int]]:
-        channels = self.pubsub._channels
+        channels = self.pubsub.channels
         return {channel: [process.serial for process in channels[channel]] for channel in self.live & channels.keys()}
 
     def _resync(self, channels: Iterable[str]) -> None:
         """Something may have been missed in these channels: their members had better ask anew."""
         for channel in channels:
-            for process in self.pubsub._channels.get(channel, ()):
+            for process in self.pubsub.channels.get(channel, ()):
                 process.deliver(("nova_resync", channel))
 
     # -- who is in which channel: elsewhere
@@ -4644,7 +4785,7 @@ class Cluster:
     def count_members(self, channel: str) -> int:
         return sum(len(node.members.get(channel, ())) for node in self.nodes.values())
 
-    def about(self) -> dict[str, Any]:
+    def info(self) -> dict[str, Any]:
         now = monotonic()
         nodes = [
             {
@@ -4655,7 +4796,7 @@ class Cluster:
             }
             for id, node in self.nodes.items()
         ]
-        return {"up": self.up, "nodes": nodes, "dropped": self.dropped}
+        return {"up": self.connected, "nodes": nodes, "dropped": self.dropped}
 
     def which_channels(self) -> set[str]:
         return {channel for node in self.nodes.values() for channel in node.members}
@@ -4672,11 +4813,11 @@ class Cluster:
         after = {channel: set(serials) for channel, serials in members.items() if serials}
         self.nodes[id] = Node(name, sequence, after, now)
         self.asked.pop(id, None)
-        for channel in self.pubsub._monitors:
+        for channel in self.pubsub.monitors:
             old, new = before.get(channel, set()), after.get(channel, set())
             for change, serials in (("join", new - old), ("leave", old - new)):
                 for serial in serials:
-                    self.pubsub._tell(channel, change, RemotePid(self, id, serial))
+                    self.pubsub.notify_monitors(channel, change, RemotePid(self, id, serial))
 
     def _apply(self, id: bytes, sequence: int, changes: list[Any]) -> None:
         """A delta; one that the state has overtaken is old."""
@@ -4691,7 +4832,7 @@ class Cluster:
             members = node.members.setdefault(channel, set())
             if (change == "join") != (serial in members):
                 (members.add if change == "join" else members.discard)(serial)
-                self.pubsub._tell(channel, change, RemotePid(self, id, serial))
+                self.pubsub.notify_monitors(channel, change, RemotePid(self, id, serial))
             if not members:
                 del node.members[channel]
 
@@ -4699,7 +4840,7 @@ class Cluster:
         """A gap in what a node says; or all of it, so far."""
         self._ask_for_state(id)
         if id in self.nodes:
-            self._resync(list(self.pubsub._channels))
+            self._resync(list(self.pubsub.channels))
 
     def _ask_for_state(self, id: bytes) -> None:
         """Once a second at most."""
@@ -4721,7 +4862,7 @@ class Cluster:
         log.info("cluster: node %s %s is gone: %s", node.name, id.hex(), why)
         for channel, serials in node.members.items():
             for serial in serials:
-                self.pubsub._tell(channel, "leave", RemotePid(self, id, serial))
+                self.pubsub.notify_monitors(channel, "leave", RemotePid(self, id, serial))
         for ref, (pid, watcher) in list(self.watches.items()):
             if pid.node == id:
                 del self.watches[ref]
@@ -4783,7 +4924,7 @@ class Cluster:
     def _announce(self) -> None:
         """All subscriptions of a new line are live."""
         again = self.was_up.is_set()
-        self.up, self.beaten = True, monotonic()
+        self.connected, self.beaten = True, monotonic()
         self.was_up.set()
         log.info("cluster: %s is connected to %s%s", self.name, self.redis.title, " again" if again else "")
         self.sequence += 1  # who has changed while the line was down was told by no delta
@@ -4792,7 +4933,7 @@ class Cluster:
         if self.missed:
             self.missed = False
             self._watch_again()
-            self._resync(list(self.pubsub._channels))
+            self._resync(list(self.pubsub.channels))
 
     def _tell_what_is_lost(self) -> None:
         if self.lost != set():
@@ -4808,7 +4949,7 @@ class Cluster:
             return
         id, body = data[2:10], self.codec.decode(data[10:])
         if key.startswith(self.channel_prefix):
-            self.pubsub._deliver_unkept(*self._read_broadcast(self._channel_of(key), body))
+            self.pubsub.deliver_unrecorded(*self._read_broadcast(self._channel_of(key), body))
             return
         node = self.nodes.get(id)
         if node is not None:
@@ -4837,7 +4978,7 @@ class Cluster:
                 if id not in self.nodes or self.nodes[id].sequence < sequence:
                     self._missed_something(id)
             case ["resync", None]:
-                self._resync(list(self.pubsub._channels))
+                self._resync(list(self.pubsub.channels))
             case ["resync", list(channels)]:
                 self._resync(channels)
             case ["bye"]:
@@ -4853,7 +4994,7 @@ class Cluster:
             case ["state", str(name), int(sequence), dict(members)]:
                 self._learn(id, name, sequence, members)
             case ["loaded", str(channel)] if id == self.id and channel in self.loading:
-                self.pubsub._kept[channel].load(*self.loading.pop(channel))
+                self.pubsub.histories[channel].load(*self.loading.pop(channel))
             case ["need"]:  # it may have forgotten us, and what we monitor there
                 self._say("node:", id.hex(), "state", self.name, self.sequence, self._members())
                 self._watch_again(id)
@@ -4876,36 +5017,30 @@ class Cluster:
 
 
 def _connect(pubsub: PubSub, url: str, name: str | None = None) -> str:
-    """Makes this node one of a cluster, over the Redis (or Valkey) at `url`, and answers "ok".
-
-    `redis://[user:password@]host[:port][/database][?prefix=...]`, or `rediss://` for TLS; a prefix keeps applications
-    apart. Waits 5 seconds for the connection at most: without it the node goes on alone, and tries until it has one.
-    Raises ValueError for a URL that is none, ImportError without the packages `redis` and `msgpack`, RuntimeError if it
-    is connected already, or if nothing is patched.
-    """
     global _node
-    if pubsub.cluster is not None:
+    if isinstance(pubsub.adapter, Cluster):
         raise RuntimeError("this node is in a cluster already")
     if not gevent.monkey.is_module_patched("socket"):
         raise RuntimeError("a cluster needs a patched library: from gevent import monkey; monkey.patch_all()")
     _me()
-    pubsub.cluster = Cluster(pubsub, url, name or _node)
-    _node = pubsub.cluster.name
-    if not pubsub.cluster.was_up.wait(JOIN_TIME):
+    pubsub.adapter = Cluster(pubsub, url, name or _node)
+    _node = pubsub.adapter.name
+    if not pubsub.adapter.was_up.wait(JOIN_TIME):
         log.warning("cluster: alone for now")
     return "ok"
 
 
 def _disconnect(pubsub: PubSub) -> str:
-    """Says goodbye to the cluster: "ok", or "not_connected"."""
-    cluster, pubsub.cluster = pubsub.cluster, None
-    if cluster is None:
+    cluster = pubsub.adapter
+    if not isinstance(cluster, Cluster):
         return "not_connected"
+    pubsub.adapter = Adapter(pubsub)
     cluster.close()
     return "ok"
 
 
-PubSub.connect, PubSub.disconnect = _connect, _disconnect
+__all__ += ["publish"]
+rooms["cluster"] = SimpleNamespace(connect=_connect, disconnect=_disconnect)
 
 
 def publish(url: str, channel: str, topic: str | bytes, payload: Any) -> int:
@@ -4914,7 +5049,7 @@ def publish(url: str, channel: str, topic: str | bytes, payload: Any) -> int:
     Raises OSError or redis.RedisError where Redis cannot be reached, and what `connect` and `broadcast` raise.
     """
     redis = Redis(url)
-    _, _, sender, topic, payload = pubsub._message(channel, topic, payload)
+    _, _, sender, topic, payload = pubsub.make_message(channel, topic, payload)
     key, data = redis.key("channel:", channel), Codec(None, os.urandom(8)).encode([sender, topic, payload, None])
     connection = redis.connect()
     try:
@@ -4922,6 +5057,10 @@ def publish(url: str, channel: str, topic: str | bytes, payload: Any) -> int:
         return connection.read_response()
     finally:
         connection.disconnect()
+
+
+# ----- cut here: without board ---------------------------------------------------------------------------------------
+# Lost: app.stats and app.board.
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -4934,7 +5073,7 @@ BOARD_SIZE = 500  # processes shown at most
 _started = monotonic()
 
 
-def stats(_app: Any = None) -> dict[str, Any]:
+def stats() -> dict[str, Any]:
     """Figures of this node, as a plain dict that JSON can carry; `app.stats()`.
 
     node, version; uptime_seconds, cpu_seconds, memory_bytes (resident; where that cannot be had, its maximum);
@@ -4961,7 +5100,7 @@ def stats(_app: Any = None) -> dict[str, Any]:
         "process_count": len(_processes),
         "processes": [_about_process(process, process in ready) for process in processes],
         "channels": [_about_channel(channel) for channel in sorted(pubsub.which_channels())],
-        "cluster": None if pubsub.cluster is None else pubsub.cluster.about(),
+        "cluster": pubsub.adapter.info(),
     }
 
 
@@ -4981,9 +5120,8 @@ def _about_process(process: Process, is_ready: bool) -> dict[str, Any]:
 
 
 def _about_channel(channel: str) -> dict[str, Any]:
-    local = len(pubsub._channels.get(channel, ()))
-    remote = pubsub.cluster.count_members(channel) if pubsub.cluster is not None else 0
-    messages = pubsub._counts.get(channel, 0)
+    local, remote = len(pubsub.channels.get(channel, ())), pubsub.adapter.count_members(channel)
+    messages = pubsub.message_counts.get(channel, 0)
     return {"channel": channel, "members": local + remote, "local_members": local, "messages": messages}
 
 
@@ -5034,7 +5172,7 @@ def board(app: Nova, path: str = "/board", security: Any = False, logout: str = 
     app.add({"prefix": path, "security": security, "routes": routes})
 
 
-Nova.stats, Nova.board = stats, board
+rooms["board"] = SimpleNamespace(stats=stats, board=board)
 
 BOARD = """<!doctype html>
 <html lang="en">
@@ -6160,6 +6298,7 @@ class NovaSocket {
   }
 }
 """
+
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Main: the command line.

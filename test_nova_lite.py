@@ -1667,7 +1667,7 @@ def test_an_empty_channel_does_not_exist(me, begin):
 def test_misuse_of_pubsub_raises_in_the_caller(act, error):
     with pytest.raises(error):
         act()
-    assert not pubsub._monitors
+    assert not pubsub.monitors
 
 
 def test_order_is_kept_per_sender_and_channel(me, begin):
@@ -1735,7 +1735,7 @@ def test_a_monitor_of_a_channel_tells_who_comes_and_goes(me, begin):
 
 def test_a_channel_forgets_a_monitor_that_died(begin):
     reason_of(spawn(pubsub.monitor, "room"))
-    assert not pubsub._monitors
+    assert not pubsub.monitors
     assert not pubsub._monitored
 
 
@@ -1743,7 +1743,7 @@ def test_a_process_forgets_a_monitor_that_it_has_ended(me):
     ref, _ = pubsub.monitor("room")
     assert pubsub.demonitor(ref)
     assert not me.owned
-    assert not pubsub._monitors
+    assert not pubsub.monitors
 
 
 def spell(message):
@@ -6415,7 +6415,7 @@ def test_of_several_channels_that_are_kept_none_is_lost_silently(kept):
                 until(lambda: len(heard) == 2)
             assert {channel for _, channel in heard} == {"c", "other"}
     finally:
-        del pubsub._kept["other"]
+        del pubsub.histories["other"]
 
 
 def test_without_a_kept_channel_events_begin_with_the_time_to_come_back_which_is_spread():
@@ -6435,7 +6435,7 @@ def test_without_a_kept_channel_events_begin_with_the_time_to_come_back_which_is
 def kept():
     pubsub.keep("c", size=3)
     yield
-    del pubsub._kept["c"]
+    del pubsub.histories["c"]
     for channel in ("c", "other"):
         pubsub.leave(channel)
 
@@ -6487,7 +6487,7 @@ def test_what_is_older_than_the_time_limit_is_not_kept(monkeypatch):
         assert drain() == [("nova_resync", "c")]
     finally:
         pubsub.leave("c")
-        del pubsub._kept["c"]
+        del pubsub.histories["c"]
 
 
 def test_joining_again_replays_nothing_and_a_channel_that_is_not_kept_resyncs(kept):
@@ -6731,7 +6731,7 @@ def node(request, monkeypatch):
     yield node
     for registry in registries:
         registry.disconnect()
-        nova_lite._exit_hooks.remove(registry._forget)
+        nova_lite._exit_hooks.remove(registry._on_exit)
 
 
 @pytest.fixture
@@ -6769,7 +6769,7 @@ def member(begin, me):
 
 
 def meet(*nodes):
-    until(lambda: all(node.cluster.up and len(node.cluster.nodes) == len(nodes) - 1 for node in nodes))
+    until(lambda: all(node.adapter.connected and len(node.adapter.nodes) == len(nodes) - 1 for node in nodes))
     return nodes
 
 
@@ -6781,13 +6781,13 @@ def all_see(nodes, channel, *pids):
 
 def seen(pid, home, here):
     """`pid`, which lives on the node `home`, as the node `here` knows it."""
-    return nova_lite.RemotePid(here.cluster, home.cluster.id, pid.serial)
+    return nova_lite.RemotePid(here.adapter, home.adapter.id, pid.serial)
 
 
 def say_as(redis, node, key, body):
     """Publishes what `node` would say, or has said long ago."""
-    data = node.cluster.codec.encode(body) if isinstance(body, list) else body
-    return redis.client.publish(node.cluster.redis.key(key), data)
+    data = node.adapter.codec.encode(body) if isinstance(body, list) else body
+    return redis.client.publish(node.adapter.redis.key(key), data)
 
 
 def resync(tag, channel="room"):
@@ -6902,7 +6902,7 @@ def test_any_string_is_the_name_of_a_channel_and_bytes_may_be_a_topic(nodes, mem
 
 
 def test_leaving_and_joining_in_quick_succession_ends_as_it_was_said_last(nodes, begin):
-    pid, cluster = begin(spawn, obey), nodes[0].cluster
+    pid, cluster = begin(spawn, obey), nodes[0].adapter
     line = cluster and cluster.line
     for n in range(60):
         gevent.spawn(nodes[0].join, "room", pid)
@@ -7014,7 +7014,7 @@ def test_the_answer_to_a_call_that_nobody_waits_for_any_more_is_dropped(pair, be
     assert stop(pid) == "ok"
     with pytest.raises(NoProc):
         stop(pid)
-    assert [drain(), a.cluster.watches, b.cluster.watched[a.cluster.id]] == [[], {}, {}]
+    assert [drain(), a.adapter.watches, b.adapter.watched[a.adapter.id]] == [[], {}, {}]
 
 
 @pytest.mark.parametrize(
@@ -7069,7 +7069,7 @@ def test_a_monitor_survives_that_the_other_node_has_forgotten_us_for_a_while(has
     pid = begin(spawn, obey)
     ref = monitor(seen(pid, b, a))
     until(lambda: pid.watchers)
-    b.cluster._forget(a.cluster.id, "as if it had been stopped for 8 seconds")
+    b.adapter._forget(a.adapter.id, "as if it had been stopped for 8 seconds")
     assert not pid.watchers
     meet(a, b)
     pid.send("end")
@@ -7078,7 +7078,7 @@ def test_a_monitor_survives_that_the_other_node_has_forgotten_us_for_a_while(has
 
 @pytest.mark.parametrize("side", [0, 1], ids=["our line", "their line"])
 def test_an_end_is_told_after_all_if_the_line_was_down_then(haste, pair, begin, side):
-    pid, cluster = begin(spawn, obey), pair[side].cluster
+    pid, cluster = begin(spawn, obey), pair[side].adapter
     remote, before = seen(pid, pair[1], pair[0]), cluster.sequence
     refs = {monitor(remote)}
     until(lambda: pid.watchers)
@@ -7087,7 +7087,7 @@ def test_an_end_is_told_after_all_if_the_line_was_down_then(haste, pair, begin, 
     refs.add(monitor(remote))
     pid.send("end")
     assert {expect()[1], expect()[1]} == refs
-    known = pair[1 - side].cluster.nodes[cluster.id]
+    known = pair[1 - side].adapter.nodes[cluster.id]
     assert known.sequence == cluster.sequence > before, "each hello has a sequence of its own"
 
 
@@ -7191,16 +7191,16 @@ STRANGERS = {
 def test_a_strangers_message_is_dropped_and_counted(shared_redis, pair, member, data):
     a, _ = pair
     pid = member(a, "room")
-    for key in ("channel:room", "nodes", f"node:{a.cluster.id.hex()}"):
+    for key in ("channel:room", "nodes", f"node:{a.adapter.id.hex()}"):
         assert say_as(shared_redis, a, key, data) > 0
-    until(lambda: a.cluster.dropped == 3)
+    until(lambda: a.adapter.dropped == 3)
     a.broadcast("room", "topic", 1)
     assert expect()[1][4] == 1
     all_see(pair, "room", pid)
 
 
 def test_what_is_dropped_is_logged_once_a_minute(caplog, node):
-    cluster = node().cluster
+    cluster = node().adapter
     for now, dropped in ((1000, 3), (1059, 2), (1060, 4), (1061, 0), (1200, 0)):
         cluster.dropped += dropped
         cluster._log_dropped(now)
@@ -7216,7 +7216,7 @@ def test_a_strangers_100_megabytes_are_dropped(own_redis, monkeypatch, node, mem
         limits.setattr(nova_lite, "MAX_CROSSING", 2**30)
         large = nova_lite.Codec(None, b"stranger").encode([pid, "topic", bytes(100_000_000), None])
     assert say_as(redis, a, "channel:room", large) == 1
-    until(lambda: a.cluster.dropped == 1)
+    until(lambda: a.adapter.dropped == 1)
     b.broadcast("room", "topic", 1)
     assert expect()[1][4] == 1
     all_see((a, b), "room", pid)
@@ -7235,18 +7235,18 @@ def test_a_url_that_is_none_is_a_value_error_and_leaves_nothing_behind(node, url
     registry = node(url=None)
     with pytest.raises(ValueError, match="no URL of a Redis"):
         registry.connect(url)
-    assert registry.cluster is None
+    assert registry.adapter.info() is None
     assert registry.disconnect() == "not_connected"
 
 
 def test_connecting_twice_is_an_error_and_after_disconnecting_a_new_node(node, shared_redis):
     a = node()
-    before = a.cluster.id
+    before = a.adapter.id
     with pytest.raises(RuntimeError):
         a.connect(shared_redis.url())
     assert [a.disconnect(), a.disconnect()] == ["ok", "not_connected"]
     assert a.connect(shared_redis.url(node.prefix)) == "ok"
-    assert a.cluster.id != before
+    assert a.adapter.id != before
 
 
 @pytest.mark.parametrize("place", ["user:geheim@", ":geheim@", "user:ge/geheim@", "user:geheim%40@"])
@@ -7295,7 +7295,7 @@ def test_a_prefix_keeps_applications_apart(shared_redis, node, member):
     for registry in nodes:
         registry.broadcast("room", "topic", 1)
     assert sorted(expect()[0] for _ in range(6)) == [0, 0, 1, 1, 2, 3]
-    assert [len(registry.cluster.nodes) for registry in nodes] == [1, 1, 0, 0]
+    assert [len(registry.adapter.nodes) for registry in nodes] == [1, 1, 0, 0]
 
 
 def test_publish_answers_how_many_nodes_it_has_reached(shared_redis, node, member):
@@ -7335,10 +7335,10 @@ def test_a_node_subscribes_only_where_it_has_members(shared_redis, pair, member,
 
 
 def test_an_idle_cluster_stays_together(haste, pair):
-    lines, start = [node.cluster.line for node in pair], time.monotonic()
-    until(lambda: min(node.cluster.heard for node in pair) > start + nova_lite.SILENCE)
-    assert [node.cluster.line for node in pair] == lines
-    assert [len(node.cluster.nodes) for node in pair] == [1, 1]
+    lines, start = [node.adapter.line for node in pair], time.monotonic()
+    until(lambda: min(node.adapter.heard for node in pair) > start + nova_lite.SILENCE)
+    assert [node.adapter.line for node in pair] == lines
+    assert [len(node.adapter.nodes) for node in pair] == [1, 1]
 
 
 NODE = """
@@ -7383,7 +7383,7 @@ def test_the_members_of_a_killed_node_are_gone_within_seven_seconds_and_no_ghost
             (new,) = a.get_members("room")
             assert new != pid
             assert drain() == [(changes, "join", "room", [new]), (changes, "leave", "room", [pid])]
-            assert [node.name for node in a.cluster.nodes.values()] == ["other"]
+            assert [node.name for node in a.adapter.nodes.values()] == ["other"]
     a.demonitor(changes)
 
 
@@ -7399,7 +7399,7 @@ def test_a_goodbye_is_heard_at_once(node, shared_redis):
         assert expect() == ("DOWN", ref, "process", pid, "noconnection")
         assert repr(pid) == printed, "a pid prints in a leave as it did in the join"
         a.demonitor(changes)
-        assert [a.get_members("room"), a.cluster.nodes] == [[], {}]
+        assert [a.get_members("room"), a.adapter.nodes] == [[], {}]
         assert process.wait(PATIENCE) == 0
 
 
@@ -7409,20 +7409,20 @@ def test_nothing_is_said_after_a_goodbye(node, shared_redis, member):
         c = node()
         pid = member(c, "room")
         c.leave("room", pid)
-        asked, closing = f"node:{c.cluster.id.hex()}", gevent.spawn(c.disconnect)
+        asked, closing = f"node:{c.adapter.id.hex()}", gevent.spawn(c.disconnect)
         say_as(shared_redis, a, asked, ["need"])
         closing.join()
         meet(a, b)
         b.broadcast("room", "topic", 1)
         seen(self_pid(), a, b).send("a turn later")
         assert expect() == "a turn later"
-        assert len(a.cluster.nodes) == 1
+        assert len(a.adapter.nodes) == 1
 
 
 def test_disconnecting_while_redis_dies_ends_the_node(own_redis, node):
     redis = own_redis()
     a = node(redis.url())
-    cluster = a.cluster
+    cluster = a.adapter
     redis.process.kill()
     assert a.disconnect() == "ok"
     assert cluster.reader.dead
@@ -7434,7 +7434,7 @@ def test_redis_may_stop_and_start_again(haste, own_redis, node, member, begin):
     nodes = meet(*[node(redis.url()) for _ in range(3)])
     pids = [member(node, "room", n) for n, node in enumerate(nodes)]
     redis.stop()
-    until(lambda: not any(node.cluster.up for node in nodes))
+    until(lambda: not any(node.adapter.connected for node in nodes))
     start = time.monotonic()
     nodes[0].leave("room", pids[0])
     pids[0] = member(nodes[0], "new", "new")
@@ -7463,7 +7463,7 @@ def test_a_redis_that_hangs_is_noticed_within_five_seconds(own_redis, node, memb
         hung = time.monotonic()
         a.broadcast("room", "topic", 1)
         assert receive(0.1)[0] == "a", "local delivery does not wait"
-        until(lambda: not a.cluster.up and not b.cluster.up)
+        until(lambda: not a.adapter.connected and not b.adapter.connected)
         assert time.monotonic() - hung < 5
         member(a, "new")
         assert a.broadcast("room", "topic", 2) == "ok"
@@ -7489,13 +7489,13 @@ def test_a_healed_partition_is_forgotten_within_a_heartbeat(haste, monkeypatch, 
     new = member(a, "room", "new")
     until(lambda: new.serial in [pid.serial for pid in a.get_members("room")])
     if length == "long":
-        until(lambda: not b.cluster.up and not a.cluster.nodes and not b.cluster.nodes)
+        until(lambda: not b.adapter.connected and not a.adapter.nodes and not b.adapter.nodes)
         assert a.get_members("room") == [*a.get_local_members("room")]
     proxy.flows.set()
     healed = time.monotonic()
     all_see((a, b), "room", old[0], new)
     assert time.monotonic() - healed < 2
-    assert {len(a.cluster.nodes), len(b.cluster.nodes)} == {1}
+    assert {len(a.adapter.nodes), len(b.adapter.nodes)} == {1}
     proxy.server.stop(0)
 
 
@@ -7505,13 +7505,13 @@ def test_a_subscriber_that_redis_cuts_off_reconnects_and_resyncs(own_redis, node
     a, b = meet(node(redis.url()), node(proxy.url))
     pid = member(b, "room", "b")
     proxy.flows.clear()
-    line = b.cluster.line
+    line = b.adapter.line
     for _ in range(200):
         a.broadcast("room", "topic", bytes(50_000))
     until(lambda: not redis.client.client_list(_type="pubsub")[1:])
     proxy.flows.set()
     assert expect(lambda message: message == resync("b"))
-    assert b.cluster.line is not line
+    assert b.adapter.line is not line
     a.broadcast("room", "topic", "again")
     assert expect(lambda message: message[1][4:] == ("again",))[0] == "b"
     all_see((a, b), "room", pid)
@@ -7529,8 +7529,8 @@ def test_when_one_node_was_cut_off_the_others_members_hear_what_it_could_not_say
     if hangs:
         redis.process.send_signal(signal.SIGSTOP)
         a.broadcast("room", "topic", 1)
-    a.cluster.reader.kill(OSError("cut"), block=False)
-    until(lambda: not a.cluster.up)
+    a.adapter.reader.kill(OSError("cut"), block=False)
+    until(lambda: not a.adapter.connected)
     redis.process.send_signal(signal.SIGCONT)
     if not hangs:
         a.broadcast("room", "topic", 1)
@@ -7544,9 +7544,9 @@ def test_a_node_of_which_redis_cuts_one_connection_has_another_line(haste, own_r
     redis = own_redis()
     a, b = meet(node(redis.url()), node(redis.url()))
     member(a, "room", "a")
-    lines = [a.cluster.line, b.cluster.line]
+    lines = [a.adapter.line, b.adapter.line]
     redis.client.client_kill_filter(_type=kind)
-    until(lambda: a.cluster.line not in [None, *lines] and b.cluster.line not in [None, *lines])
+    until(lambda: a.adapter.line not in [None, *lines] and b.adapter.line not in [None, *lines])
     meet(a, b)
     assert expect() == resync("a")
     b.broadcast("room", "topic", 1)
@@ -7563,7 +7563,7 @@ def test_what_is_too_much_for_redis_is_lost_and_members_are_told(haste, monkeypa
         a.broadcast("room", "topic", bytes(30_000))
     got = [expect() for _ in range(5)]
     assert [message[0] for _, message in got] == ["nova_pubsub"] * 4 + ["nova_resync"]
-    assert a.cluster.lost == set()
+    assert a.adapter.lost == set()
     assert drain() == []
 
 
@@ -7571,10 +7571,10 @@ def test_a_gap_asks_for_the_state_and_resyncs(shared_redis, pair, member):
     a, b = pair
     member(a, "room", "a")
     pid = member(b, "room", "b")
-    sequence = until(lambda: b.cluster.sequence)
+    sequence = until(lambda: b.adapter.sequence)
     say_as(shared_redis, b, "nodes", ["delta", sequence + 2, [["join", "room", 99999]]])
     assert expect() == resync("a")
-    until(lambda: a.cluster.nodes[b.cluster.id].sequence == sequence)
+    until(lambda: a.adapter.nodes[b.adapter.id].sequence == sequence)
     assert {other.serial for other in a.get_members("room") if other not in a.get_local_members("room")} == {pid.serial}
 
 
@@ -7582,15 +7582,15 @@ def test_a_gap_asks_for_the_state_and_resyncs(shared_redis, pair, member):
 def test_what_a_former_connection_still_says_is_ignored(shared_redis, pair, member, what):
     a, b = pair
     pid = member(b, "room")
-    until(lambda: a.cluster.get_members("room"))
-    node = a.cluster.nodes[b.cluster.id]
+    until(lambda: a.adapter.get_members("room"))
+    node = a.adapter.nodes[b.adapter.id]
     sequence = node.sequence
     body = {
         "delta": ["delta", sequence, [["join", "room", 99999]]],
         "hello": ["hello", "node2", sequence - 1, {"room": [99999]}],
         "state": ["state", "node2", sequence - 1, {"room": [99999]}],
     }[what]
-    say_as(shared_redis, b, f"node:{a.cluster.id.hex()}" if what == "state" else "nodes", body)
+    say_as(shared_redis, b, f"node:{a.adapter.id.hex()}" if what == "state" else "nodes", body)
     seen(self_pid(), a, b).send("later")
     assert expect() == "later"
     assert [other.serial for other in a.get_members("room")] == [pid.serial]
@@ -7620,7 +7620,7 @@ def keepers(pair):
     """Two nodes that keep a channel, and know what Redis keeps of it."""
     for node in pair:
         node.keep("k", size=1000)
-    until(lambda: len({node.get_position("k") for node in pair}) == 1 and not any(n.cluster.loading for n in pair))
+    until(lambda: len({node.get_position("k") for node in pair}) == 1 and not any(n.adapter.loading for n in pair))
     yield pair
     for node in pair:
         node.leave("k")
@@ -7655,7 +7655,7 @@ def test_a_node_that_keeps_a_channel_under_load_loses_nothing_and_doubles_nothin
     one, other = pair
     other.keep("k", size=1000)
     one.join("k")
-    until(lambda: other.get_members("k") and "k" in other.cluster.live)
+    until(lambda: other.get_members("k") and "k" in other.adapter.live)
 
     def talk():
         for number in range(500):
@@ -7678,7 +7678,7 @@ def test_a_redis_that_has_started_again_from_an_older_copy_begins_another_life(k
         one.broadcast("k", "t", number)
     until(lambda: other.get_position("k").endswith(".3"))
     position = other.get_position("k")
-    (key,) = shared_redis.client.keys(f"{one.cluster.redis.prefix}life:k")
+    (key,) = shared_redis.client.keys(f"{one.adapter.redis.prefix}life:k")
     shared_redis.client.hset(key, mapping={"run": "another", "number": 1})
     for number in range(3):
         one.broadcast("k", "t", number)
@@ -7695,13 +7695,13 @@ def test_a_redis_without_memory_still_carries_what_it_cannot_keep(keepers, own_r
     for member in (one, other):
         member.keep("k")
     other.join("k")
-    until(lambda: one.get_members("k") and "k" in one.cluster.live and not one.cluster.loading)
+    until(lambda: one.get_members("k") and "k" in one.adapter.live and not one.adapter.loading)
     redis.client.config_set("maxmemory", 1)
     position = one.get_position("k")
     for number in range(3):
         one.broadcast("k", "t", number)
     assert [expect()[4] for _ in range(3)] == [0, 1, 2]
-    assert one.cluster.up
+    assert one.adapter.connected
     other.leave("k")
     other.join("k", since=position)
     assert expect() == ("nova_resync", "k")
@@ -7714,9 +7714,9 @@ def test_a_message_that_comes_while_a_history_is_loaded_is_part_of_it(keepers, m
         one.broadcast("k", "t", number)
     until(lambda: other.get_position("k").endswith(".3"))
     position, held = other.get_position("k"), []
-    monkeypatch.setattr(other.cluster, "_say", lambda *said: held.append(said))
-    other._kept["k"].forget()
-    other.cluster.kept("k")
+    monkeypatch.setattr(other.adapter, "_say", lambda *said: held.append(said))
+    other.histories["k"].forget()
+    other.adapter.kept("k")
     until(lambda: held)  # it has asked Redis, and what it says to itself is still on the way
     one.broadcast("k", "t", 3)
     until(lambda: other.get_position("k") == position.replace(".3", ".4"))
@@ -7725,8 +7725,8 @@ def test_a_message_that_comes_while_a_history_is_loaded_is_part_of_it(keepers, m
     other.leave("k")
     monkeypatch.undo()
     for said in held:
-        other.cluster._say(*said)
-    until(lambda: not other.cluster.loading)
+        other.adapter._say(*said)
+    until(lambda: not other.adapter.loading)
     other.join("k", since=position)
     assert expect()[4] == 3
 
@@ -7754,7 +7754,7 @@ def test_members_here_get_what_redis_was_about_to_keep_when_it_died(node, own_re
     alone = node(redis.url())
     alone.keep("k")
     alone.join("k")
-    until(lambda: "k" in alone.cluster.live)
+    until(lambda: "k" in alone.adapter.live)
     position = alone.get_position("k")
     redis.process.send_signal(signal.SIGSTOP)
     for number in range(3):
@@ -7839,7 +7839,7 @@ def test_heartbeat_with_cluster_is_a_503_while_the_node_is_cut_off(demo, redis_u
     assert http_request(demo, "GET", "/heartbeat?cluster")[0] == 200  # there is none
     with serving(("/heartbeat", nova_lite.heartbeat)) as server:
         for up, status in ((True, 200), (False, 503)):
-            monkeypatch.setattr(pubsub, "cluster", SimpleNamespace(up=up), raising=False)
+            monkeypatch.setattr(pubsub, "adapter", SimpleNamespace(connected=up))
             assert http_request(server, "GET", "/heartbeat?cluster")[0] == status
             assert http_request(server, "GET", "/heartbeat")[0] == 200
 
