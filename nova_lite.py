@@ -75,15 +75,18 @@ import codecs
 import errno
 import gc
 import importlib
+import io
 import json
 import logging
 import os
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
 import sysconfig
+import tempfile
 import time
 import traceback
 import weakref
@@ -95,20 +98,21 @@ from dataclasses import dataclass, fields, replace
 from datetime import datetime
 from functools import cache, lru_cache, partial
 from heapq import nlargest
-from http.cookies import CookieError, SimpleCookie
+from http.cookies import SimpleCookie
 from io import BytesIO
 from itertools import count, islice
 from math import inf, isfinite
 from socket import IPPROTO_TCP, TCP_NODELAY, gethostname
 from ssl import SSLEOFError, SSLWantReadError, SSLWantWriteError, SSLZeroReturnError
 from time import monotonic
-from types import FunctionType, ModuleType, SimpleNamespace
+from types import FunctionType, ModuleType
 from typing import Any, NoReturn
-from urllib.parse import parse_qsl, urlencode, urlsplit
+from urllib.parse import parse_qsl, unquote_to_bytes, urlencode, urlsplit
 
 import bottle
 import gevent
 import gevent.event
+import gevent.local
 import gevent.monkey
 import gevent.pywsgi
 import gevent.socket
@@ -142,7 +146,7 @@ class Settings:
     backlog: int = 64  # frames (and `max_message_size` bytes) that may wait for their handler before reading pauses
     on_slow: str = "close"  # or "drop_oldest", "drop_new": what happens beyond `mailbox_limit`; drops are logged
     origins: Any = None  # None: the request's own host, or no Origin header at all; else a list of origins, or "*"
-    trust_proxy: bool = False  # whether X-Forwarded-Proto and -Host say what the request's own host is
+    trust_proxy: int = 0  # proxies in front, True is 1; of X-Forwarded-Proto and -Host, the farthest one's word counts
     subprotocols: Any = ()  # what the handler speaks; the first of the client's that is among them is chosen
     compress: bool = False  # permessage-deflate (RFC 7692) with clients that offer it; costs CPU
 
@@ -232,7 +236,7 @@ class Process(Pid):
         self.links: Any = ()  # a set once there are some; symmetric
         self.watchers: dict[Any, Any] | None = None  # ref -> who monitors this process
         self.owned: dict[Any, Any] | None = None  # ref -> a monitor or timer that goes with it, by its `unwatch(ref)`
-        self.channels: Any = ()  # pub/sub's own
+        self.channels: Any = ()  # pub/sub's own: a dict once there are some
         self.born = monotonic()
         self.handled = 0  # messages, in all
         _processes[self.serial] = self
@@ -1377,6 +1381,9 @@ class History:
         return (life, int(number)) if re.fullmatch("[0-9]{1,18}", number) else ("", 0)
 
 
+NO_POSITION = "0"  # of no history: a client that comes back with it gets a resync
+
+
 class PubSub:
     """Channels and their members (nova_pubsub, on OTP's pg). The one instance is `pubsub`."""
 
@@ -1409,7 +1416,7 @@ class PubSub:
         process = self._local(pid)
         if process not in self._channels.get(_channel(channel), ()):
             return "not_joined"
-        process.channels.discard(channel)
+        process.channels.pop(channel, None)
         _scheduler.at_home(self._leave, channel, process)
         return "ok"
 
@@ -1493,16 +1500,18 @@ class PubSub:
         members = self._channels.get(channel, ())
         if process in members or process.mailbox is _NOWHERE:
             return
+        position = self.get_position(channel)
         if since is not None:
             missed = self._kept[channel].since(since) if channel in self._kept else None
+            position = NO_POSITION if missed is None else since
             for message in [("nova_resync", channel)] if missed is None else missed:
                 process.deliver(message)
         if not members:
             self._channels[channel], self._counts[channel] = set(), 0
         self._channels[channel].add(process)
         if not process.channels:
-            process.channels = set()
-        process.channels.add(channel)
+            process.channels = {}
+        process.channels[channel] = position
         if self.cluster is not None:
             self.cluster.joined(channel, process)
         self._tell(channel, "join", process)
@@ -1602,10 +1611,10 @@ class Request(Mapping[str, Any]):
     `params` may raise an HTTPError: 400, 408 or 413.
     """
 
-    __slots__ = ("_known", "environ", "max_body")
+    __slots__ = ("_known", "environ", "settings")
 
-    def __init__(self, environ: dict[str, Any], bindings: dict[str, Any], max_body: int = Settings.max_body) -> None:
-        self.environ, self.max_body = environ, max_body
+    def __init__(self, environ: dict[str, Any], bindings: dict[str, Any], settings: Settings = Settings()) -> None:
+        self.environ, self.settings = environ, settings
         self._known: dict[str, Any] = {"bindings": bindings, "auth_data": None}
 
     def __getitem__(self, key: str) -> Any:
@@ -1620,7 +1629,7 @@ class Request(Mapping[str, Any]):
         return len(_REQUEST_KEYS)
 
     def __repr__(self) -> str:
-        return f"<Request {self['method']} {self['path']}>"
+        return f"<Request {self['method']} {printable(self['path'])}>"
 
     def authorized(self, auth_data: Any) -> None:
         """Security has said yes, and this."""
@@ -1634,8 +1643,27 @@ class Request(Mapping[str, Any]):
         """Outlives its HTTP request: keeps what the client has said, and lets go of the server's buffers."""
         self.environ = {key: value for key, value in self.environ.items() if type(value) is str}
 
+    def is_own_origin(self) -> bool:
+        """Returns whether it comes from a page of the application's own, or of `origins`, or from no page at all."""
+        return is_own_origin(self.environ, self.settings)
+
     def content_type(self) -> str:
         return self.environ.get("CONTENT_TYPE", "").partition(";")[0].strip().lower()
+
+
+class RequestHeaders(bottle.WSGIHeaderDict):
+    """The headers of a request, by name in any case. A value is latin-1, whatever its bytes are (PEP 3333)."""
+
+    def __getitem__(self, name: str) -> Any:
+        return self.environ[self._ekey(name)]
+
+
+def printable(text: Any) -> str:
+    """Returns what a stranger has said for a line of a log: with escapes for what could end, erase or forge one.
+
+    That is all that is not printable (CWE-117, CWE-150), backslashes and double quotes.
+    """
+    return repr(str(text))[1:-1].replace('"', '\\"')
 
 
 def _json(req: Request) -> Any:
@@ -1649,20 +1677,35 @@ def _params(req: Request) -> Mapping[str, Any]:
     if req.content_type() == "application/x-www-form-urlencoded":
         return dict(parse_qsl(req["body"].decode("utf-8", "replace"), keep_blank_values=True))
     if req.content_type() == "multipart/form-data":
+        body = BytesIO(req["body"])  # first: it changes what the environ says of the body
         own = {key: value for key, value in req.environ.items() if not key.startswith("bottle.")}
-        form = bottle.BaseRequest({**own, "wsgi.input": BytesIO(req["body"])})
         try:
-            return dict(form.forms.decode())
-        except UnicodeError:
-            raise HTTPError(400, "the form is not UTF-8")
+            form = dict(bottle.BaseRequest({**own, "wsgi.input": body}).forms.decode())
+            "".join([*form, *form.values()]).encode()  # some charsets make lone surrogates
+            return form
+        except (LookupError, TypeError, ValueError):  # an unknown charset; a part without a name; all else
+            raise HTTPError(400, "the form cannot be read")
     return {}
 
 
 def _cookies(req: Request) -> dict[str, str]:
-    try:
-        return dict(bottle.BaseRequest(req.environ).cookies.decode())
-    except (CookieError, UnicodeError):
-        return {}  # a browser sends what any page of the domain has set: no reason to refuse the request
+    """Returns what can be read of the cookies: any page of the domain may have set the others (RFC 6265 §5.4)."""
+    cookies = {}
+    for pair in req.environ.get("HTTP_COOKIE", "").split(";"):
+        # Only what browsers strip, too: with another kind of space before it, `__Host-id` is somebody else's cookie.
+        name, equals, value = (part.strip(" \t") for part in pair.partition("="))
+        if len(value) > 1 and value[0] == value[-1] == '"':  # as http.cookies writes it
+            value = _ESCAPE.sub(lambda found: found[2] or chr(int(found[1], 8)), value[1:-1])
+        if equals and name:
+            cookies[_as_utf8(name)] = _as_utf8(value)
+    return cookies
+
+
+_ESCAPE = re.compile(r"\\(?:([0-3][0-7]{2})|(.))")
+
+
+def _as_utf8(text: str) -> str:
+    return text.encode("latin-1").decode(errors="replace")
 
 
 _REQUEST_KEYS: dict[str, Callable[[Request], Any]] = {
@@ -1671,9 +1714,9 @@ _REQUEST_KEYS: dict[str, Callable[[Request], Any]] = {
     "bindings": lambda req: {},
     "params": _params,
     "json": _json,
-    "body": lambda req: read_body(req.environ, req.max_body),
+    "body": lambda req: read_body(req.environ, req.settings.max_body),
     "qs": lambda req: dict(parse_qsl(req.environ.get("QUERY_STRING", ""), keep_blank_values=True)),
-    "headers": lambda req: bottle.WSGIHeaderDict(req.environ),
+    "headers": lambda req: RequestHeaders(req.environ),
     "cookies": _cookies,
     "peer": lambda req: (req.environ.get("REMOTE_ADDR", ""), int(req.environ.get("REMOTE_PORT") or 0)),
     "auth_data": lambda req: None,
@@ -1682,23 +1725,64 @@ _REQUEST_KEYS: dict[str, Callable[[Request], Any]] = {
 }
 
 
+def is_own_origin(environ: Mapping[str, Any], settings: Settings) -> bool:
+    """Whether a page from this Origin may connect. Browsers send one always, others need not (RFC 6455 §10.2)."""
+    origin, allowed = environ.get("HTTP_ORIGIN"), settings.origins
+    if origin is None or allowed == "*":
+        return True
+    if allowed is None:
+        scheme = _forwarded(environ, "PROTO", settings.trust_proxy) or environ["wsgi.url_scheme"]
+        host = _forwarded(environ, "HOST", settings.trust_proxy) or environ.get("HTTP_HOST", "")
+        allowed = [re.sub("^ws", "http", f"{scheme}://{host}")]  # Traefik says wss of a handshake
+    parsed = parse_origin(origin)
+    return parsed is not None and parsed in map(parse_origin, allowed)
+
+
+def _forwarded(environ: Mapping[str, Any], name: str, proxies: int) -> str:
+    """Returns what the farthest of so many proxies says, or "". Each appends to the list or begins it anew."""
+    said = [part.strip() for part in environ.get(f"HTTP_X_FORWARDED_{name}", "").split(",")]
+    return next(iter([part for part in said if part][-proxies:]), "") if proxies else ""
+
+
+_ORIGIN = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://([A-Za-z0-9._~-]+|\[[0-9A-Fa-f:.]+\])(?::([0-9]{1,5}))?")
+
+
+def parse_origin(text: Any) -> tuple[str, str, int] | None:
+    """Returns (scheme, host, port) in normal form, or None for what is not scheme://host[:port] (RFC 6454 §6.2)."""
+    match = _ORIGIN.fullmatch(text) if isinstance(text, str) else None
+    if match is None or int(match[3] or 0) > 65535:
+        return None
+    scheme = match[1].lower()
+    return scheme, match[2].lower(), int(match[3] or {"http": 80, "https": 443}.get(scheme, 0))
+
+
+class BadBody(HTTPError, OSError):
+    """The client's body cannot be read: a 400 or a 408, for bottle and for a WSGI application that expects OSError."""
+
+
 def read_body(environ: dict[str, Any], limit: int) -> bytes:
     """The body, which bottle's `request` may read again. Raises HTTPError: 413 over `limit` bytes, 400 if cut off."""
-    if "bottle.request.body" in environ:  # a hook has read it
-        environ["bottle.request.body"].seek(0)
+    file = environ.get("bottle.request.body")
+    if file is None or getattr(file, "is_unread", False):
+        file = environ.get("wsgi.input")
+    else:  # a hook has read it
+        file.seek(0)
     chunked = "chunked" in environ.get("HTTP_TRANSFER_ENCODING", "").lower()
     try:
         length = int(environ.get("CONTENT_LENGTH") or 0)
-        body = environ["wsgi.input"].read(limit + 1 if chunked else length) if 0 < length <= limit or chunked else b""
-    except (KeyError, OSError, ValueError):
-        raise HTTPError(408 if environ.get("nova_lite.late") else 400, "the body could not be read")
+        body = file.read(limit + 1 if chunked else length) if 0 < length <= limit or chunked else b""  # type: ignore[union-attr]
+    except HTTPError:
+        raise
+    except (AttributeError, OSError, ValueError):
+        raise HTTPError(400, "the body could not be read")
     if max(length, len(body)) > limit:
-        environ["CONTENT_LENGTH"] = str(max(length, len(body)))  # so that who asks again is told the same
+        environ["CONTENT_LENGTH"] = str(max(length, len(body)))  # so that the next reader gets the same answer
         raise HTTPError(413, f"the body is larger than {limit} bytes")
     if len(body) < length or length < 0:
         raise HTTPError(400, "the body was cut off")
-    # The server has taken the chunks apart already; bottle would try once more.
-    environ.pop("HTTP_TRANSFER_ENCODING", None)
+    # From here on bottle reads it as any other body of a known length.
+    for key in ("HTTP_TRANSFER_ENCODING", "bottle.request.body"):
+        environ.pop(key, None)
     environ["wsgi.input"], environ["CONTENT_LENGTH"] = BytesIO(body), str(len(body))
     return body
 
@@ -2518,7 +2602,7 @@ class Connection(Process):
         return getattr(self.handler, "__name__", type(self.handler).__name__)  # a module, or an instance
 
     def title(self) -> str:
-        return "{} {}:{}".format(f" {self.req['path']}", *self.req["peer"])
+        return " {} {}:{}".format(printable(self.req["path"]), *self.req["peer"])
 
     def _say_goodbye(self, ending: Ending) -> None:
         """The close frame, and from here on the socket is on its own."""
@@ -2584,10 +2668,26 @@ class EventStream(Connection):
     ANSWERS_PINGS = False
     PING = b":\n\n"
     KEEPALIVE = 15.0  # seconds between pings, at most: proxies cut what is silent
+    RETRY = 1_000, 4_000  # milliseconds after which a client reconnects; spread, since many may have lost their server
 
     def __init__(self, handler: Any, req: Request, settings: Settings, lounge: Lounge) -> None:
         pinging = replace(settings, ping_interval=min(settings.ping_interval, self.KEEPALIVE))
         super().__init__(handler, req, pinging, lounge)
+
+    def open(self, sock: Any, early: bytes) -> None:
+        super().open(sock, early)
+        if self.sock is not None:
+            self.said.append(self._first_event())
+            self.flush()
+
+    def _first_event(self) -> bytes:
+        """Returns what follows the head at once, so that Firefox fires `open`: the position as of the join.
+
+        With it, a client that is cut off before its first message may come back for what it has missed.
+        """
+        position = next(filter(None, dict(self.channels).values()), None)  # one will do: the other channels resync
+        where = f"event: position\nid: {position}\ndata:\n" if position else ""
+        return f"retry: {random.randint(*self.RETRY)}\n{where}\n".encode()
 
     def _handle_mailbox(self) -> None:
         mailbox, size, deadline = self.mailbox, 0, monotonic() + TURN_TIME
@@ -2635,6 +2735,7 @@ class Lounge:
 
     def __init__(self, limit: int) -> None:
         self.limit = limit  # connections
+        self.leaving = False  # asked to stop, but still serving: see SHUTDOWN_DELAY
         self.draining = False
         self.cut = 0  # connections that did not read
         self.dropped = 0  # messages, for connections that did not read
@@ -2690,6 +2791,7 @@ class Nova(bottle.Bottle):
     def __init__(self, groups: Iterable[Mapping[str, Any]] = (), **settings: Any) -> None:
         super().__init__()
         self.settings = _settings(Settings(), settings)
+        self.plugins.insert(0, _Outermost())
         for group in [groups] if isinstance(groups, Mapping) else groups:
             self.add(group)
 
@@ -2720,6 +2822,21 @@ class Nova(bottle.Bottle):
             raise ValueError(f"{rule}: {controller!r} cannot serve the protocol {protocol!r}")
         self.route(rule, [method.upper() for method in methods or ["ANY"]], endpoint, apply=plugins)
 
+    def _cast(self, out: Any, peek: Any = None) -> Any:
+        """Logs what bottle turns into a 500 in silence: a generator's first step, a body that cannot be encoded."""
+        is_silent = isinstance(out, HTTPError) and out.exception and "bottle.exc_info" not in bottle.request.environ
+        if is_silent and out.status_code >= 500:
+            self._log_crash(out.exception)
+        try:
+            return super()._cast(out, peek)
+        except Exception as error:
+            self._log_crash(error)
+            return super()._cast(HTTPError(500), peek)
+
+    def _log_crash(self, error: BaseException) -> None:
+        where = bottle.request.method, printable(bottle.request.path)
+        log.error("the response to %s %s crashed", *where, exc_info=error)
+
     def default_error_handler(self, res: HTTPError) -> bytes:
         accept = bottle.request.environ.get("HTTP_ACCEPT", "")
         text = str(res.body or res.status_line.partition(" ")[2])
@@ -2733,6 +2850,11 @@ def _settings(settings: Settings, options: Mapping[str, Any]) -> Settings:
         raise ValueError(f"there is no option {', '.join(sorted(unknown))}")
     if isinstance(options.get("origins"), str) and options["origins"] != "*":
         raise ValueError("origins is a list, or '*'")
+    for origin in () if options.get("origins") in (None, "*") else options["origins"]:
+        if parse_origin(origin) is None:
+            raise ValueError(f"expected an origin such as 'https://example.org', without a path, got {origin!r}")
+    if not isinstance(options.get("trust_proxy", 0), int) or options.get("trust_proxy", 0) < 0:
+        raise ValueError(f"trust_proxy is a number of proxies, or True for one, not {options['trust_proxy']!r}")
     if isinstance(options.get("subprotocols"), str):
         raise ValueError("subprotocols is a list")
     if options.get("on_slow", "close") not in ("close", "drop_oldest", "drop_new"):
@@ -2757,7 +2879,7 @@ class _Endpoint:
         self.controller, self.security, self.settings = controller, security, settings
 
     def __call__(self, **bindings: Any) -> HTTPResponse:
-        req = Request(bottle.request.environ, bindings, self.settings.max_body)
+        req = Request(bottle.request.environ, bindings, self.settings)
         return self.answer(self.refusal(req) or self.attempt(self.controller, req), req)
 
     def refusal(self, req: Request) -> Any:
@@ -2802,8 +2924,42 @@ class _Endpoint:
         except HTTPResponse as response:
             return response
         except Exception:
-            log.exception("%s crashed at %s %s", name_of(fn), req["method"], req["path"])
+            log.exception("%s crashed at %s %s", name_of(fn), req["method"], printable(req["path"]))
             return HTTPError(500)
+
+
+class _Outermost:
+    """A bottle plugin around all others, which may answer as a controller does."""
+
+    def apply(self, callback: Any, route: bottle.Route) -> Any:
+        endpoint = route.callback
+        if not isinstance(endpoint, _Endpoint):
+            return _refusing_bad_forms(callback)
+
+        def answer(**bindings: Any) -> Any:
+            result = callback(**bindings)
+            if not isinstance(result, tuple):
+                return result
+            return endpoint.answer(result, Request(bottle.request.environ, bindings, endpoint.settings))
+
+        return answer
+
+
+def _refusing_bad_forms(callback: Any) -> Any:
+    """Wraps a callback of bottle's own kind: where bottle cannot read the form, the answer is a 400, not a 500."""
+
+    def call(*args: Any, **bindings: Any) -> Any:
+        try:
+            return callback(*args, **bindings)
+        except (LookupError, TypeError, ValueError) as error:
+            if any(frame.f_code is _BOTTLES_FORM for frame, _ in traceback.walk_tb(error.__traceback__)):
+                raise HTTPError(400, "the form cannot be read")
+            raise
+
+    return call
+
+
+_BOTTLES_FORM = vars(bottle.BaseRequest)["POST"].getter.__code__
 
 
 class _WebSocketEndpoint(_Endpoint):
@@ -2820,7 +2976,7 @@ class _WebSocketEndpoint(_Endpoint):
         if "nova_lite.lounge" not in environ:
             log.error("%s needs nova_lite's own server: app.run() or Server(app)", name_of(self.controller))
             return HTTPError(501, "this server does not do WebSockets")
-        req = Request(environ, bindings, settings.max_body)
+        req = Request(environ, bindings, settings)
         if asks_for_events(environ):
             refusal = check_no_body(environ) or check_origin(environ, settings) or self.refusal(req)
             return self.answer(refusal or self.admit(EventStream, req, dict(EVENT_STREAM)), req)
@@ -2921,34 +3077,13 @@ def check_origin(environ: Mapping[str, Any], settings: Settings) -> HTTPResponse
     return None if is_own_origin(environ, settings) else HTTPError(403, "this origin may not connect")
 
 
-def is_own_origin(environ: Mapping[str, Any], settings: Settings) -> bool:
-    """Whether a page from this Origin may connect. Browsers send one always, others need not (RFC 6455 §10.2)."""
-    origin = environ.get("HTTP_ORIGIN")
-    if origin is None or settings.origins == "*":
-        return True
-    if settings.origins is not None:
-        return origin in settings.origins
-    scheme, host = environ["wsgi.url_scheme"], environ.get("HTTP_HOST", "")
-    if settings.trust_proxy:
-        scheme, host = environ.get("HTTP_X_FORWARDED_PROTO", scheme), environ.get("HTTP_X_FORWARDED_HOST", host)
-    return _endpoint_of(origin) == _endpoint_of(f"{scheme}://{host}") is not None
-
-
-def _endpoint_of(url: str) -> tuple[str, str | None, int | None] | None:
-    try:
-        parts = urlsplit(url)
-        return parts.scheme, parts.hostname, parts.port or {"http": 80, "https": 443}.get(parts.scheme)
-    except ValueError:
-        return None
-
-
 def heartbeat(req: Request) -> Any:
-    """A controller: 200, or 503 once the server drains, so that a load balancer looks elsewhere.
+    """A controller: 200, or 503 once the server is asked to stop, so that a load balancer looks elsewhere.
 
     Asked with `?cluster`, 503 also while this node is cut off from the others.
     """
     lounge, cluster = req.environ.get("nova_lite.lounge"), pubsub.cluster
-    if lounge is not None and lounge.draining:
+    if lounge is not None and (lounge.leaving or lounge.draining):
         return "status", 503, {"Retry-After": "5"}
     if "cluster" in req["qs"] and cluster is not None and not cluster.up:
         return "status", 503, {"Retry-After": "5"}
@@ -2961,9 +3096,11 @@ def heartbeat(req: Request) -> Any:
 # ---------------------------------------------------------------------------------------------------------------------
 
 DRAIN_TIME = 5.0  # seconds that a stopping server gives requests and clients to finish
+SHUTDOWN_DELAY = 0.0  # seconds before it drains, in which it serves on and says 503 to a load balancer's heartbeat
 MAX_HEADERS = 16_384  # bytes
-DISCARD_SIZE, DISCARD_TIME = 8 * 1024 * 1024, 2.0  # bytes and seconds spent on a body that nobody has read
-_NO_INPUT = SimpleNamespace(_discard=lambda: None)
+MAX_LINE = 8192  # bytes of a request line, 414 beyond
+READ_AHEAD = 8192  # bytes of a client's buffer; between two reads they are handled in one go, in a few milliseconds
+DISCARD_SIZE, DISCARD_TIME = 8 * 1024 * 1024, 2.0  # bytes and seconds spent on what a client sends and nothing reads
 BACKLOG = 2048  # connections that may wait to be accepted: a restart brings all clients at once
 
 
@@ -2974,9 +3111,7 @@ class Headers(dict[str, str]):
     request hide in another. Raises ValueError, and HTTPError 431 over MAX_HEADERS bytes.
     """
 
-    status = ""  # what follows is what pywsgi asks of its own class
-
-    def __init__(self, file: Any, *_: Any) -> None:
+    def __init__(self, file: Any) -> None:
         left = MAX_HEADERS
         while (line := file.readline(left + 1)) not in (b"\r\n", b"\n"):
             left -= len(line)
@@ -2989,7 +3124,7 @@ class Headers(dict[str, str]):
             if name in self and name in ("content-length", "host", "transfer-encoding"):
                 raise ValueError(f"{name} comes twice")
             self[name] = f"{self[name]}{'; ' if name == 'cookie' else ', '}{value}" if name in self else value
-        if not re.fullmatch("[0-9]*", self.get("content-length", "")):
+        if not re.fullmatch("[0-9]{1,18}", self.get("content-length", "0")):
             raise ValueError("Content-Length is no number")
         if "transfer-encoding" in self and (self["transfer-encoding"].lower() != "chunked" or "content-length" in self):
             raise ValueError("Transfer-Encoding is chunked alone, and without Content-Length")
@@ -2997,7 +3132,7 @@ class Headers(dict[str, str]):
     def get(self, name: str, default: Any = None) -> Any:
         return super().get(name.lower(), default)
 
-    getheader = get
+    getheader = get  # the names that pywsgi uses
 
     @property
     def typeheader(self) -> str | None:
@@ -3020,6 +3155,158 @@ def _date(second: int) -> bytes:
     return gevent.pywsgi.format_date_time(second)
 
 
+_REQUEST_LINE = re.compile(r"([!#$%&'*+.^_`|~0-9A-Za-z-]+) ([^\x00-\x20\x7f]+) (HTTP/1\.[01])\r?\n")
+_TARGET = re.compile(r"(?:https?://([^/?]+))?(|[/?].*)", re.IGNORECASE)
+_HOST = re.compile(r"(?:\[[0-9A-Fa-f:.]+\]|[0-9A-Za-z._~%!$&'()*+;=-]*)(?::[0-9]{0,5})?")
+
+
+def split_target(method: str, target: str) -> tuple[str | None, str]:
+    """Returns the authority, if there is one, and the path with its query (RFC 9112 §3.2).
+
+    Raises ValueError for what is neither in origin nor in absolute form, and for a path that is not UTF-8.
+    """
+    if target == "*" and method == "OPTIONS":
+        return None, "*"
+    match = _TARGET.fullmatch(target)
+    if match is None or (match[1] is None and not target.startswith("/")):
+        raise ValueError("not a target of a request")
+    authority, path = match[1], match[2] if match[2].startswith("/") else "/" + match[2]
+    if "%" in path or not path.isascii():
+        unquote_to_bytes(path.partition("?")[0].encode("latin-1")).decode()
+    return authority, path
+
+
+class ClientStream(io.RawIOBase):
+    """The bytes of an HTTP client, as they come. Reading raises TimeoutError after `deadline`.
+
+    Where bytes are always there, nothing waits: reading then yields to others once a time slice is over.
+    """
+
+    def __init__(self, sock: Any) -> None:
+        self.sock = sock
+        self.deadline = 0.0  # on the clock of monotonic()
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        _scheduler.yield_after_slice()
+        self.sock.settimeout(max(self.deadline - monotonic(), 0.0))  # 0: takes what is there, but does not wait
+        try:
+            return self.sock.recv_into(buffer)
+        except (BlockingIOError, SSLWantReadError, SSLWantWriteError):
+            raise TimeoutError("the client takes too long") from None
+
+
+class Body(io.RawIOBase):
+    """The body of a request, up to its end and no further (RFC 9112 §6.2, §7.1). Reading raises BadBody."""
+
+    def __init__(self, file: Any, length: int | None, before: Callable[[], None] | None = None) -> None:
+        self.file = file
+        self.chunked = length is None
+        self.left = length or 0  # bytes to come, of the chunk if it is chunked
+        self.ended = length == 0
+        self.before = before  # called before the first read: sends the 100 that the client waits for
+        self.failure: BadBody | None = None
+        self.in_chunk = False  # the CRLF behind a chunk is still to come
+        self.extras = 0  # bytes of chunk extensions and trailers, MAX_HEADERS at most
+        self.taken = 0  # bytes
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        if self.before is not None:
+            before, self.before = self.before, None
+            before()
+        if self.failure is not None:
+            raise self.failure
+        try:
+            return self._read(memoryview(buffer))
+        except BadBody:
+            raise
+        except OSError as error:
+            late = isinstance(error, TimeoutError)
+            self._fail("the body took too long" if late else "the body was cut off", 408 if late else 400)
+
+    def _read(self, buffer: memoryview) -> int:
+        if self.chunked and not self.left and not self.ended:
+            self._next_chunk()
+        if self.ended:
+            return 0
+        size = self.file.readinto1(buffer[: self.left])
+        if not size:
+            self._fail("the body was cut off")
+        self.left -= size
+        self.taken += size
+        self.ended = not self.left and not self.chunked
+        return size
+
+    def _next_chunk(self) -> None:
+        if self.in_chunk and self._line() != b"\r\n":
+            self._fail("a chunk does not end where it should")
+        match = _CHUNK.fullmatch(self._line())
+        if match is None:
+            self._fail("this is not the beginning of a chunk")
+        self.left, self.in_chunk = int(match[1], 16), True
+        self._count_extra(match[2])
+        while not self.left and not self.ended:
+            line = self._line()
+            self.ended = line == b"\r\n"
+            self._count_extra(line)
+            if not self.ended and not _HEADER.fullmatch(line.decode("latin-1")):
+                self._fail("this is not a trailer")
+
+    def _line(self) -> bytes:
+        line = self.file.readline(MAX_HEADERS)
+        if not line.endswith(b"\r\n"):
+            self._fail("a line of the chunked body is too long, or does not end with CRLF")
+        self.taken += len(line)
+        return line
+
+    def _count_extra(self, extra: bytes) -> None:
+        self.extras += len(extra)
+        if self.extras > MAX_HEADERS:
+            self._fail("there are too many chunk extensions or trailers")
+
+    def _fail(self, text: str, status: int = 400) -> NoReturn:
+        self.failure = BadBody(status, text)
+        raise self.failure
+
+    def _discard(self) -> None:
+        """What pywsgi calls; `discard` is called later, when the request is over."""
+
+    def discard(self) -> None:
+        """Reads to where the next request begins, unless that takes too much."""
+        buffer = memoryview(bytearray(65536))
+        with suppress(OSError):
+            while self.before is None and self.taken < DISCARD_SIZE and self.readinto(buffer):
+                pass
+
+
+_TOKEN = rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+"
+_QUOTED = rb'"(?:[^"\\\x00-\x08\x0a-\x1f\x7f]|\\[\t\x20-\x7e\x80-\xff])*"'
+_CHUNK = re.compile(
+    rb"([0-9A-Fa-f]{1,16})((?:[ \t]*;[ \t]*%b(?:[ \t]*=[ \t]*(?:%b|%b))?)*)\r\n" % (_TOKEN, _TOKEN, _QUOTED)
+)
+_NO_BODY = Body(None, 0)
+
+
+class SpooledBody:
+    """A chunked body for `bottle.request`, which would take the chunks apart once more: a file, made at first use."""
+
+    def __init__(self, body: Any) -> None:
+        self._body = body
+        self.is_unread = True
+
+    def __getattr__(self, name: str) -> Any:
+        if self.is_unread:
+            self._file = tempfile.SpooledTemporaryFile(bottle.BaseRequest.MEMFILE_MAX)  # noqa: SIM115
+            shutil.copyfileobj(self._body, self._file)
+            self.is_unread = False
+        return getattr(self._file, name)
+
+
 class RequestHandler(UpgradeHandler):
     """A client's HTTP connection. gevent-websocket's upgrade is kept for when the application has said 101."""
 
@@ -3032,95 +3319,102 @@ class RequestHandler(UpgradeHandler):
     code: Any
     provided_date: Any
     provided_content_length: Any
-    wsgi_input: Any = None  # None until the head is there
+    wsgi_input: Any = _NO_BODY
     logger = log  # gevent-websocket would set up one of its own
-    MessageClass = Headers
-    turn = 0.0  # when it has last let others have theirs
-    deadline = 0.0  # by when the client must have sent what is awaited
-    write_deadline = inf  # by when it must have taken what is being sent
-    late = False
+    body_left: int | None = None  # bytes of the response that Content-Length still allows; None: no limit
     agreed = False  # the response is that of a connection in the lobby
     handed_over = False  # the socket belongs to a connection's process
+
+    def __init__(self, sock: Any, address: Any, server: Any) -> None:
+        self.socket, self.client_address, self.server = sock, address, server
+        self.stream = ClientStream(sock)
+        self.rfile = io.BufferedReader(self.stream, READ_AHEAD)
 
     def handle(self) -> None:
         if self.server.lounge.draining:  # accepted just before the listener closed
             return
         self.server.handlers.add(self)
         try:
-            with suppress(OSError):  # pywsgi answers a bad request to whoever is gone as well
-                super().handle()
+            super().handle()
         finally:
             self.server.handlers.discard(self)
 
-    def read_requestline(self) -> str:
-        self.wsgi_input = None
-        now = monotonic()
-        if now - self.turn > TIME_SLICE:  # reading does not wait where bytes are there: let others have a turn
-            gevent.sleep(A_MOMENT)
-            self.turn = now
-        self.deadline = now + self.server.KEEP_ALIVE
-        self.rfile.peek(1)
-        self.deadline = monotonic() + self.server.HEAD_TIME
-        line = super().read_requestline()
-        return line if line.strip("\r\n") or not line else super().read_requestline()  # an empty one is no harm (§2.2)
+    # -- the request
 
-    def check_time(self, now: float) -> None:
-        """The sweep comes by: a client that takes too long is not listened to any longer, and reading ends."""
-        if now > self.deadline and not self._has_body():
-            self.late = True
-            if self.wsgi_input is not None:
-                self.environ["nova_lite.late"] = True
-            with suppress(OSError, AttributeError):  # closed meanwhile
-                self.socket._sock.shutdown(_socket.SHUT_RD)  # gevent's own would raise in the reader
-        if now > self.write_deadline:
-            with suppress(OSError, AttributeError):
-                self.socket.shutdown(_socket.SHUT_RDWR)
-
-    def _sendall(self, data: bytes) -> None:
-        """In pieces, each with its time: a client that does not read its response is hung up on in the end."""
-        left = memoryview(data)
+    def handle_one_request(self) -> Any:
         try:
-            while left:
-                self.write_deadline = monotonic() + self.server.WRITE_TIME
-                left = left[self.socket.send(left[:65536]) :]
-        except OSError:
-            self.code = -abs(self.code)  # pywsgi's mark for what could not be sent
-            raise
-        self.write_deadline = inf
-        self.response_length += len(data)
+            return super().handle_one_request()
+        except HTTPError as error:  # of the request line
+            return self._handle_client_error(error)
 
-    def _has_body(self) -> bool:
-        body = self.wsgi_input
-        if body is None or body is _NO_INPUT:
-            return body is _NO_INPUT
-        return body.chunk_length == 0 if body.chunked_input else body.position >= (body.content_length or 0)
-
-    def _handle_client_error(self, ex: Exception) -> tuple[str, bytes]:
-        status = "408 Request Timeout" if self.late else getattr(ex, "status_line", "400 Bad Request")
-        log.info("%s:%d refused: %s (%s)", *self.client_address[:2], status, getattr(ex, "body", None) or ex)
-        kind, body = error_body(status, status[4:], "")
-        head = f"HTTP/1.1 {status}\r\nContent-Type: {kind}\r\nContent-Length: {len(body)}\r\nConnection: close\r\n\r\n"
-        return status, head.encode() + body
-
-    def handle_error(self, *error: Any) -> None:
-        if (self.code or 0) < 0:  # it could not be sent: nobody is there, so nobody is told
-            self.close_connection = True
-        else:
-            super().handle_error(*error)
+    def read_requestline(self) -> str:
+        self.stream.deadline = monotonic() + self.server.KEEP_ALIVE
+        self.rfile.peek(1)
+        _scheduler.yield_after_slice()  # a client may pipeline many requests
+        self.stream.deadline = monotonic() + self.server.HEAD_TIME
+        try:
+            line = self.rfile.readline(MAX_LINE + 1)
+            if line in (b"\r\n", b"\n"):  # an empty one is no harm (RFC 9112 §2.2)
+                line = self.rfile.readline(MAX_LINE + 1)
+        except TimeoutError as error:
+            raise HTTPError(408, str(error)) from None
+        self.requestline = line.decode("latin-1").rstrip("\r\n")
+        if len(line) > MAX_LINE:
+            raise HTTPError(414, "the request line is too long")
+        return line.decode("latin-1")
 
     def read_request(self, raw_requestline: str) -> bool:
         self.busy = True
-        if not re.fullmatch(r"[A-Z]+ [^\x00-\x20\x7f]+ HTTP/1\.[01]\r?\n", raw_requestline):
-            raise ValueError("no request line of HTTP/1.1 or 1.0")
-        super().read_request(raw_requestline)
-        if self.request_version == "HTTP/1.1" and "host" not in self.headers:
-            raise ValueError("there is no Host")
-        if self.request_version == "HTTP/1.0" and "transfer-encoding" in self.headers:
+        self.requestline = raw_requestline.rstrip("\r\n")
+        match = _REQUEST_LINE.fullmatch(raw_requestline)
+        if match is None:
+            raise ValueError("this is not a request line of HTTP/1.1 or 1.0")
+        self.command, target, self.request_version = match.groups()
+        headers = self.headers = Headers(self.rfile)
+        authority, self.path = split_target(self.command, target)
+        if authority is not None:
+            headers["host"] = authority
+        if not _HOST.fullmatch(headers.get("host", "")) or (
+            self.request_version == "HTTP/1.1" and "host" not in headers
+        ):
+            raise ValueError("there is no Host, or it is not one")
+        if self.request_version == "HTTP/1.0" and "transfer-encoding" in headers:
             raise ValueError("there are no chunks in HTTP/1.0")
-        self.path = re.sub(r"^https?://[^/?]*", "", self.path) or "/"  # a request to a proxy is served as well (§3.2.2)
-        if "close" in re.split(r"[ \t,]+", self.headers.get("connection", "").lower()):
-            self.close_connection = True
+        self.content_length = int(headers.get("content-length", "0"))
+        options = _tokens(headers.get("connection", ""))
+        self.close_connection = "close" in options or (
+            self.request_version == "HTTP/1.0" and "keep-alive" not in options
+        )
         return True
+
+    def _handle_client_error(self, ex: Exception) -> None:
+        """Refuses a request that cannot be read, and hangs up: where the next one begins is not known."""
+        status = (
+            "408 Request Timeout" if isinstance(ex, TimeoutError) else getattr(ex, "status_line", "400 Bad Request")
+        )
+        reason = str(getattr(ex, "body", None) or ex)
+        log.info(
+            '%s:%d "%s" refused: %s (%s)',
+            *self.client_address[:2],
+            printable(self.requestline or ""),
+            status,
+            printable(reason),
+        )
+        kind, body = error_body(status, status[4:], "")
+        head = f"HTTP/1.1 {status}\r\nContent-Type: {kind}\r\nContent-Length: {len(body)}\r\nConnection: close\r\n\r\n"
+        with suppress(OSError):
+            self._sendall(head.encode() + body)
+        self.stream.deadline = monotonic() + DISCARD_TIME
+        self._linger()
+
+    def _linger(self) -> None:
+        """Ends the response, and reads on until `deadline`: closing with bytes unread would reset the connection, and
+        the client might never see its response (RFC 9112 §9.6)."""
+        left = DISCARD_SIZE
+        with suppress(OSError):
+            self.socket.shutdown(_socket.SHUT_WR)
+            while left > 0 and (part := self.rfile.read1(READ_AHEAD)):
+                left -= len(part)
 
     def _connection_upgrade_requested(self) -> bool:
         return False  # else pywsgi loses sight of the body, and of where the next request begins
@@ -3131,34 +3425,89 @@ class RequestHandler(UpgradeHandler):
             if key is not None:
                 yield key, value
 
+    def get_environ(self) -> dict[str, Any]:
+        environ = super().get_environ()
+        chunked = "transfer-encoding" in self.headers
+        if not chunked and not self.content_length:
+            self.wsgi_input, environ["wsgi.input"] = _NO_BODY, BytesIO()
+            return environ
+        expects = self.headers.get("expect", "").lower() == "100-continue" and self.request_version == "HTTP/1.1"
+        body = Body(self.rfile, None if chunked else self.content_length, self._send_continue if expects else None)
+        self.wsgi_input, environ["wsgi.input"] = body, io.BufferedReader(body)
+        if chunked:
+            environ["bottle.request.body"] = SpooledBody(environ["wsgi.input"])
+        return environ
+
+    def _send_continue(self) -> None:
+        if not self.headers_sent:
+            self.socket.settimeout(self.server.WRITE_TIME)
+            self.socket.sendall(b"HTTP/1.1 100 Continue\r\n\r\n")
+
+    # -- the application
+
+    def handle_one_response(self) -> None:
+        try:
+            super().handle_one_response()
+        finally:
+            self.busy = False
+            process = _current()
+            if process is not None:  # a request is a process for as long as it lasts
+                process.finish("normal")
+        if not self.wsgi_input.ended:
+            self._skip_body(self.wsgi_input)
+
+    def _skip_body(self, body: Body) -> None:
+        self.stream.deadline = monotonic() + DISCARD_TIME
+        if not self.close_connection:
+            body.discard()
+        if not body.ended:
+            self.close_connection = True
+            self._linger()
+
     def run_application(self) -> None:
         lobby: list[Connection] = []
         self.environ["nova_lite.lobby"], self.environ["nova_lite.lounge"] = lobby, self.server.lounge
-        self.deadline = monotonic() + self.server.BODY_TIME
+        self.stream.deadline = monotonic() + self.server.BODY_TIME
         try:
             gevent.pywsgi.WSGIHandler.run_application(self)
             if lobby and self.agreed:
                 self._hand_over(lobby[0])
                 lobby.clear()
+        except Exception:  # pywsgi would take any OSError of the application for a client that has gone
+            self.handle_error(*sys.exc_info())
         finally:
             for connection in lobby:  # the 101 was replaced by a hook or a plugin, or did not get through
                 connection.kill(("error", "closed"))
-            self._discard_body()
 
-    def _discard_body(self) -> None:
-        """Reads on to the next request; a client that says too much, takes too long or talks nonsense is hung up on."""
-        body, self.wsgi_input = self.wsgi_input, _NO_INPUT
-        if not body.chunked_input and body.position >= (body.content_length or 0):
-            return  # as nearly always
-        body.send_100_continue_enabled = False
-        left, self.close_connection, keep = DISCARD_SIZE, True, not self.close_connection
-        with gevent.Timeout(DISCARD_TIME, False), suppress(OSError):
-            while left > 0 and not body._chunked_input_error:
-                part = body.read(min(left, 65536))
-                if not part:
-                    self.close_connection = not keep
-                    return
-                left -= len(part)
+    def handle_error(self, kind: Any, error: Any, tb: Any) -> None:
+        if (self.code or 0) < 0:  # it could not be sent: nobody is there, so nobody is told
+            self.close_connection = True
+        elif isinstance(error, BadBody):
+            self._refuse(error.status_code, str(error.body))
+        elif isinstance(error, SystemExit | KeyboardInterrupt):
+            super().handle_error(kind, error, tb)
+        else:
+            if not isinstance(error, gevent.GreenletExit):
+                where = *self.client_address[:2], printable(self.requestline or "")
+                log.error('%s:%d "%s" crashed', *where, exc_info=(kind, error, tb))
+            self._refuse(500)
+
+    def _send_error_response_if_possible(self, error_code: int) -> None:
+        self._refuse(error_code)
+
+    def _refuse(self, status: int, text: str = "") -> None:
+        """Sends an error in the place of the application's response. If that has begun, closing tells that its end is
+        missing."""
+        self.close_connection = True
+        if self.headers_sent:
+            return
+        error = HTTPError(status)
+        kind, body = error_body(error.status_line, text or error.status_line[4:], self.environ.get("HTTP_ACCEPT", ""))
+        with suppress(OSError):
+            self.start_response(error.status_line, [("Content-Type", kind), ("Content-Length", str(len(body)))])
+            self.write(body)
+
+    # -- the response
 
     def process_result(self) -> None:
         lobby = self.environ["nova_lite.lobby"]
@@ -3166,14 +3515,105 @@ class RequestHandler(UpgradeHandler):
         self.agreed = bool(lobby) and self.code == lobby[0].STATUS and not self.result
         if not self.agreed:
             super().process_result()
+            if self.body_left:
+                self.close_connection = True
+                log.error("%s: Content-Length is %d bytes too large", printable(self.requestline), self.body_left)
             return
         headers = [header for header in self.response_headers if header[0] != b"Content-Length"]  # bottle's, of nothing
         if self.code == 101:
             self.upgrade_connection()
             self._disarm(self.environ.pop("wsgi.websocket"))
             headers = self.response_headers + [header for header in headers if header[0] != b"Content-Type"]
-        self.response_headers, self.provided_content_length, self.close_connection = headers, True, True
+        self.response_headers, self.close_connection = headers, True
         self.write(b"")
+
+    def write(self, data: Any) -> None:
+        if not isinstance(data, bytes | bytearray | memoryview):
+            raise TypeError(f"a WSGI application answers with bytes, not {data!r:.100} (PEP 3333)")
+        if self.headers_sent:
+            _scheduler.yield_after_slice()
+            self._write(self._clip(data))
+        elif not self.status:
+            raise self.ApplicationError("The application did not call start_response()")
+        else:
+            self._write_with_headers(data)
+
+    def _clip(self, data: Any) -> Any:
+        """Returns what may still be sent of the body."""
+        if self.body_left is not None:
+            data = data[: self.body_left]
+            self.body_left -= len(data)
+        return data
+
+    def _write_with_headers(self, data: Any) -> None:
+        """Head and body in one packet: in two, a kept-alive client's delayed ACK holds the second back for 40 ms."""
+        self.headers_sent = True
+        self.finalize_headers()
+        data = self._clip(data)
+        lines = [b"HTTP/1.1 " + self.status, *(b"%b: %b" % header for header in self.response_headers), b"\r\n"]
+        head = b"\r\n".join(lines)
+        if self.response_use_chunked or len(data) > 65536:
+            self._sendall(head)
+            self._write(data)
+        else:
+            self._sendall(head + data)
+
+    def finalize_headers(self) -> None:
+        if not self.provided_date:
+            self.provided_date = True
+            self.response_headers.append((b"Date", _date(int(time.time()))))
+        if not self.agreed:
+            self._frame_response()
+        if self.code != 101:
+            self._finalize_connection()
+
+    def _frame_response(self) -> None:
+        """Decides how the client learns where the body ends (RFC 9112 §6.3)."""
+        self.body_left = None
+        if self.command == "HEAD" or self.code in (204, 304):
+            self.body_left = 0
+        elif self.provided_content_length is not None:
+            self.body_left = int(self.provided_content_length)
+        elif hasattr(self.result, "__len__"):
+            self.body_left = sum(map(len, self.result))
+            self.response_headers.append((b"Content-Length", b"%d" % self.body_left))
+        elif self.request_version == "HTTP/1.1":
+            self.response_use_chunked = True
+            self.response_headers.append((b"Transfer-Encoding", b"chunked"))
+        else:
+            self.close_connection = True
+
+    def _finalize_connection(self) -> None:
+        """Merges what the application and pywsgi say of the connection with whether it closes."""
+        options = []
+        for header in [header for header in self.response_headers if header[0].lower() == b"connection"]:
+            options += _tokens(header[1].decode("latin-1"))
+            self.response_headers.remove(header)
+        if "close" in options or self.server.lounge.draining or self.wsgi_input.before is not None:
+            self.close_connection = True  # `before`: what comes next may be the body that was not asked for, or not
+        options = [option for option in options if option not in ("close", "keep-alive")]
+        if self.close_connection:
+            options.append("close")
+        elif self.request_version == "HTTP/1.0":
+            options.append("keep-alive")
+        if options:
+            self.response_headers.append((b"Connection", ", ".join(options).encode("latin-1")))
+
+    def _sendall(self, data: bytes) -> None:
+        """In pieces, each with its time: a client that does not read its response is hung up on in the end."""
+        left = memoryview(data)
+        try:
+            while left:
+                self.socket.settimeout(self.server.WRITE_TIME)
+                left = left[self.socket.send(left[:65536]) :]
+                if left:
+                    _scheduler.yield_after_slice()
+        except OSError:
+            self.code = -abs(self.code or 500)  # pywsgi's mark for what could not be sent
+            raise
+        self.response_length += len(data)
+
+    # -- handing over
 
     def _disarm(self, websocket: Any) -> None:
         """gevent-websocket's object is not used. Its __del__ would write a close frame; and it holds this handler,
@@ -3183,16 +3623,15 @@ class RequestHandler(UpgradeHandler):
 
     def _hand_over(self, connection: Connection) -> None:
         """The socket goes to the connection's process; pywsgi lets go of its own handle, buffers and greenlet."""
-        sock = self.socket
-        sock.setblocking(False)
-        with suppress(BlockingIOError, SSLWantReadError):
-            early = b""
+        sock, early = self.socket, b""
+        self.stream.deadline = 0.0
+        with suppress(TimeoutError):
             early = self.rfile.peek()  # frames that came right behind the handshake
-            if self.server.ssl_enabled and sock.pending():
-                early += sock.recv(sock.pending())
         raw: Any
         if self.server.ssl_enabled:
-            self.rfile.close()
+            if sock.pending():
+                early += sock.recv(sock.pending())
+            sock.setblocking(False)
             raw = TLS(sock)
         else:
             raw = _socket.socket(sock.family, sock.type, sock.proto, sock.detach())
@@ -3203,45 +3642,23 @@ class RequestHandler(UpgradeHandler):
         if self.server.lounge.draining:
             connection.kill("shutdown")
 
-    def handle_one_response(self) -> None:
-        try:
-            super().handle_one_response()
-        finally:
-            self.busy = False
-            process = _current()
-            if process is not None:  # a request is a process for as long as it lasts
-                process.finish("normal")
-
-    def _write_with_headers(self, data: bytes) -> None:
-        """Head and body in one packet: in two, a kept-alive client's delayed ACK holds the second back for 40 ms."""
-        self.headers_sent = True
-        if not self.provided_date:
-            self.provided_date = True
-            self.response_headers.append((b"Date", _date(int(time.time()))))
-        self.finalize_headers()
-        self.close_connection = self.close_connection or self.server.lounge.draining
-        if self.code == 413 and "expect" in self.headers:  # what comes next may be the body, or not
-            self.close_connection = True
-        if self.close_connection and self.code != 101 and self.request_version == "HTTP/1.1":
-            self.response_headers.append((b"Connection", b"close"))
-        lines = [b"HTTP/1.1 " + self.status, *(b"%b: %b" % header for header in self.response_headers), b"\r\n"]
-        head = b"\r\n".join(lines)
-        if self.response_use_chunked or len(data) > 65536:
-            self._sendall(head)
-            self._write(data)
-        else:
-            self._sendall(head + data)
+    # -- the log
 
     def log_request(self) -> None:
         if log.isEnabledFor(logging.INFO):
             milliseconds = (self.time_finish - self.time_start) * 1000
             peer, port = self.client_address[:2]
             status = (self._orig_status or "000").split()[0]
-            line = self.requestline, status, self.response_length, milliseconds
+            line = printable(self.requestline or ""), status, self.response_length, milliseconds
             log.info('%s:%d "%s" %s %d %.1f ms', peer, port, *line)
 
     def log_error(self, msg: str, *args: Any) -> None:
-        log.info("bad request: " + msg, *args)  # noqa: G003 -- pywsgi's messages are formats
+        log.info("bad request: " + printable(msg), *map(printable, map(str, args)))  # noqa: G003
+
+
+def _tokens(value: str) -> list[str]:
+    """Returns the options of a Connection header, in lower case (RFC 9110 §7.6.1)."""
+    return [token for token in re.split(r"[ \t,]+", value.lower()) if token]
 
 
 class Server(gevent.pywsgi.WSGIServer):
@@ -3271,7 +3688,6 @@ class Server(gevent.pywsgi.WSGIServer):
         self.lounge = Lounge(_descriptor_limit() - 64 if max_connections is None else max_connections)
         self.handlers: set[RequestHandler] = set()
         self.drain_time = drain_time
-        self.sweeper: Any = None
         self.short_of_descriptors = -60.0  # when it was last logged
         tls = {"ssl_context": _tls_context(certfile, keyfile)} if certfile else {}
         if reuse_port:
@@ -3287,16 +3703,10 @@ class Server(gevent.pywsgi.WSGIServer):
         return self.address[1]
 
     def init_socket(self) -> None:
+        _check_patch()
+        _scheduler.settle()
         super().init_socket()
         self.socket.setsockopt(IPPROTO_TCP, TCP_NODELAY, 1)  # accepted sockets inherit it
-        interval = min(1.0, min(self.KEEP_ALIVE, self.HEAD_TIME, self.BODY_TIME, self.WRITE_TIME) / 4)
-        self.sweeper = self.loop.timer(interval, interval)
-        self.sweeper.start(self._sweep)
-
-    def _sweep(self) -> None:
-        now = monotonic()
-        for handler in list(self.handlers):
-            handler.check_time(now)
 
     def do_read(self) -> Any:
         """Accepts; when descriptors have run out, pauses, and lets the clients wait in the kernel's queue."""
@@ -3325,11 +3735,6 @@ class Server(gevent.pywsgi.WSGIServer):
         handler.handle()
         if not handler.handed_over:
             sock.close()
-
-    def close(self) -> None:
-        if self.__dict__.get("sweeper") is not None:
-            self.sweeper.close()
-        super().close()
 
     def stop(self, timeout: float | None = None) -> None:
         """Closes the listener, lets requests finish, closes WebSockets with 1001; cuts what is left after `timeout`.
@@ -3401,12 +3806,15 @@ def run(
     name: str | None = None,
     workers: int = 1,
     drain_time: float = DRAIN_TIME,
+    shutdown_delay: float = SHUTDOWN_DELAY,
     reload: bool = False,
     log_level: str = "info",
     **options: Any,
 ) -> None:
     """Serves `app` until SIGINT or SIGTERM, then drains for at most `drain_time` seconds and returns.
 
+    Before it drains it serves on for `shutdown_delay` seconds, in which `heartbeat` says 503: a load balancer needs the
+    time to notice. A second signal ends the process at once.
     `cluster` is the URL of a Redis, see `pubsub.connect`, and `name` this node's name there. More than one of the
     `workers` need a cluster, else ValueError; see `run_workers`. `reload` starts the program again whenever one of its
     files changes; `options` are `Server`'s. Raises OSError where the address is taken.
@@ -3418,32 +3826,36 @@ def run(
     if workers > 1:
         if cluster is None:
             raise ValueError("workers need a cluster, or a broadcast would reach the clients of one of them only")
-        number, port = run_workers(workers, host, port, drain_time)
+        number, port = run_workers(workers, host, port, drain_time + shutdown_delay)
         options["reuse_port"], name = True, f"{name or _node}-{number}"
-    _warn_unless_patched()
     _raise_descriptor_limit()
+    if reload:
+        drain_time, shutdown_delay = min(drain_time, 0.3), 0.0
     try:
-        _serve(app, host, port, min(drain_time, 0.3) if reload else drain_time, options, cluster, name)
+        _serve(Server(app, host, port, drain_time=drain_time, **options), shutdown_delay, cluster, name)
     finally:
         if cluster is not None:
             pubsub.disconnect()
 
 
-def _serve(
-    app: Any, host: str, port: int, drain_time: float, options: Any, cluster: str | None, name: str | None
-) -> None:
+def _serve(server: Server, shutdown_delay: float, cluster: str | None, name: str | None) -> None:
     asked_to_stop = gevent.event.Event()
-    with Server(app, host, port, drain_time=drain_time, **options) as server:
+    with server:
         watchers = [gevent.signal_handler(sign, _on_signal, asked_to_stop) for sign in (signal.SIGINT, signal.SIGTERM)]
         orphaned = _on_orphaned(asked_to_stop.set)
         if cluster is not None:
             pubsub.connect(cluster, name)
+        host = server.address[0]
         scheme, shown = "https" if server.ssl_enabled else "http", f"[{host}]" if ":" in host else host
         log.info("serving on %s://%s:%d/ (Ctrl-C stops)", scheme, shown, server.port)
         log.info("the descriptor limit allows %d WebSockets", server.lounge.limit)
         gc.collect()
         gc.freeze()  # what is there now stays: a full collection then takes 3 ms, not 15
         asked_to_stop.wait()
+        if shutdown_delay > 0:
+            log.info("serving on for %s s; the heartbeat says 503", shutdown_delay)
+            server.lounge.leaving = True
+            gevent.sleep(shutdown_delay)
         log.info("stopping: %d requests and WebSockets to finish", server.unfinished())
     for watcher in watchers:
         watcher.cancel()
@@ -3460,23 +3872,50 @@ def _on_signal(asked_to_stop: gevent.event.Event) -> None:
     asked_to_stop.set()
 
 
-def _warn_unless_patched() -> None:
-    """If another greenlet sees the request that this one binds, bottle was imported before the patch."""
-    seen: list[dict[str, Any]] = []
-
-    def look() -> None:
-        with suppress(RuntimeError):  # "Request context not initialized", as it should be
-            seen.append(bottle.request.environ)
-
-    bottle.request.bind({})
-    gevent.spawn(look).join()
-    if seen or not gevent.monkey.is_module_patched("socket"):
+def _check_patch() -> None:
+    """Warns where the library is not patched. What bottle then shares is kept per greenlet, or one client's response
+    would carry the cookies of another."""
+    is_shared = _is_seen_elsewhere(bottle.request)
+    if is_shared:
+        for kind in (bottle.LocalRequest, bottle.LocalResponse):
+            _keep_per_greenlet(kind)
+    if is_shared or not gevent.monkey.is_module_patched("socket"):
         when = "too late" if gevent.monkey.is_module_patched("threading") else "not at all"
         log.warning(
             "the standard library is patched %s: whatever blocks will stop every connection. "
             "Make this the first line of your program: from gevent import monkey; monkey.patch_all()",
             when,
         )
+
+
+def _is_seen_elsewhere(request: Any) -> bool:
+    """Returns whether another greenlet sees the environ that this one binds: bottle was imported before the patch."""
+    seen: list[Any] = []
+
+    def look() -> None:
+        with suppress(RuntimeError):  # "Request context not initialized", as it should be
+            seen.append(request.environ)
+
+    request.bind({})
+    greenlet(look).switch()
+    return bool(seen)
+
+
+def _keep_per_greenlet(kind: type) -> None:
+    """Replaces the attributes that bottle keeps per thread."""
+    values = gevent.local.local()
+
+    def property_of(name: str) -> property:
+        def read(_: Any) -> Any:
+            try:
+                return getattr(values, name)
+            except AttributeError:
+                raise RuntimeError("Request context not initialized.")  # bottle's own words
+
+        return property(read, lambda _, value: setattr(values, name, value), lambda _: delattr(values, name))
+
+    for name in [name for name, value in vars(kind).items() if isinstance(value, property)]:
+        setattr(kind, name, property_of(name))
 
 
 def _descriptor_limit() -> int:
@@ -4519,7 +4958,7 @@ def stats(_app: Any = None) -> dict[str, Any]:
         "memory_bytes": _memory(),
         "connections": sum(len(lounge.connections) for lounge in _lounges),
         "max_connections": sum(lounge.limit for lounge in _lounges),
-        "draining": any(lounge.draining for lounge in _lounges),
+        "draining": any(lounge.leaving or lounge.draining for lounge in _lounges),
         "slow_closed": sum(lounge.cut for lounge in _lounges),
         "messages_dropped": sum(lounge.dropped for lounge in _lounges),
         "process_count": len(_processes),
@@ -5139,7 +5578,7 @@ class NoteIndexer(GenServer):
                 "note_created" | "note_updated",
                 {"id": int(id), "title": title, "body": _},
             ):
-                log.info("indexing note %s: %s", id, title)
+                log.info("indexing note %s: %r", id, title)
                 state[id] = words_of(info[4])
             case ("nova_pubsub", "notes", _sender, "note_deleted", {"id": int(id)}):
                 log.info("removing note %s from the index", id)
@@ -5205,7 +5644,7 @@ class Login:
 
     def enter(self, req: Request) -> Any:
         password, address = req["params"].get("password"), req["peer"][0]
-        if not is_own_form(req):
+        if not req.is_own_origin():
             return self.page(403, "This form was sent from another site.")
         wait = self.wait(address)  # nobody else gets a turn from here until the try is counted
         if wait > 0:
@@ -5219,7 +5658,7 @@ class Login:
         return self.go(req, self.home, f"{session}.{self.sign('session', session)}", self.LIFE)
 
     def leave(self, req: Request) -> Any:
-        return self.go(req, "/login", "", 0) if is_own_form(req) else ("status", 403)
+        return self.go(req, "/login", "", 0) if req.is_own_origin() else ("status", 403)
 
     def wait(self, address: str) -> int:
         """Seconds until this address may try again."""
@@ -5241,12 +5680,6 @@ class Login:
         own = {"Content-Type": "text/html; charset=utf-8", "Cache-Control": "no-store"}
         page = LOGIN_PAGE.replace("ERROR", error).replace("INVALID", str(bool(error)).lower())
         return "status", status, {**own, "Content-Security-Policy": policy, **(headers or {})}, page
-
-
-def is_own_form(req: Request) -> bool:
-    """Whether a form comes from a page of ours: browsers tell its origin, others need not."""
-    origin, host = req["headers"].get("Origin"), req["headers"].get("Host", "").lower()
-    return origin is None or origin.lower().partition("://")[2] == host != ""
 
 
 def choose_password() -> str:
@@ -5758,6 +6191,13 @@ def command_line() -> argparse.ArgumentParser:
     parser.add_argument(
         "--workers", type=worker_count, default=1, metavar="N", help="processes on the port; needs --cluster (1)"
     )
+    parser.add_argument(
+        "--shutdown-delay",
+        type=duration,
+        default=SHUTDOWN_DELAY,
+        metavar="SECONDS",
+        help="after SIGTERM serve on for so long, with a 503 from /heartbeat, before draining (%(default)s)",
+    )
     parser.add_argument("--certfile", metavar="FILE", help="certificate (PEM): serve https and wss")
     parser.add_argument("--keyfile", metavar="FILE", help="its key, if it is in a file of its own")
     parser.add_argument("--reload", action="store_true", help="start again whenever the program changes")
@@ -5783,6 +6223,12 @@ def worker_count(text: str) -> int:
     return int(text)
 
 
+def duration(text: str) -> float:
+    if not 0 <= float(text) < inf:
+        raise argparse.ArgumentTypeError(f"{text} is not a time: 0 or more seconds")
+    return float(text)
+
+
 def port_number(text: str) -> int:
     port = int(text)
     if not 0 <= port <= 65535:
@@ -5802,7 +6248,7 @@ def main() -> int:
         if args.reload:
             reload_on_change()  # before the database is opened: only the child needs it
         if args.workers > 1:
-            run_workers(args.workers, args.host, args.port)
+            run_workers(args.workers, args.host, args.port, DRAIN_TIME + args.shutdown_delay)
         return serve(args)
     except OSError as error:  # ssl.SSLError is one as well
         what = str(error.strerror).partition(":")[0]
@@ -5821,7 +6267,7 @@ def serve(args: argparse.Namespace) -> int:
         return 1
     try:
         start_indexer(notes)
-        names = ("cluster", "name", "workers", "reload", "certfile", "keyfile", "log_level")
+        names = ("cluster", "name", "workers", "shutdown_delay", "reload", "certfile", "keyfile", "log_level")
         demo(notes, choose_password()).run(args.host, args.port, **{name: getattr(args, name) for name in names})
     finally:
         notes.close()
