@@ -1792,6 +1792,7 @@ def _message(opcode: int, body: bytes) -> Frame:
 # ---------------------------------------------------------------------------------------------------------------------
 
 READ_SIZE = 65536  # bytes; one read a wake-up, so that one client's flood leaves room for the others
+TURN_TIME = 0.01  # seconds after which a turn ends; 64 broadcasts to 1,000 take 5 ms, and are cheaper in one piece
 LINGER = 5.0  # seconds that a closed connection waits for the client to close as well
 CACHED_FRAMES, CACHED_BYTES = 256, 1_000_000  # of broadcasts: a flood of 64 channels still finds its frames again
 
@@ -1939,9 +1940,8 @@ class Connection(Process):
         self.rest()
 
     def _handle_mailbox(self) -> None:
-        handler, mailbox, said, size, deadline = self.handler, self.mailbox, self.said, 0, _scheduler.deadline
-        while True:
-            self.handled += 1
+        handler, mailbox, said, size, deadline = self.handler, self.mailbox, self.said, 0, monotonic() + TURN_TIME
+        for done in count(1):
             result = handler.websocket_info(mailbox.popleft(), self.state)
             # A single frame is said in here, not in `_take`: a flood costs a fifth less.
             if type(result) is tuple and len(result) == 3 and result[0] == "reply" and type(result[1]) is tuple:
@@ -1953,11 +1953,14 @@ class Connection(Process):
                     raise Ending(None, "", "stop")
             else:
                 size += self._take(result)
-            if not mailbox or size > READ_SIZE or self.out or self.exiting is not None or monotonic() > deadline:
+            if not mailbox or size > READ_SIZE or self.out or self.exiting is not None:
                 break  # what is left waits in the mailbox, where it is shared with other connections, and counted
+            if not done % 8 and monotonic() > deadline:  # asked for each message, it would cost a flood 5 %
+                break
+        self.handled += done
 
     def _handle_inbox(self) -> None:
-        inbox, size, deadline = self.inbox, 0, _scheduler.deadline
+        inbox, size, deadline = self.inbox, 0, monotonic() + TURN_TIME
         for done, frame in enumerate(inbox, 1):  # noqa: B007 -- it is used below
             if type(frame) is not tuple:
                 self._handle_event(frame)
@@ -2251,7 +2254,7 @@ class EventStream(Connection):
         return f"retry: {random.randint(*self.RETRY)}\n{where}\n".encode()
 
     def _handle_mailbox(self) -> None:
-        mailbox, size, deadline = self.mailbox, 0, _scheduler.deadline
+        mailbox, size, deadline = self.mailbox, 0, monotonic() + TURN_TIME
         while True:
             info, count = mailbox.popleft(), len(self.said)
             self.handled += 1
