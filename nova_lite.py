@@ -194,18 +194,18 @@ class Settings:
 # ---------------------------------------------------------------------------------------------------------------------
 
 TIME_SLICE = 0.003  # seconds that turns may take before sockets and timers get theirs: nothing shall wait for 5 ms
-A_MOMENT = 1e-6  # seconds: after sleep(0), gevent runs up to 50 callbacks before it looks at sockets again
-_FOR_EVER = 1e9  # seconds
+YIELD_DELAY = 1e-6  # seconds: after sleep(0), gevent runs up to 50 callbacks before it looks at sockets again
+_FOREVER = 1e9  # seconds
 SPARE_RUNNERS = 64  # idle runners kept: a burst of callbacks that block should not cost as many stacks ever after
 
 # Patched, get_ident would tell greenlets apart, not threads.
-_get_ident: Callable[[], int] = gevent.monkey.get_original("_thread", "get_ident")
+get_ident: Callable[[], int] = gevent.monkey.get_original("_thread", "get_ident")
 _node = "nova@" + gethostname()
 _serials = count(1)
-_refs = count(1)
-_processes: dict[int, Process] = {}  # every live process, by its serial
-_names: dict[str, Process] = {}
-_exit_hooks: list[Callable[[Process], None]] = []  # what other rooms do when a process has ended
+refs = count(1)
+processes: dict[int, Process] = {}  # every live process, by its serial
+registered: dict[str, Process] = {}
+exit_hooks: list[Callable[[Process], None]] = []  # what other rooms do when a process has ended
 
 
 class ProcessExit(gevent.GreenletExit):
@@ -250,8 +250,8 @@ class Process(Pid):
     """A local process. Its kinds say what a turn is: `step`."""
 
     __slots__ = (
-        "born", "channels", "exiting", "handled", "links", "mailbox", "name", "owned", "runner", "trapping", "wake",
-        "watchers",
+        "channels", "exiting", "handled", "links", "mailbox", "monitored_by", "name", "owned", "runner",
+        "started_at", "trapping", "wake",
     )  # fmt: skip
 
     def __init__(self) -> None:
@@ -263,22 +263,22 @@ class Process(Pid):
         self.trapping = False
         self.name: str | None = None
         self.links: Any = ()  # a set once there are some; symmetric
-        self.watchers: dict[Any, Any] | None = None  # ref -> who monitors this process
+        self.monitored_by: dict[Any, Any] | None = None  # ref -> who monitors this process
         self.owned: dict[Any, Any] | None = None  # ref -> a monitor or timer that goes with it, by its `unwatch(ref)`
         self.channels: Any = ()  # pub/sub's own: a dict once there are some
-        self.born = monotonic()
+        self.started_at = monotonic()
         self.handled = 0  # messages, in all
-        _processes[self.serial] = self
+        processes[self.serial] = self
 
     def step(self) -> None:
         """One turn, on a runner."""
         raise NotImplementedError
 
     def send(self, message: Any) -> None:
-        if _get_ident() == _scheduler.thread:
+        if get_ident() == scheduler.thread:
             self.deliver(message)
         else:
-            _scheduler.at_home(self.deliver, message)
+            scheduler.run_in_hub(self.deliver, message)
 
     def deliver(self, message: Any) -> None:
         """`send` for those who know that they are in the hub's thread."""
@@ -287,27 +287,27 @@ class Process(Pid):
         if wake is not None:
             wake(self)
 
-    def rest(self) -> None:
+    def reschedule(self) -> None:
         """At the end of a turn: waits for the next message, or queues again for those that are there."""
         if self.mailbox or self.exiting is not None:
-            _enqueue(self)
+            enqueue(self)
         else:
-            self.wake = _enqueue
+            self.wake = enqueue
 
-    def blocks(self) -> None:
+    def before_blocking(self) -> None:
         """A callback is about to wait; called in its own greenlet, and must not wait itself."""
 
     def watch(self, ref: Any, watcher: Any) -> None:
-        if self.mailbox is _NOWHERE:
+        if self.mailbox is DEAD_MAILBOX:
             watcher.down(ref, self, "noproc")
             return
-        if self.watchers is None:
-            self.watchers = {}
-        self.watchers[ref] = watcher
+        if self.monitored_by is None:
+            self.monitored_by = {}
+        self.monitored_by[ref] = watcher
 
     def unwatch(self, ref: Any) -> None:
-        if self.watchers:
-            self.watchers.pop(ref, None)
+        if self.monitored_by:
+            self.monitored_by.pop(ref, None)
 
     def own(self, ref: Any, thing: Any) -> None:
         """Calls `thing.unwatch(ref)` at the end of this process."""
@@ -329,15 +329,15 @@ class Process(Pid):
 
     def kill(self, reason: Any) -> None:
         """Ends the process: here and now if it is the one that runs, else as soon as the hub comes by."""
-        if self.mailbox is _NOWHERE or (self.exiting is not None and reason != "killed"):
+        if self.mailbox is DEAD_MAILBOX or (self.exiting is not None and reason != "killed"):
             return
         self.exiting = signal = ProcessExit(reason)
-        if _current() is self:
+        if current_process() is self:
             raise signal
         if self.holder() is not None:
-            _scheduler.hub.loop.run_callback(self._interrupt, signal)
+            scheduler.hub.loop.run_callback(self._interrupt, signal)
         elif self.wake is not None:
-            _enqueue(self)
+            enqueue(self)
 
     def _interrupt(self, signal: ProcessExit) -> None:
         # Between `kill` and this callback the runner may have finished with the process, and then `rest` has queued it;
@@ -352,25 +352,25 @@ class Process(Pid):
 
     def check_signals(self) -> None:
         """Raises the exit signal that has come, if any: what was sent after it must not be received."""
-        if self.exiting is not None and self.exiting is not _ENDING:
+        if self.exiting is not None and self.exiting is not TERMINATING:
             raise self.exiting
 
-    def ends(self, error: BaseException) -> None:
+    def handle_exit(self, error: BaseException) -> None:
         """A turn was left by `error`, or a signal came between turns: last words, then the end. Never raises."""
-        self.exiting = _ENDING
+        self.exiting = TERMINATING
         try:
-            reason = self.last_words(error)
+            reason = self.cleanup(error)
         except BaseException as failure:
-            reason = self.crashed(failure, "its last words")
+            reason = self.log_crash(failure, "its last words")
         self.finish(reason)
         if isinstance(error, KeyboardInterrupt | SystemExit):
             get_hub().handle_system_error(type(error), error, error.__traceback__)
 
-    def last_words(self, error: BaseException) -> Any:
+    def cleanup(self, error: BaseException) -> Any:
         """Does what is left to do and tells the exit reason."""
-        return error.reason if isinstance(error, ProcessExit) else self.crashed(error, "")
+        return error.reason if isinstance(error, ProcessExit) else self.log_crash(error, "")
 
-    def crashed(self, error: BaseException, where: str) -> Any:
+    def log_crash(self, error: BaseException, where: str) -> Any:
         """Logs a crash, once, with its traceback; a death by signal is none. Tells the exit reason."""
         if isinstance(error, gevent.GreenletExit):
             return getattr(error, "reason", "killed")
@@ -392,19 +392,19 @@ class Process(Pid):
 
     def finish(self, reason: Any) -> None:
         """The one and only end: name and channels go, monitors and links hear of it."""
-        if self.mailbox is _NOWHERE:
+        if self.mailbox is DEAD_MAILBOX:
             return
-        self.mailbox, self.wake, self.exiting = _NOWHERE, None, _ENDING
-        _processes.pop(self.serial, None)
+        self.mailbox, self.wake, self.exiting = DEAD_MAILBOX, None, TERMINATING
+        processes.pop(self.serial, None)
         if self.name is not None:
-            del _names[self.name]
-        for hook in _exit_hooks:
+            del registered[self.name]
+        for hook in exit_hooks:
             hook(self)
-        owned, watchers, links = self.owned or {}, self.watchers or {}, self.links
-        self.owned, self.watchers, self.links = None, None, ()
+        owned, monitored_by, links = self.owned or {}, self.monitored_by or {}, self.links
+        self.owned, self.monitored_by, self.links = None, None, ()
         for ref, thing in owned.items():
             thing.unwatch(ref)
-        for ref, watcher in watchers.items():
+        for ref, watcher in monitored_by.items():
             watcher.down(ref, self, reason)
         for other in links:
             other.links.discard(self)
@@ -416,8 +416,8 @@ class Process(Pid):
         self.deliver(("DOWN", ref, "process", process, reason))
 
 
-_NOWHERE: deque[Any] = deque(maxlen=0)  # the mailbox of the dead: takes everything, keeps nothing
-_ENDING = ProcessExit("ending")  # `exiting` during the last words: only "kill" cuts them short
+DEAD_MAILBOX: deque[Any] = deque(maxlen=0)  # the mailbox of the dead: takes everything, keeps nothing
+TERMINATING = ProcessExit("ending")  # `exiting` during the last words: only "kill" cuts them short
 
 
 class Task(Process):
@@ -440,7 +440,7 @@ class Task(Process):
         return super().title() or f" {self.role()}"
 
 
-class Adopted(Process):
+class GreenletProcess(Process):
     """A greenlet that somebody else has started, and that became a process by asking for its pid."""
 
     __slots__ = ("greenlet",)
@@ -458,7 +458,7 @@ class Adopted(Process):
         self.finish("normal" if done.successful() and value is done.value else value)
 
     def _collected(self, _greenlet: Any) -> None:
-        _scheduler.at_home(self.finish, "normal")
+        scheduler.run_in_hub(self.finish, "normal")
 
     def finish(self, reason: Any) -> None:
         super().finish(self.exiting.reason if self.exiting is not None and reason == "normal" else reason)
@@ -470,10 +470,10 @@ class Adopted(Process):
 
     def kill(self, reason: Any) -> None:
         target = self.greenlet()
-        if target is not None and target.parent is None and self.mailbox is not _NOWHERE:
+        if target is not None and target.parent is None and self.mailbox is not DEAD_MAILBOX:
             log.error("%r is the main greenlet and goes on; the exit signal was %r", self, reason)
         else:
-            _scheduler.settle()
+            scheduler.bind_thread()
             super().kill(reason)
 
     def holder(self) -> Any:
@@ -486,7 +486,6 @@ class Runner(greenlet):
     process: Process | None = None
 
     def run(self) -> None:
-        scheduler = _scheduler
         ready = scheduler.ready
         while True:
             while ready and monotonic() < scheduler.deadline:
@@ -496,9 +495,9 @@ class Runner(greenlet):
                     if process.exiting is None:
                         process.step()
                     else:
-                        process.ends(process.exiting)
+                        process.handle_exit(process.exiting)
                 except BaseException as error:
-                    process.ends(error)
+                    process.handle_exit(error)
                 process.runner = None
             self.process = process = None  # type: ignore[assignment]  # an idle runner keeps nobody alive
             if len(scheduler.idle) >= SPARE_RUNNERS:
@@ -514,7 +513,7 @@ class Runner(greenlet):
     def switch_out(self) -> None:
         """gevent's hook: this greenlet is about to wait."""
         if self.process is not None:
-            self.process.blocks()
+            self.process.before_blocking()
 
 
 class Scheduler:
@@ -530,7 +529,7 @@ class Scheduler:
         self.again: Any = None  # the timer that calls it after a slice
         self.iteration = -1  # of the hub's loop, in which the slice of `receive` began
         self.slice_end = 0.0  # when that slice is over
-        self.handed_over: deque[tuple[Callable[..., Any], tuple[Any, ...]]] = deque()  # by other threads, to be called
+        self.detached: deque[tuple[Callable[..., Any], tuple[Any, ...]]] = deque()  # by other threads, to be called
         self.alarm: Any = None  # the watcher that other threads wake the hub with
 
     def enqueue(self, process: Process) -> None:
@@ -556,32 +555,32 @@ class Scheduler:
         if iteration != self.iteration:
             self.iteration, self.slice_end = iteration, monotonic() + TIME_SLICE
         elif monotonic() > self.slice_end and getcurrent() is not self.hub:
-            gevent.sleep(A_MOMENT)
+            gevent.sleep(YIELD_DELAY)
             if iteration < 0:  # libuv's loop does not count
                 self.slice_end = monotonic() + TIME_SLICE
 
-    def settle(self) -> None:
+    def bind_thread(self) -> None:
         """Makes this thread and its hub the home of all processes, unless there is one."""
         if self.thread is None:
             self.hub = get_hub()
             self.again = self.hub.loop.timer(0)
             self.alarm = self.hub.loop.async_(ref=False)
             self.alarm.start(self.call_handed_over)
-            self.thread = _get_ident()  # the last: other threads look at this
+            self.thread = get_ident()  # the last: other threads look at this
 
-    def at_home(self, fn: Callable[..., Any], *args: Any) -> None:
+    def run_in_hub(self, fn: Callable[..., Any], *args: Any) -> None:
         """Calls `fn` in the home thread: at once if this is it, else as a callback of its hub, in order."""
-        if self.thread is None or self.thread == _get_ident():
+        if self.thread is None or self.thread == get_ident():
             fn(*args)
         else:  # not by `run_callback_threadsafe`: it corrupts the loop's count of references (gevent's issue 2212)
-            self.handed_over.append((fn, args))
+            self.detached.append((fn, args))
             self.alarm.send()
 
     def call_handed_over(self) -> None:
         """Hub callback: calls what other threads have handed over, for a time slice."""
         end = monotonic() + TIME_SLICE
-        while self.handed_over:
-            fn, args = self.handed_over.popleft()
+        while self.detached:
+            fn, args = self.detached.popleft()
             try:
                 fn(*args)
             except BaseException:
@@ -591,12 +590,12 @@ class Scheduler:
                 break
 
 
-_scheduler = Scheduler()
-_enqueue = _scheduler.enqueue
+scheduler = Scheduler()
+enqueue = scheduler.enqueue
 _adopted: weakref.WeakKeyDictionary[greenlet, Process] = weakref.WeakKeyDictionary()
 
 
-def _current() -> Process | None:
+def current_process() -> Process | None:
     """The process that the current greenlet runs, if it is one."""
     current = getcurrent()
     return current.process if type(current) is Runner else _adopted.get(current)
@@ -604,40 +603,40 @@ def _current() -> Process | None:
 
 def self_pid() -> Pid:
     """The pid of the calling process. Any greenlet becomes a process by asking (erlang:self/0)."""
-    return _current() or _adopt(getcurrent())
+    return current_process() or _adopt(getcurrent())
 
 
 def _adopt(current: greenlet) -> Process:
-    process = Adopted(current)
-    if _scheduler.thread not in (None, _get_ident()) or isinstance(current, Hub):
+    process = GreenletProcess(current)
+    if scheduler.thread not in (None, get_ident()) or isinstance(current, Hub):
         process.finish("noproc")  # in another thread, or a callback of the hub: a sender without a mailbox
     _adopted[current] = process
     return process
 
 
-def _me() -> Process:
+def calling_process() -> Process:
     """The calling process, for those who need its mailbox. Raises RuntimeError in a thread that is not the hub's."""
-    _scheduler.settle()
-    if _get_ident() != _scheduler.thread:
+    scheduler.bind_thread()
+    if get_ident() != scheduler.thread:
         raise RuntimeError("only send, broadcast and exit work from a thread other than the hub's")
     return self_pid()  # type: ignore[return-value]
 
 
-def _resolve(target: Pid | str) -> Any:
+def resolve(target: Pid | str) -> Any:
     """A pid, or the process that has this name, or None. Raises TypeError for anything else."""
     if isinstance(target, str):
-        return _names.get(target)
+        return registered.get(target)
     if isinstance(target, Pid):
         return target
     raise TypeError(f"a pid or a registered name is needed, not {target!r}")
 
 
-def _wait(waiter: Waiter, timeout: float | None) -> Any:
+def wait_for(waiter: Waiter, timeout: float | None) -> Any:
     """What `waiter` is given, or None after `timeout` seconds."""
     if timeout is None and getcurrent().parent is not None:
         return waiter.get()
     # Without a timer, gevent would raise LoopExit in the main greenlet, though a thread may send yet.
-    with get_hub().loop.timer(_FOR_EVER if timeout is None else max(timeout, 0)) as timer:
+    with get_hub().loop.timer(_FOREVER if timeout is None else max(timeout, 0)) as timer:
         timer.start(waiter.switch, None, update=True)
         return waiter.get()
 
@@ -646,15 +645,15 @@ def spawn(fn: Callable[..., Any], *args: Any) -> Pid:
     """Starts a process that runs `fn(*args)` in a greenlet of its own (erlang:spawn/1)."""
     if not callable(fn):
         raise TypeError(f"spawn needs a function, not {fn!r}")
-    _scheduler.settle()
+    scheduler.bind_thread()
     task = Task(fn, args)
-    _scheduler.at_home(_enqueue, task)
+    scheduler.run_in_hub(enqueue, task)
     return task
 
 
 def send(target: Pid | str, message: Any) -> Any:
     """Sends to a pid or a registered name, and answers the message (erlang:send/2). Silent where nobody listens."""
-    process = _resolve(target)
+    process = resolve(target)
     if process is not None:
         process.send(message)
     return message
@@ -662,12 +661,12 @@ def send(target: Pid | str, message: Any) -> Any:
 
 def receive(timeout: float | None = None, match: Callable[[Any], Any] | None = None) -> Any:
     """The first message that `match` accepts, or None after `timeout` seconds; the others stay, in their order."""
-    me = _me()
+    me = calling_process()
     deadline = None if timeout is None else monotonic() + timeout
     seen = 0  # messages that `match` has refused
     mailbox = me.mailbox
     if mailbox or timeout == 0:
-        _scheduler.yield_after_slice()
+        scheduler.yield_after_slice()
     while True:
         if me.exiting is not None:
             me.check_signals()
@@ -704,7 +703,7 @@ def _count_refused(me: Process, match: Callable[[Any], Any], seen: int) -> int:
         else:
             seen += 1
             if not seen % 16:
-                _scheduler.yield_after_slice()
+                scheduler.yield_after_slice()
 
 
 def _await_message(me: Process, timeout: float | None) -> None:
@@ -716,12 +715,12 @@ def _await_message(me: Process, timeout: float | None) -> None:
 
     me.wake = wake
     try:
-        _wait(waiter, timeout)
+        wait_for(waiter, timeout)
     finally:
         me.wake = None
 
 
-def _name(name: str) -> str:
+def check_name(name: str) -> str:
     if not isinstance(name, str) or not name:
         raise ValueError(f"a name is a string that is not empty, not {name!r}")
     return name
@@ -729,21 +728,21 @@ def _name(name: str) -> str:
 
 def register(name: str, pid: Pid) -> None:
     """Gives a process a name (erlang:register/2). Raises ValueError where either has one already, or is dead."""
-    if not isinstance(pid, Process) or pid.mailbox is _NOWHERE:
+    if not isinstance(pid, Process) or pid.mailbox is DEAD_MAILBOX:
         raise ValueError(f"{pid!r} is no live process of this node")
-    if _name(name) in _names or pid.name is not None:
+    if check_name(name) in registered or pid.name is not None:
         raise ValueError(f"{name!r} or {pid!r} is registered already")
-    _names[name], pid.name = pid, name
+    registered[name], pid.name = pid, name
 
 
 def whereis(name: str) -> Pid | None:
     """The process of that name (erlang:whereis/1)."""
-    return _names.get(name)
+    return registered.get(name)
 
 
 def monitor(target: Pid | str) -> int:
     """From now on one ("DOWN", ref, "process", pid, reason) when `target` ends; at once, "noproc", if it is dead."""
-    me, process, ref = _me(), _resolve(target), next(_refs)
+    me, process, ref = calling_process(), resolve(target), next(refs)
     if process is None:
         me.down(ref, target, "noproc")
     else:
@@ -754,16 +753,16 @@ def monitor(target: Pid | str) -> int:
 
 def demonitor(ref: int, flush: bool = False) -> bool:
     """Ends a monitor; tells whether there was one. With `flush`, a DOWN that has come already goes too."""
-    me = _me()
+    me = calling_process()
     target = me.disown(ref)
     if target is not None:
         target.unwatch(ref)
     elif flush:
-        receive(0, _down(ref))
+        receive(0, is_down(ref))
     return target is not None
 
 
-def _down(ref: int) -> Callable[[Any], bool]:
+def is_down(ref: int) -> Callable[[Any], bool]:
     """Accepts the DOWN of this monitor, and nothing else."""
     return lambda message: isinstance(message, tuple) and message[:2] == ("DOWN", ref)
 
@@ -773,12 +772,12 @@ def link(pid: Pid) -> bool:
 
     TypeError for a process of another node.
     """
-    me, other = _me(), _resolve(pid)
+    me, other = calling_process(), resolve(pid)
     if other is me:
         return True
     if other is not None and not isinstance(other, Process):
         raise TypeError(f"a link stays on its node, {other!r} is elsewhere: monitor it")
-    if other is None or other.mailbox is _NOWHERE:
+    if other is None or other.mailbox is DEAD_MAILBOX:
         me.signal(pid if other is None else other, "noproc")
         return True
     for one, two in ((me, other), (other, me)):
@@ -790,7 +789,7 @@ def link(pid: Pid) -> bool:
 
 def unlink(pid: Pid) -> bool:
     """Unties them (erlang:unlink/1)."""
-    me, other = _me(), _resolve(pid)
+    me, other = calling_process(), resolve(pid)
     if me.links and other in me.links:
         me.links.discard(other)
         other.links.discard(me)
@@ -799,11 +798,11 @@ def unlink(pid: Pid) -> bool:
 
 def exit(pid: Pid | str, reason: Any) -> bool:
     """Sends an exit signal (erlang:exit/2). "normal" is ignored but by oneself; "kill" cannot be trapped."""
-    process = _resolve(pid)
+    process = resolve(pid)
     if process is not None and reason == "kill":
-        _scheduler.at_home(process.kill, "killed")
+        scheduler.run_in_hub(process.kill, "killed")
     elif process is not None:
-        _scheduler.at_home(process.signal, self_pid(), reason)
+        scheduler.run_in_hub(process.signal, self_pid(), reason)
     return True
 
 
@@ -811,7 +810,7 @@ def process_flag(flag: str, value: bool) -> bool:
     """Sets "trap_exit" of the calling process and answers what it was. Raises ValueError for any other flag."""
     if flag != "trap_exit":
         raise ValueError(f"the only flag is 'trap_exit', not {flag!r}")
-    me = _me()
+    me = calling_process()
     old, me.trapping = me.trapping, bool(value)
     return old
 
@@ -841,10 +840,10 @@ def send_after(seconds: float, target: Pid | str, message: Any) -> Timer:
 
     A timer to a name stays. Raises TypeError where `target` is no pid or name.
     """
-    _me(), _resolve(target)
-    timer = Timer(_scheduler.hub.loop.timer(max(seconds, 0)), monotonic() + seconds)
+    calling_process(), resolve(target)
+    timer = Timer(scheduler.hub.loop.timer(max(seconds, 0)), monotonic() + seconds)
     if isinstance(target, Process):
-        if target.mailbox is _NOWHERE:
+        if target.mailbox is DEAD_MAILBOX:
             return timer
         timer.owner = target
         target.own(timer, timer)
@@ -868,30 +867,30 @@ class Alias(Pid):
         self.serial, self.waiter = next(_serials), Waiter()
 
     def send(self, message: Any) -> None:
-        _scheduler.at_home(self.waiter.hub.loop.run_callback, self.waiter.switch, message)
+        scheduler.run_in_hub(self.waiter.hub.loop.run_callback, self.waiter.switch, message)
 
     def down(self, _ref: int, _process: Pid, reason: Any) -> None:
         self.send(("DOWN", reason))
 
 
-def _ask(process: Pid, alias: Alias, timeout: float | None, request: Any = None) -> Any:
+def send_and_wait(process: Pid, alias: Alias, timeout: float | None, request: Any = None) -> Any:
     """What `process` sends to `alias`, ("DOWN", reason) if it ends before, or None after `timeout` seconds."""
-    ref = next(_refs)
+    ref = next(refs)
     process.watch(ref, alias)
     try:
         if request is not None:
             process.send(request)
-        return _wait(alias.waiter, timeout)
+        return wait_for(alias.waiter, timeout)
     finally:
         process.unwatch(ref)
 
 
-def _is_normal(reason: Any) -> bool:
+def is_normal(reason: Any) -> bool:
     """Whether OTP takes this exit reason for an orderly end."""
     return reason in ("normal", "shutdown") or (isinstance(reason, tuple) and reason[:1] == ("shutdown",))
 
 
-def _culprit(error: BaseException) -> str:
+def failing_callback(error: BaseException) -> str:
     """The callback in which `error` was raised: the frame below the last one of this file."""
     names = [(frame.f_code.co_filename, frame.f_code.co_name) for frame, _ in traceback.walk_tb(error.__traceback__)]
     own = [at for at, (filename, _) in enumerate(names) if filename == __file__]
@@ -1003,7 +1002,7 @@ class PubSub:
         self.histories: dict[str, Any] = {}  # channel -> what the room replay keeps of it
         self.message_counts: dict[str, int] = {}  # channel with members here -> messages sent to them
         self._monitored: dict[int, str] = {}  # ref -> channel
-        _exit_hooks.append(self._on_exit)
+        exit_hooks.append(self._on_exit)
 
     def connect(self, url: str, name: str | None = None) -> str:
         """Makes this node one of a cluster, over the Redis (or Valkey) at `url`, and returns "ok".
@@ -1026,7 +1025,7 @@ class PubSub:
         without gap or duplicate; or ("nova_resync", channel), if that cannot be had. In a cluster `join` waits until
         this node hears what is published to the channel, unless Redis is away.
         """
-        _scheduler.at_home(self._join, check_channel(channel), self._local(pid), since)
+        scheduler.run_in_hub(self._join, check_channel(channel), self._local(pid), since)
         self.adapter.wait_until_subscribed(channel)
         return "ok"
 
@@ -1036,7 +1035,7 @@ class PubSub:
         if process not in self.channels.get(check_channel(channel), ()):
             return "not_joined"
         process.channels.pop(channel, None)
-        _scheduler.at_home(self._leave, channel, process)
+        scheduler.run_in_hub(self._leave, channel, process)
         return "ok"
 
     def keep(self, channel: str, size: int = 100, seconds: float = 300) -> str:
@@ -1061,7 +1060,7 @@ class PubSub:
 
     def local_broadcast(self, channel: str, topic: str | bytes, payload: Any) -> str:
         """Sends to every member on this node: "ok"."""
-        _scheduler.at_home(self.adapter.dispatch_here, self.make_message(channel, topic, payload))
+        scheduler.run_in_hub(self.adapter.dispatch_here, self.make_message(channel, topic, payload))
         return "ok"
 
     def broadcast_from(self, pid: Pid, channel: str, topic: str | bytes, payload: Any) -> str:
@@ -1082,7 +1081,7 @@ class PubSub:
 
     def monitor(self, channel: str) -> tuple[int, list[Pid]]:
         """(ref, members), and from now on (ref, "join" | "leave", channel, [pid]) for each change (pg:monitor/2)."""
-        ref, me = next(_refs), _me()
+        ref, me = next(refs), calling_process()
         self.monitors.setdefault(check_channel(channel), {})[ref] = me
         self._monitored[ref] = channel
         me.own(ref, self)
@@ -1104,7 +1103,7 @@ class PubSub:
 
     def _join(self, channel: str, process: Process, since: str | None = None) -> None:
         members = self.channels.get(channel, ())
-        if process in members or process.mailbox is _NOWHERE:
+        if process in members or process.mailbox is DEAD_MAILBOX:
             return
         position = self.get_position(channel)
         if since is not None:
@@ -1142,7 +1141,7 @@ class PubSub:
     def _broadcast(self, message: Message, exclude: Pid | None) -> str:
         adapter = self.adapter
         data = adapter.encode(message, exclude)  # may raise, before anyone has received it
-        _scheduler.at_home(adapter.dispatch, message, exclude, data)
+        scheduler.run_in_hub(adapter.dispatch, message, exclude, data)
         return "ok"
 
     def record_and_deliver(self, message: Message, exclude: Pid | None) -> None:
@@ -1174,7 +1173,7 @@ class PubSub:
         return Message(("nova_pubsub", check_channel(channel), self_pid(), topic, payload))
 
     def _local(self, pid: Pid | None) -> Process:
-        process = _me() if pid is None else pid
+        process = calling_process() if pid is None else pid
         if not isinstance(process, Process):
             raise TypeError(f"only a process of this node can join, not {pid!r}")
         return process
@@ -1227,7 +1226,7 @@ class Request(Mapping[str, Any]):
     def __repr__(self) -> str:
         return f"<Request {self['method']} {printable(self['path'])}>"
 
-    def authorized(self, auth_data: Any) -> None:
+    def set_auth_data(self, auth_data: Any) -> None:
         """Security has said yes, and this."""
         self._known["auth_data"] = auth_data
 
@@ -1655,16 +1654,17 @@ class Parser:
             return position
         first, second = data[position], data[position + 1]
         opcode, size, head = first & 0x0F, second & 0x7F, position + 2
-        stop = head + 4 + size
+        frame_end = head + 4 + size
         if (
             0 < first - 0x80 < 3
             and 0x7F < second < 0xFE
-            and stop <= len(data)
+            and frame_end <= len(data)
             and not self.opcode
             and size <= self.limit
         ):
-            frames.append(_message(opcode, unmask(data[head + 4 : stop], data[head : head + 4])))  # as nearly always
-            return stop
+            # as nearly always
+            frames.append(_message(opcode, unmask(data[head + 4 : frame_end], data[head : head + 4])))
+            return frame_end
         self._check_start(first, second, opcode)
         if size > 125:
             width = 2 if size == 126 else 8
@@ -1678,15 +1678,13 @@ class Parser:
             return position
         if len(data) < head + 4:
             return position
-        mask, start, stop = data[head : head + 4], head + 4, head + 4 + size
+        mask, start, frame_end = data[head : head + 4], head + 4, head + 4 + size
         if opcode >= CLOSE:
-            frames.append(self._control(opcode, unmask(data[start:stop], mask)))
-            return stop
-        if (
-            first & 0xC0 == 0x80 and not self.opcode and stop <= len(data)
-        ):  # the common case: a whole message in one piece
-            frames.append(_message(opcode, unmask(data[start:stop], mask)))
-            return stop
+            frames.append(self._control(opcode, unmask(data[start:frame_end], mask)))
+            return frame_end
+        if first & 0xC0 == 0x80 and not self.opcode and frame_end <= len(data):  # a whole message in one piece
+            frames.append(_message(opcode, unmask(data[start:frame_end], mask)))
+            return frame_end
         if first & RSV1:
             self.inflater = zlib.decompressobj(-15)
         self.opcode = self.opcode or opcode
@@ -1822,7 +1820,7 @@ class WebSocketHandler:
     # exit signal said ("shutdown" when the server drains).
 
 
-class Ending(Exception):
+class Close(Exception):
     """A connection is to end: close code (None: no close frame), its text, and the reason for `terminate`."""
 
     def __init__(self, code: int | None, text: str, reason: Any) -> None:
@@ -1861,30 +1859,32 @@ class Connection(Process):
     """
 
     __slots__ = (
-        "behind", "bits", "closing", "handler", "inbox", "lounge", "out", "parser", "quiet", "reader", "req", "said",
-        "settings", "sock", "stalled", "starter", "state", "unhandled", "writer",
+        "behind", "bits", "closing", "handler", "idle_for", "inbox", "inbox_bytes", "init_waiter", "out", "parser",
+        "reader", "registry", "req", "said", "settings", "sock", "stalled_for", "state", "writer",
     )  # fmt: skip
     STATUS = 101  # of the response after which the socket is handed over
     ANSWERS_PINGS = True
     PING = encode_frame("ping")
 
-    def __init__(self, handler: Any, req: Request, settings: Settings, lounge: Lounge, bits: int = 0) -> None:
+    def __init__(
+        self, handler: Any, req: Request, settings: Settings, registry: ConnectionRegistry, bits: int = 0
+    ) -> None:
         self.handler = handler() if isinstance(handler, type) else handler  # may raise: not a process yet
         super().__init__()
-        self.req, self.settings, self.lounge = req, settings, lounge
+        self.req, self.settings, self.registry = req, settings, registry
         self.state: Any = {"req": req}
-        self.starter: Alias | None = None  # the gate, which waits for init's answer
+        self.init_waiter: Alias | None = None  # the gate, which waits for init's answer
         self.sock: Any = None  # non-blocking; None before `open` and once it is closed
         self.reader: Any = None
         self.writer: Any = None  # there while `out` is
         self.out: Any = b""  # what the socket has not taken yet
         self.said: list[bytes] = []  # the frames of this turn
         self.inbox: list[Any] = []  # the client's frames, and perhaps an Ending behind them
-        self.unhandled = 0  # about how many bytes have come since it was empty
+        self.inbox_bytes = 0  # about how many bytes have come since it was empty
         self.bits = bits  # the window of the compression that was agreed on; 0: none
         self.parser = Parser(settings.max_message_size, bits > 0)
-        self.quiet = 0.0  # seconds without a byte from the client
-        self.stalled = 0.0  # seconds in which the client has taken nothing of `out`
+        self.idle_for = 0.0  # seconds without a byte from the client
+        self.stalled_for = 0.0  # seconds in which the client has taken nothing of `out`
         self.behind = 0  # messages beyond the limit at the last sweep
         self.closing = False  # the process has ended; the socket lingers
 
@@ -1892,12 +1892,12 @@ class Connection(Process):
 
     def start(self) -> bool:
         """Runs init in the new process, and tells whether it has answered ("ok", state)."""
-        _scheduler.settle()
-        self.lounge.enter(self)  # counts from here on: many may be on their way in
-        starter = self.starter = Alias()
-        _enqueue(self)
+        scheduler.bind_thread()
+        self.registry.enter(self)  # counts from here on: many may be on their way in
+        init_waiter = self.init_waiter = Alias()
+        enqueue(self)
         try:
-            return _ask(self, starter, None) == "ok"
+            return send_and_wait(self, init_waiter, None) == "ok"
         except BaseException:  # whoever asked is gone, and nobody else would open it
             self.kill("killed")
             raise
@@ -1908,8 +1908,8 @@ class Connection(Process):
                 self.state = state
             case result:
                 raise ValueError(f"init answered {result!r}, not ('ok', state)")
-        starter, self.starter = self.starter, None
-        starter.send("ok")  # type: ignore[union-attr]
+        init_waiter, self.init_waiter = self.init_waiter, None
+        init_waiter.send("ok")  # type: ignore[union-attr]
 
     def open(self, sock: Any, early: bytes) -> None:
         """After the 101: takes over the socket, and the bytes that came right behind the handshake."""
@@ -1917,27 +1917,27 @@ class Connection(Process):
             sock.close()
             return
         self.sock = sock
-        self.reader = _scheduler.hub.loop.io(sock.fileno(), 1)
+        self.reader = scheduler.hub.loop.io(sock.fileno(), 1)
         self.reader.start(self.readable)
         if hasattr(self.handler, "websocket_init"):
             self.inbox.append("$init")
         if early:
-            self._take_in(early)
-        self.rest()
+            self._receive_bytes(early)
+        self.reschedule()
 
     # -- a turn
 
     def step(self) -> None:
-        if self.starter is not None:
+        if self.init_waiter is not None:
             self._init()
-            self.rest()
+            self.reschedule()
             return
         if self.inbox and not self.out:
             self._handle_inbox()
         if self.mailbox and not self.out and self.exiting is None:
             self._handle_mailbox()
         self.flush()
-        self.rest()
+        self.reschedule()
 
     def _handle_mailbox(self) -> None:
         handler, mailbox, said, size, deadline = self.handler, self.mailbox, self.said, 0, monotonic() + TURN_TIME
@@ -1950,7 +1950,7 @@ class Connection(Process):
                 said.append(data)
                 size += len(data)
                 if frame[0] == "close":
-                    raise Ending(None, "", "stop")
+                    raise Close(None, "", "stop")
             else:
                 size += self._take(result)
             if not mailbox or size > READ_SIZE or self.out or self.exiting is not None:
@@ -1965,7 +1965,7 @@ class Connection(Process):
             if type(frame) is not tuple:
                 self._handle_event(frame)
             elif frame[0] == "close":
-                raise Ending(frame[1], "", "remote" if frame[1] == NO_STATUS else ("remote", *frame[1:]))
+                raise Close(frame[1], "", "remote" if frame[1] == NO_STATUS else ("remote", *frame[1:]))
             else:
                 if frame[0] == "ping":
                     self.said.append(encode_frame(("pong", frame[1])))
@@ -1978,12 +1978,12 @@ class Connection(Process):
                 break  # the rest waits for its turn, or until the client has read
         del inbox[:done]
         if not inbox:
-            self.unhandled = 0
-        if not self.reader.active and not self._has_enough():
+            self.inbox_bytes = 0
+        if not self.reader.active and not self._should_pause():
             self.reader.start(self.readable)
 
     def _handle_event(self, event: Any) -> None:
-        if isinstance(event, Ending):
+        if isinstance(event, Close):
             raise event
         self._take(self.handler.websocket_init(self.state))
 
@@ -2002,7 +2002,7 @@ class Connection(Process):
                 return sum(self._say(frame) for frame in (answer if isinstance(answer, list) else [answer]))
             case ("stop", state) | ("stop", state, "hibernate"):
                 self.state = state
-                raise Ending(1000, "", "stop")
+                raise Close(1000, "", "stop")
             case _:
                 raise ValueError(f"a callback answered {result!r}")
         return 0
@@ -2014,18 +2014,18 @@ class Connection(Process):
         data = self._encode(frame)
         self.said.append(data)
         if frame == "close" or frame[0] == "close":
-            raise Ending(None, "", "stop")
+            raise Close(None, "", "stop")
         return len(data)
 
-    def rest(self) -> None:
+    def reschedule(self) -> None:
         if (self.out or self.sock is None) and self.exiting is None:
-            self.wake = _make_room
+            self.wake = _apply_overflow
         elif self.inbox or self.mailbox or self.exiting is not None:
-            _enqueue(self)
+            enqueue(self)
         else:
-            self.wake = _enqueue
+            self.wake = enqueue
 
-    def blocks(self) -> None:
+    def before_blocking(self) -> None:
         """What was said before a callback waits goes out before it waits."""
         if self.said and self.sock is not None:
             self.flush()
@@ -2040,36 +2040,36 @@ class Connection(Process):
             return
         except OSError:
             data = b""
-        self.quiet = 0.0
+        self.idle_for = 0.0
         if self.closing:
-            self._linger(data)
+            self._await_close(data)
             return
-        self._take_in(data)
-        if self.wake is _enqueue:
-            _enqueue(self)
+        self._receive_bytes(data)
+        if self.wake is enqueue:
+            enqueue(self)
 
-    def _take_in(self, data: bytes) -> None:
+    def _receive_bytes(self, data: bytes) -> None:
         frames = self.parser.feed(data)
         self.inbox += frames
-        self.unhandled += sum(len(frame[-1]) for frame in frames) if self.bits else len(data)
+        self.inbox_bytes += sum(len(frame[-1]) for frame in frames) if self.bits else len(data)
         if not data or self.parser.failure is not None:
-            self._take_end(self.parser.failure)
-        if self._has_enough():
+            self._receive_eof(self.parser.failure)
+        if self._should_pause():
             self.reader.stop()
 
-    def _has_enough(self) -> bool:
+    def _should_pause(self) -> bool:
         """Whether reading pauses; or is over."""
         settings, inbox = self.settings, self.inbox
-        too_much = self.unhandled > settings.max_message_size and inbox
+        too_much = self.inbox_bytes > settings.max_message_size and inbox
         return bool(too_much or len(inbox) >= settings.backlog or self.parser.done)
 
-    def _take_end(self, failure: ProtocolError | None) -> None:
+    def _receive_eof(self, failure: ProtocolError | None) -> None:
         """The client is gone, or has broken the protocol."""
         self.parser.done = True
         if failure is None:
-            self.inbox.append(Ending(None, "", ("error", "closed")))
+            self.inbox.append(Close(None, "", ("error", "closed")))
         else:
-            self.inbox.append(Ending(failure.code, failure.text, ("error", failure.what)))
+            self.inbox.append(Close(failure.code, failure.text, ("error", failure.what)))
 
     def flush(self) -> None:
         """Writes what was said with one send; what the socket does not take waits in `out`."""
@@ -2083,8 +2083,8 @@ class Connection(Process):
             return
         sent = self._send(data)
         if sent < len(data):
-            self.out, self.stalled = memoryview(data)[sent:], 0.0
-            self.writer = _scheduler.hub.loop.io(self.sock.fileno(), 2)
+            self.out, self.stalled_for = memoryview(data)[sent:], 0.0
+            self.writer = scheduler.hub.loop.io(self.sock.fileno(), 2)
             self.writer.start(self.writable)
 
     def _send(self, data: Any) -> int:
@@ -2099,37 +2099,37 @@ class Connection(Process):
         """Hub callback."""
         sent = self._send(self.out)
         if sent:
-            self.out, self.stalled = self.out[sent:], 0.0
+            self.out, self.stalled_for = self.out[sent:], 0.0
         if self.out:
             return
         self.writer.close()
         self.writer = None
         if self.closing:
             self._half_close()
-        elif self.wake is _make_room:
-            self.rest()
+        elif self.wake is _apply_overflow:
+            self.reschedule()
 
     def tick(self, seconds: float) -> None:
         """The sweep comes by, so many seconds after the last time."""
         if self.sock is None:  # cut, and still in its last words
             return
         paused = not self.reader.active and not self.parser.done  # by ourselves: the client is not to blame
-        before, self.quiet = self.quiet, 0.0 if paused else self.quiet + seconds
-        self.stalled += seconds
+        before, self.idle_for = self.idle_for, 0.0 if paused else self.idle_for + seconds
+        self.stalled_for += seconds
         settings = self.settings
         if self.closing:
-            if self.stalled > LINGER:
+            if self.stalled_for > LINGER:
                 self.cut()
-        elif self.out and (self.stalled > settings.send_timeout or self._falls_behind()):
-            self.lounge.cut += 1
+        elif self.out and (self.stalled_for > settings.send_timeout or self._is_falling_behind()):
+            self.registry.cut += 1
             self.kill(SLOW)
-        elif self.quiet > settings.idle_timeout and self.ANSWERS_PINGS:
+        elif self.idle_for > settings.idle_timeout and self.ANSWERS_PINGS:
             self.kill(IDLE)
-        elif before // settings.ping_interval < self.quiet // settings.ping_interval:
+        elif before // settings.ping_interval < self.idle_for // settings.ping_interval:
             self.said.append(self.PING)  # from the hub, between turns: a process that is busy is alive, too
             self.flush()
 
-    def _falls_behind(self) -> bool:
+    def _is_falling_behind(self) -> bool:
         """Whether more than the limit waits for the second time, and more than the first time: a burst in one go is no
         reason to cut a client that reads, and one that never catches up has no other end."""
         before, self.behind = self.behind, max(0, len(self.mailbox) - self.settings.mailbox_limit)
@@ -2137,30 +2137,30 @@ class Connection(Process):
 
     # -- the end
 
-    def last_words(self, error: BaseException) -> Any:
-        if self.starter is not None:
-            return self.crashed(error, f"{type(self.handler).__name__}.init")
-        ending = self._verdict(error)
+    def cleanup(self, error: BaseException) -> Any:
+        if self.init_waiter is not None:
+            return self.log_crash(error, f"{type(self.handler).__name__}.init")
+        ending = self._close_for(error)
         ending.__traceback__ = None  # its frames hold it: 3 KiB a connection until the garbage collector comes by
         if self.sock is not None:
-            self._say_goodbye(ending)
+            self._start_close(ending)
         log.info("%r%s closed: %r", self, self.title(), ending.reason)
         if hasattr(self.handler, "terminate"):
             self.handler.terminate(ending.reason, self.req, self.state)
-        if isinstance(error, ProcessExit) and not isinstance(error.reason, Ending):
+        if isinstance(error, ProcessExit) and not isinstance(error.reason, Close):
             return error.reason
         return "normal" if ending.reason[0] != "crash" else error
 
-    def _verdict(self, error: BaseException) -> Ending:
+    def _close_for(self, error: BaseException) -> Close:
         """How a connection ends that is left by `error`."""
         if isinstance(error, ProcessExit):
-            if isinstance(error.reason, Ending):
+            if isinstance(error.reason, Close):
                 return error.reason
-            return Ending(1001 if _is_normal(error.reason) else 1011, "", error.reason)
-        if isinstance(error, Ending):
+            return Close(1001 if is_normal(error.reason) else 1011, "", error.reason)
+        if isinstance(error, Close):
             return error
-        self.crashed(error, f"{type(self.handler).__name__}.{_culprit(error)}")
-        return Ending(1011, "", ("crash", type(error), error))
+        self.log_crash(error, f"{type(self.handler).__name__}.{failing_callback(error)}")
+        return Close(1011, "", ("crash", type(error), error))
 
     def role(self) -> str:
         return getattr(self.handler, "__name__", type(self.handler).__name__)  # a module, or an instance
@@ -2168,11 +2168,11 @@ class Connection(Process):
     def title(self) -> str:
         return " {} {}:{}".format(printable(self.req["path"]), *self.req["peer"])
 
-    def _say_goodbye(self, ending: Ending) -> None:
+    def _start_close(self, ending: Close) -> None:
         """The close frame, and from here on the socket is on its own."""
-        self._say_close(ending)
+        self._queue_close(ending)
         self.flush()
-        self.closing, self.stalled, self.inbox = True, 0.0, []
+        self.closing, self.stalled_for, self.inbox = True, 0.0, []
         if ending.reason == ("error", "closed"):
             self.cut()
         elif not self.reader.active:
@@ -2180,11 +2180,11 @@ class Connection(Process):
         if not self.out:
             self._half_close()
 
-    def _say_close(self, ending: Ending) -> None:
+    def _queue_close(self, ending: Close) -> None:
         if ending.code is not None:
             self.said.append(close_frame(ending.code, ending.text))
 
-    def _linger(self, data: bytes) -> None:
+    def _await_close(self, data: bytes) -> None:
         """The client's half of the close handshake: its close frame, or its end of TCP (§7.1.1)."""
         if not data:
             self.cut()
@@ -2210,15 +2210,15 @@ class Connection(Process):
         self.sock.close()
         self.sock = self.reader = self.writer = None
         self.out, self.parser.message = b"", None  # whoever holds the pid holds this object
-        if self.mailbox is _NOWHERE:
-            self.lounge.leave(self)
+        if self.mailbox is DEAD_MAILBOX:
+            self.registry.leave(self)
 
     def finish(self, reason: Any) -> None:
         super().finish(reason)
         if self.sock is not None and not self.closing:  # the last words did not get as far as the goodbye
             self.cut()
         elif self.sock is None:
-            self.lounge.leave(self)
+            self.registry.leave(self)
 
 
 class EventStream(Connection):
@@ -2234,9 +2234,9 @@ class EventStream(Connection):
     KEEPALIVE = 15.0  # seconds between pings, at most: proxies cut what is silent
     RETRY = 1_000, 4_000  # milliseconds after which a client reconnects; spread, since many may have lost their server
 
-    def __init__(self, handler: Any, req: Request, settings: Settings, lounge: Lounge) -> None:
+    def __init__(self, handler: Any, req: Request, settings: Settings, registry: ConnectionRegistry) -> None:
         pinging = replace(settings, ping_interval=min(settings.ping_interval, self.KEEPALIVE))
-        super().__init__(handler, req, pinging, lounge)
+        super().__init__(handler, req, pinging, registry)
 
     def open(self, sock: Any, early: bytes) -> None:
         super().open(sock, early)
@@ -2268,33 +2268,33 @@ class EventStream(Connection):
     def _encode(self, frame: Any) -> bytes:
         return encode_event(frame)
 
-    def _take_in(self, data: bytes) -> None:
+    def _receive_bytes(self, data: bytes) -> None:
         if not data:
-            self._take_end(None)
+            self._receive_eof(None)
             self.reader.stop()
 
-    def _say_close(self, _ending: Ending) -> None:
+    def _queue_close(self, _ending: Close) -> None:
         self.parser.done = True  # the client's half is not awaited
 
 
-SLOW = Ending(1013, "too slow", ("error", "slow"))
-IDLE = Ending(1000, "idle", "timeout")
+SLOW = Close(1013, "too slow", ("error", "slow"))
+IDLE = Close(1000, "idle", "timeout")
 
 
-def _make_room(connection: Connection) -> None:
+def _apply_overflow(connection: Connection) -> None:
     """What a message calls for while the socket takes nothing, or is not there yet."""
     policy, mailbox = connection.settings.on_slow, connection.mailbox
     if policy != "close" and len(mailbox) > connection.settings.mailbox_limit:
         at = 0 if policy == "drop_oldest" else -1
         if type(mailbox[at]) is Message:  # a DOWN, an EXIT or a timer is not lost
             del mailbox[at]
-            connection.lounge.dropped += 1
+            connection.registry.dropped += 1
 
 
-_lounges: weakref.WeakSet[Lounge] = weakref.WeakSet()
+registries: weakref.WeakSet[ConnectionRegistry] = weakref.WeakSet()
 
 
-class Lounge:
+class ConnectionRegistry:
     """The connections of a server, with one sweep for the time limits of all."""
 
     def __init__(self, limit: int) -> None:
@@ -2307,7 +2307,7 @@ class Lounge:
         self.connections: set[Connection] = set()
         self.interval = 1.0  # seconds; a quarter of the shortest limit, at most this
         self.timer: Any = None  # runs while there are connections
-        _lounges.add(self)
+        registries.add(self)
 
     def enter(self, connection: Connection) -> None:
         settings = connection.settings
@@ -2316,7 +2316,7 @@ class Lounge:
         if self.timer is None or shortest < self.interval:
             self.interval = min(self.interval, shortest)
             self._stop()
-            self.timer = _scheduler.hub.loop.timer(self.interval, self.interval)
+            self.timer = scheduler.hub.loop.timer(self.interval, self.interval)
             self.timer.start(self._sweep)
 
     def leave(self, connection: Connection) -> None:
@@ -2456,17 +2456,17 @@ class _Endpoint:
 
     def __call__(self, **bindings: Any) -> HTTPResponse:
         req = Request(bottle.request.environ, bindings, self.settings)
-        return self.answer(self.refusal(req) or self.attempt(self.controller, req), req)
+        return self.answer(self.check_security(req) or self.guarded_call(self.controller, req), req)
 
-    def refusal(self, req: Request) -> Any:
+    def check_security(self, req: Request) -> Any:
         """What security answers in place of the controller, if it does; whatever it says that is no yes is a no."""
         if self.security is False:
             return None
-        match self.attempt(self.security, req):
+        match self.guarded_call(self.security, req):
             case True:
                 return None
             case (True, auth_data):
-                req.authorized(auth_data)
+                req.set_auth_data(auth_data)
                 return None
             case (False, Mapping() as headers):
                 return "status", 401, headers
@@ -2493,7 +2493,7 @@ class _Endpoint:
             merged._cookies = SimpleCookie({**(merged._cookies or {}), **response._cookies})
         return merged
 
-    def attempt(self, fn: Any, req: Request) -> Any:
+    def guarded_call(self, fn: Any, req: Request) -> Any:
         """`fn(req)`; what it raises becomes the response."""
         try:
             return fn(req)
@@ -2524,7 +2524,7 @@ class _Outermost:
 def _refusing_bad_forms(callback: Any) -> Any:
     """Wraps a callback of bottle's own kind: where bottle cannot read the form, the answer is a 400, not a 500."""
 
-    def call(*args: Any, **bindings: Any) -> Any:
+    def guarded(*args: Any, **bindings: Any) -> Any:
         try:
             return callback(*args, **bindings)
         except (LookupError, TypeError, ValueError) as error:
@@ -2532,7 +2532,7 @@ def _refusing_bad_forms(callback: Any) -> Any:
                 raise HTTPError(400, "the form cannot be read")
             raise
 
-    return call
+    return guarded
 
 
 _BOTTLES_FORM = vars(bottle.BaseRequest)["POST"].getter.__code__
@@ -2549,15 +2549,15 @@ class _WebSocketEndpoint(_Endpoint):
 
     def __call__(self, **bindings: Any) -> HTTPResponse:
         environ, settings = bottle.request.environ, self.settings
-        if "nova_lite.lounge" not in environ:
+        if "nova_lite.registry" not in environ:
             log.error("%s needs nova_lite's own server: app.run() or Server(app)", name_of(self.controller))
             return HTTPError(501, "this server does not do WebSockets")
         req = Request(environ, bindings, settings)
         if asks_for_events(environ):
-            refusal = check_no_body(environ) or check_origin(environ, settings) or self.refusal(req)
-            return self.answer(refusal or self.admit(EventStream, req, dict(EVENT_STREAM)), req)
-        refusal = check_handshake(environ, settings) or self.refusal(req)
-        return self.answer(refusal or self.upgrade(req), req)
+            check_security = check_no_body(environ) or check_origin(environ, settings) or self.check_security(req)
+            return self.answer(check_security or self.accept_connection(EventStream, req, dict(EVENT_STREAM)), req)
+        check_security = check_handshake(environ, settings) or self.check_security(req)
+        return self.answer(check_security or self.upgrade(req), req)
 
     def upgrade(self, req: Request) -> HTTPResponse:
         environ, headers = req.environ, {}
@@ -2568,17 +2568,17 @@ class _WebSocketEndpoint(_Endpoint):
         if bits:
             window = f"; server_max_window_bits={bits}" if bits < 15 else ""
             headers["Sec-WebSocket-Extensions"] = f"permessage-deflate{NO_TAKEOVER}{window}"
-        return self.admit(partial(Connection, bits=bits), req, headers)
+        return self.accept_connection(partial(Connection, bits=bits), req, headers)
 
-    def admit(self, kind: Any, req: Request, headers: dict[str, str]) -> HTTPResponse:
+    def accept_connection(self, kind: Any, req: Request, headers: dict[str, str]) -> HTTPResponse:
         """Runs init. If it agrees, the server sends this response, and hands over the socket."""
-        lounge: Lounge = req.environ["nova_lite.lounge"]
-        if len(lounge.connections) >= lounge.limit:
+        registry: ConnectionRegistry = req.environ["nova_lite.registry"]
+        if len(registry.connections) >= registry.limit:
             return HTTPError(503, "there are too many connections", Retry_After="5")
-        connection = kind(self.controller, req, self.settings, lounge)
+        connection = kind(self.controller, req, self.settings, registry)
         if not connection.start():
-            return HTTPError(503 if lounge.draining else 500)
-        req.environ["nova_lite.lobby"].append(connection)
+            return HTTPError(503 if registry.draining else 500)
+        req.environ["nova_lite.upgrading"].append(connection)
         return HTTPResponse(b"", connection.STATUS, headers)
 
 
@@ -2658,8 +2658,8 @@ def heartbeat(req: Request) -> Any:
 
     Asked with `?cluster`, 503 also while this node is cut off from the others.
     """
-    lounge = req.environ.get("nova_lite.lounge")
-    if lounge is not None and (lounge.leaving or lounge.draining):
+    registry = req.environ.get("nova_lite.registry")
+    if registry is not None and (registry.leaving or registry.draining):
         return "status", 503, {"Retry-After": "5"}
     if "cluster" in req["qs"] and not pubsub.adapter.connected:
         return "status", 503, {"Retry-After": "5"}
@@ -2766,7 +2766,7 @@ class ClientStream(io.RawIOBase):
         return True
 
     def readinto(self, buffer: Any) -> int:
-        _scheduler.yield_after_slice()
+        scheduler.yield_after_slice()
         self.sock.settimeout(max(self.deadline - monotonic(), 0.0))  # 0: takes what is there, but does not wait
         try:
             return self.sock.recv_into(buffer)
@@ -2931,7 +2931,7 @@ class RequestHandler(UpgradeHandler):
     logger = log  # gevent-websocket would set up one of its own
     body_left: int | None = None  # bytes of the response that Content-Length still allows; None: no limit
     agreed = False  # the response is that of a connection in the lobby
-    handed_over = False  # the socket belongs to a connection's process
+    detached = False  # the socket belongs to a connection's process
 
     def __init__(self, sock: Any, address: Any, server: Any) -> None:
         self.socket, self.client_address, self.server = sock, address, server
@@ -2939,7 +2939,7 @@ class RequestHandler(UpgradeHandler):
         self.rfile = io.BufferedReader(self.stream, READ_AHEAD)
 
     def handle(self) -> None:
-        if self.server.lounge.draining:  # accepted just before the listener closed
+        if self.server.registry.draining:  # accepted just before the listener closed
             return
         self.server.handlers.add(self)
         try:
@@ -2958,7 +2958,7 @@ class RequestHandler(UpgradeHandler):
     def read_requestline(self) -> str:
         self.stream.deadline = monotonic() + self.server.KEEP_ALIVE
         self.rfile.peek(1)
-        _scheduler.yield_after_slice()  # a client may pipeline many requests
+        scheduler.yield_after_slice()  # a client may pipeline many requests
         self.stream.deadline = monotonic() + self.server.HEAD_TIME
         try:
             line = self.rfile.readline(MAX_LINE + 1)
@@ -3013,9 +3013,9 @@ class RequestHandler(UpgradeHandler):
         with suppress(OSError):
             self._sendall(head.encode() + body)
         self.stream.deadline = monotonic() + DISCARD_TIME
-        self._linger()
+        self._await_close()
 
-    def _linger(self) -> None:
+    def _await_close(self) -> None:
         """Ends the response, and reads on until `deadline`: closing with bytes unread would reset the connection, and
         the client might never see its response (RFC 9112 §9.6)."""
         left = DISCARD_SIZE
@@ -3058,7 +3058,7 @@ class RequestHandler(UpgradeHandler):
             super().handle_one_response()
         finally:
             self.busy = False
-            process = _current()
+            process = current_process()
             if process is not None:  # a request is a process for as long as it lasts
                 process.finish("normal")
         if not self.wsgi_input.ended:
@@ -3070,21 +3070,21 @@ class RequestHandler(UpgradeHandler):
             body.discard()
         if not body.ended:
             self.close_connection = True
-            self._linger()
+            self._await_close()
 
     def run_application(self) -> None:
-        lobby: list[Connection] = []
-        self.environ["nova_lite.lobby"], self.environ["nova_lite.lounge"] = lobby, self.server.lounge
+        upgrading: list[Connection] = []
+        self.environ["nova_lite.upgrading"], self.environ["nova_lite.registry"] = upgrading, self.server.registry
         self.stream.deadline = monotonic() + self.server.BODY_TIME
         try:
             gevent.pywsgi.WSGIHandler.run_application(self)
-            if lobby and self.agreed:
-                self._hand_over(lobby[0])
-                lobby.clear()
+            if upgrading and self.agreed:
+                self._detach(upgrading[0])
+                upgrading.clear()
         except Exception:  # pywsgi would take any OSError of the application for a client that has gone
             self.handle_error(*sys.exc_info())
         finally:
-            for connection in lobby:  # the 101 was replaced by a hook or a plugin, or did not get through
+            for connection in upgrading:  # the 101 was replaced by a hook or a plugin, or did not get through
                 connection.kill(("error", "closed"))
 
     def handle_error(self, kind: Any, error: Any, tb: Any) -> None:
@@ -3118,9 +3118,9 @@ class RequestHandler(UpgradeHandler):
     # -- the response
 
     def process_result(self) -> None:
-        lobby = self.environ["nova_lite.lobby"]
+        upgrading = self.environ["nova_lite.upgrading"]
         # Else there is none, or a hook or a plugin has put another response, with a body, in the place of its own.
-        self.agreed = bool(lobby) and self.code == lobby[0].STATUS and not self.result
+        self.agreed = bool(upgrading) and self.code == upgrading[0].STATUS and not self.result
         if not self.agreed:
             super().process_result()
             if self.body_left:
@@ -3139,7 +3139,7 @@ class RequestHandler(UpgradeHandler):
         if not isinstance(data, bytes | bytearray | memoryview):
             raise TypeError(f"a WSGI application answers with bytes, not {data!r:.100} (PEP 3333)")
         if self.headers_sent:
-            _scheduler.yield_after_slice()
+            scheduler.yield_after_slice()
             self._write(self._clip(data))
         elif not self.status:
             raise self.ApplicationError("The application did not call start_response()")
@@ -3197,7 +3197,7 @@ class RequestHandler(UpgradeHandler):
         for header in [header for header in self.response_headers if header[0].lower() == b"connection"]:
             options += _tokens(header[1].decode("latin-1"))
             self.response_headers.remove(header)
-        if "close" in options or self.server.lounge.draining or self.wsgi_input.before is not None:
+        if "close" in options or self.server.registry.draining or self.wsgi_input.before is not None:
             self.close_connection = True  # `before`: what comes next may be the body that was not asked for, or not
         options = [option for option in options if option not in ("close", "keep-alive")]
         if self.close_connection:
@@ -3215,7 +3215,7 @@ class RequestHandler(UpgradeHandler):
                 self.socket.settimeout(self.server.WRITE_TIME)
                 left = left[self.socket.send(left[:65536]) :]
                 if left:
-                    _scheduler.yield_after_slice()
+                    scheduler.yield_after_slice()
         except OSError:
             self.code = -abs(self.code or 500)  # pywsgi's mark for what could not be sent
             raise
@@ -3229,7 +3229,7 @@ class RequestHandler(UpgradeHandler):
         websocket.closed, self.websocket = True, None
         del websocket.handler, websocket.stream
 
-    def _hand_over(self, connection: Connection) -> None:
+    def _detach(self, connection: Connection) -> None:
         """The socket goes to the connection's process; pywsgi lets go of its own handle, buffers and greenlet."""
         sock, early = self.socket, b""
         self.stream.deadline = 0.0
@@ -3244,10 +3244,10 @@ class RequestHandler(UpgradeHandler):
         else:
             raw = _socket.socket(sock.family, sock.type, sock.proto, sock.detach())
             raw.setblocking(False)  # whatever socket.setdefaulttimeout says
-        self.socket, self.handed_over = None, True
+        self.socket, self.detached = None, True
         connection.req.detach()
         connection.open(raw, early)
-        if self.server.lounge.draining:
+        if self.server.registry.draining:
             connection.kill("shutdown")
 
     # -- the log
@@ -3293,7 +3293,7 @@ class Server(gevent.pywsgi.WSGIServer):
         max_connections: int | None = None,
         reuse_port: bool = False,
     ) -> None:
-        self.lounge = Lounge(_descriptor_limit() - 64 if max_connections is None else max_connections)
+        self.registry = ConnectionRegistry(_descriptor_limit() - 64 if max_connections is None else max_connections)
         self.handlers: set[RequestHandler] = set()
         self.drain_time = drain_time
         self.short_of_descriptors = -60.0  # when it was last logged
@@ -3312,7 +3312,7 @@ class Server(gevent.pywsgi.WSGIServer):
 
     def init_socket(self) -> None:
         _check_patch()
-        _scheduler.settle()
+        scheduler.bind_thread()
         super().init_socket()
         self.socket.setsockopt(IPPROTO_TCP, TCP_NODELAY, 1)  # accepted sockets inherit it
 
@@ -3341,7 +3341,7 @@ class Server(gevent.pywsgi.WSGIServer):
             return
         handler = self.handler_class(sock, address, self)
         handler.handle()
-        if not handler.handed_over:
+        if not handler.detached:
             sock.close()
 
     def stop(self, timeout: float | None = None) -> None:
@@ -3352,30 +3352,30 @@ class Server(gevent.pywsgi.WSGIServer):
         """
         timeout = self.drain_time if timeout is None else timeout
         deadline = monotonic() + timeout
-        self.lounge.draining = True
+        self.registry.draining = True
         self.close()
-        connections = list(self.lounge.connections)
+        connections = list(self.registry.connections)
         random.shuffle(connections)
         at_once = 1 + int(len(connections) / (250 * timeout + 1))  # no sleep is shorter than a millisecond
         for number, connection in enumerate(connections):
             exit(connection, "shutdown")
             if number % at_once == 0:
                 gevent.sleep(0.001)
-        while self.unfinished() and monotonic() < deadline:
+        while self.active_count() and monotonic() < deadline:
             gevent.sleep(0.01)
         for handler in list(self.handlers):
             with suppress(OSError, AttributeError):
                 handler.socket.shutdown(_socket.SHUT_RDWR)
-        for connection in list(self.lounge.connections):
+        for connection in list(self.registry.connections):
             connection.kill("killed")
         gevent.sleep(0)
-        for connection in list(self.lounge.connections):
+        for connection in list(self.registry.connections):
             connection.cut()
-        _lounges.discard(self.lounge)
+        registries.discard(self.registry)
 
-    def unfinished(self) -> int:
+    def active_count(self) -> int:
         """How many requests and WebSockets are under way."""
-        return sum(handler.busy for handler in self.handlers) + len(self.lounge.connections)
+        return sum(handler.busy for handler in self.handlers) + len(self.registry.connections)
 
 
 def _bound_socket(host: str, port: int, backlog: int | None) -> Any:
@@ -3456,15 +3456,15 @@ def _serve(server: Server, shutdown_delay: float, cluster: str | None, name: str
         host = server.address[0]
         scheme, shown = "https" if server.ssl_enabled else "http", f"[{host}]" if ":" in host else host
         log.info("serving on %s://%s:%d/ (Ctrl-C stops)", scheme, shown, server.port)
-        log.info("the descriptor limit allows %d WebSockets", server.lounge.limit)
+        log.info("the descriptor limit allows %d WebSockets", server.registry.limit)
         gc.collect()
         gc.freeze()  # what is there now stays: a full collection then takes 3 ms, not 15
         asked_to_stop.wait()
         if shutdown_delay > 0:
             log.info("serving on for %s s; the heartbeat says 503", shutdown_delay)
-            server.lounge.leaving = True
+            server.registry.leaving = True
             gevent.sleep(shutdown_delay)
-        log.info("stopping: %d requests and WebSockets to finish", server.unfinished())
+        log.info("stopping: %d requests and WebSockets to finish", server.active_count())
     for close in [watcher.cancel for watcher in watchers] + closers:
         close()
 
@@ -3616,12 +3616,14 @@ def _is_timeout(rest: list[Any]) -> bool:
 class ServerProcess(Process):
     """The loop of a gen_server."""
 
-    __slots__ = ("args", "parent", "server", "starter", "state", "timer")
+    __slots__ = (
+        "args", "init_waiter", "parent", "server", "state", "timer",
+    )  # fmt: skip
 
     def __init__(self, server: Any, args: Any, parent: Process) -> None:
         super().__init__()
         self.server, self.args, self.parent = server, args, parent
-        self.starter: Alias | None = Alias()  # who waits for init's answer
+        self.init_waiter: Alias | None = Alias()  # who waits for init's answer
         self.state: Any = None
         self.timer: Any = None  # runs while it rests, if a callback has asked for "timeout"
 
@@ -3629,16 +3631,16 @@ class ServerProcess(Process):
         if self.timer is not None:
             self.timer.close()
             self.timer = None
-        timeout = self._init() if self.starter is not None else None
+        timeout = self._init() if self.init_waiter is not None else None
         mailbox = self.mailbox
         while mailbox and self.exiting is None:
             self.handled += 1
             timeout = self._handle(mailbox.popleft())
-            if monotonic() > _scheduler.deadline:
+            if monotonic() > scheduler.deadline:
                 break
-        self.rest()
+        self.reschedule()
         if isinstance(timeout, int | float) and self.wake is not None:
-            self.timer = _scheduler.hub.loop.timer(timeout)
+            self.timer = scheduler.hub.loop.timer(timeout)
             self.timer.start(self._time_out, update=True)
 
     def _time_out(self) -> None:
@@ -3646,16 +3648,16 @@ class ServerProcess(Process):
             self.deliver("timeout")
 
     def _init(self) -> Any:
-        result, starter = self.server.init(self.args), self.starter
+        result, init_waiter = self.server.init(self.args), self.init_waiter
         match result:
             case ("ok", state, *timeout) if _is_timeout(timeout):
-                self.state, self.starter = state, None
-                starter.send("ok")  # type: ignore[union-attr]
+                self.state, self.init_waiter = state, None
+                init_waiter.send("ok")  # type: ignore[union-attr]
                 return timeout[0] if timeout else None
             case ("stop", reason):
                 raise _Stop(reason)
             case "ignore":
-                raise _Stop("normal", lambda: starter.send("ignore"))  # type: ignore[union-attr]
+                raise _Stop("normal", lambda: init_waiter.send("ignore"))  # type: ignore[union-attr]
         raise _Stop(("bad_return_value", result))
 
     def _handle(self, message: Any) -> Any:
@@ -3692,35 +3694,35 @@ class ServerProcess(Process):
                 raise _Stop(("bad_return_value", result))
         return timeout[0] if timeout else None
 
-    def last_words(self, error: BaseException) -> Any:
+    def cleanup(self, error: BaseException) -> Any:
         if self.timer is not None:
             self.timer.close()
-        if self.starter is not None:
-            return self._never_started(error)
+        if self.init_waiter is not None:
+            return self._fail_start(error)
         if isinstance(error, ProcessExit):
             return error.reason
         reason = self._reason(error)
         try:
             self._optional("terminate")(reason, self.state)
         except BaseException as failure:
-            reason = self.crashed(failure, "terminate")
+            reason = self.log_crash(failure, "terminate")
         if isinstance(error, _Stop) and error.answer:
             error.answer()
         return reason
 
-    def _never_started(self, error: BaseException) -> Any:
+    def _fail_start(self, error: BaseException) -> Any:
         """`start_link` tells its caller; no exit signal does it a second time."""
         if self.parent in self.links:
             self.links.discard(self.parent)
             self.parent.links.discard(self)
         if isinstance(error, _Stop) and error.answer:
             error.answer()
-        return error.reason if isinstance(error, _Stop) else self.crashed(error, "init")
+        return error.reason if isinstance(error, _Stop) else self.log_crash(error, "init")
 
     def _reason(self, error: BaseException) -> Any:
         if not isinstance(error, _Stop):
-            return self.crashed(error, _culprit(error))
-        if not _is_normal(error.reason):
+            return self.log_crash(error, failing_callback(error))
+        if not is_normal(error.reason):
             log.error("%r%s stopped: %r", self, self.title(), error.reason)
         return error.reason
 
@@ -3737,16 +3739,16 @@ def start_link(cls: Any, args: Any = None, name: str | None = None) -> Any:
     `cls` is a class, or any object with the callbacks. Answers the Pid; ("error", reason) if `init` stops or crashes,
     ("error", ("already_started", pid)) if `name` is taken; "ignore" if `init` says so.
     """
-    me = _me()
-    if name is not None and _name(name) in _names:
-        return "error", ("already_started", _names[name])
+    me = calling_process()
+    if name is not None and check_name(name) in registered:
+        return "error", ("already_started", registered[name])
     server = ServerProcess(cls() if isinstance(cls, type) else cls, args, me)
     if name is not None:
         register(name, server)
     link(server)
-    starter = server.starter
-    _enqueue(server)
-    match _ask(server, starter, None):  # type: ignore[arg-type]
+    init_waiter = server.init_waiter
+    enqueue(server)
+    match send_and_wait(server, init_waiter, None):  # type: ignore[arg-type]
         case "ok":
             return server
         case ("DOWN", reason):
@@ -3759,12 +3761,12 @@ def call(server: Pid | str, request: Any, timeout: float | None = 5.0) -> Any:
 
     Raises CallTimeout, NoProc or ServerDied, all of them CallError.
     """
-    me, process, alias = _me(), _resolve(server), Alias()
+    me, process, alias = calling_process(), resolve(server), Alias()
     if process is None:
         raise NoProc(server)
     if process is me:
         raise CallError(f"{me!r} calls itself")
-    match _ask(process, alias, timeout, ("$gen_call", (me, alias), request)):
+    match send_and_wait(process, alias, timeout, ("$gen_call", (me, alias), request)):
         case ("reply", value):
             return value
         case ("DOWN", "noproc"):
@@ -3796,12 +3798,12 @@ def stop(server: Pid | str, reason: Any = "normal", timeout: float | None = None
     Raises NoProc if there is none, ServerDied if it ends for another reason (`terminate` crashes, it is killed), and
     CallTimeout after `timeout` seconds.
     """
-    process = _resolve(server)
+    process = resolve(server)
     if process is None:
         raise NoProc(server)
-    if process is _me():
+    if process is calling_process():
         raise CallError(f"{process!r} stops itself")
-    match _ask(process, Alias(), timeout, ("$stop", reason)):
+    match send_and_wait(process, Alias(), timeout, ("$stop", reason)):
         case None:
             raise CallTimeout(f"{server!r} did not stop in {timeout} s")
         case ("DOWN", "noproc"):
@@ -3875,7 +3877,7 @@ class Supervisor(GenServer):
         state[id] = (spec, None)
         if spec["restart"] == "temporary":
             del state[id]
-        elif spec["restart"] == "permanent" or not _is_normal(reason):
+        elif spec["restart"] == "permanent" or not is_normal(reason):
             log.warning("%r child %r, %r, ended: %r; starting it again", self_pid(), id, pid, reason)
             return self._restart(id, state)
         return "noreply", state
@@ -3908,9 +3910,9 @@ class Supervisor(GenServer):
         is_supervisor = isinstance(pid, ServerProcess) and isinstance(
             pid.server, Supervisor
         )  # has children to wait for
-        if receive(None if is_supervisor else self.SHUTDOWN, _down(ref)) is None:
+        if receive(None if is_supervisor else self.SHUTDOWN, is_down(ref)) is None:
             exit(pid, "kill")
-            receive(None, _down(ref))
+            receive(None, is_down(ref))
 
 
 def _child(spec: Any) -> dict[str, Any]:
@@ -4033,7 +4035,7 @@ class History:
 def _keep(pubsub: PubSub, channel: str, size: int, seconds: float) -> str:
     if not (size >= 1 and 0 < seconds < inf):
         raise ValueError("a history has a size and a time")
-    _scheduler.at_home(_start_history, pubsub, check_channel(channel), size, seconds)
+    scheduler.run_in_hub(_start_history, pubsub, check_channel(channel), size, seconds)
     return "ok"
 
 
@@ -4214,14 +4216,14 @@ rooms["launch"] = SimpleNamespace(reload_on_change=reload_on_change, run_workers
 # has another id, were it under the same name. Who was cut off forgets what it could not say, and says so: at most once.
 # ---------------------------------------------------------------------------------------------------------------------
 
-STAMP = b"N1"  # and the version of what follows
-BEAT = 2.0  # seconds
-SILENCE = 6.2  # seconds without a word until a node is taken for dead: with a tick, less than 7
-DEAF = 4.0  # seconds without one's own beat until the line is taken for dead: with a tick, less than 5
+MAGIC = b"N1"  # and the version of what follows
+HEARTBEAT_INTERVAL = 2.0  # seconds
+NODE_TIMEOUT = 6.2  # seconds without a word until a node is taken for dead: with a tick, less than 7
+TRANSPORT_TIMEOUT = 4.0  # seconds without one's own beat until the line is taken for dead: with a tick, less than 5
 TICK = 0.5  # seconds
 FIRST_DELAY, LAST_DELAY = 0.1, 5.0  # seconds before connecting again, doubled each time, with jitter
-MAX_CROSSING = 16 * 1024 * 1024  # bytes of a message between nodes; Redis itself cuts subscribers 32 MB behind
-MAX_WAITING = 64 * 1024 * 1024  # bytes that may wait for Redis; beyond, messages are lost, and members told so
+MAX_PAYLOAD = 16 * 1024 * 1024  # bytes of a message between nodes; Redis itself cuts subscribers 32 MB behind
+MAX_OUTBOX = 64 * 1024 * 1024  # bytes that may wait for Redis; beyond, messages are lost, and members told so
 JOIN_TIME = 5.0  # seconds that a join waits for its subscription at most, and `connect` for Redis
 MAX_NAMES = 1000  # of nodes that have left; the pids of those before print the node's id
 MAX_LOST = 10_000  # names of channels to be told; beyond, all are
@@ -4231,7 +4233,7 @@ _TUPLE, _PID, _DATETIME = 1, 2, 3  # MessagePack's extension types
 # What Redis does for a channel that is kept. KEYS: a hash (life, number of the last message, run), a stream of them,
 # the channel. ARGV: a life to begin, the server's run_id, how many, seconds, the message, which goes out behind its
 # position. A server that starts again may have an older copy: with another run begins another life.
-KEPT = b"@"
+KEPT_MARK = b"@"
 _BEGIN = """
 if redis.call('HGET', KEYS[1], 'run') ~= ARGV[2] then
   redis.call('DEL', KEYS[1], KEYS[2])
@@ -4244,13 +4246,13 @@ local position = ''
 pcall(function()  -- where there is no memory left, it is published without a position
   {_BEGIN}
   local number = redis.call('HINCRBY', KEYS[1], 'number', 1)
-  local message = '{KEPT.decode()}' .. life .. '.' .. number .. ' ' .. ARGV[5]
+  local message = '{KEPT_MARK.decode()}' .. life .. '.' .. number .. ' ' .. ARGV[5]
   redis.call('XADD', KEYS[2], 'MAXLEN', ARGV[3], number .. '-0', 'at', now, 'message', message)
   redis.call('EXPIRE', KEYS[1], ARGV[4] * 2)
   redis.call('EXPIRE', KEYS[2], ARGV[4])
   position = life .. '.' .. number
 end)
-return redis.call('PUBLISH', KEYS[3], '{KEPT.decode()}' .. position .. ' ' .. ARGV[5])
+return redis.call('PUBLISH', KEYS[3], '{KEPT_MARK.decode()}' .. position .. ' ' .. ARGV[5])
 """
 LOAD = f"""{_BEGIN}
 return {{life, redis.call('HGET', KEYS[1], 'number'), now, redis.call('XRANGE', KEYS[2], '-', '+')}}
@@ -4304,9 +4306,9 @@ class Codec:
             data = self._pack(value, 0)
         except (TypeError, ValueError, OverflowError, RecursionError) as error:
             raise TypeError(f"this cannot cross to another node: {error}") from None
-        if len(data) > MAX_CROSSING - 64:
-            raise ValueError(f"{len(data)} bytes are too many to cross to another node: {MAX_CROSSING} are the limit")
-        return STAMP + self.id + data
+        if len(data) > MAX_PAYLOAD - 64:
+            raise ValueError(f"{len(data)} bytes are too many to cross to another node: {MAX_PAYLOAD} are the limit")
+        return MAGIC + self.id + data
 
     def _pack(self, value: Any, depth: int) -> bytes:
         if depth > MAX_DEPTH:
@@ -4359,7 +4361,7 @@ _aliases: weakref.WeakValueDictionary[int, Alias] = weakref.WeakValueDictionary(
 
 
 def _local_pid(serial: int) -> Pid | None:
-    return _processes.get(serial) or _aliases.get(serial)
+    return processes.get(serial) or _aliases.get(serial)
 
 
 def _package(name: str) -> Any:
@@ -4409,7 +4411,7 @@ class Node:
     heard: float  # when
 
 
-class Line:
+class Transport:
     """Two connections to Redis, for as long as they hold; a greenlet reads one, another writes both."""
 
     def __init__(self, redis: Redis) -> None:
@@ -4481,24 +4483,24 @@ class Cluster(Adapter):
         self.codec = Codec(self, self.id)
         self.nodes: dict[bytes, Node] = {}  # the others
         self.names = {self.id: name}  # node -> name, after it has left as well: its pids may still be printed
-        self.line: Line | None = None  # None while there is none
+        self.line: Transport | None = None  # None while there is none
         self.connected = False  # our hello has been said over this line
-        self.was_up = gevent.event.Event()  # ... or over an earlier one
+        self.first_connected = gevent.event.Event()  # ... or over an earlier one
         self.missed = False  # there was a time without a line
         self.sequence = 0  # of our last delta
         self.changes: list[Any] = []  # for the next one
         self.wanted: set[str] = set()  # channels for which the last that we said was SUBSCRIBE
         self.subscribing: dict[str, int] = {}  # channel -> SUBSCRIBEs that Redis has not confirmed yet
         self.live: set[str] = set()  # channels that are wanted, with all of them confirmed
-        self.awaited: dict[str, gevent.event.Event] = {}  # channel that is wanted but not live -> who joins waits here
+        self.waiters: dict[str, gevent.event.Event] = {}  # channel that is wanted but not live -> who joins waits here
         self.loading: dict[str, tuple[str, int, list[tuple[float, Message]]]] = {}  # channel -> its history, soon
-        self.underway: deque[tuple[Message, Pid | None]] = deque()  # to the history, and not back yet
+        self.in_flight: deque[tuple[Message, Pid | None]] = deque()  # to the history, and not back yet
         self.lost: set[str] | None = set()  # channels where we have failed to publish; None: there are too many
         self.watches: dict[Any, tuple[RemotePid, Any]] = {}  # ref -> whom we monitor elsewhere, and who wants to know
         self.watched: dict[bytes, dict[Any, Process]] = {}  # node -> ref -> whom it monitors here
         self.dropped = 0  # messages that could not be read
         self.logged, self.logged_drops = -60.0, 0  # when, and how many
-        self.heard = self.beaten = self.ticked = monotonic()  # our own beat came back, was sent; `_tick` came by
+        self.heard = self.last_beat = self.last_tick = monotonic()  # our own beat came back, was sent; `_tick` came by
         self.asked: dict[bytes, float] = {}  # node -> when we have asked for its state
         self.timer = get_hub().loop.timer(TICK, TICK)
         self.timer.start(self._tick)
@@ -4538,11 +4540,11 @@ class Cluster(Adapter):
                 delay = FIRST_DELAY if self.connected else min(max(delay, FIRST_DELAY) * 2, LAST_DELAY)
                 failure = str(error)
             finally:
-                self._hang_up()
+                self._on_disconnect()
 
     def _read(self) -> None:
         self.heard = monotonic()
-        line = self.line = Line(self.redis)
+        line = self.line = Transport(self.redis)
         line.open()
         line.command("SUBSCRIBE", self.redis.key("nodes"))
         for channel in {*self.pubsub.channels, *self.pubsub.histories}:
@@ -4554,12 +4556,12 @@ class Cluster(Adapter):
             while True:
                 self._take(line.reading.read_response())
                 if monotonic() - turn > TIME_SLICE:  # there may be much to read, and others want to work
-                    gevent.sleep(A_MOMENT)
+                    gevent.sleep(YIELD_DELAY)
                     turn = monotonic()
         finally:
             writer.kill()
 
-    def _write(self, line: Line) -> None:
+    def _write(self, line: Transport) -> None:
         """The greenlet that writes to the line."""
         try:
             while True:
@@ -4572,24 +4574,24 @@ class Cluster(Adapter):
         except Exception as error:
             self.reader.kill(error, block=False)
 
-    def _hang_up(self) -> None:
+    def _on_disconnect(self) -> None:
         """The line is dead. What it has not carried is lost; who waits for it is let go."""
         line, self.line, self.connected, self.missed = self.line, None, False, True
         if line is not None:
             line.close()
             for channel, _ in line.outbox:
                 if channel is not None:
-                    self._lose(channel)
+                    self._record_loss(channel)
         for table in (self.wanted, self.subscribing, self.live, self.changes, self.loading):
             table.clear()
         for history in self.pubsub.histories.values():
             history.forget()  # others go on without us
-        while self.underway:  # Redis may have them, but our own members do not
-            self.pubsub.deliver_unrecorded(*self.underway.popleft())
-        while self.awaited:
-            self.awaited.popitem()[1].set()
+        while self.in_flight:  # Redis may have them, but our own members do not
+            self.pubsub.deliver_unrecorded(*self.in_flight.popleft())
+        while self.waiters:
+            self.waiters.popitem()[1].set()
 
-    def _lose(self, channel: str) -> None:
+    def _record_loss(self, channel: str) -> None:
         if self.lost is not None:
             self.lost.add(channel)
             if len(self.lost) > MAX_LOST:
@@ -4598,21 +4600,21 @@ class Cluster(Adapter):
     def _tick(self) -> None:
         """Hub callback: beats, and notices who does not."""
         now = monotonic()
-        if now - self.ticked > 4 * TICK:  # it was us who held everything up
+        if now - self.last_tick > 4 * TICK:  # it was us who held everything up
             self.heard = now
             for node in self.nodes.values():
                 node.heard = now
-        self.ticked = now
-        if self.connected and now - self.beaten >= BEAT - TICK / 2:
-            self.beaten = now
+        self.last_tick = now
+        if self.connected and now - self.last_beat >= HEARTBEAT_INTERVAL - TICK / 2:
+            self.last_beat = now
             self._say("nodes", "", "beat", self.sequence)
-        if self.connected and self.line is not None and self.line.waiting < MAX_WAITING // 2:
-            self._tell_what_is_lost()  # when Redis was too slow
-        if self.line is not None and now - self.heard > DEAF:
+        if self.connected and self.line is not None and self.line.waiting < MAX_OUTBOX // 2:
+            self._announce_losses()  # when Redis was too slow
+        if self.line is not None and now - self.heard > TRANSPORT_TIMEOUT:
             self.heard = now
-            self.reader.kill(TimeoutError(f"no answer for {DEAF:.0f} s"), block=False)
+            self.reader.kill(TimeoutError(f"no answer for {TRANSPORT_TIMEOUT:.0f} s"), block=False)
         for id, node in list(self.nodes.items()):
-            if now - node.heard > SILENCE:
+            if now - node.heard > NODE_TIMEOUT:
                 self._forget(id, f"silent for {now - node.heard:.1f} s")
         self._log_dropped(now)
 
@@ -4630,26 +4632,26 @@ class Cluster(Adapter):
     def tell(self, node: bytes, *body: Any) -> None:
         """Says something to one node, from whatever thread. Raises TypeError and ValueError, see Codec."""
         data = self.codec.encode(list(body))
-        _scheduler.at_home(self._publish, self.redis.key("node:", node.hex()), data, None)
+        scheduler.run_in_hub(self._publish, self.redis.key("node:", node.hex()), data, None)
 
-    def encode(self, message: Message, but: Pid | None) -> bytes:
+    def encode(self, message: Message, exclude: Pid | None) -> bytes:
         _, _, sender, topic, payload = message
-        return self.codec.encode([sender, topic, payload, but])
+        return self.codec.encode([sender, topic, payload, exclude])
 
-    def dispatch(self, message: Message, but: Pid | None, data: bytes) -> None:
+    def dispatch(self, message: Message, exclude: Pid | None, data: bytes) -> None:
         channel = message[1]
-        if channel not in self.pubsub.histories or not self.publish_kept(message, but, data):
-            self.pubsub.deliver_unrecorded(message, but)
+        if channel not in self.pubsub.histories or not self.publish_kept(message, exclude, data):
+            self.pubsub.deliver_unrecorded(message, exclude)
             self._publish(self.redis.key("channel:", channel), data, channel)
 
     def dispatch_here(self, message: Message) -> None:
         self.pubsub.deliver(message, None)
 
     def _publish(self, key: bytes, data: bytes, channel: str | None) -> None:
-        if self.connected and self.line is not None and self.line.waiting < MAX_WAITING:
+        if self.connected and self.line is not None and self.line.waiting < MAX_OUTBOX:
             self.line.publish(key, data, channel)
         elif channel is not None:
-            self._lose(channel)
+            self._record_loss(channel)
 
     # -- channels that are kept: subscribed to all the time, so that this node knows what Redis keeps
 
@@ -4657,18 +4659,18 @@ class Cluster(Adapter):
         if channel in self.live:
             gevent.spawn(self._load, channel)
         else:
-            self._want(channel)
+            self._ensure_subscribed(channel)
 
-    def publish_kept(self, message: Message, but: Pid | None, data: bytes) -> bool:
+    def publish_kept(self, message: Message, exclude: Pid | None, data: bytes) -> bool:
         """By way of the history: it is delivered here when it comes back. False if that is not possible now."""
         channel = message[1]
         line, history = self.line, self.pubsub.histories[channel]
-        if not self.connected or channel not in self.live or line is None or line.waiting > MAX_WAITING:
+        if not self.connected or channel not in self.live or line is None or line.waiting > MAX_OUTBOX:
             return False
         keys = self._history_keys(channel), self.redis.key("channel:", channel)
         life, seconds = os.urandom(4).hex(), max(1, int(history.seconds))
         line.send(("EVAL", KEEP, 3, *keys[0], keys[1], life, line.run, history.size, seconds, data), channel)
-        self.underway.append((message, but))
+        self.in_flight.append((message, exclude))
         return True
 
     def _history_keys(self, channel: str) -> tuple[bytes, bytes]:
@@ -4696,21 +4698,21 @@ class Cluster(Adapter):
 
     def _read_kept(self, channel: str, data: bytes) -> tuple[Message, Any]:
         position, _, data = data.partition(b" ")
-        if not data.startswith(STAMP):
+        if not data.startswith(MAGIC):
             raise ValueError("no message of ours")
-        message, but = self._read_broadcast(channel, self.codec.decode(data[10:]))
+        message, exclude = self._read_broadcast(channel, self.codec.decode(data[10:]))
         message.position = position[1:].decode() or None
-        return message, but
+        return message, exclude
 
-    def _take_kept(self, channel: str, data: bytes) -> None:
+    def _on_kept(self, channel: str, data: bytes) -> None:
         position, _, stamped = data.partition(b" ")
-        if stamped.startswith(STAMP + self.id) and self.underway:  # Redis keeps the order
-            message, but = self.underway.popleft()
+        if stamped.startswith(MAGIC + self.id) and self.in_flight:  # Redis keeps the order
+            message, exclude = self.in_flight.popleft()
             message.position = position[1:].decode() or None
         else:
-            message, but = self._read_kept(channel, data)
+            message, exclude = self._read_kept(channel, data)
         deliver = self.pubsub.deliver_unrecorded if message.position is None else self.pubsub.record_and_deliver
-        deliver(message, but)
+        deliver(message, exclude)
 
     # -- who is in which channel: here
 
@@ -4718,7 +4720,7 @@ class Cluster(Adapter):
         if channel in self.live:
             self._change("join", channel, process)
         else:
-            self._want(channel)
+            self._ensure_subscribed(channel)
 
     def on_leave(self, channel: str, process: Process) -> None:
         if channel in self.live:
@@ -4727,15 +4729,15 @@ class Cluster(Adapter):
             self.wanted.discard(channel)
             self.live.discard(channel)
             self.line.command("UNSUBSCRIBE", self.redis.key("channel:", channel))  # type: ignore[union-attr]
-            self._release(channel)
+            self._wake_joiners(channel)
 
     def wait_until_subscribed(self, channel: str) -> None:
         """Until this node hears what is published to the channel, or the line is gone. The hub does not wait."""
-        event = self.awaited.get(channel)
-        if event is not None and _get_ident() == _scheduler.thread and not isinstance(getcurrent(), Hub):
+        event = self.waiters.get(channel)
+        if event is not None and get_ident() == scheduler.thread and not isinstance(getcurrent(), Hub):
             event.wait(JOIN_TIME)
 
-    def _want(self, channel: str) -> None:
+    def _ensure_subscribed(self, channel: str) -> None:
         """Subscribes, unless that is done; a line that is not open yet will do it once it is."""
         if channel not in self.wanted and self.line is not None and self.line.reading is not None:
             self._subscribe(channel)
@@ -4744,9 +4746,9 @@ class Cluster(Adapter):
         self.line.command("SUBSCRIBE", self.redis.key("channel:", channel))  # type: ignore[union-attr]
         self.wanted.add(channel)
         self.subscribing[channel] = self.subscribing.get(channel, 0) + 1
-        self.awaited[channel] = gevent.event.Event()
+        self.waiters[channel] = gevent.event.Event()
 
-    def _confirmed(self, channel: str) -> None:
+    def _on_subscribed(self, channel: str) -> None:
         """Redis has done a SUBSCRIBE; an UNSUBSCRIBE and another one may be on their way."""
         self.subscribing[channel] -= 1
         if self.subscribing[channel] == 0:
@@ -4757,10 +4759,10 @@ class Cluster(Adapter):
                     self._change("join", channel, process)
                 if channel in self.pubsub.histories:
                     gevent.spawn(self._load, channel)
-                self._release(channel)
+                self._wake_joiners(channel)
 
-    def _release(self, channel: str) -> None:
-        event = self.awaited.pop(channel, None)
+    def _wake_joiners(self, channel: str) -> None:
+        event = self.waiters.pop(channel, None)
         if event is not None:
             event.set()
 
@@ -4804,7 +4806,7 @@ class Cluster(Adapter):
     def which_channels(self) -> set[str]:
         return {channel for node in self.nodes.values() for channel in node.members}
 
-    def _learn(self, id: bytes, name: str, sequence: int, members: dict[str, list[int]]) -> None:
+    def _apply_state(self, id: bytes, name: str, sequence: int, members: dict[str, list[int]]) -> None:
         """The whole state of a node, in the place of what was known of it."""
         now, known = monotonic(), self.nodes.get(id)
         if known is not None and sequence < known.sequence:  # as in `_apply`
@@ -4822,11 +4824,11 @@ class Cluster(Adapter):
                 for serial in serials:
                     self.pubsub.notify_monitors(channel, change, RemotePid(self, id, serial))
 
-    def _apply(self, id: bytes, sequence: int, changes: list[Any]) -> None:
+    def _apply_delta(self, id: bytes, sequence: int, changes: list[Any]) -> None:
         """A delta; one that the state has overtaken is old."""
         node = self.nodes.get(id)
         if node is None or sequence > node.sequence + 1:
-            self._missed_something(id)
+            self._request_resync(id)
             return
         if sequence <= node.sequence:  # a connection that was given up may still say what a newer one has overtaken
             return
@@ -4839,7 +4841,7 @@ class Cluster(Adapter):
             if not members:
                 del node.members[channel]
 
-    def _missed_something(self, id: bytes) -> None:
+    def _request_resync(self, id: bytes) -> None:
         """A gap in what a node says; or all of it, so far."""
         self._ask_for_state(id)
         if id in self.nodes:
@@ -4889,7 +4891,7 @@ class Cluster(Adapter):
                 self.tell(pid.node, "watch", pid.serial, ref)
 
     def _watch_for(self, node: bytes, serial: int, ref: Any) -> None:
-        process = _processes.get(serial)
+        process = processes.get(serial)
         if process is None:
             self._say("node:", node.hex(), "down", serial, ref, "noproc")
         else:
@@ -4907,48 +4909,48 @@ class Cluster(Adapter):
     def _take(self, response: Any) -> None:
         match response:
             case [b"message", key, data]:
-                if data.startswith(STAMP + self.id):
+                if data.startswith(MAGIC + self.id):
                     self.heard = monotonic()
                     if key != self.own_key:
                         return
                 try:
-                    self._take_message(key, data)
+                    self._on_message(key, data)
                 except Exception as error:  # a stranger's, or another version's: whatever it is, it ends here
                     self.dropped += 1
                     log.debug("cluster: dropped %d bytes: %r", len(data), error)
             case [b"subscribe", key, _] if key == self.own_key:
-                self._announce()
+                self._on_connected()
             case [b"subscribe", key, _] if key.startswith(self.channel_prefix):
-                self._confirmed(self._channel_of(key))
+                self._on_subscribed(self._channel_of(key))
 
     def _channel_of(self, key: bytes) -> str:
         return key[len(self.channel_prefix) :].decode("utf-8", "surrogatepass")
 
-    def _announce(self) -> None:
+    def _on_connected(self) -> None:
         """All subscriptions of a new line are live."""
-        again = self.was_up.is_set()
-        self.connected, self.beaten = True, monotonic()
-        self.was_up.set()
+        again = self.first_connected.is_set()
+        self.connected, self.last_beat = True, monotonic()
+        self.first_connected.set()
         log.info("cluster: %s is connected to %s%s", self.name, self.redis.title, " again" if again else "")
         self.sequence += 1  # who has changed while the line was down was told by no delta
         self._say("nodes", "", "hello", self.name, self.sequence, self._members())
-        self._tell_what_is_lost()
+        self._announce_losses()
         if self.missed:
             self.missed = False
             self._watch_again()
             self._resync(list(self.pubsub.channels))
 
-    def _tell_what_is_lost(self) -> None:
+    def _announce_losses(self) -> None:
         if self.lost != set():
             lost, self.lost = self.lost, set()
             self._say("nodes", "", "resync", None if lost is None else list(lost))
 
-    def _take_message(self, key: bytes, data: bytes) -> None:
+    def _on_message(self, key: bytes, data: bytes) -> None:
         """Raises whatever it likes where the bytes are not what they should be."""
-        if not data.startswith((STAMP, KEPT)) or len(data) > MAX_CROSSING:
+        if not data.startswith((MAGIC, KEPT_MARK)) or len(data) > MAX_PAYLOAD:
             raise ValueError("no message of ours, or of another version, or too large")
-        if data.startswith(KEPT):
-            self._take_kept(self._channel_of(key), data)
+        if data.startswith(KEPT_MARK):
+            self._on_kept(self._channel_of(key), data)
             return
         id, body = data[2:10], self.codec.decode(data[10:])
         if key.startswith(self.channel_prefix):
@@ -4958,28 +4960,28 @@ class Cluster(Adapter):
         if node is not None:
             node.heard = monotonic()
         if key == self.own_key:
-            self._told(id, body)
+            self._on_direct(id, body)
         else:
-            self._announced(id, body)
+            self._on_announcement(id, body)
 
     def _read_broadcast(self, channel: str, body: Any) -> tuple[Message, Any]:
-        sender, topic, payload, but = body
+        sender, topic, payload, exclude = body
         if not isinstance(sender, Pid) or not isinstance(topic, str | bytes):
             raise ValueError("no broadcast")
-        return Message(("nova_pubsub", channel, sender, topic, payload)), but
+        return Message(("nova_pubsub", channel, sender, topic, payload)), exclude
 
-    def _announced(self, id: bytes, body: Any) -> None:
+    def _on_announcement(self, id: bytes, body: Any) -> None:
         """What a node says to all."""
         match body:
             case ["hello", str(name), int(sequence), dict(members)]:
-                self._learn(id, name, sequence, members)
+                self._apply_state(id, name, sequence, members)
                 self._say("node:", id.hex(), "state", self.name, self.sequence, self._members())
                 self._watch_again(id)
             case ["delta", int(sequence), list(changes)]:
-                self._apply(id, sequence, changes)
+                self._apply_delta(id, sequence, changes)
             case ["beat", int(sequence)]:
                 if id not in self.nodes or self.nodes[id].sequence < sequence:
-                    self._missed_something(id)
+                    self._request_resync(id)
             case ["resync", None]:
                 self._resync(list(self.pubsub.channels))
             case ["resync", list(channels)]:
@@ -4989,13 +4991,13 @@ class Cluster(Adapter):
             case _:
                 raise ValueError("not understood")
 
-    def _told(self, id: bytes, body: Any) -> None:
+    def _on_direct(self, id: bytes, body: Any) -> None:
         """What a node says to this one."""
         match body:
             case ["send", int(serial), message]:
                 send(_local_pid(serial) or "", message)
             case ["state", str(name), int(sequence), dict(members)]:
-                self._learn(id, name, sequence, members)
+                self._apply_state(id, name, sequence, members)
             case ["loaded", str(channel)] if id == self.id and channel in self.loading:
                 self.pubsub.histories[channel].load(*self.loading.pop(channel))
             case ["need"]:  # it may have forgotten us, and what we monitor there
@@ -5010,8 +5012,8 @@ class Cluster(Adapter):
             case ["down", int(serial), ref, reason] if ref in self.watches:
                 pid, watcher = self.watches.pop(ref)
                 watcher.down(ref, pid, reason)
-            case ["exit", int(serial), source, reason] if serial in _processes:
-                process = _processes[serial]
+            case ["exit", int(serial), source, reason] if serial in processes:
+                process = processes[serial]
                 process.kill("killed") if source is None else process.signal(source, reason)
             case ["down", *_] | ["exit", *_]:
                 pass  # too late
@@ -5025,10 +5027,10 @@ def _connect(pubsub: PubSub, url: str, name: str | None = None) -> str:
         raise RuntimeError("this node is in a cluster already")
     if not gevent.monkey.is_module_patched("socket"):
         raise RuntimeError("a cluster needs a patched library: from gevent import monkey; monkey.patch_all()")
-    _me()
+    calling_process()
     pubsub.adapter = Cluster(pubsub, url, name or _node)
     _node = pubsub.adapter.name
-    if not pubsub.adapter.was_up.wait(JOIN_TIME):
+    if not pubsub.adapter.first_connected.wait(JOIN_TIME):
         log.warning("cluster: alone for now")
     return "ok"
 
@@ -5087,28 +5089,28 @@ def stats() -> dict[str, Any]:
     members (on all nodes), local_members, messages (to members here, since it has any); cluster: None, or up, nodes
     (name, id, members, silent_seconds) and dropped (messages that could not be read).
     """
-    processes = nlargest(BOARD_SIZE, _processes.values(), key=lambda process: (len(process.mailbox), process.handled))
-    ready = set(_scheduler.ready)
+    busiest = nlargest(BOARD_SIZE, processes.values(), key=lambda process: (len(process.mailbox), process.handled))
+    ready = set(scheduler.ready)
     return {
         "node": _node,
         "version": __version__,
         "uptime_seconds": round(monotonic() - _started, 3),
         "cpu_seconds": round(time.process_time(), 3),
         "memory_bytes": _memory(),
-        "connections": sum(len(lounge.connections) for lounge in _lounges),
-        "max_connections": sum(lounge.limit for lounge in _lounges),
-        "draining": any(lounge.leaving or lounge.draining for lounge in _lounges),
-        "slow_closed": sum(lounge.cut for lounge in _lounges),
-        "messages_dropped": sum(lounge.dropped for lounge in _lounges),
-        "process_count": len(_processes),
-        "processes": [_about_process(process, process in ready) for process in processes],
+        "connections": sum(len(registry.connections) for registry in registries),
+        "max_connections": sum(registry.limit for registry in registries),
+        "draining": any(registry.leaving or registry.draining for registry in registries),
+        "slow_closed": sum(registry.cut for registry in registries),
+        "messages_dropped": sum(registry.dropped for registry in registries),
+        "process_count": len(processes),
+        "processes": [_about_process(process, process in ready) for process in busiest],
         "channels": [_about_channel(channel) for channel in sorted(pubsub.which_channels())],
         "cluster": pubsub.adapter.info(),
     }
 
 
 def _about_process(process: Process, is_ready: bool) -> dict[str, Any]:
-    states: dict[Any, str] = {_enqueue: "idle", _make_room: "slow", None: "ready" if is_ready else "running"}
+    states: dict[Any, str] = {enqueue: "idle", _apply_overflow: "slow", None: "ready" if is_ready else "running"}
     return {
         "pid": repr(process),
         "name": process.name,
@@ -5116,7 +5118,7 @@ def _about_process(process: Process, is_ready: bool) -> dict[str, Any]:
         "peer": "{}:{}".format(*process.req["peer"]) if isinstance(process, Connection) else None,
         "mailbox": len(process.mailbox),
         "handled": process.handled,
-        "age_seconds": round(monotonic() - process.born, 1),
+        "age_seconds": round(monotonic() - process.started_at, 1),
         "channels": sorted(islice(process.channels, 5)),
         "state": states.get(process.wake, "waiting"),
     }
@@ -5142,7 +5144,7 @@ class BoardHandler(WebSocketHandler):
     def init(self, state: Any) -> Any:
         pubsub.join("nova_board")
         if whereis("nova_board") is None:
-            register("nova_board", spawn(_look))
+            register("nova_board", spawn(_publish_stats))
         return "ok", state
 
     def websocket_init(self, state: Any) -> Any:
@@ -5155,7 +5157,7 @@ class BoardHandler(WebSocketHandler):
         return "ok", state
 
 
-def _look() -> None:
+def _publish_stats() -> None:
     while pubsub.get_local_members("nova_board"):
         pubsub.local_broadcast("nova_board", "stats", stats())
         receive(BOARD_TIME)
@@ -5458,13 +5460,13 @@ class Notes:
         return [dict(zip(self.FIELDS, row, strict=True)) for row in rows]
 
     def _in_thread(self, fn: Callable[..., Any], *args: Any) -> Any:
-        def attempt() -> tuple[Any, Exception | None]:  # gevent prints what a thread raises, even if it is caught
+        def guarded_call() -> tuple[Any, Exception | None]:  # gevent prints what a thread raises, even if it is caught
             try:
                 return fn(*args), None
             except Exception as error:
                 return None, error
 
-        result, error = self.thread.apply(attempt)
+        result, error = self.thread.apply(guarded_call)
         if error is not None:
             raise error
         return result
@@ -5540,7 +5542,7 @@ class NotesController:
                 note = self.notes.create(title, body, author)
                 pubsub.broadcast("notes", "note_created", note)
                 return "json", 201, {}, note
-        return incomplete(req, "title", "body", "author")
+        return unprocessable(req, "title", "body", "author")
 
     def show(self, req: Request) -> Any:
         note = self.notes.get(note_id(req))
@@ -5554,7 +5556,7 @@ class NotesController:
                     return NOT_FOUND
                 pubsub.broadcast("notes", "note_updated", note)
                 return "json", note
-        return incomplete(req, "title", "body")
+        return unprocessable(req, "title", "body")
 
     def delete(self, req: Request) -> Any:
         id = note_id(req)
@@ -5575,7 +5577,7 @@ def is_text(*fields: str) -> bool:
     return all(field and "\0" not in field for field in fields)  # PostgreSQL knows no NUL
 
 
-def incomplete(req: Request, *names: str) -> Any:
+def unprocessable(req: Request, *names: str) -> Any:
     """The 422, with what is wrong at which field."""
     given = {name: req["params"].get(name) for name in names}
     fields = {name: "is required" for name in names if not isinstance(given[name], str) or not is_text(given[name])}
@@ -5698,12 +5700,12 @@ class NoteIndexer(GenServer):
         return "ok", self.index()
 
     def index(self) -> dict[int, set[str]]:
-        return {note["id"]: words_of(note) for note in self.notes.all()}
+        return {note["id"]: tokenize(note) for note in self.notes.all()}
 
     def handle_call(self, request: Any, from_: Any, state: Any) -> Any:
         match request:
             case ("search", str(text)):
-                words = words_of({"title": text, "body": ""})
+                words = tokenize({"title": text, "body": ""})
                 return "reply", sorted(id for id, known in state.items() if words and has(known, words)), state
         return "reply", ("error", "unknown_request"), state
 
@@ -5717,7 +5719,7 @@ class NoteIndexer(GenServer):
                 {"id": int(id), "title": title, "body": _},
             ):
                 log.info("indexing note %s: %r", id, title)
-                state[id] = words_of(info[4])
+                state[id] = tokenize(info[4])
             case ("nova_pubsub", "notes", _sender, "note_deleted", {"id": int(id)}):
                 log.info("removing note %s from the index", id)
                 state.pop(id, None)
@@ -5731,7 +5733,7 @@ def has(known: set[str], words: set[str]) -> bool:
     return all(any(other.startswith(word) for other in known) for word in words)
 
 
-def words_of(note: Mapping[str, Any]) -> set[str]:
+def tokenize(note: Mapping[str, Any]) -> set[str]:
     return set(re.findall(r"\w+", f"{note['title']} {note['body']}".lower()))
 
 

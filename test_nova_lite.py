@@ -146,7 +146,7 @@ def me():
     assert receive(0) is None
     yield pid
     process_flag("trap_exit", False)
-    until(lambda: set(nova_lite._processes.values()) == {pid})
+    until(lambda: set(nova_lite.processes.values()) == {pid})
     pubsub_left = pubsub.which_channels()
     for channel in pubsub_left:
         pubsub.leave(channel)
@@ -473,7 +473,7 @@ def test_hub_callbacks_send_to_those_who_wait(server):
 def test_a_threads_mistake_costs_no_message_of_another(me, capsys):
     def run():
         me.send("before")
-        nova_lite._scheduler.at_home(divide)
+        nova_lite.scheduler.run_in_hub(divide)
         me.send("after")
 
     in_thread(run)
@@ -483,14 +483,14 @@ def test_a_threads_mistake_costs_no_message_of_another(me, capsys):
 
 def test_another_thread_touches_nothing_of_the_loop_but_one_watcher(me, monkeypatch):
     with monkeypatch.context() as patch:
-        patch.setattr(nova_lite._scheduler, "hub", None)
+        patch.setattr(nova_lite.scheduler, "hub", None)
         in_thread(repeat, 1000, lambda: me.send(1))
     assert [expect() for _ in range(1000)] == [1] * 1000
 
 
 def test_what_threads_hand_over_leaves_timers_their_turn(me):
     done = []
-    in_thread(repeat, 100, lambda: nova_lite._scheduler.at_home(lambda: busy(0.001) or done.append(1)))
+    in_thread(repeat, 100, lambda: nova_lite.scheduler.run_in_hub(lambda: busy(0.001) or done.append(1)))
     send_after(0.01, me, "timer")
     assert expect() == "timer"
     assert len(done) < 90
@@ -654,7 +654,7 @@ def test_demonitor_flushes_a_down_that_has_come(begin, flush, left):
 def test_who_monitors_and_dies_is_forgotten(begin):
     target = begin(spawn, obey)
     reason_of(spawn(monitor, target))
-    assert not target.watchers
+    assert not target.monitored_by
 
 
 def test_a_name_finds_its_process(me, begin):
@@ -841,7 +841,7 @@ def blocked(processes, act):
 def cpu_of_the_end(pids, act):
     start = time.process_time()
     act()
-    until(lambda: nova_lite._processes.keys().isdisjoint(pid.serial for pid in pids))
+    until(lambda: nova_lite.processes.keys().isdisjoint(pid.serial for pid in pids))
     return time.process_time() - start
 
 
@@ -1041,7 +1041,7 @@ def test_two_hundred_callbacks_block_at_once(me, begin):
     gate.set()
     assert [expect() for _ in servers] == ["done"] * 200
     assert [call(server, n) for n, server in enumerate(servers)] == list(range(200))
-    assert len(nova_lite._scheduler.idle) <= nova_lite.SPARE_RUNNERS
+    assert len(nova_lite.scheduler.idle) <= nova_lite.SPARE_RUNNERS
 
 
 def test_a_process_is_never_run_by_two_runners_at_once(me, begin):
@@ -1132,15 +1132,15 @@ def test_a_name_that_is_taken_answers_who_has_it(begin):
 
 
 def test_a_bad_name_leaves_no_process_behind():
-    before = set(nova_lite._processes)
+    before = set(nova_lite.processes)
     try:
         with pytest.raises(ValueError, match="a name is"):
             start_link(Obedient, name="")
-        left = set(nova_lite._processes) - before
+        left = set(nova_lite.processes) - before
         assert not left
     finally:
-        for serial in set(nova_lite._processes) - before:
-            nova_lite._processes[serial].finish("normal")
+        for serial in set(nova_lite.processes) - before:
+            nova_lite.processes[serial].finish("normal")
 
 
 def test_call_cast_and_info_reach_their_callbacks(me, begin):
@@ -1368,7 +1368,7 @@ def test_stop_raises_where_the_server_ended_for_another_reason(me, begin):
     server = begin(start_link, Obedient, me)
     unlink(server)
     cast(server, lambda _state: gevent.sleep(PATIENCE))
-    begin(spawn, lambda: until(lambda: server.watchers) and exit(server, "kill"))
+    begin(spawn, lambda: until(lambda: server.monitored_by) and exit(server, "kill"))
     with pytest.raises(ServerDied) as died:
         stop(server)
     assert died.value.reason == "killed"
@@ -1699,7 +1699,7 @@ def test_broadcasting_while_members_come_and_go_skips_nobody_that_stays(me, begi
         pubsub.broadcast("room", "n", n)
         gevent.sleep(0)
     assert sorted(expect()[1][4] for _ in range(1000)) == [n for n in range(200) for _ in stay]
-    until(lambda: not set(visitors) & set(nova_lite._processes.values()))
+    until(lambda: not set(visitors) & set(nova_lite.processes.values()))
     assert set(pubsub.get_members("room")) == set(stay)
 
 
@@ -2840,7 +2840,7 @@ def test_a_plugin_may_answer_as_a_controller_in_the_place_of_a_websocket_and_bot
         for headers in (HANDSHAKE, {"Accept": "text/event-stream"}):
             assert http_request(server, "GET", "/ws", headers=headers)[0] == 429
         assert http_request(server, "GET", "/theirs")[2] == b"ab"
-        until(lambda: not server.lounge.connections)
+        until(lambda: not server.registry.connections)
 
 
 def test_hooks_of_bottles_come_before_and_after_a_controller():
@@ -2914,7 +2914,7 @@ def test_what_security_refuses_is_refused_before_a_controller_and_before_a_101(
     handler = SimpleNamespace(init=reached.append, websocket_handle=None, websocket_info=None)
     app = one_route(reached.append if protocol == "http" else handler, security=security, protocol=protocol)
     given_status, given_headers, given_body = ask(
-        app, **UPGRADE, **{"nova_lite.lobby": [], "nova_lite.lounge": nova_lite.Lounge(1)}
+        app, **UPGRADE, **{"nova_lite.upgrading": [], "nova_lite.registry": nova_lite.ConnectionRegistry(1)}
     )
     assert (given_status, given_body, reached) == (status, body, [])
     assert {name: given_headers[name] for name in headers} == headers
@@ -2963,8 +2963,8 @@ def test_a_websocket_route_answers_a_plain_get_with_426_and_what_to_upgrade_to()
     ],
 )  # fmt: skip
 def test_an_opening_handshake_is_checked(changes, status):
-    refusal = check_handshake(environ(**{**UPGRADE, **changes}))
-    assert (refusal and refusal.status_code) == status
+    check_security = check_handshake(environ(**{**UPGRADE, **changes}))
+    assert (check_security and check_security.status_code) == status
 
 
 @pytest.mark.parametrize(
@@ -3185,7 +3185,7 @@ def test_too_many_connections_are_a_503_that_says_when_to_come_back():
             head = sock.recv(1000)
             assert head.startswith(b"HTTP/1.1 503 ")
             assert b"Retry-After: 5" in head
-        until(lambda: not server.lounge.connections)
+        until(lambda: not server.registry.connections)
         with ws(server) as client:
             client.send("room again")
             assert client.recv(PATIENCE) == "room again"
@@ -3873,7 +3873,7 @@ def test_a_request_that_is_given_up_while_init_runs_leaves_no_process(me):
 
 def test_a_client_that_is_gone_before_the_hand_over_leaves_no_process(recorder):
     class Reset(nova_lite.RequestHandler):
-        def _hand_over(self, connection):
+        def _detach(self, connection):
             raise ConnectionResetError(104, "as the first read may say")
 
     with serving(on(recorder, lambda frame, state: ("ok", state))) as server:
@@ -3909,7 +3909,7 @@ def test_a_client_that_does_not_answer_a_close_is_cut(recorder, monkeypatch):
     with serving(on(recorder, lambda what, state: ("stop", state))) as server, upgraded(server) as sock:
         sock.sendall(masked(1, b"x"))
         ended("stop")
-        until(lambda: not server.lounge.connections)
+        until(lambda: not server.registry.connections)
         assert close_code(sock) == 1000
 
 
@@ -3925,7 +3925,7 @@ def test_an_end_by_several_hands_is_one_end(recorder):
                 assert read_to_end(sock).count(b"\x88") <= 1
                 expect(is_a("terminate"))
         assert receive(0, is_a("terminate")) is None
-        until(lambda: not server.lounge.connections)
+        until(lambda: not server.registry.connections)
 
 
 def test_2000_connections_that_come_talk_and_vanish_in_every_way_leave_nothing_behind(me):
@@ -3970,8 +3970,8 @@ def test_2000_connections_that_come_talk_and_vanish_in_every_way_leave_nothing_b
             ways[number % len(ways)](sock)
         for sock in socks:
             sock.close()
-        until(lambda: not server.lounge.connections and not server.handlers)
-        assert (set(nova_lite._processes.values()), pubsub.which_channels()) == ({me}, [])
+        until(lambda: not server.registry.connections and not server.handlers)
+        assert (set(nova_lite.processes.values()), pubsub.which_channels()) == ({me}, [])
 
     logging.disable(logging.CRITICAL)
     try:
@@ -4151,7 +4151,7 @@ def test_a_request_is_a_process_for_as_long_as_it_lasts(me):
 def test_a_kept_alive_connection_does_not_collect_the_processes_of_its_requests():
     def adopted():
         gc.collect()
-        return sum(type(thing) is nova_lite.Adopted for thing in gc.get_objects())
+        return sum(type(thing) is nova_lite.GreenletProcess for thing in gc.get_objects())
 
     with serving(("/", lambda _req: self_pid() and ("status", 200))) as server, bare(server) as sock:
         before = adopted()
@@ -4288,7 +4288,7 @@ def test_a_controller_may_take_longer_than_the_client(me):
         with bare(server, b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 2\r\n\r\nab") as sock:
             (handler,) = until(lambda: [handler for handler in server.handlers if handler.wsgi_input.ended])
             until(lambda: nova_lite.monotonic() > handler.stream.deadline + 0.05)
-            (process,) = until(lambda: [p for p in nova_lite._processes.values() if p is not me])
+            (process,) = until(lambda: [p for p in nova_lite.processes.values() if p is not me])
             process.send("go on")
             assert sock.recv(1000).endswith(b"ab")
 
@@ -4398,7 +4398,7 @@ def test_a_burst_of_handshakes_does_not_overrun_the_limit(me):
         refused = sum(sock.recv(100).startswith(b"HTTP/1.1 503") for sock in socks[2:])
         for pid in pids:
             pid.send("go on")
-        assert (refused, len(server.lounge.connections)) == (3, 2)
+        assert (refused, len(server.registry.connections)) == (3, 2)
         for sock in socks:
             sock.close()
 
@@ -4415,7 +4415,7 @@ def test_the_heartbeat_is_a_503_while_the_server_drains(me):
             request = expect()
             assert balancer.recv(1000).startswith(b"HTTP/1.1 200 ")
             stopping = gevent.spawn(server.stop)
-            until(lambda: server.lounge.draining)
+            until(lambda: server.registry.draining)
             balancer.sendall(beat)
             answer = read_to_end(balancer)
             assert answer.startswith(b"HTTP/1.1 503 ")
@@ -4439,9 +4439,9 @@ def test_many_websockets_are_not_closed_all_at_once(recorder):
     with serving(on(recorder, lambda frame, state: ("ok", state))) as server:
         socks = [upgraded(server) for _ in range(100)]
         stopping = gevent.spawn(server.stop)
-        until(lambda: server.lounge.draining)
+        until(lambda: server.registry.draining)
         gevent.sleep(0)
-        assert len(nova_lite._processes) > 50
+        assert len(nova_lite.processes) > 50
         for sock in socks:
             assert sock.recv(4)[2:] == b"\x03\xe9"
             sock.close()
@@ -4485,7 +4485,7 @@ def test_tls_serves_https_and_wss_with_the_same_guarantees(recorder, tmp_path):
         ) as sock:
             sock.sendall(handshake(Host=f"localhost:{server.port}") + masked(1, b"x" * 12_000) + masked(8))
             assert b"x" * 12_000 in read_to_end(sock)
-        until(lambda: not server.lounge.connections and not server.handlers)
+        until(lambda: not server.registry.connections and not server.handlers)
 
 
 def test_two_servers_in_one_program_stop_each_for_itself(recorder):
@@ -5376,7 +5376,7 @@ def test_no_request_is_answered_by_a_500_by_a_traceback_or_not_at_all(chance, tr
         assert http_request(server, "GET", "/hello")[0] == 200
         with ws(server) as client:
             client.ping().wait(PATIENCE)
-        until(lambda: not server.handlers and not server.lounge.connections)
+        until(lambda: not server.handlers and not server.registry.connections)
 
 
 @pytest.mark.parametrize("name", ["Host", "Origin", "Accept", "Cookie", "Content-Type", "Last-Event-ID", "Upgrade"])
@@ -5574,7 +5574,7 @@ def test_what_crosses_a_cluster_is_what_was_sent_and_what_is_mutated_is_read_or_
     encoded = []
     for _ in range(1000 * FUZZ_TIMES):
         value = random_value(chance)
-        encoded.append(codec.encode(value)[len(nova_lite.STAMP) + 8 :])
+        encoded.append(codec.encode(value)[len(nova_lite.MAGIC) + 8 :])
         assert repr(codec.decode(encoded[-1])) == repr(value)
     for _ in range(6000 * FUZZ_TIMES):
         data = mutated(chance, chance.choice(encoded), encoded[-20:])
@@ -6106,9 +6106,9 @@ def test_a_connection_that_ends_leaves_nothing_for_the_garbage_collector(ending)
             with bare(server, handshake() + ending) as client:
                 client.shutdown(socket.SHUT_WR)
                 read_to_end(client)
-            until(lambda: not server.lounge.connections)
+            until(lambda: not server.registry.connections)
             gc.collect()
-            assert {type(thing) for thing in gc.garbage} & {nova_lite.Ending, nova_lite.Connection, Channel} == set()
+            assert {type(thing) for thing in gc.garbage} & {nova_lite.Close, nova_lite.Connection, Channel} == set()
         finally:
             gc.set_debug(0)
             gc.garbage.clear()
@@ -6136,11 +6136,11 @@ def test_frames_that_wait_behind_a_reply_nobody_reads_still_count():
 
     with serving(("/ws", Handler, {"protocol": "ws"}), max_message_size=100_000) as server:
         with bare(server, handshake()):
-            (connection,) = until(lambda: {c for c in server.lounge.connections if c.reader})
-            connection.inbox, connection.unhandled = [("binary", b"y" * 60_000)] * 3, 180_000
+            (connection,) = until(lambda: {c for c in server.registry.connections if c.reader})
+            connection.inbox, connection.inbox_bytes = [("binary", b"y" * 60_000)] * 3, 180_000
             connection._handle_inbox()
-            assert (len(connection.inbox), connection.unhandled) == (2, 180_000)
-            assert connection._has_enough()
+            assert (len(connection.inbox), connection.inbox_bytes) == (2, 180_000)
+            assert connection._should_pause()
 
 
 def test_a_client_that_pipelines_requests_lets_others_have_their_turn():
@@ -6169,7 +6169,7 @@ def test_a_client_that_pipelines_requests_lets_others_have_their_turn():
 def test_a_connection_that_lets_others_have_their_turn_is_not_taken_for_late(monkeypatch, requests_before):
     monkeypatch.setattr(Server, "BODY_TIME", 0.05)  # of the request before; the next one has all of KEEP_ALIVE
     monkeypatch.setattr(nova_lite, "TIME_SLICE", 1e-4)
-    monkeypatch.setattr(nova_lite, "A_MOMENT", 0.2)
+    monkeypatch.setattr(nova_lite, "YIELD_DELAY", 0.2)
     with serving(("/", lambda _req: ("status", 200)), ("/ws", Parrot, {"protocol": "ws"})) as server:
         with bare(server) as client:
             for _ in range(requests_before):
@@ -6217,7 +6217,7 @@ def test_a_get_that_accepts_events_runs_the_same_handler_and_its_replies_are_eve
         assert {b"Content-Type: text/event-stream", b"Cache-Control: no-cache", b"Connection: close"} <= set(lines)
         assert not re.search(rb"Content-Length|Transfer-Encoding|Upgrade", head)
         (connection,) = pubsub.get_members("c")
-        assert server.lounge.connections == {connection}
+        assert server.registry.connections == {connection}
         pubsub.broadcast("c", "t", "one\ntwo\r\nthree\n")
         assert read_until(sock, b":\n\n") == b"data: one\ndata: two\ndata: three\ndata: \n\n:\n\n"
 
@@ -6267,7 +6267,7 @@ def test_a_plugin_may_answer_in_the_place_of_events():
     with Server(app, port=0) as server:
         status, _, body = http_request(server, "GET", "/ws", headers={"Accept": "text/event-stream"})
         assert (status, body) == (200, b"maintenance")
-        until(lambda: not server.lounge.connections)
+        until(lambda: not server.registry.connections)
 
 
 def test_events_have_the_same_limit_of_connections():
@@ -6313,7 +6313,7 @@ def test_a_client_of_events_that_hangs_up_is_gone_at_once_and_silence_is_none():
             assert read_until(sock, b":\n\n:\n\n") == b":\n\n:\n\n"  # more than one idle_timeout later
             sock.sendall(b"GET / HTTP/1.1\r\n\r\n")  # what it says is of no interest
             assert pubsub.get_members("c")
-        until(lambda: not pubsub.get_members("c") and not server.lounge.connections)
+        until(lambda: not pubsub.get_members("c") and not server.registry.connections)
 
 
 def test_a_client_of_events_that_does_not_read_is_cut():
@@ -6408,7 +6408,7 @@ def test_of_several_channels_that_are_kept_none_is_lost_silently(kept):
         with serving(("/ws", Both, {"protocol": "ws"})) as server:
             with events(server) as (_, head):
                 position = re.search(rb"\nid: (\S+)\ndata:\n\n$", head)[1].decode()
-            until(lambda: not server.lounge.connections)
+            until(lambda: not server.registry.connections)
             for channel in ("c", "other"):
                 pubsub.broadcast(channel, "t", 1)
             with events(server, Last_Event_ID=position):
@@ -6581,7 +6581,7 @@ def test_stats_tell_of_connections_and_channels():
             assert (connection["handler"], connection["handled"], connection["channels"]) == ("Channel", 3, ["c"])
             assert figures["channels"] == [{"channel": "c", "members": 1, "local_members": 1, "messages": 3}]
             assert figures["connections"] == 1
-            assert figures["max_connections"] >= server.lounge.limit
+            assert figures["max_connections"] >= server.registry.limit
         until(lambda: nova_lite.stats()["connections"] == 0)
 
 
@@ -6731,7 +6731,7 @@ def node(request, monkeypatch):
     yield node
     for registry in registries:
         registry.disconnect()
-        nova_lite._exit_hooks.remove(registry._on_exit)
+        nova_lite.exit_hooks.remove(registry._on_exit)
 
 
 @pytest.fixture
@@ -6748,7 +6748,13 @@ def nodes(request, node):
 @pytest.fixture
 def haste(monkeypatch):
     """The clocks of a cluster go eight times as fast."""
-    for name, value in {"BEAT": 0.25, "SILENCE": 0.8, "DEAF": 0.5, "TICK": 0.06, "FIRST_DELAY": 0.01}.items():
+    for name, value in {
+        "HEARTBEAT_INTERVAL": 0.25,
+        "NODE_TIMEOUT": 0.8,
+        "TRANSPORT_TIMEOUT": 0.5,
+        "TICK": 0.06,
+        "FIRST_DELAY": 0.01,
+    }.items():
         monkeypatch.setattr(nova_lite, name, value)
 
 
@@ -6903,7 +6909,7 @@ def test_any_string_is_the_name_of_a_channel_and_bytes_may_be_a_topic(nodes, mem
 
 def test_leaving_and_joining_in_quick_succession_ends_as_it_was_said_last(nodes, begin):
     pid, cluster = begin(spawn, obey), nodes[0].adapter
-    line = cluster and cluster.line
+    line = getattr(cluster, "line", None)
     for n in range(60):
         gevent.spawn(nodes[0].join, "room", pid)
         gevent.sleep(0.0003 * (n % 4))
@@ -6915,7 +6921,7 @@ def test_leaving_and_joining_in_quick_succession_ends_as_it_was_said_last(nodes,
     all_see(nodes, "room", pid)
     nodes[0].leave("room", pid)
     all_see(nodes, "room")
-    if cluster:
+    if line:
         until(lambda: not cluster.wanted | cluster.live | {*cluster.subscribing})
         assert cluster.line is line
 
@@ -7034,7 +7040,7 @@ def test_a_monitor_tells_the_end_of_another_nodes_process(pair, begin, end, reas
     remote = seen(pid, b, a)
     ended, kept = monitor(remote), monitor(remote)
     assert demonitor(kept)
-    until(lambda: len(pid.watchers or ()) == 1)
+    until(lambda: len(pid.monitored_by or ()) == 1)
     end(pid, b)
     assert expect() == ("DOWN", ended, "process", remote, reason)
     assert reason_of(remote) == ("noconnection" if reason == "noconnection" else "noproc")
@@ -7068,9 +7074,9 @@ def test_a_monitor_survives_that_the_other_node_has_forgotten_us_for_a_while(has
     a, b = pair
     pid = begin(spawn, obey)
     ref = monitor(seen(pid, b, a))
-    until(lambda: pid.watchers)
+    until(lambda: pid.monitored_by)
     b.adapter._forget(a.adapter.id, "as if it had been stopped for 8 seconds")
-    assert not pid.watchers
+    assert not pid.monitored_by
     meet(a, b)
     pid.send("end")
     assert expect() == ("DOWN", ref, "process", seen(pid, b, a), "normal")
@@ -7081,7 +7087,7 @@ def test_an_end_is_told_after_all_if_the_line_was_down_then(haste, pair, begin, 
     pid, cluster = begin(spawn, obey), pair[side].adapter
     remote, before = seen(pid, pair[1], pair[0]), cluster.sequence
     refs = {monitor(remote)}
-    until(lambda: pid.watchers)
+    until(lambda: pid.monitored_by)
     cluster.reader.kill(OSError("cut"), block=False)
     until(lambda: cluster.line is None)
     refs.add(monitor(remote))
@@ -7172,14 +7178,14 @@ def test_what_is_too_large_is_a_value_error_before_anyone_has_received_it(pair, 
     for node in pair:
         member(node, "room")
     with pytest.raises(ValueError, match="too many"):
-        pair[0].broadcast("room", "topic", bytes(nova_lite.MAX_CROSSING))
-    pair[0].broadcast("room", "topic", bytes(nova_lite.MAX_CROSSING - 1000))
-    assert {len(expect()[1][4]), len(expect()[1][4])} == {nova_lite.MAX_CROSSING - 1000}
+        pair[0].broadcast("room", "topic", bytes(nova_lite.MAX_PAYLOAD))
+    pair[0].broadcast("room", "topic", bytes(nova_lite.MAX_PAYLOAD - 1000))
+    assert {len(expect()[1][4]), len(expect()[1][4])} == {nova_lite.MAX_PAYLOAD - 1000}
 
 
 DEEP = reduce(lambda inner, _: b"\xc9" + (len(inner) + 1).to_bytes(4, "big") + b"\x01\x91" + inner, range(2000), b"\1")
 STRANGERS = {
-    "nothing": b"", "text": b"hello", "stamp alone": nova_lite.STAMP, "short": b"N1s", "no msgpack": b"N1stranger\xc1",
+    "nothing": b"", "text": b"hello", "stamp alone": nova_lite.MAGIC, "short": b"N1s", "no msgpack": b"N1stranger\xc1",
     "another version": b"N2stranger\x94\xa1x\xa1y\xa1z\xc0", "no broadcast": b"N1stranger\x94\x01\x02\x03\x04",
     "truncated": b"N1stranger\xdd\xff\xff\xff\xff", "extension": b"N1stranger\xd4\x09\x00",
     "bad pid": b"N1stranger\xd4\x02\x00", "bad date": b"N1stranger\xd4\x03x", "deep": b"N1stranger" + DEEP,
@@ -7213,7 +7219,7 @@ def test_a_strangers_100_megabytes_are_dropped(own_redis, monkeypatch, node, mem
     a, b = meet(node(redis.url()), node(redis.url()))
     pid = member(a, "room")
     with monkeypatch.context() as limits:
-        limits.setattr(nova_lite, "MAX_CROSSING", 2**30)
+        limits.setattr(nova_lite, "MAX_PAYLOAD", 2**30)
         large = nova_lite.Codec(None, b"stranger").encode([pid, "topic", bytes(100_000_000), None])
     assert say_as(redis, a, "channel:room", large) == 1
     until(lambda: a.adapter.dropped == 1)
@@ -7336,7 +7342,7 @@ def test_a_node_subscribes_only_where_it_has_members(shared_redis, pair, member,
 
 def test_an_idle_cluster_stays_together(haste, pair):
     lines, start = [node.adapter.line for node in pair], time.monotonic()
-    until(lambda: min(node.adapter.heard for node in pair) > start + nova_lite.SILENCE)
+    until(lambda: min(node.adapter.heard for node in pair) > start + nova_lite.NODE_TIMEOUT)
     assert [node.adapter.line for node in pair] == lines
     assert [len(node.adapter.nodes) for node in pair] == [1, 1]
 
@@ -7482,8 +7488,8 @@ def test_a_healed_partition_is_forgotten_within_a_heartbeat(haste, monkeypatch, 
     old = [member(a, "room", "a"), member(b, "room", "b")]
     all_see((a, b), "room", *old)
     if length == "short":  # shorter than it takes to notice
-        monkeypatch.setattr(nova_lite, "DEAF", 60)
-        monkeypatch.setattr(nova_lite, "SILENCE", 60)
+        monkeypatch.setattr(nova_lite, "TRANSPORT_TIMEOUT", 60)
+        monkeypatch.setattr(nova_lite, "NODE_TIMEOUT", 60)
     proxy.flows.clear()
     nova_lite.spawn(b.leave, "room", old[1])
     new = member(a, "room", "new")
@@ -7557,8 +7563,8 @@ def test_what_is_too_much_for_redis_is_lost_and_members_are_told(haste, monkeypa
     redis = own_redis()
     a, b = meet(node(redis.url()), node(redis.url()))
     member(b, "room", "b")
-    monkeypatch.setattr(nova_lite, "MAX_WAITING", 100_000)
-    monkeypatch.setattr(nova_lite, "DEAF", 60)
+    monkeypatch.setattr(nova_lite, "MAX_OUTBOX", 100_000)
+    monkeypatch.setattr(nova_lite, "TRANSPORT_TIMEOUT", 60)
     for _ in range(10):
         a.broadcast("room", "topic", bytes(30_000))
     got = [expect() for _ in range(5)]
@@ -7716,7 +7722,7 @@ def test_a_message_that_comes_while_a_history_is_loaded_is_part_of_it(keepers, m
     position, held = other.get_position("k"), []
     monkeypatch.setattr(other.adapter, "_say", lambda *said: held.append(said))
     other.histories["k"].forget()
-    other.adapter.kept("k")
+    other.adapter.on_keep("k")
     until(lambda: held)  # it has asked Redis, and what it says to itself is still on the way
     one.broadcast("k", "t", 3)
     until(lambda: other.get_position("k") == position.replace(".3", ".4"))
@@ -8189,7 +8195,7 @@ def browse(monkeypatch):
     if program is None:
         pytest.skip("there is no Chromium on this machine")
 
-    monkeypatch.setattr(nova_lite, "_lounges", type(nova_lite._lounges)())  # without those of tests before
+    monkeypatch.setattr(nova_lite, "registries", type(nova_lite.registries)())  # without those of tests before
 
     def browse(server, path, script):
         command = [sys.executable, "-c", BROWSER, f"http://127.0.0.1:{server.port}{path}", program]
@@ -8924,7 +8930,7 @@ def test_the_benchmark_notices_what_is_lost_or_twice_or_out_of_order(order, word
             with pytest.raises(Failure, match=words) if words else nullcontext():
                 for _ in ("connect", "settle", "run", "settle"):
                     load()
-        until(lambda: not server.lounge.connections)
+        until(lambda: not server.registry.connections)
 
 
 class Leaving(nova_lite.CommentsHandler):
@@ -8963,7 +8969,7 @@ def test_the_benchmark_counts_the_connections_that_close_and_fails(leaves, close
                     load()
                 if number == phase:
                     break
-        until(lambda: not server.lounge.connections)
+        until(lambda: not server.registry.connections)
 
 
 def test_the_benchmark_counts_the_kept_alive_connections_that_close():
@@ -8983,7 +8989,7 @@ def test_the_benchmark_ends_with_an_exit_code_and_a_clear_line_where_connections
         monkeypatch.setitem(CASES, "echo", {**CASES["echo"], "peers": [], "clients": 100})
         monkeypatch.delitem(CASES, "echo x16")
         assert run_bench(["--quick", "echo"]) == 1
-        until(lambda: not server.lounge.connections)
+        until(lambda: not server.registry.connections)
     assert "echo: nova_lite FAILED: 3 of 100 connections have been closed before the end" in capsys.readouterr().err
 
 
@@ -8992,9 +8998,9 @@ def test_the_benchmark_answers_the_pings_of_a_server():
     with serving(("/comments", nova_lite.CommentsHandler, {"protocol": "ws"}), ping_interval=0.02) as server:
         with worker("load", json.dumps({**job, "port": server.port})) as load:
             load()
-            until(lambda: all(connection.quiet > 0.05 for connection in server.lounge.connections))
+            until(lambda: all(connection.idle_for > 0.05 for connection in server.registry.connections))
             assert [load().get("messages") for _ in range(3)] == [None, 60, None]
-        until(lambda: not server.lounge.connections)
+        until(lambda: not server.registry.connections)
 
 
 def test_the_benchmark_measures_a_cluster_and_notices_what_is_out_of_order_there():
@@ -9529,7 +9535,7 @@ class Load:
             self.wait(total - number - 1 + AT_ONCE)
         self.wait()
 
-    def settle(self):
+    def bind_thread(self):
         """A pong from everyone: the server serves them all, and has said nothing else to anyone."""
         for client in self.clients if self.job.mode != "http" else []:
             self.left += 1
@@ -9587,7 +9593,7 @@ def generate_load(job):
     raise_descriptor_limit()
     load = Load(job)
     try:
-        for phase in (load.connect, load.settle, load.run, load.settle):
+        for phase in (load.connect, load.bind_thread, load.run, load.bind_thread):
             if sys.stdin.readline():
                 start = perf_counter()
                 seen = phase() or {}
