@@ -101,7 +101,7 @@ from heapq import nlargest
 from http.cookies import SimpleCookie
 from io import BytesIO
 from itertools import count, islice
-from math import inf, isfinite
+from math import inf
 from socket import IPPROTO_TCP, TCP_NODELAY, gethostname
 from ssl import SSLEOFError, SSLWantReadError, SSLWantWriteError, SSLZeroReturnError
 from time import monotonic
@@ -1261,6 +1261,17 @@ def printable(text: Any) -> str:
     return repr(str(text))[1:-1].replace('"', '\\"')
 
 
+MAX_FIELDS = 10_000  # of a form; a client that sends more has no good reason
+
+
+class _SlicedBytes(BytesIO):
+    """Lets others run while bottle takes a form apart: 1 MB may take it 0.8 s."""
+
+    def read(self, size: int | None = -1) -> bytes:
+        scheduler.yield_after_slice()
+        return super().read(min(size, 4096) if size and size > 0 else size)
+
+
 def _json(req: Request) -> Any:
     is_json = req.content_type() == "application/json" or req.content_type().endswith("+json")
     return parse_json(req["body"]) if is_json and req["body"] else None
@@ -1270,9 +1281,13 @@ def _params(req: Request) -> Mapping[str, Any]:
     if isinstance(req["json"], dict):
         return req["json"]
     if req.content_type() == "application/x-www-form-urlencoded":
-        return dict(parse_qsl(req["body"].decode("utf-8", "replace"), keep_blank_values=True))
+        text = req["body"].decode("utf-8", "replace")
+        try:
+            return dict(parse_qsl(text, keep_blank_values=True, max_num_fields=MAX_FIELDS))
+        except ValueError:
+            raise HTTPError(400, f"the form has more than {MAX_FIELDS} fields")
     if req.content_type() == "multipart/form-data":
-        body = BytesIO(req["body"])  # first: it changes what the environ says of the body
+        body = _SlicedBytes(req["body"])  # first: it changes what the environ says of the body
         own = {key: value for key, value in req.environ.items() if not key.startswith("bottle.")}
         try:
             form = dict(bottle.BaseRequest({**own, "wsgi.input": body}).forms.decode())
@@ -1386,12 +1401,12 @@ def _not_json(constant: str) -> NoReturn:
     raise ValueError(f"{constant} is not JSON")
 
 
-def _finite(number: str) -> float:
-    return float(number) if isfinite(float(number)) else _not_json(number)
-
-
-_json_decoder = json.JSONDecoder(parse_constant=_not_json, parse_float=_finite)
+_json_decoder = json.JSONDecoder(parse_constant=_not_json)
 _json_encoder = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+
+
+# What may become a lone surrogate, which no UTF-8 can carry, or a number that is too large.
+_SUSPECT = re.compile(r"\\u|[0-9][eE]|[0-9]{300}")
 
 
 def parse_json(body: bytes) -> Any:
@@ -1399,8 +1414,8 @@ def parse_json(body: bytes) -> Any:
     try:
         text = body.decode("utf-8")
         value = _json_decoder.decode(text)
-        if "\\u" in text:
-            _json_encoder.encode(value).encode()  # a lone surrogate is no character, and no UTF-8 can carry it
+        if _SUSPECT.search(text):
+            _json_encoder.encode(value).encode()
         return value
     except (ValueError, RecursionError) as error:
         reason = "nested too deep" if isinstance(error, RecursionError) else str(error)
@@ -2676,6 +2691,7 @@ SHUTDOWN_DELAY = 0.0  # seconds before it drains, in which it serves on and says
 MAX_HEADERS = 16_384  # bytes
 MAX_LINE = 8192  # bytes of a request line, 414 beyond
 READ_AHEAD = 8192  # bytes of a client's buffer; between two reads they are handled in one go, in a few milliseconds
+MAX_UPLOAD = 1024 * 1024 * 1024  # bytes of a body however it is read, 413 beyond; for controllers there is `max_body`
 DISCARD_SIZE, DISCARD_TIME = 8 * 1024 * 1024, 2.0  # bytes and seconds spent on what a client sends and nothing reads
 BACKLOG = 2048  # connections that may wait to be accepted: a restart brings all clients at once
 
@@ -2731,7 +2747,7 @@ def _date(second: int) -> bytes:
     return gevent.pywsgi.format_date_time(second)
 
 
-_REQUEST_LINE = re.compile(r"([!#$%&'*+.^_`|~0-9A-Za-z-]+) ([^\x00-\x20\x7f]+) (HTTP/1\.[01])\r?\n")
+_REQUEST_LINE = re.compile(r"([!#$%&'*+.^_`|~0-9A-Za-z-]+) ([^\x00-\x20\x7f#]+) (HTTP/1\.[01])\r?\n")
 _TARGET = re.compile(r"(?:https?://([^/?]+))?(|[/?].*)", re.IGNORECASE)
 _HOST = re.compile(r"(?:\[[0-9A-Fa-f:.]+\]|[0-9A-Za-z._~%!$&'()*+;=-]*)(?::[0-9]{0,5})?")
 
@@ -2760,46 +2776,47 @@ class ClientStream(io.RawIOBase):
 
     def __init__(self, sock: Any) -> None:
         self.sock = sock
-        self.deadline = 0.0  # on the clock of monotonic()
+        self.deadline: float | None = None  # on the clock of monotonic(); None: reads what has arrived, never waits
 
     def readable(self) -> bool:
         return True
 
     def readinto(self, buffer: Any) -> int:
         scheduler.yield_after_slice()
-        self.sock.settimeout(max(self.deadline - monotonic(), 0.0))  # 0: takes what is there, but does not wait
-        try:
-            return self.sock.recv_into(buffer)
-        except (BlockingIOError, SSLWantReadError, SSLWantWriteError):
-            raise TimeoutError("the client takes too long") from None
+        left = 0.0 if self.deadline is None else self.deadline - monotonic()
+        if left <= 0 and self.deadline is not None:  # also if bytes have arrived: they may go on arriving for ever
+            raise TimeoutError("the client takes too long")
+        self.sock.settimeout(left)
+        return self.sock.recv_into(buffer)
 
 
 class Body(io.RawIOBase):
     """The body of a request, up to its end and no further (RFC 9112 §6.2, §7.1). Reading raises BadBody."""
 
-    def __init__(self, file: Any, length: int | None, before: Callable[[], None] | None = None) -> None:
+    def __init__(self, file: Any, length: int | None, before: Callable[[], None]) -> None:
         self.file = file
         self.chunked = length is None
         self.left = length or 0  # bytes to come, of the chunk if it is chunked
         self.ended = length == 0
-        self.before = before  # called before the first read: sends the 100 that the client waits for
+        self.before: Callable[[], None] | None = before  # called before the first read
         self.failure: BadBody | None = None
         self.in_chunk = False  # the CRLF behind a chunk is still to come
         self.extras = 0  # bytes of chunk extensions and trailers, MAX_HEADERS at most
-        self.taken = 0  # bytes
+        self.taken = 0  # bytes, those of the framing included
 
     def readable(self) -> bool:
         return True
 
     def readinto(self, buffer: Any) -> int:
-        if self.before is not None:
-            before, self.before = self.before, None
-            before()
         if self.failure is not None:
             raise self.failure
         try:
+            if self.before is not None:
+                before, self.before = self.before, None
+                before()
             return self._read(memoryview(buffer))
-        except BadBody:
+        except BadBody as error:
+            self.failure = error
             raise
         except OSError as error:
             late = isinstance(error, TimeoutError)
@@ -2810,6 +2827,8 @@ class Body(io.RawIOBase):
             self._next_chunk()
         if self.ended:
             return 0
+        if self.taken + self.left > MAX_UPLOAD:
+            self._fail(f"the body is larger than {MAX_UPLOAD} bytes", 413)
         size = self.file.readinto1(buffer[: self.left])
         if not size:
             self._fail("the body was cut off")
@@ -2819,6 +2838,7 @@ class Body(io.RawIOBase):
         return size
 
     def _next_chunk(self) -> None:
+        scheduler.yield_after_slice()  # a buffer of one-byte chunks takes 10 ms
         if self.in_chunk and self._line() != b"\r\n":
             self._fail("a chunk does not end where it should")
         match = _CHUNK.fullmatch(self._line())
@@ -2854,9 +2874,9 @@ class Body(io.RawIOBase):
 
     def discard(self) -> None:
         """Reads to where the next request begins, unless that takes too much."""
-        buffer = memoryview(bytearray(65536))
-        with suppress(OSError):
-            while self.before is None and self.taken < DISCARD_SIZE and self.readinto(buffer):
+        self.before, buffer = None, memoryview(bytearray(65536))
+        with suppress(OSError, RuntimeError):  # RuntimeError: a greenlet of the application is still reading
+            while self.taken < DISCARD_SIZE and self.readinto(buffer):
                 pass
 
 
@@ -2865,7 +2885,7 @@ _QUOTED = rb'"(?:[^"\\\x00-\x08\x0a-\x1f\x7f]|\\[\t\x20-\x7e\x80-\xff])*"'
 _CHUNK = re.compile(
     rb"([0-9A-Fa-f]{1,16})((?:[ \t]*;[ \t]*%b(?:[ \t]*=[ \t]*(?:%b|%b))?)*)\r\n" % (_TOKEN, _TOKEN, _QUOTED)
 )
-_NO_BODY = Body(None, 0)
+_NO_BODY = Body(None, 0, lambda: None)
 
 
 class SpooledBody:
@@ -2873,14 +2893,29 @@ class SpooledBody:
 
     def __init__(self, body: Any) -> None:
         self._body = body
-        self.is_unread = True
+        self._file: Any = None
+
+    @property
+    def is_unread(self) -> bool:
+        return self._file is None
 
     def __getattr__(self, name: str) -> Any:
-        if self.is_unread:
-            self._file = tempfile.SpooledTemporaryFile(bottle.BaseRequest.MEMFILE_MAX)  # noqa: SIM115
-            shutil.copyfileobj(self._body, self._file)
-            self.is_unread = False
+        scheduler.yield_after_slice()  # bottle takes forms apart piece by piece
+        if self._file is None:
+            file = tempfile.SpooledTemporaryFile(bottle.BaseRequest.MEMFILE_MAX)  # noqa: SIM115
+            shutil.copyfileobj(self._body, file)
+            file.seek(0)
+            self._file = file
         return getattr(self._file, name)
+
+    def __iter__(self) -> Iterator[bytes]:
+        return iter(self.readline, b"")
+
+    def __enter__(self) -> SpooledBody:
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self.close()
 
 
 class TLS:
@@ -2931,6 +2966,7 @@ class RequestHandler(UpgradeHandler):
     logger = log  # gevent-websocket would set up one of its own
     body_left: int | None = None  # bytes of the response that Content-Length still allows; None: no limit
     agreed = False  # the response is that of a connection in the lobby
+    expects_continue = False  # the client waits to be asked for its body
     detached = False  # the socket belongs to a connection's process
 
     def __init__(self, sock: Any, address: Any, server: Any) -> None:
@@ -2951,9 +2987,13 @@ class RequestHandler(UpgradeHandler):
 
     def handle_one_request(self) -> Any:
         try:
-            return super().handle_one_request()
+            result = super().handle_one_request()
         except HTTPError as error:  # of the request line
-            return self._handle_client_error(error)
+            self._handle_client_error(error)
+            result = None
+        if result is None and self.socket is not None:
+            self._end_tls()
+        return result
 
     def read_requestline(self) -> str:
         self.stream.deadline = monotonic() + self.server.KEEP_ALIVE
@@ -3019,10 +3059,18 @@ class RequestHandler(UpgradeHandler):
         """Ends the response, and reads on until `deadline`: closing with bytes unread would reset the connection, and
         the client might never see its response (RFC 9112 §9.6)."""
         left = DISCARD_SIZE
-        with suppress(OSError):
+        with suppress(OSError, RuntimeError):  # RuntimeError: a greenlet of the application is still reading
+            self._end_tls()
             self.socket.shutdown(_socket.SHUT_WR)
             while left > 0 and (part := self.rfile.read1(READ_AHEAD)):
                 left -= len(part)
+
+    def _end_tls(self) -> None:
+        """Sends close_notify: else an end looks like a cut (RFC 9112 §9.8)."""
+        if self.server.ssl_enabled:
+            self.socket.settimeout(0)  # the client's is not waited for
+            with suppress(OSError, ValueError):
+                self.socket.unwrap()
 
     def _connection_upgrade_requested(self) -> bool:
         return False  # else pywsgi loses sight of the body, and of where the next request begins
@@ -3037,17 +3085,23 @@ class RequestHandler(UpgradeHandler):
         environ = super().get_environ()
         chunked = "transfer-encoding" in self.headers
         if not chunked and not self.content_length:
-            self.wsgi_input, environ["wsgi.input"] = _NO_BODY, BytesIO()
+            self.wsgi_input, environ["wsgi.input"], self.expects_continue = _NO_BODY, BytesIO(), False
             return environ
-        expects = self.headers.get("expect", "").lower() == "100-continue" and self.request_version == "HTTP/1.1"
-        body = Body(self.rfile, None if chunked else self.content_length, self._send_continue if expects else None)
+        expect = self.headers.get("expect", "").lower()
+        self.expects_continue = expect == "100-continue" and self.request_version == "HTTP/1.1"
+        body = Body(self.rfile, None if chunked else self.content_length, self._begin_body)
         self.wsgi_input, environ["wsgi.input"] = body, io.BufferedReader(body)
         if chunked:
             environ["bottle.request.body"] = SpooledBody(environ["wsgi.input"])
         return environ
 
-    def _send_continue(self) -> None:
-        if not self.headers_sent:
+    def _begin_body(self) -> None:
+        """Called before the first read: a client may wait to be asked for its body (RFC 9110 §10.1.1)."""
+        self.stream.deadline = monotonic() + self.server.BODY_TIME
+        if self.expects_continue:
+            if self.headers_sent:
+                raise BadBody(400, "the client was not asked for its body before the response began")
+            self.expects_continue = False
             self.socket.settimeout(self.server.WRITE_TIME)
             self.socket.sendall(b"HTTP/1.1 100 Continue\r\n\r\n")
 
@@ -3068,6 +3122,7 @@ class RequestHandler(UpgradeHandler):
         self.stream.deadline = monotonic() + DISCARD_TIME
         if not self.close_connection:
             body.discard()
+        body.failure = BadBody(400, "the request is over")  # a greenlet of the application may still want to read
         if not body.ended:
             self.close_connection = True
             self._await_close()
@@ -3075,7 +3130,6 @@ class RequestHandler(UpgradeHandler):
     def run_application(self) -> None:
         upgrading: list[Connection] = []
         self.environ["nova_lite.upgrading"], self.environ["nova_lite.registry"] = upgrading, self.server.registry
-        self.stream.deadline = monotonic() + self.server.BODY_TIME
         try:
             gevent.pywsgi.WSGIHandler.run_application(self)
             if upgrading and self.agreed:
@@ -3117,10 +3171,26 @@ class RequestHandler(UpgradeHandler):
 
     # -- the response
 
+    def start_response(self, status: str, headers: list[tuple[str, str]], exc_info: Any = None) -> Any:
+        """Raises ValueError for what would break the framing of the response, or of the next one (RFC 9112 §6)."""
+        if not _STATUS.fullmatch(status) and not (status[:3] == "101" and self.environ["nova_lite.upgrading"]):
+            raise ValueError(f"not a status of a response: {status!r}")
+        lengths = [value for name, value in headers if name.lower() == "content-length"]
+        if len(lengths) > 1 or not all(re.fullmatch("[0-9]{1,18}", length) for length in lengths):
+            raise ValueError(f"not a Content-Length: {lengths}")
+        for name, value in headers:
+            if not _is_token(name) or _CONTROL.search(value):
+                raise ValueError(f"not a header: {name!r}: {value!r}")
+        unwanted = ("transfer-encoding", "keep-alive")  # the server's own business (PEP 3333)
+        if status[:3] in ("204", "304"):
+            unwanted += ("content-length",)  # type: ignore[assignment]
+        headers = [header for header in headers if header[0].lower() not in unwanted]
+        return super().start_response(status, headers, exc_info)
+
     def process_result(self) -> None:
         upgrading = self.environ["nova_lite.upgrading"]
         # Else there is none, or a hook or a plugin has put another response, with a body, in the place of its own.
-        self.agreed = bool(upgrading) and self.code == upgrading[0].STATUS and not self.result
+        self.agreed = bool(upgrading) and self._is_response_of(upgrading[0])
         if not self.agreed:
             super().process_result()
             if self.body_left:
@@ -3134,6 +3204,11 @@ class RequestHandler(UpgradeHandler):
             headers = self.response_headers + [header for header in headers if header[0] != b"Content-Type"]
         self.response_headers, self.close_connection = headers, True
         self.write(b"")
+
+    def _is_response_of(self, connection: Connection) -> bool:
+        kinds = [value for name, value in self.response_headers if name.lower() == b"content-type"]
+        is_stream = connection.STATUS == 101 or kinds == [b"text/event-stream"]
+        return self.code == connection.STATUS and is_stream and not self.result
 
     def write(self, data: Any) -> None:
         if not isinstance(data, bytes | bytearray | memoryview):
@@ -3155,9 +3230,9 @@ class RequestHandler(UpgradeHandler):
 
     def _write_with_headers(self, data: Any) -> None:
         """Head and body in one packet: in two, a kept-alive client's delayed ACK holds the second back for 40 ms."""
-        self.headers_sent = True
         self.finalize_headers()
         data = self._clip(data)
+        self.headers_sent = True  # not before: what fails above is answered with a 500
         lines = [b"HTTP/1.1 " + self.status, *(b"%b: %b" % header for header in self.response_headers), b"\r\n"]
         head = b"\r\n".join(lines)
         if self.response_use_chunked or len(data) > 65536:
@@ -3177,12 +3252,12 @@ class RequestHandler(UpgradeHandler):
 
     def _frame_response(self) -> None:
         """Decides how the client learns where the body ends (RFC 9112 §6.3)."""
-        self.body_left = None
+        self.body_left, self.response_use_chunked = None, False
         if self.command == "HEAD" or self.code in (204, 304):
             self.body_left = 0
         elif self.provided_content_length is not None:
             self.body_left = int(self.provided_content_length)
-        elif hasattr(self.result, "__len__"):
+        elif isinstance(self.result, list | tuple):
             self.body_left = sum(map(len, self.result))
             self.response_headers.append((b"Content-Length", b"%d" % self.body_left))
         elif self.request_version == "HTTP/1.1":
@@ -3197,8 +3272,10 @@ class RequestHandler(UpgradeHandler):
         for header in [header for header in self.response_headers if header[0].lower() == b"connection"]:
             options += _tokens(header[1].decode("latin-1"))
             self.response_headers.remove(header)
-        if "close" in options or self.server.registry.draining or self.wsgi_input.before is not None:
-            self.close_connection = True  # `before`: what comes next may be the body that was not asked for, or not
+        # Where a body was expected but not asked for, it may be what comes next, or not.
+        in_doubt = self.expects_continue or self.wsgi_input.failure is not None
+        if "close" in options or in_doubt or self.server.registry.draining:
+            self.close_connection = True
         options = [option for option in options if option not in ("close", "keep-alive")]
         if self.close_connection:
             options.append("close")
@@ -3232,14 +3309,14 @@ class RequestHandler(UpgradeHandler):
     def _detach(self, connection: Connection) -> None:
         """The socket goes to the connection's process; pywsgi lets go of its own handle, buffers and greenlet."""
         sock, early = self.socket, b""
-        self.stream.deadline = 0.0
-        with suppress(TimeoutError):
+        self.stream.deadline = None
+        with suppress(OSError):  # none has come, or the client has gone: `open` will find out
             early = self.rfile.peek()  # frames that came right behind the handshake
         raw: Any
         if self.server.ssl_enabled:
-            if sock.pending():
-                early += sock.recv(sock.pending())
             sock.setblocking(False)
+            with suppress(OSError):
+                early += sock.recv(sock.pending()) if sock.pending() else b""
             raw = TLS(sock)
         else:
             raw = _socket.socket(sock.family, sock.type, sock.proto, sock.detach())
@@ -3262,6 +3339,15 @@ class RequestHandler(UpgradeHandler):
 
     def log_error(self, msg: str, *args: Any) -> None:
         log.info("bad request: " + printable(msg), *map(printable, map(str, args)))  # noqa: G003
+
+
+_STATUS = re.compile(r"[2-9][0-9]{2} [^\x00-\x1f\x7f]*")
+_CONTROL = re.compile(r"[\x00-\x08\x0a-\x1f\x7f]")
+
+
+@lru_cache(maxsize=256)
+def _is_token(name: str) -> bool:
+    return re.fullmatch("[!#$%&'*+.^_`|~0-9A-Za-z-]+", name) is not None
 
 
 def _tokens(value: str) -> list[str]:
