@@ -5188,8 +5188,8 @@ with nova_lite.Server(app, port=0) as server:
     gevent.get_hub().threadpool.apply(sys.stdin.read)
 """
 
-# For each line on stdin, (port, seconds, first, again, clients): so many connect; each sends `first` and then `again` for
-# as long as it is told to, reads what comes, and starts anew whenever the server closes.
+# For each line on stdin, (port, seconds, first, again, clients): so many connect. Each sends `first` and then `again`
+# for as long as it is told to and reads what comes. All start anew whenever the server closes.
 FLOODER = """
 import ast, select, socket, sys, time
 
