@@ -1191,18 +1191,18 @@ pubsub = PubSub()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Requests and responses: what a controller takes and what it gives back.
-# House rule: no sockets; WSGI's environ in, a bottle response out.
+# Requests and responses: what a controller takes and what it returns.
+# Invariant: no sockets. WSGI's environ comes in, a bottle response goes out.
 # ---------------------------------------------------------------------------------------------------------------------
 
 
 class Request(Mapping[str, Any]):
-    """What a controller is given: a read-only mapping, worked out lazily, that `match` takes apart.
+    """What a controller takes: a read-only mapping, computed lazily, that `match` takes apart.
 
     `method`, `path`, `bindings` (from the route), `params` (the JSON object or form of the body), `json` (any JSON),
-    `body` (bytes), `qs` (the query), `headers` (whatever case), `cookies`, `peer` (address, port), `auth_data` (what
-    security said), `subprotocol` (of a WebSocket: the one chosen, or None), `since` (the position up to which a client
-    has heard what a channel keeps: its Last-Event-ID, `since` in the query, or None). Asking for `body`, `json` or
+    `body` (bytes), `qs` (the query), `headers` (in any case), `cookies`, `peer` (address, port), `auth_data` (what
+    `security` returned), `subprotocol` (of a WebSocket: the chosen one, or None), `since` (the last position that the
+    client has received of a kept channel: its Last-Event-ID, `since` in the query, or None). `body`, `json` and
     `params` may raise an HTTPError: 400, 408 or 413.
     """
 
@@ -1226,20 +1226,16 @@ class Request(Mapping[str, Any]):
     def __repr__(self) -> str:
         return f"<Request {self['method']} {printable(self['path'])}>"
 
-    def set_auth_data(self, auth_data: Any) -> None:
-        """Security has said yes, and this."""
-        self._known["auth_data"] = auth_data
-
-    def agreed(self, subprotocol: str | None) -> None:
-        """The handshake has settled on this."""
-        self._known["subprotocol"] = subprotocol
+    def set(self, key: str, value: Any) -> None:
+        """Sets what only the handshake or `security` can determine."""
+        self._known[key] = value
 
     def detach(self) -> None:
-        """Outlives its HTTP request: keeps what the client has said, and lets go of the server's buffers."""
+        """Drops the server's buffers, for a request that outlives its HTTP connection."""
         self.environ = {key: value for key, value in self.environ.items() if type(value) is str}
 
     def is_own_origin(self) -> bool:
-        """Returns whether it comes from a page of the application's own, or of `origins`, or from no page at all."""
+        """Returns whether the request comes from a page of this application or of `origins`, or from no page at all."""
         return is_own_origin(self.environ, self.settings)
 
     def content_type(self) -> str:
@@ -1254,18 +1250,16 @@ class RequestHeaders(bottle.WSGIHeaderDict):
 
 
 def printable(text: Any) -> str:
-    """Returns what a stranger has said for a line of a log: with escapes for what could end, erase or forge one.
-
-    That is all that is not printable (CWE-117, CWE-150), backslashes and double quotes.
-    """
+    """Returns a client's text for a line of the log. What could end, erase or forge a line is escaped (CWE-117, -150):
+    all that is not printable, backslashes and double quotes."""
     return repr(str(text))[1:-1].replace('"', '\\"')
 
 
-MAX_FIELDS = 10_000  # of a form; a client that sends more has no good reason
+MAX_FIELDS = 10_000  # of a form
 
 
 class _SlicedBytes(BytesIO):
-    """Lets others run while bottle takes a form apart: 1 MB may take it 0.8 s."""
+    """Yields to other greenlets while bottle parses a form: 1 MB may take 0.8 s."""
 
     def read(self, size: int | None = -1) -> bytes:
         scheduler.yield_after_slice()
@@ -1280,29 +1274,34 @@ def _json(req: Request) -> Any:
 def _params(req: Request) -> Mapping[str, Any]:
     if isinstance(req["json"], dict):
         return req["json"]
-    if req.content_type() == "application/x-www-form-urlencoded":
-        text = req["body"].decode("utf-8", "replace")
-        try:
+    try:
+        if req.content_type() == "application/x-www-form-urlencoded":
+            text = req["body"].decode("utf-8", "replace")
             return dict(parse_qsl(text, keep_blank_values=True, max_num_fields=MAX_FIELDS))
-        except ValueError:
-            raise HTTPError(400, f"the form has more than {MAX_FIELDS} fields")
-    if req.content_type() == "multipart/form-data":
-        body = _SlicedBytes(req["body"])  # first: it changes what the environ says of the body
-        own = {key: value for key, value in req.environ.items() if not key.startswith("bottle.")}
-        try:
-            form = dict(bottle.BaseRequest({**own, "wsgi.input": body}).forms.decode())
-            "".join([*form, *form.values()]).encode()  # some charsets make lone surrogates
-            return form
-        except (LookupError, TypeError, ValueError):  # an unknown charset; a part without a name; all else
-            raise HTTPError(400, "the form cannot be read")
+        if req.content_type() == "multipart/form-data":
+            return _multipart(req)
+    except (
+        LookupError,
+        TypeError,
+        ValueError,
+    ):  # an unknown charset; a part without a name; too many fields, and so on
+        raise HTTPError(400, "the form cannot be read")
     return {}
 
 
+def _multipart(req: Request) -> dict[str, str]:
+    body = _SlicedBytes(req["body"])  # first, since it changes what the environ says of the body
+    own = {key: value for key, value in req.environ.items() if not key.startswith("bottle.")}
+    form = dict(bottle.BaseRequest({**own, "wsgi.input": body}).forms.decode())
+    "".join([*form, *form.values()]).encode()  # some charsets make lone surrogates
+    return form
+
+
 def _cookies(req: Request) -> dict[str, str]:
-    """Returns what can be read of the cookies: any page of the domain may have set the others (RFC 6265 §5.4)."""
+    """Returns the cookies that can be read: any page of the domain may have set the others (RFC 6265 §5.4)."""
     cookies = {}
     for pair in req.environ.get("HTTP_COOKIE", "").split(";"):
-        # Only what browsers strip, too: with another kind of space before it, `__Host-id` is somebody else's cookie.
+        # Strips only what browsers strip: behind another kind of space, `__Host-id` is not the cookie of that name.
         name, equals, value = (part.strip(" \t") for part in pair.partition("="))
         if len(value) > 1 and value[0] == value[-1] == '"':  # as http.cookies writes it
             value = _ESCAPE.sub(lambda found: found[2] or chr(int(found[1], 8)), value[1:-1])
@@ -1336,22 +1335,22 @@ _REQUEST_KEYS: dict[str, Callable[[Request], Any]] = {
 
 
 def is_own_origin(environ: Mapping[str, Any], settings: Settings) -> bool:
-    """Whether a page from this Origin may connect. Browsers send one always, others need not (RFC 6455 §10.2)."""
+    """Returns whether a page of this Origin may connect. Only browsers have to send one (RFC 6455 §10.2)."""
     origin, allowed = environ.get("HTTP_ORIGIN"), settings.origins
     if origin is None or allowed == "*":
         return True
     if allowed is None:
         scheme = _forwarded(environ, "PROTO", settings.trust_proxy) or environ["wsgi.url_scheme"]
         host = _forwarded(environ, "HOST", settings.trust_proxy) or environ.get("HTTP_HOST", "")
-        allowed = [re.sub("^ws", "http", f"{scheme}://{host}")]  # Traefik says wss of a handshake
+        allowed = [re.sub("^ws", "http", f"{scheme}://{host}")]  # some proxies forward wss
     parsed = parse_origin(origin)
     return parsed is not None and parsed in map(parse_origin, allowed)
 
 
 def _forwarded(environ: Mapping[str, Any], name: str, proxies: int) -> str:
-    """Returns what the farthest of so many proxies says, or "". Each appends to the list or begins it anew."""
-    said = [part.strip() for part in environ.get(f"HTTP_X_FORWARDED_{name}", "").split(",")]
-    return next(iter([part for part in said if part][-proxies:]), "") if proxies else ""
+    """Returns the value of the farthest of so many proxies, or "". Each one appends to the list or starts a new one."""
+    values = [part.strip() for part in environ.get(f"HTTP_X_FORWARDED_{name}", "").split(",")]
+    return next(iter([value for value in values if value][-proxies:]), "") if proxies else ""
 
 
 _ORIGIN = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://([A-Za-z0-9._~-]+|\[[0-9A-Fa-f:.]+\])(?::([0-9]{1,5}))?")
@@ -1367,11 +1366,14 @@ def parse_origin(text: Any) -> tuple[str, str, int] | None:
 
 
 class BadBody(HTTPError, OSError):
-    """The client's body cannot be read: a 400 or a 408, for bottle and for a WSGI application that expects OSError."""
+    """The body cannot be read: a 400, 408 or 413 for bottle, an OSError for any other WSGI application."""
 
 
 def read_body(environ: dict[str, Any], limit: int) -> bytes:
-    """The body, which bottle's `request` may read again. Raises HTTPError: 413 over `limit` bytes, 400 if cut off."""
+    """Returns the body, which bottle's `request` may read again.
+
+    Raises HTTPError: 413 over `limit` bytes, 400 if it is cut off, 408 if it takes too long.
+    """
     file = environ.get("bottle.request.body")
     if file is None or getattr(file, "is_unread", False):
         file = environ.get("wsgi.input")
@@ -1403,14 +1405,11 @@ def _not_json(constant: str) -> NoReturn:
 
 _json_decoder = json.JSONDecoder(parse_constant=_not_json)
 _json_encoder = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":"))
-
-
-# What may become a lone surrogate, which no UTF-8 can carry, or a number that is too large.
-_SUSPECT = re.compile(r"\\u|[0-9][eE]|[0-9]{300}")
+_SUSPECT = re.compile(r"\\u|[0-9][eE]|[0-9]{300}")  # may be a lone surrogate, or a number that no float can hold
 
 
 def parse_json(body: bytes) -> Any:
-    """What the bytes say (RFC 8259). HTTPError 400 where they say nothing that could be said back: NaN, half a pair."""
+    """Returns the value of a JSON text (RFC 8259). Raises HTTPError 400 for one that could not be encoded again."""
     try:
         text = body.decode("utf-8")
         value = _json_decoder.decode(text)
@@ -1423,9 +1422,9 @@ def parse_json(body: bytes) -> Any:
 
 
 def to_response(result: Any, method: str = "GET", name: str = "") -> HTTPResponse:
-    """A controller's value as a response; ValueError where it is none. `name` is the view that goes without saying.
+    """Returns a controller's result as a response; `name` is the default view. Raises ValueError for any other value.
 
-    A status of 400 and more without a body becomes bottle's HTTPError, so that error pages apply, as in Nova.
+    A status of 400 or more without a body becomes bottle's HTTPError, so that error pages apply, as in Nova.
     """
     match result:
         case HTTPResponse():
@@ -1435,7 +1434,7 @@ def to_response(result: Any, method: str = "GET", name: str = "") -> HTTPRespons
         case ("json", status, headers, data) if _is_head(status, headers):
             return _json_response(status, headers, data)
         case ("status", status) if _is_head(status, {}):
-            return HTTPError(status) if status >= 400 else HTTPResponse(b"", status)
+            return to_response(("status", status, {}))
         case ("status", status, headers) if _is_head(status, headers):
             response = HTTPError(status) if status >= 400 else HTTPResponse(b"", status)
             response.headers.update(headers)
@@ -1450,15 +1449,15 @@ def to_response(result: Any, method: str = "GET", name: str = "") -> HTTPRespons
             return _view(options.get("view", name), variables, options)
         case ("redirect", str(url)):
             return HTTPResponse(b"", 302, {"Location": url})
-        case ("sendfile", status, headers, (int(offset), int() | None as length, path), str(mime)) if _is_head(
+        case ("sendfile", status, headers, (int(at), int() | None as size, path), str(mime)) if _is_head(
             status, headers
         ):
-            return _file(status, headers, offset, length, path, mime)
+            return _file(status, headers, at, size, path, mime)
     raise ValueError(f"not a response: {result!r}")
 
 
 def _is_head(status: Any, headers: Any) -> bool:
-    """Whether a response may begin with these; what comes before the response proper, 100 to 199, is the server's."""
+    """Returns whether a final response may begin with these (100 to 199 belong to the server)."""
     return isinstance(status, int) and 200 <= status <= 999 and isinstance(headers, Mapping)
 
 
@@ -1476,9 +1475,9 @@ def _view(name: str, variables: Mapping[str, Any], options: Mapping[str, Any]) -
 def _file(
     status: int, headers: Mapping[str, str], offset: int, length: int | None, path: Any, mime: str
 ) -> HTTPResponse:
-    """A file, or `length` bytes of it from `offset` on; HTTPError 404 where there is none."""
+    """Sends a file, or `length` bytes of it from `offset` on. Raises HTTPError 404 if it does not exist."""
     if offset < 0:
-        raise ValueError(f"a file has no offset {offset}")
+        raise ValueError(f"expected an offset of 0 or more, got {offset}")
     if not os.path.isfile(path):
         raise HTTPError(404, "there is no such file")
     size = os.stat(path).st_size - offset
@@ -1498,7 +1497,7 @@ def _file(
 
 
 def error_body(status_line: str, text: str, accept: str) -> tuple[str, bytes]:
-    """(content type, body) of an error, in the form that the client accepts: a small page for who asks for HTML."""
+    """Returns (content type, body) of an error, in the form that the client accepts: a small page, or JSON."""
     if "text/html" in accept.lower():
         title, text = bottle.html_escape(status_line), bottle.html_escape(text)
         page = f"<!doctype html><meta charset=utf-8><title>{title}</title><h1>{title}</h1><p>{text}</p>\n"
@@ -2354,17 +2353,17 @@ class ConnectionRegistry:
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Nova: routes to bottle, security, the gate before the 101.
-# House rule: a route is data; what it means is decided when the application is made, not when it is asked.
+# Invariant: a route is data, and is checked when the application is made.
 # ---------------------------------------------------------------------------------------------------------------------
 
 
 class Nova(bottle.Bottle):
-    """An application made of groups of routes; for the rest a `bottle.Bottle`, with all that it can.
+    """An application made of groups of routes. It is a `bottle.Bottle`, with everything that one can do.
 
     A group is {"routes": [(path, controller[, options])], "prefix", "security", "plugins"}. A controller is a function
     of `req`, or, with {"protocol": "ws"}, a handler: a class, a module or any object with the callbacks. Options are
     "methods" (a list), "protocol" ("http" or "ws"), and the names in `Settings`, which `Nova` takes for all routes.
-    Raises ValueError for what it does not know.
+    Raises ValueError for unknown keys and options.
     """
 
     def __init__(self, groups: Iterable[Mapping[str, Any]] = (), **settings: Any) -> None:
@@ -2375,7 +2374,7 @@ class Nova(bottle.Bottle):
             self.add(group)
 
     def add(self, group: Mapping[str, Any]) -> None:
-        """One more group of routes. Raises ValueError for what it does not know."""
+        """Adds a group of routes. Raises ValueError for unknown keys and options."""
         unknown = set(group) - {"prefix", "security", "routes", "plugins"}
         if unknown:
             raise ValueError(f"a group of routes has no {', '.join(sorted(unknown))}")
@@ -2406,15 +2405,15 @@ class Nova(bottle.Bottle):
         room("server").run(self, host, port, **options)
 
     def stats(self) -> dict[str, Any]:
-        """Returns figures of this node, see the function `stats`."""
+        """Returns figures of this node (see the function `stats`)."""
         return room("board").stats()
 
     def board(self, path: str = "/board", security: Any = False, logout: str = "") -> None:
-        """Adds the board, a page that shows what this node is doing, see the function `board`."""
+        """Adds the board, a page that shows what this node is doing (see the function `board`)."""
         room("board").board(self, path, security, logout)
 
     def _cast(self, out: Any, peek: Any = None) -> Any:
-        """Logs what bottle turns into a 500 in silence: a generator's first step, a body that cannot be encoded."""
+        """Logs what bottle turns into a 500 without a word: a generator's first step, a body that cannot be encoded."""
         is_silent = isinstance(out, HTTPError) and out.exception and "bottle.exc_info" not in bottle.request.environ
         if is_silent and out.status_code >= 500:
             self._log_crash(out.exception)
@@ -2454,7 +2453,7 @@ def _settings(settings: Settings, options: Mapping[str, Any]) -> Settings:
 
 
 def _rule(prefix: str, path: str) -> str:
-    """Nova's path as bottle's rule: `:id` is `<id>`, and the prefix alone needs no slash behind it."""
+    """Returns Nova's path as a rule of bottle: `:id` is `<id>`, and a prefix alone needs no slash behind it."""
     segments = [part for part in (prefix.strip("/"), path.lstrip("/")) if part]
     return re.sub(r"(?<=/):(\w+)", r"<\1>", "/" + "/".join(segments))
 
@@ -2464,7 +2463,7 @@ def name_of(controller: Any) -> str:
 
 
 class _Endpoint:
-    """A controller as bottle calls it."""
+    """A controller in the form that bottle calls."""
 
     def __init__(self, controller: Any, security: Any, settings: Settings) -> None:
         self.controller, self.security, self.settings = controller, security, settings
@@ -2474,14 +2473,14 @@ class _Endpoint:
         return self.answer(self.check_security(req) or self.guarded_call(self.controller, req), req)
 
     def check_security(self, req: Request) -> Any:
-        """What security answers in place of the controller, if it does; whatever it says that is no yes is a no."""
+        """Returns the refusal, or None. Anything but True or (True, data) refuses."""
         if self.security is False:
             return None
         match self.guarded_call(self.security, req):
             case True:
                 return None
             case (True, auth_data):
-                req.set_auth_data(auth_data)
+                req.set("auth_data", auth_data)
                 return None
             case (False, Mapping() as headers):
                 return "status", 401, headers
@@ -2497,7 +2496,7 @@ class _Endpoint:
         except HTTPResponse as error:
             return error
         except Exception:
-            log.exception("controller %s answered %r", name_of(self.controller), result)
+            log.exception("controller %s returned %r", name_of(self.controller), result)
             return HTTPError(500)
         if isinstance(response, HTTPError) or not (bottle.response._headers or bottle.response._cookies):
             return response
@@ -2509,7 +2508,7 @@ class _Endpoint:
         return merged
 
     def guarded_call(self, fn: Any, req: Request) -> Any:
-        """`fn(req)`; what it raises becomes the response."""
+        """Returns `fn(req)`, or the response for what it raises."""
         try:
             return fn(req)
         except HTTPResponse as response:
@@ -2520,7 +2519,7 @@ class _Endpoint:
 
 
 class _Outermost:
-    """A bottle plugin around all others, which may answer as a controller does."""
+    """A bottle plugin around all others: they may return what a controller may."""
 
     def apply(self, callback: Any, route: bottle.Route) -> Any:
         endpoint = route.callback
@@ -2537,7 +2536,7 @@ class _Outermost:
 
 
 def _refusing_bad_forms(callback: Any) -> Any:
-    """Wraps a callback of bottle's own kind: where bottle cannot read the form, the answer is a 400, not a 500."""
+    """Wraps a callback of bottle's own kind: a form that bottle cannot read is a 400, not a 500."""
 
     def guarded(*args: Any, **bindings: Any) -> Any:
         try:
@@ -2569,14 +2568,15 @@ class _WebSocketEndpoint(_Endpoint):
             return HTTPError(501, "this server does not do WebSockets")
         req = Request(environ, bindings, settings)
         if asks_for_events(environ):
-            check_security = check_no_body(environ) or check_origin(environ, settings) or self.check_security(req)
-            return self.answer(check_security or self.accept_connection(EventStream, req, dict(EVENT_STREAM)), req)
-        check_security = check_handshake(environ, settings) or self.check_security(req)
-        return self.answer(check_security or self.upgrade(req), req)
+            refusal = check_no_body(environ) or check_origin(environ, settings) or self.check_security(req)
+            return self.answer(refusal or self.accept_connection(EventStream, req, dict(EVENT_STREAM)), req)
+        refusal = check_handshake(environ, settings) or self.check_security(req)
+        return self.answer(refusal or self.upgrade(req), req)
 
     def upgrade(self, req: Request) -> HTTPResponse:
         environ, headers = req.environ, {}
-        req.agreed(choose_subprotocol(environ.get("HTTP_SEC_WEBSOCKET_PROTOCOL", ""), self.settings.subprotocols))
+        offered = environ.get("HTTP_SEC_WEBSOCKET_PROTOCOL", "")
+        req.set("subprotocol", choose_subprotocol(offered, self.settings.subprotocols))
         if req["subprotocol"]:
             headers["Sec-WebSocket-Protocol"] = req["subprotocol"]
         bits = choose_window(environ.get("HTTP_SEC_WEBSOCKET_EXTENSIONS", "")) if self.settings.compress else 0
@@ -2586,7 +2586,7 @@ class _WebSocketEndpoint(_Endpoint):
         return self.accept_connection(partial(Connection, bits=bits), req, headers)
 
     def accept_connection(self, kind: Any, req: Request, headers: dict[str, str]) -> HTTPResponse:
-        """Runs init. If it agrees, the server sends this response, and hands over the socket."""
+        """Runs `init`. If it accepts, the server sends this response and detaches the socket."""
         registry: ConnectionRegistry = req.environ["nova_lite.registry"]
         if len(registry.connections) >= registry.limit:
             return HTTPError(503, "there are too many connections", Retry_After="5")
@@ -2601,26 +2601,26 @@ EVENT_STREAM = {"Content-Type": "text/event-stream", "Cache-Control": "no-cache"
 
 
 def asks_for_events(environ: Mapping[str, Any]) -> bool:
-    """Whether a GET is for server-sent events, and not for a WebSocket."""
+    """Returns whether a GET asks for server-sent events rather than a WebSocket."""
     accepted = [part.partition(";")[0].strip() for part in environ.get("HTTP_ACCEPT", "").lower().split(",")]
     return "text/event-stream" in accepted and environ["REQUEST_METHOD"] == "GET" and "HTTP_UPGRADE" not in environ
 
 
-# Neither side keeps a window from one message to the next: a broadcast is compressed once, and an idle connection
-# costs no window. A server may ask for both, unasked (RFC 7692 §7.1.1).
+# Neither side keeps a window between messages: a broadcast is compressed once, and an idle connection holds no window.
+# A server may demand both, whatever the client offers (RFC 7692 §7.1.1).
 NO_TAKEOVER = "; server_no_context_takeover; client_no_context_takeover"
 
 
 def choose_subprotocol(offered: str, spoken: Iterable[str]) -> str | None:
-    """The first of the client's that the handler speaks (RFC 6455 §4.2.2)."""
+    """Returns the first of the client's subprotocols that the handler supports (RFC 6455 §4.2.2)."""
     return next((name for name in map(str.strip, offered.split(",")) if name in spoken), None)
 
 
 def choose_window(offered: str) -> int:
-    """The window, in bits, of the first offer of permessage-deflate that can be met; 0 if there is none.
+    """Returns the window, in bits, of the first acceptable offer of permessage-deflate, or 0.
 
-    An offer with a parameter that is unknown, comes twice or has a bad value is passed over, as is a window of 8 bits,
-    which zlib does not make (RFC 7692 §7.1).
+    An offer with an unknown, repeated or bad parameter is skipped. So is a window of 8 bits, which zlib does not
+    support (RFC 7692 §7.1).
     """
     for offer in offered.split(","):
         name, *parameters = (part.strip() for part in offer.split(";"))
@@ -2641,7 +2641,7 @@ _DEFLATE_PARAMETERS = {
 
 
 def check_handshake(environ: Mapping[str, Any], settings: Settings = Settings()) -> HTTPResponse | None:
-    """The refusal of a request that is no opening handshake (RFC 6455 §4.2.1), or that comes from a foreign origin."""
+    """Returns the refusal of a request that is not an opening handshake (RFC 6455 §4.2.1) or has a foreign origin."""
     connection = [token.strip() for token in environ.get("HTTP_CONNECTION", "").lower().split(",")]
     if environ.get("HTTP_UPGRADE", "").lower() != "websocket":
         return HTTPError(426, "a WebSocket is served here", Upgrade="websocket", Connection="Upgrade")
@@ -2657,21 +2657,21 @@ def check_handshake(environ: Mapping[str, Any], settings: Settings = Settings())
 
 
 def check_no_body(environ: Mapping[str, Any]) -> HTTPResponse | None:
-    """The refusal of a request with a body, which would be taken for what the client says afterwards."""
+    """Returns the refusal of a request with a body, which could be taken for the client's first frames."""
     if environ.get("CONTENT_LENGTH", "0") != "0" or "HTTP_TRANSFER_ENCODING" in environ:
         return HTTPError(400, "a request for events has no body")
     return None
 
 
 def check_origin(environ: Mapping[str, Any], settings: Settings) -> HTTPResponse | None:
-    """The refusal of a page from elsewhere."""
+    """Returns the refusal of a page of another origin."""
     return None if is_own_origin(environ, settings) else HTTPError(403, "this origin may not connect")
 
 
 def heartbeat(req: Request) -> Any:
-    """A controller: 200, or 503 once the server is asked to stop, so that a load balancer looks elsewhere.
+    """A controller for health checks: 200, or 503 once the server has been told to stop.
 
-    Asked with `?cluster`, 503 also while this node is cut off from the others.
+    With `?cluster` in the request, 503 also while this node is not connected to the cluster.
     """
     registry = req.environ.get("nova_lite.registry")
     if registry is not None and (registry.leaving or registry.draining):
