@@ -2682,25 +2682,25 @@ def heartbeat(req: Request) -> Any:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Server: pywsgi, handing sockets over, draining, reloading, workers.
-# House rule: HTTP is pywsgi's and the handshake gevent-websocket's; only what they cannot do is done here.
+# Server: pywsgi, detaching sockets, draining, serving until a signal.
+# Invariant: HTTP is pywsgi's and the upgrade is gevent-websocket's. This room adds only what they lack.
 # ---------------------------------------------------------------------------------------------------------------------
 
 DRAIN_TIME = 5.0  # seconds that a stopping server gives requests and clients to finish
-SHUTDOWN_DELAY = 0.0  # seconds before it drains, in which it serves on and says 503 to a load balancer's heartbeat
+SHUTDOWN_DELAY = 0.0  # seconds between the signal and the drain; the heartbeat already returns 503
 MAX_HEADERS = 16_384  # bytes
 MAX_LINE = 8192  # bytes of a request line, 414 beyond
-READ_AHEAD = 8192  # bytes of a client's buffer; between two reads they are handled in one go, in a few milliseconds
-MAX_UPLOAD = 1024 * 1024 * 1024  # bytes of a body however it is read, 413 beyond; for controllers there is `max_body`
-DISCARD_SIZE, DISCARD_TIME = 8 * 1024 * 1024, 2.0  # bytes and seconds spent on what a client sends and nothing reads
-BACKLOG = 2048  # connections that may wait to be accepted: a restart brings all clients at once
+READ_AHEAD = 8192  # bytes of a client's buffer
+MAX_UPLOAD = 1024 * 1024 * 1024  # bytes of a body, however it is read; controllers have `max_body`
+DISCARD_SIZE, DISCARD_TIME = 8 * 1024 * 1024, 2.0  # bytes and seconds spent on what the application does not read
+BACKLOG = 2048  # connections that may wait to be accepted: after a restart all clients come at once
 
 
 class Headers(dict[str, str]):
-    """The headers of a request, by lower-case name, as strict as RFC 9112 wants servers to be.
+    """The headers of a request, by lower-case name, as strict as RFC 9112 §5 demands.
 
-    In the place of the standard library's e-mail parser, which takes several times as long and forgives what lets one
-    request hide in another. Raises ValueError, and HTTPError 431 over MAX_HEADERS bytes.
+    Replaces the standard library's e-mail parser, which is several times slower and accepts what allows request
+    smuggling. Raises ValueError, or HTTPError 431 over MAX_HEADERS bytes.
     """
 
     def __init__(self, file: Any) -> None:
@@ -2711,15 +2711,15 @@ class Headers(dict[str, str]):
                 raise HTTPError(431, "the headers are too long")
             match = _HEADER.fullmatch(line.decode("latin-1"))
             if match is None:
-                raise ValueError(f"no header: {line!r}")
+                raise ValueError(f"not a header: {line!r}")
             name, value = match[1].lower(), match[2].strip(" \t")
             if name in self and name in ("content-length", "host", "transfer-encoding"):
                 raise ValueError(f"{name} comes twice")
             self[name] = f"{self[name]}{'; ' if name == 'cookie' else ', '}{value}" if name in self else value
         if not re.fullmatch("[0-9]{1,18}", self.get("content-length", "0")):
-            raise ValueError("Content-Length is no number")
+            raise ValueError("Content-Length is not a number")
         if "transfer-encoding" in self and (self["transfer-encoding"].lower() != "chunked" or "content-length" in self):
-            raise ValueError("Transfer-Encoding is chunked alone, and without Content-Length")
+            raise ValueError("only chunked is supported as Transfer-Encoding, without a Content-Length")
 
     def get(self, name: str, default: Any = None) -> Any:
         return super().get(name.lower(), default)
@@ -2731,12 +2731,12 @@ class Headers(dict[str, str]):
         return self.get("content-type")
 
 
-_HEADER = re.compile(r"([!#$%&'*+.^_`|~0-9A-Za-z-]+):([^\x00-\x08\x0a-\x1f\x7f]*)\r?\n")  # nothing to backtrack in
+_HEADER = re.compile(r"([!#$%&'*+.^_`|~0-9A-Za-z-]+):([^\x00-\x08\x0a-\x1f\x7f]*)\r?\n")  # cannot backtrack
 
 
 @lru_cache(maxsize=256)
 def _environ_key(name: str) -> str | None:
-    """A header's name in WSGI's environ; None for what must not be there, or is there in another way (PEP 3333)."""
+    """Returns a header's key in WSGI's environ (PEP 3333), or None if it has none or one of its own."""
     if "_" in name or name in ("content-type", "content-length"):
         return None
     return "HTTP_" + name.replace("-", "_").upper()
@@ -2753,15 +2753,15 @@ _HOST = re.compile(r"(?:\[[0-9A-Fa-f:.]+\]|[0-9A-Za-z._~%!$&'()*+;=-]*)(?::[0-9]
 
 
 def split_target(method: str, target: str) -> tuple[str | None, str]:
-    """Returns the authority, if there is one, and the path with its query (RFC 9112 §3.2).
+    """Returns the authority, or None, and the path with its query (RFC 9112 §3.2).
 
-    Raises ValueError for what is neither in origin nor in absolute form, and for a path that is not UTF-8.
+    Raises ValueError if the target is neither in origin nor in absolute form, or if the path is not UTF-8.
     """
     if target == "*" and method == "OPTIONS":
         return None, "*"
     match = _TARGET.fullmatch(target)
     if match is None or (match[1] is None and not target.startswith("/")):
-        raise ValueError("not a target of a request")
+        raise ValueError("not the target of a request")
     authority, path = match[1], match[2] if match[2].startswith("/") else "/" + match[2]
     if "%" in path or not path.isascii():
         unquote_to_bytes(path.partition("?")[0].encode("latin-1")).decode()
@@ -2769,14 +2769,11 @@ def split_target(method: str, target: str) -> tuple[str | None, str]:
 
 
 class ClientStream(io.RawIOBase):
-    """The bytes of an HTTP client, as they come. Reading raises TimeoutError after `deadline`.
-
-    Where bytes are always there, nothing waits: reading then yields to others once a time slice is over.
-    """
+    """Reads a client's socket. Raises TimeoutError after `deadline`, and yields once a time slice is over."""
 
     def __init__(self, sock: Any) -> None:
         self.sock = sock
-        self.deadline: float | None = None  # on the clock of monotonic(); None: reads what has arrived, never waits
+        self.deadline: float | None = None  # on the clock of monotonic(); None: never waits
 
     def readable(self) -> bool:
         return True
@@ -2784,14 +2781,14 @@ class ClientStream(io.RawIOBase):
     def readinto(self, buffer: Any) -> int:
         scheduler.yield_after_slice()
         left = 0.0 if self.deadline is None else self.deadline - monotonic()
-        if left <= 0 and self.deadline is not None:  # also if bytes have arrived: they may go on arriving for ever
+        if left <= 0 and self.deadline is not None:  # even if bytes have arrived: a client may never stop sending
             raise TimeoutError("the client takes too long")
         self.sock.settimeout(left)
         return self.sock.recv_into(buffer)
 
 
 class Body(io.RawIOBase):
-    """The body of a request, up to its end and no further (RFC 9112 §6.2, §7.1). Reading raises BadBody."""
+    """Reads the body of a request up to its end (RFC 9112 §6.2, §7.1). Raises BadBody."""
 
     def __init__(self, file: Any, length: int | None, before: Callable[[], None]) -> None:
         self.file = file
@@ -2800,9 +2797,9 @@ class Body(io.RawIOBase):
         self.ended = length == 0
         self.before: Callable[[], None] | None = before  # called before the first read
         self.failure: BadBody | None = None
-        self.in_chunk = False  # the CRLF behind a chunk is still to come
+        self.in_chunk = False  # the CRLF behind a chunk has not been read yet
         self.extras = 0  # bytes of chunk extensions and trailers, MAX_HEADERS at most
-        self.taken = 0  # bytes, those of the framing included
+        self.taken = 0  # bytes read, framing included
 
     def readable(self) -> bool:
         return True
@@ -2870,10 +2867,10 @@ class Body(io.RawIOBase):
         raise self.failure
 
     def _discard(self) -> None:
-        """What pywsgi calls; `discard` is called later, when the request is over."""
+        """Does nothing: pywsgi calls it too early."""
 
     def discard(self) -> None:
-        """Reads to where the next request begins, unless that takes too much."""
+        """Reads up to the next request, within DISCARD_SIZE bytes."""
         self.before, buffer = None, memoryview(bytearray(65536))
         with suppress(OSError, RuntimeError):  # RuntimeError: a greenlet of the application is still reading
             while self.taken < DISCARD_SIZE and self.readinto(buffer):
@@ -2889,7 +2886,7 @@ _NO_BODY = Body(None, 0, lambda: None)
 
 
 class SpooledBody:
-    """A chunked body for `bottle.request`, which would take the chunks apart once more: a file, made at first use."""
+    """A chunked body for `bottle.request`, which would decode the chunks a second time: a file, filled at first use."""
 
     def __init__(self, body: Any) -> None:
         self._body = body
@@ -2900,7 +2897,7 @@ class SpooledBody:
         return self._file is None
 
     def __getattr__(self, name: str) -> Any:
-        scheduler.yield_after_slice()  # bottle takes forms apart piece by piece
+        scheduler.yield_after_slice()  # bottle reads a form piece by piece
         if self._file is None:
             file = tempfile.SpooledTemporaryFile(bottle.BaseRequest.MEMFILE_MAX)  # noqa: SIM115
             shutil.copyfileobj(self._body, file)
@@ -2919,14 +2916,14 @@ class SpooledBody:
 
 
 class TLS:
-    """A TLS socket as a plain one that never waits: reading raises BlockingIOError, sending sends nothing."""
+    """Makes a TLS socket look like a plain non-blocking one: `recv` raises BlockingIOError, `send` returns 0."""
 
     def __init__(self, sock: Any) -> None:
         self.sock = sock  # gevent's, which does not wait once its timeout is 0
         self.fileno, self.close = sock.fileno, sock.close
 
     def recv(self, size: int) -> bytes:
-        """One record, and what is left of it: bytes that have left the kernel wake no watcher."""
+        """Returns a whole record: bytes that have left the kernel do not trigger a watcher."""
         try:
             data = self.sock.recv(size)
             while pending := self.sock.pending():
@@ -2944,14 +2941,14 @@ class TLS:
             return 0
 
     def shutdown(self, how: int) -> None:
-        """close_notify, which need not be answered, and TCP's FIN."""
+        """Sends close_notify and TCP's FIN."""
         with suppress(OSError, ValueError):
             self.sock._sslobj.shutdown()
         _socket.socket.shutdown(self.sock._sock, how)
 
 
 class RequestHandler(UpgradeHandler):
-    """A client's HTTP connection. gevent-websocket's upgrade is kept for when the application has said 101."""
+    """An HTTP connection. gevent-websocket's upgrade runs once the application has returned a 101."""
 
     busy = False  # between a request's first line and the end of its response
     response_headers: list[tuple[bytes, bytes]]
@@ -2965,8 +2962,8 @@ class RequestHandler(UpgradeHandler):
     wsgi_input: Any = _NO_BODY
     logger = log  # gevent-websocket would set up one of its own
     body_left: int | None = None  # bytes of the response that Content-Length still allows; None: no limit
-    agreed = False  # the response is that of a connection in the lobby
-    expects_continue = False  # the client waits to be asked for its body
+    agreed = False  # the response is that of the connection that is upgrading
+    expects_continue = False  # the client waits for a 100 before it sends its body
     detached = False  # the socket belongs to a connection's process
 
     def __init__(self, sock: Any, address: Any, server: Any) -> None:
@@ -3016,38 +3013,27 @@ class RequestHandler(UpgradeHandler):
         self.requestline = raw_requestline.rstrip("\r\n")
         match = _REQUEST_LINE.fullmatch(raw_requestline)
         if match is None:
-            raise ValueError("this is not a request line of HTTP/1.1 or 1.0")
+            raise ValueError("not a request line of HTTP/1.1 or 1.0")
         self.command, target, self.request_version = match.groups()
         headers = self.headers = Headers(self.rfile)
         authority, self.path = split_target(self.command, target)
         if authority is not None:
             headers["host"] = authority
-        if not _HOST.fullmatch(headers.get("host", "")) or (
-            self.request_version == "HTTP/1.1" and "host" not in headers
-        ):
-            raise ValueError("there is no Host, or it is not one")
-        if self.request_version == "HTTP/1.0" and "transfer-encoding" in headers:
-            raise ValueError("there are no chunks in HTTP/1.0")
+        is_old = self.request_version == "HTTP/1.0"
+        if not _HOST.fullmatch(headers.get("host", "" if is_old else "/")):
+            raise ValueError("the Host is missing or malformed")
+        if is_old and "transfer-encoding" in headers:
+            raise ValueError("HTTP/1.0 has no Transfer-Encoding")
         self.content_length = int(headers.get("content-length", "0"))
         options = _tokens(headers.get("connection", ""))
-        self.close_connection = "close" in options or (
-            self.request_version == "HTTP/1.0" and "keep-alive" not in options
-        )
+        self.close_connection = "close" in options or (is_old and "keep-alive" not in options)
         return True
 
     def _handle_client_error(self, ex: Exception) -> None:
-        """Refuses a request that cannot be read, and hangs up: where the next one begins is not known."""
-        status = (
-            "408 Request Timeout" if isinstance(ex, TimeoutError) else getattr(ex, "status_line", "400 Bad Request")
-        )
-        reason = str(getattr(ex, "body", None) or ex)
-        log.info(
-            '%s:%d "%s" refused: %s (%s)',
-            *self.client_address[:2],
-            printable(self.requestline or ""),
-            status,
-            printable(reason),
-        )
+        """Refuses a request that cannot be read, and closes: the start of the next one is unknown."""
+        late = "408 Request Timeout" if isinstance(ex, TimeoutError) else "400 Bad Request"
+        status, reason = getattr(ex, "status_line", late), printable(getattr(ex, "body", None) or ex)
+        log.info('%s "%s" refused: %s (%s)', self._peer(), printable(self.requestline or ""), status, reason)
         kind, body = error_body(status, status[4:], "")
         head = f"HTTP/1.1 {status}\r\nContent-Type: {kind}\r\nContent-Length: {len(body)}\r\nConnection: close\r\n\r\n"
         with suppress(OSError):
@@ -3056,8 +3042,8 @@ class RequestHandler(UpgradeHandler):
         self._await_close()
 
     def _await_close(self) -> None:
-        """Ends the response, and reads on until `deadline`: closing with bytes unread would reset the connection, and
-        the client might never see its response (RFC 9112 §9.6)."""
+        """Shuts down writing and reads until `deadline`: closing with unread bytes would reset the connection, and the
+        client could lose its response (RFC 9112 §9.6)."""
         left = DISCARD_SIZE
         with suppress(OSError, RuntimeError):  # RuntimeError: a greenlet of the application is still reading
             self._end_tls()
@@ -3066,14 +3052,14 @@ class RequestHandler(UpgradeHandler):
                 left -= len(part)
 
     def _end_tls(self) -> None:
-        """Sends close_notify: else an end looks like a cut (RFC 9112 §9.8)."""
+        """Sends close_notify: without it a complete response looks truncated (RFC 9112 §9.8)."""
         if self.server.ssl_enabled:
-            self.socket.settimeout(0)  # the client's is not waited for
+            self.socket.settimeout(0)  # does not wait for the client's
             with suppress(OSError, ValueError):
                 self.socket.unwrap()
 
     def _connection_upgrade_requested(self) -> bool:
-        return False  # else pywsgi loses sight of the body, and of where the next request begins
+        return False  # otherwise pywsgi ignores the body, and takes it for the next request
 
     def _headers(self) -> Iterator[tuple[str, str]]:
         for name, value in self.headers.items():
@@ -3096,11 +3082,11 @@ class RequestHandler(UpgradeHandler):
         return environ
 
     def _begin_body(self) -> None:
-        """Called before the first read: a client may wait to be asked for its body (RFC 9110 §10.1.1)."""
+        """Runs before the first read: sends the 100 that the client may expect (RFC 9110 §10.1.1)."""
         self.stream.deadline = monotonic() + self.server.BODY_TIME
         if self.expects_continue:
             if self.headers_sent:
-                raise BadBody(400, "the client was not asked for its body before the response began")
+                raise BadBody(400, "no 100 can be sent once the response has begun")
             self.expects_continue = False
             self.socket.settimeout(self.server.WRITE_TIME)
             self.socket.sendall(b"HTTP/1.1 100 Continue\r\n\r\n")
@@ -3113,7 +3099,7 @@ class RequestHandler(UpgradeHandler):
         finally:
             self.busy = False
             process = current_process()
-            if process is not None:  # a request is a process for as long as it lasts
+            if process is not None:  # a request that asked for its pid
                 process.finish("normal")
         if not self.wsgi_input.ended:
             self._skip_body(self.wsgi_input)
@@ -3122,7 +3108,7 @@ class RequestHandler(UpgradeHandler):
         self.stream.deadline = monotonic() + DISCARD_TIME
         if not self.close_connection:
             body.discard()
-        body.failure = BadBody(400, "the request is over")  # a greenlet of the application may still want to read
+        body.failure = BadBody(400, "the request is over")  # a greenlet of the application may still read
         if not body.ended:
             self.close_connection = True
             self._await_close()
@@ -3135,14 +3121,14 @@ class RequestHandler(UpgradeHandler):
             if upgrading and self.agreed:
                 self._detach(upgrading[0])
                 upgrading.clear()
-        except Exception:  # pywsgi would take any OSError of the application for a client that has gone
+        except Exception:  # pywsgi would mistake an OSError of the application for a lost client
             self.handle_error(*sys.exc_info())
         finally:
-            for connection in upgrading:  # the 101 was replaced by a hook or a plugin, or did not get through
+            for connection in upgrading:  # a hook or a plugin has replaced the 101, or it could not be sent
                 connection.kill(("error", "closed"))
 
     def handle_error(self, kind: Any, error: Any, tb: Any) -> None:
-        if (self.code or 0) < 0:  # it could not be sent: nobody is there, so nobody is told
+        if (self.code or 0) < 0:  # the client is gone
             self.close_connection = True
         elif isinstance(error, BadBody):
             self._refuse(error.status_code, str(error.body))
@@ -3150,16 +3136,16 @@ class RequestHandler(UpgradeHandler):
             super().handle_error(kind, error, tb)
         else:
             if not isinstance(error, gevent.GreenletExit):
-                where = *self.client_address[:2], printable(self.requestline or "")
-                log.error('%s:%d "%s" crashed', *where, exc_info=(kind, error, tb))
+                log.error(
+                    '%s "%s" crashed', self._peer(), printable(self.requestline or ""), exc_info=(kind, error, tb)
+                )
             self._refuse(500)
 
     def _send_error_response_if_possible(self, error_code: int) -> None:
         self._refuse(error_code)
 
     def _refuse(self, status: int, text: str = "") -> None:
-        """Sends an error in the place of the application's response. If that has begun, closing tells that its end is
-        missing."""
+        """Sends an error instead of the application's response, or closes if that has begun."""
         self.close_connection = True
         if self.headers_sent:
             return
@@ -3172,7 +3158,7 @@ class RequestHandler(UpgradeHandler):
     # -- the response
 
     def start_response(self, status: str, headers: list[tuple[str, str]], exc_info: Any = None) -> Any:
-        """Raises ValueError for what would break the framing of the response, or of the next one (RFC 9112 §6)."""
+        """Raises ValueError for what would break the framing of this response or the next (RFC 9112 §6)."""
         if not _STATUS.fullmatch(status) and not (status[:3] == "101" and self.environ["nova_lite.upgrading"]):
             raise ValueError(f"not a status of a response: {status!r}")
         lengths = [value for name, value in headers if name.lower() == "content-length"]
@@ -3181,7 +3167,7 @@ class RequestHandler(UpgradeHandler):
         for name, value in headers:
             if not _is_token(name) or _CONTROL.search(value):
                 raise ValueError(f"not a header: {name!r}: {value!r}")
-        unwanted = ("transfer-encoding", "keep-alive")  # the server's own business (PEP 3333)
+        unwanted = ("transfer-encoding", "keep-alive")  # hop-by-hop: up to the server (PEP 3333)
         if status[:3] in ("204", "304"):
             unwanted += ("content-length",)  # type: ignore[assignment]
         headers = [header for header in headers if header[0].lower() not in unwanted]
@@ -3189,15 +3175,15 @@ class RequestHandler(UpgradeHandler):
 
     def process_result(self) -> None:
         upgrading = self.environ["nova_lite.upgrading"]
-        # Else there is none, or a hook or a plugin has put another response, with a body, in the place of its own.
+        # Otherwise nothing is upgrading, or a hook or a plugin has replaced the response.
         self.agreed = bool(upgrading) and self._is_response_of(upgrading[0])
         if not self.agreed:
             super().process_result()
             if self.body_left:
                 self.close_connection = True
-                log.error("%s: Content-Length is %d bytes too large", printable(self.requestline), self.body_left)
+                log.error('"%s": Content-Length was %d bytes too large', printable(self.requestline), self.body_left)
             return
-        headers = [header for header in self.response_headers if header[0] != b"Content-Length"]  # bottle's, of nothing
+        headers = [header for header in self.response_headers if header[0] != b"Content-Length"]  # bottle's 0
         if self.code == 101:
             self.upgrade_connection()
             self._disarm(self.environ.pop("wsgi.websocket"))
@@ -3212,7 +3198,7 @@ class RequestHandler(UpgradeHandler):
 
     def write(self, data: Any) -> None:
         if not isinstance(data, bytes | bytearray | memoryview):
-            raise TypeError(f"a WSGI application answers with bytes, not {data!r:.100} (PEP 3333)")
+            raise TypeError(f"a WSGI application must yield bytes (PEP 3333), got {data!r:.100}")
         if self.headers_sent:
             scheduler.yield_after_slice()
             self._write(self._clip(data))
@@ -3229,10 +3215,10 @@ class RequestHandler(UpgradeHandler):
         return data
 
     def _write_with_headers(self, data: Any) -> None:
-        """Head and body in one packet: in two, a kept-alive client's delayed ACK holds the second back for 40 ms."""
+        """Sends head and body in one packet: with two, a client's delayed ACK holds the second one back for 40 ms."""
         self.finalize_headers()
         data = self._clip(data)
-        self.headers_sent = True  # not before: what fails above is answered with a 500
+        self.headers_sent = True  # not earlier: a failure above must still become a 500
         lines = [b"HTTP/1.1 " + self.status, *(b"%b: %b" % header for header in self.response_headers), b"\r\n"]
         head = b"\r\n".join(lines)
         if self.response_use_chunked or len(data) > 65536:
@@ -3251,7 +3237,7 @@ class RequestHandler(UpgradeHandler):
             self._finalize_connection()
 
     def _frame_response(self) -> None:
-        """Decides how the client learns where the body ends (RFC 9112 §6.3)."""
+        """Decides how the end of the body is marked (RFC 9112 §6.3)."""
         self.body_left, self.response_use_chunked = None, False
         if self.command == "HEAD" or self.code in (204, 304):
             self.body_left = 0
@@ -3267,12 +3253,12 @@ class RequestHandler(UpgradeHandler):
             self.close_connection = True
 
     def _finalize_connection(self) -> None:
-        """Merges what the application and pywsgi say of the connection with whether it closes."""
+        """Merges the application's Connection header with whether the connection closes."""
         options = []
         for header in [header for header in self.response_headers if header[0].lower() == b"connection"]:
             options += _tokens(header[1].decode("latin-1"))
             self.response_headers.remove(header)
-        # Where a body was expected but not asked for, it may be what comes next, or not.
+        # After an unanswered Expect, the next bytes may be the body or the next request.
         in_doubt = self.expects_continue or self.wsgi_input.failure is not None
         if "close" in options or in_doubt or self.server.registry.draining:
             self.close_connection = True
@@ -3285,7 +3271,7 @@ class RequestHandler(UpgradeHandler):
             self.response_headers.append((b"Connection", ", ".join(options).encode("latin-1")))
 
     def _sendall(self, data: bytes) -> None:
-        """In pieces, each with its time: a client that does not read its response is hung up on in the end."""
+        """Sends in 64 KiB pieces, each with its own time limit."""
         left = memoryview(data)
         try:
             while left:
@@ -3298,20 +3284,20 @@ class RequestHandler(UpgradeHandler):
             raise
         self.response_length += len(data)
 
-    # -- handing over
+    # -- detaching
 
     def _disarm(self, websocket: Any) -> None:
-        """gevent-websocket's object is not used. Its __del__ would write a close frame; and it holds this handler,
-        which holds it: 7 KiB a connection until the garbage collector comes by."""
+        """Disables gevent-websocket's object: its __del__ would write a close frame, and its cycle with this handler
+        would hold 7 KiB until the next garbage collection."""
         websocket.closed, self.websocket = True, None
         del websocket.handler, websocket.stream
 
     def _detach(self, connection: Connection) -> None:
-        """The socket goes to the connection's process; pywsgi lets go of its own handle, buffers and greenlet."""
+        """Moves the socket to the connection's process. pywsgi's handler, buffers and greenlet are freed."""
         sock, early = self.socket, b""
         self.stream.deadline = None
-        with suppress(OSError):  # none has come, or the client has gone: `open` will find out
-            early = self.rfile.peek()  # frames that came right behind the handshake
+        with suppress(OSError):  # there are none, or the client is gone, which `open` will notice
+            early = self.rfile.peek()  # frames right behind the handshake
         raw: Any
         if self.server.ssl_enabled:
             sock.setblocking(False)
@@ -3332,10 +3318,12 @@ class RequestHandler(UpgradeHandler):
     def log_request(self) -> None:
         if log.isEnabledFor(logging.INFO):
             milliseconds = (self.time_finish - self.time_start) * 1000
-            peer, port = self.client_address[:2]
             status = (self._orig_status or "000").split()[0]
             line = printable(self.requestline or ""), status, self.response_length, milliseconds
-            log.info('%s:%d "%s" %s %d %.1f ms', peer, port, *line)
+            log.info('%s "%s" %s %d %.1f ms', self._peer(), *line)
+
+    def _peer(self) -> str:
+        return "{}:{}".format(*self.client_address[:2])
 
     def log_error(self, msg: str, *args: Any) -> None:
         log.info("bad request: " + printable(msg), *map(printable, map(str, args)))  # noqa: G003
@@ -3356,16 +3344,16 @@ def _tokens(value: str) -> list[str]:
 
 
 class Server(gevent.pywsgi.WSGIServer):
-    """Serves an application; `with Server(app, port=0) as server:` starts it and stops it, `server.port` tells where.
+    """Serves an application: `with Server(app, port=0) as server:` starts and stops it, `server.port` is its port.
 
-    For programs that have a main loop of their own; `Nova.run` is for those that have none. With `certfile` (and
-    `keyfile`), https and wss. `max_connections` is for WebSockets: by default what the descriptor limit allows. With
-    `reuse_port`, other processes may serve the same port. Raises OSError where the address is taken or a file cannot be
+    This is for programs with a main loop of their own; `Nova.run` is for those without. `certfile` (and `keyfile`)
+    enable https and wss. `max_connections` limits WebSockets, by default to what the descriptor limit allows. With
+    `reuse_port`, other processes may serve the same port. Raises OSError if the address is in use or a file cannot be
     read.
     """
 
-    KEEP_ALIVE, HEAD_TIME, BODY_TIME = 75.0, 10.0, 30.0  # seconds for the next request, its head and its body to come
-    WRITE_TIME = 30.0  # seconds that a client may take nothing of a response
+    KEEP_ALIVE, HEAD_TIME, BODY_TIME = 75.0, 10.0, 30.0  # seconds for the next request, its head, its body
+    WRITE_TIME = 30.0  # seconds in which a client reads nothing of a response
 
     def __init__(
         self,
@@ -3403,7 +3391,7 @@ class Server(gevent.pywsgi.WSGIServer):
         self.socket.setsockopt(IPPROTO_TCP, TCP_NODELAY, 1)  # accepted sockets inherit it
 
     def do_read(self) -> Any:
-        """Accepts; when descriptors have run out, pauses, and lets the clients wait in the kernel's queue."""
+        """Accepts connections. Pauses when descriptors run out: clients then wait in the kernel's queue."""
         try:
             return super().do_read()
         except OSError as error:
@@ -3431,10 +3419,10 @@ class Server(gevent.pywsgi.WSGIServer):
             sock.close()
 
     def stop(self, timeout: float | None = None) -> None:
-        """Closes the listener, lets requests finish, closes WebSockets with 1001; cuts what is left after `timeout`.
+        """Closes the listener, waits for requests, and closes WebSockets with 1001; aborts the rest after `timeout`.
 
-        The 1001s are spread, a millisecond or two each but over no more than half the time, so that not all clients
-        come back at once. Who asks meanwhile on a connection that is kept alive is answered, and told to close it.
+        The 1001s are spread over at most half of that time, so that clients do not reconnect all at once. A request on
+        a kept-alive connection is still answered, with `Connection: close`.
         """
         timeout = self.drain_time if timeout is None else timeout
         deadline = monotonic() + timeout
@@ -3460,12 +3448,12 @@ class Server(gevent.pywsgi.WSGIServer):
         registries.discard(self.registry)
 
     def active_count(self) -> int:
-        """How many requests and WebSockets are under way."""
+        """Returns the number of active requests and WebSockets."""
         return sum(handler.busy for handler in self.handlers) + len(self.registry.connections)
 
 
 def _bound_socket(host: str, port: int, backlog: int | None) -> Any:
-    """On a port that others may have as well; it listens, if there is a backlog."""
+    """Returns a socket on a port that may be shared. It listens if there is a backlog."""
     sock = gevent.socket.socket(gevent.socket.AF_INET6 if ":" in host else gevent.socket.AF_INET)
     sock.setsockopt(gevent.socket.SOL_SOCKET, gevent.socket.SO_REUSEPORT, 1)
     sock.setsockopt(gevent.socket.SOL_SOCKET, gevent.socket.SO_REUSEADDR, 1)
@@ -3483,10 +3471,10 @@ def _tls_context(certfile: str, keyfile: str | None) -> Any:
     from gevent import ssl
 
     context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
-    context.options |= ssl.OP_NO_RENEGOTIATION  # else a read might have to wait for a write
+    context.options |= ssl.OP_NO_RENEGOTIATION  # with it, reading could require writing
     try:
         context.load_cert_chain(certfile, keyfile)
-    except OSError as error:  # OpenSSL's own words name neither the file nor the fault
+    except OSError as error:  # OpenSSL's message does not name the file
         raise OSError(error.errno, f"the certificate {certfile} cannot be used: {error.strerror}") from error
     return context
 
@@ -3507,11 +3495,12 @@ def run(
 ) -> None:
     """Serves `app` until SIGINT or SIGTERM, then drains for at most `drain_time` seconds and returns.
 
-    Before it drains it serves on for `shutdown_delay` seconds, in which `heartbeat` says 503: a load balancer needs the
-    time to notice. A second signal ends the process at once.
-    `cluster` is the URL of a Redis, see `pubsub.connect`, and `name` this node's name there. More than one of the
-    `workers` need a cluster, else ValueError; see `run_workers`. `reload` starts the program again whenever one of its
-    files changes; `options` are `Server`'s. Raises OSError where the address is taken.
+    For `shutdown_delay` seconds before the drain it still serves new clients while `heartbeat` returns 503, so that a
+    load balancer can notice. A second signal ends the process immediately. `cluster` is the URL of a Redis (see
+    `pubsub.connect`), and `name` is this node's name there. `workers` is the number of processes on the port (see
+    `run_workers`); more than one need a cluster. `reload` restarts the program when one of its files changes. `options`
+    are `Server`'s. Raises OSError if the address is in use, ValueError for workers without a cluster, RuntimeError for
+    a room that this copy lacks.
     """
     process = "%(process)d " if workers > 1 else ""
     logging.basicConfig(level=log_level.upper(), format=f"%(asctime)s {process}%(levelname)s %(name)s: %(message)s")
@@ -3519,7 +3508,7 @@ def run(
         room("launch").reload_on_change()
     if workers > 1:
         if cluster is None:
-            raise ValueError("workers need a cluster, or a broadcast would reach the clients of one of them only")
+            raise ValueError("workers need a cluster: without one a broadcast would reach one worker's clients only")
         number, port = room("launch").run_workers(workers, host, port, drain_time + shutdown_delay)
         options["reuse_port"], name = True, f"{name or _node}-{number}"
     _raise_descriptor_limit()
@@ -3544,10 +3533,10 @@ def _serve(server: Server, shutdown_delay: float, cluster: str | None, name: str
         log.info("serving on %s://%s:%d/ (Ctrl-C stops)", scheme, shown, server.port)
         log.info("the descriptor limit allows %d WebSockets", server.registry.limit)
         gc.collect()
-        gc.freeze()  # what is there now stays: a full collection then takes 3 ms, not 15
+        gc.freeze()  # a full collection then takes 3 ms, not 15
         asked_to_stop.wait()
         if shutdown_delay > 0:
-            log.info("serving on for %s s; the heartbeat says 503", shutdown_delay)
+            log.info("serving for %s s more; the heartbeat returns 503", shutdown_delay)
             server.registry.leaving = True
             gevent.sleep(shutdown_delay)
         log.info("stopping: %d requests and WebSockets to finish", server.active_count())
@@ -3561,13 +3550,13 @@ while_serving: list[Callable[[Callable[[], None]], Any]] = []  # hooks: take wha
 
 def _on_signal(asked_to_stop: gevent.event.Event) -> None:
     if asked_to_stop.is_set():
-        os._exit(1)  # asked twice: somebody is in a hurry
+        os._exit(1)  # the second signal
     asked_to_stop.set()
 
 
 def _check_patch() -> None:
-    """Warns where the library is not patched. What bottle then shares is kept per greenlet, or one client's response
-    would carry the cookies of another."""
+    """Warns if the standard library is not patched. What bottle keeps per thread is then kept per greenlet: otherwise
+    one client's response could carry another's cookies."""
     is_shared = _is_seen_elsewhere(bottle.request)
     if is_shared:
         for kind in (bottle.LocalRequest, bottle.LocalResponse):
@@ -3575,18 +3564,18 @@ def _check_patch() -> None:
     if is_shared or not gevent.monkey.is_module_patched("socket"):
         when = "too late" if gevent.monkey.is_module_patched("threading") else "not at all"
         log.warning(
-            "the standard library is patched %s: whatever blocks will stop every connection. "
+            "the standard library is patched %s: a call that blocks will block every connection. "
             "Make this the first line of your program: from gevent import monkey; monkey.patch_all()",
             when,
         )
 
 
 def _is_seen_elsewhere(request: Any) -> bool:
-    """Returns whether another greenlet sees the environ that this one binds: bottle was imported before the patch."""
+    """Returns whether greenlets share the request, as they do if bottle was imported before the patch."""
     seen: list[Any] = []
 
     def look() -> None:
-        with suppress(RuntimeError):  # "Request context not initialized", as it should be
+        with suppress(RuntimeError):  # "Request context not initialized"
             seen.append(request.environ)
 
     request.bind({})
@@ -3603,7 +3592,7 @@ def _keep_per_greenlet(kind: type) -> None:
             try:
                 return getattr(values, name)
             except AttributeError:
-                raise RuntimeError("Request context not initialized.")  # bottle's own words
+                raise RuntimeError("Request context not initialized.")  # as bottle does
 
         return property(read, lambda _, value: setattr(values, name, value), lambda _: delattr(values, name))
 
