@@ -527,8 +527,10 @@ class Scheduler:
         self.deadline = 0.0
         self.called = False  # `serve` is among the hub's callbacks
         self.again: Any = None  # the timer that calls it after a slice
-        self.iteration = -1  # of the hub's loop, in which the slice of `receive` began
-        self.slice_end = 0.0  # when that slice is over
+        self.iteration = -1  # of the hub's loop, in which the slice of those that may yield began; libuv has no number
+        self.slice_end = 0.0  # end of that slice
+        self.yielded: deque[Waiter] = deque()  # of greenlets that go on in this order
+        self.resume_timer: Any = None  # the timer that resumes them
         self.detached: deque[tuple[Callable[..., Any], tuple[Any, ...]]] = deque()  # by other threads, to be called
         self.alarm: Any = None  # the watcher that other threads wake the hub with
 
@@ -550,20 +552,35 @@ class Scheduler:
             self.again.start(self.serve)
 
     def yield_after_slice(self) -> None:
-        """Waits for a moment if the hub has not looked at its sockets and timers for a time slice."""
+        """Lets sockets, timers and others that yield have their turn once a time slice is over."""
         iteration = self.hub.loop.iteration
         if iteration != self.iteration:
             self.iteration, self.slice_end = iteration, monotonic() + TIME_SLICE
-        elif monotonic() > self.slice_end and getcurrent() is not self.hub:
+        elif monotonic() > self.slice_end and not isinstance(getcurrent(), Hub):
+            self._yield()
+
+    def _yield(self) -> None:
+        if get_ident() != self.thread:
             gevent.sleep(YIELD_DELAY)
-            if iteration < 0:  # libuv's loop does not count
-                self.slice_end = monotonic() + TIME_SLICE
+            return
+        waiter = Waiter()
+        self.yielded.append(waiter)
+        self.resume_timer.start(self.resume)
+        waiter.get()
+
+    def resume(self) -> None:
+        """Timer callback: resumes greenlets that have yielded, until the queue is empty or the time slice is over."""
+        self.iteration, self.slice_end = self.hub.loop.iteration, monotonic() + TIME_SLICE
+        while self.yielded and monotonic() < self.slice_end:
+            self.yielded.popleft().switch(None)
+        if self.yielded:
+            self.resume_timer.start(self.resume)
 
     def bind_thread(self) -> None:
         """Makes this thread and its hub the home of all processes, unless there is one."""
         if self.thread is None:
             self.hub = get_hub()
-            self.again = self.hub.loop.timer(0)
+            self.again, self.resume_timer = self.hub.loop.timer(0), self.hub.loop.timer(0)
             self.alarm = self.hub.loop.async_(ref=False)
             self.alarm.start(self.call_handed_over)
             self.thread = get_ident()  # the last: other threads look at this

@@ -442,6 +442,51 @@ def test_receive_lets_timers_and_others_have_their_turn_however_full_the_mailbox
     reason_of(pid)
 
 
+def test_processes_that_always_have_a_message_get_equal_shares(me, begin):
+    def work(turns, number):
+        while sum(turns) < 30_000:
+            send(self_pid(), 1)
+            receive()
+            busy(0.00002)
+            turns[number] += 1
+
+    turns = [0] * 3
+    pids = [begin(spawn, work, turns, number) for number in range(3)]
+    refs = [monitor(pid) for pid in pids]
+    for ref in refs:
+        expect(down(ref))
+    assert min(turns) > 5_000
+
+
+def test_a_process_that_is_killed_while_it_yields_costs_the_others_no_turn(me, begin):
+    def work():
+        while True:
+            send(self_pid(), 1)
+            receive()
+
+    first, second = begin(spawn, work), begin(spawn, work)
+    until(lambda: len(nova_lite.scheduler.yielded) == 2)
+    exit(first, "enough")
+    assert reason_of(first) == "enough"
+    until(lambda: len(nova_lite.scheduler.yielded) == 1)
+    before = second.handled
+    until(lambda: second.handled > before)
+
+
+def test_who_may_yield_does_not_wait_in_the_hub_and_may_wait_in_a_thread(me):
+    def use_up_slices():
+        for _ in range(5):
+            nova_lite.scheduler.yield_after_slice()
+            busy(nova_lite.TIME_SLICE * 1.1)
+        me.send("done")
+
+    in_hub(use_up_slices)
+    assert expect() == "done"
+    in_thread(use_up_slices)
+    assert expect() == "done"
+    assert not nova_lite.scheduler.yielded
+
+
 def test_sending_to_the_dead_or_to_an_unknown_name_is_silent():
     pid = spawn(int)
     reason_of(pid)
@@ -6168,8 +6213,7 @@ def test_a_client_that_pipelines_requests_lets_others_have_their_turn():
 @pytest.mark.parametrize("requests_before", [0, 1], ids=["first request", "next request"])
 def test_a_connection_that_lets_others_have_their_turn_is_not_taken_for_late(monkeypatch, requests_before):
     monkeypatch.setattr(Server, "BODY_TIME", 0.05)  # of the request before; the next one has all of KEEP_ALIVE
-    monkeypatch.setattr(nova_lite, "TIME_SLICE", 1e-4)
-    monkeypatch.setattr(nova_lite, "YIELD_DELAY", 0.2)
+    monkeypatch.setattr(nova_lite.scheduler, "yield_after_slice", lambda: gevent.sleep(0.2))
     with serving(("/", lambda _req: ("status", 200)), ("/ws", Parrot, {"protocol": "ws"})) as server:
         with bare(server) as client:
             for _ in range(requests_before):
