@@ -55,6 +55,7 @@ What differs from Erlang:
     MessagePack, tuples, pids and datetimes can say crosses; a link does not.
   * `init` of a WebSocket handler runs in the connection's own process, so joining there works over HTTP/1.1 as well.
   * `terminate` of a WebSocket handler runs whatever ends the connection, `exit(pid, "kill")` included.
+  * During `terminate` only `exit(pid, "kill")` has an effect; what is sent after another exit signal can be received.
   * The default view of ("ok", variables) is named after the controller function, not after its module.
 """
 
@@ -239,7 +240,7 @@ class Pid:
         raise NotImplementedError
 
     def kill(self, reason: Any) -> None:
-        """An exit signal that cannot be trapped."""
+        """Ends the process. This cannot be trapped."""
         raise NotImplementedError
 
     def __repr__(self) -> str:
@@ -325,22 +326,31 @@ class Process(Pid):
         if self.trapping:
             self.deliver(("EXIT", source, reason))
         elif reason != "normal" or source is self:
-            self.kill(reason)
+            self.interrupt(reason)
+
+    def interrupt(self, reason: Any) -> None:
+        """Ends the process, unless it is ending."""
+        if self.exiting is None:
+            self._signal_exit(reason)
 
     def kill(self, reason: Any) -> None:
-        """Ends the process: here and now if it is the one that runs, else as soon as the hub comes by."""
-        if self.mailbox is DEAD_MAILBOX or (self.exiting is not None and reason != "killed"):
-            return
+        """Ends the process, even during its final callbacks or after it has caught a signal."""
+        pending = self.exiting is not None and self.exiting is not TERMINATING and self.exiting.__traceback__ is None
+        if self.mailbox is not DEAD_MAILBOX and not pending:  # signals keep their order
+            self._signal_exit(reason)
+
+    def _signal_exit(self, reason: Any) -> None:
+        """Raises ProcessExit in the process: immediately if it is the current one, else on the hub's next iteration."""
         self.exiting = signal = ProcessExit(reason)
         if current_process() is self:
             raise signal
         if self.holder() is not None:
-            scheduler.hub.loop.run_callback(self._interrupt, signal)
+            scheduler.hub.loop.run_callback(self._throw, signal)
         elif self.wake is not None:
             enqueue(self)
 
-    def _interrupt(self, signal: ProcessExit) -> None:
-        # Between `kill` and this callback the runner may have finished with the process, and then `rest` has queued it;
+    def _throw(self, signal: ProcessExit) -> None:
+        # Between `_signal_exit` and this callback the runner may have finished with the process, and then it is queued;
         # or `receive` has raised the signal already: a second time would end the process's own `finally`.
         holder = self.holder()
         if holder is not None and self.exiting is signal and signal.__traceback__ is None:
@@ -417,7 +427,7 @@ class Process(Pid):
 
 
 DEAD_MAILBOX: deque[Any] = deque(maxlen=0)  # the mailbox of the dead: takes everything, keeps nothing
-TERMINATING = ProcessExit("ending")  # `exiting` during the last words: only "kill" cuts them short
+TERMINATING = ProcessExit("ending")  # `exiting` during the final callbacks: only `kill` cuts them short
 
 
 class Task(Process):
@@ -468,13 +478,13 @@ class GreenletProcess(Process):
         if isinstance(target, gevent.Greenlet):
             target.unlink(self._ended)
 
-    def kill(self, reason: Any) -> None:
+    def _signal_exit(self, reason: Any) -> None:
         target = self.greenlet()
-        if target is not None and target.parent is None and self.mailbox is not DEAD_MAILBOX:
+        if target is not None and target.parent is None:
             log.error("%r is the main greenlet and goes on; the exit signal was %r", self, reason)
         else:
             scheduler.bind_thread()
-            super().kill(reason)
+            super()._signal_exit(reason)
 
     def holder(self) -> Any:
         return self.greenlet()
@@ -2139,9 +2149,9 @@ class Connection(Process):
                 self.cut()
         elif self.out and (self.stalled_for > settings.send_timeout or self._is_falling_behind()):
             self.registry.cut += 1
-            self.kill(SLOW)
+            self.interrupt(SLOW)
         elif self.idle_for > settings.idle_timeout and self.ANSWERS_PINGS:
-            self.kill(IDLE)
+            self.interrupt(IDLE)
         elif before // settings.ping_interval < self.idle_for // settings.ping_interval:
             self.said.append(self.PING)  # from the hub, between turns: a process that is busy is alive, too
             self.flush()
@@ -3102,7 +3112,7 @@ class RequestHandler(UpgradeHandler):
             self.handle_error(*sys.exc_info())
         finally:
             for connection in upgrading:  # the 101 was replaced by a hook or a plugin, or did not get through
-                connection.kill(("error", "closed"))
+                connection.interrupt(("error", "closed"))
 
     def handle_error(self, kind: Any, error: Any, tb: Any) -> None:
         if (self.code or 0) < 0:  # it could not be sent: nobody is there, so nobody is told
@@ -3265,7 +3275,7 @@ class RequestHandler(UpgradeHandler):
         connection.req.detach()
         connection.open(raw, early)
         if self.server.registry.draining:
-            connection.kill("shutdown")
+            connection.interrupt("shutdown")
 
     # -- the log
 

@@ -921,6 +921,76 @@ def test_kill_ends_even_a_process_that_has_caught_a_signal(me, begin):
     assert expect(down(ref))[4] == "killed"
 
 
+@pytest.mark.parametrize("start", [spawn, adopted])
+def test_of_two_exit_signals_the_first_counts_unless_it_was_raised_already(me, begin, start):
+    def survive():
+        for _ in range(2):
+            with suppress(BaseException):
+                me.send("waits")
+                gevent.sleep(PATIENCE)
+
+    pid = begin(start, survive)
+    assert expect() == "waits"
+    exit(pid, "first")
+    exit(pid, "kill")
+    exit(pid, "last")
+    assert expect() == "waits"
+    exit(pid, "ignored")
+    exit(pid, "kill")
+    assert reason_of(pid) == "killed"
+    pid = begin(start, gevent.sleep, PATIENCE)
+    gevent.sleep(0)
+    exit(pid, "first")
+    exit(pid, "kill")
+    assert reason_of(pid) == "first"
+
+
+@pytest.mark.parametrize(("signal", "cuts"), [("enough", False), ("killed", False), ("kill", True)])
+def test_only_kill_cuts_terminate_short(me, begin, signal, cuts):
+    class Slow(GenServer):
+        def init(self, args):
+            return "ok", None
+
+        def terminate(self, reason, state):
+            me.send("terminating")
+            me.send(receive(PATIENCE))
+
+    pid = begin(start_link, Slow)
+    unlink(pid)
+    ref = monitor(pid)
+    pid.send(("$stop", "normal"))
+    assert expect() == "terminating"
+    exit(pid, signal)
+    pid.send("sent after the signal")
+    if cuts:
+        assert expect() == ("DOWN", ref, "process", pid, "killed")
+    else:
+        assert [expect(), expect()] == ["sent after the signal", ("DOWN", ref, "process", pid, "normal")]
+    assert drain() == []
+
+
+def test_a_linked_process_that_was_killed_does_not_cut_terminate_short(me, begin):
+    class Slow(GenServer):
+        def init(self, args):
+            return "ok", link(args)
+
+        def terminate(self, reason, state):
+            me.send("terminating")
+            me.send(receive(PATIENCE))
+
+    other = begin(spawn, obey)
+    pid = begin(start_link, Slow, other)
+    unlink(pid)
+    ref = monitor(pid)
+    pid.send(("$stop", "normal"))
+    assert expect() == "terminating"
+    exit(other, "kill")
+    reason_of(other)
+    gevent.sleep(0)
+    pid.send("go on")
+    assert [expect(), expect()] == ["go on", ("DOWN", ref, "process", pid, "normal")]
+
+
 def test_an_exit_signal_before_the_first_turn_lets_nothing_run(me):
     pid = spawn(me.send, "ran")
     exit(pid, "enough")
