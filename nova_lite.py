@@ -938,33 +938,37 @@ class Message(tuple):
     _memo: dict[Any, Any] | None = None
 
     def once(self, fn: Callable[[Message], Any]) -> Any:
-        """Returns `fn(self)`, worked out for the first receiver and shared with the others; so is what it raises.
+        """Returns `fn(self)`, computed for the first receiver and shared with the others; so is what it raises.
 
-        `fn` is known by its code, so that a lambda will do, or else by its identity. Its value must depend on the
-        message alone: ValueError for a bound method or a closure, which bring along something of one receiver.
+        A function without defaults is identified by its code and its globals, so that a lambda will do; anything else
+        by itself. Raises ValueError for a bound method or a closure: its value could differ between receivers.
         """
         if self._memo is None:
             self._memo = {}
-        by_code = type(fn) is FunctionType and fn.__defaults__ is None and fn.__kwdefaults__ is None
-        key = (
-            fn.__code__ if by_code else fn
-        )  # by identity: the codes of two files may be equal; kept, so its id is, too
-        if id(key) not in self._memo:
-            self._memo[id(key)] = key, *self._work_out(fn)
-        _, value, error, origin = self._memo[id(key)]
+        if type(fn) is FunctionType and not (fn.__closure__ or fn.__defaults__ or fn.__kwdefaults__):
+            key: Any = id(fn.__code__), id(fn.__globals__)
+        else:
+            key = id(fn) if _is_shareable(fn) else getattr(fn, "__qualname__", None)
+        if key not in self._memo:
+            self._memo[key] = fn, *self._compute(fn)  # with `fn`, since an id is unique only while its object exists
+        _, value, error, origin = self._memo[key]
         if error is not None:
             raise error.with_traceback(origin)  # else it would gather the frames of all receivers
         return value
 
-    def _work_out(self, fn: Callable[[Message], Any]) -> tuple[Any, Exception | None, Any]:
-        owner = getattr(fn, "__self__", None)
-        if getattr(fn, "__closure__", None) or not (owner is None or isinstance(owner, ModuleType)):
-            raise ValueError(f"once needs a function of the message alone, not a bound method or a closure: {fn!r}")
+    def _compute(self, fn: Callable[[Message], Any]) -> tuple[Any, Exception | None, Any]:
         try:
+            if not _is_shareable(fn):
+                raise ValueError(f"once expects a function of the message, not a bound method or a closure: {fn!r}")
             return fn(self), None, None
         except Exception as error:
-            vars(error)["_is_logged"] = False  # for `crashed`, which logs it once for all receivers
+            vars(error)["_is_logged"] = False  # for `log_crash`, which logs it for one receiver
             return None, error, error.__traceback__
+
+
+def _is_shareable(fn: Callable[..., Any]) -> bool:
+    owner = getattr(fn, "__self__", None)
+    return not getattr(fn, "__closure__", None) and (owner is None or isinstance(owner, ModuleType))
 
 
 NO_POSITION = "0"  # of no history: a client that comes back with it gets a resync
@@ -1864,7 +1868,23 @@ def shared_frame(frame: Frame, bits: int) -> bytes:
     try:
         return _frame_caches[bits][frame]
     except (KeyError, TypeError, ValueError):  # not there; a bytearray; a memoryview that may change
-        return _cache_frame(frame, bits, encode_frame(frame, bits))
+        return _cache_frame(frame, bits, _encode_or_raise_again(frame, bits))
+
+
+_failure: tuple[Any, float, Any] = None, 0.0, None  # the last payload that could not be encoded, until when, error
+
+
+def _encode_or_raise_again(frame: Frame, bits: int) -> bytes:
+    """Raises the same exception for all receivers of a payload (for a second), so that it is logged once."""
+    global _failure
+    if frame[1:] and frame[1] is _failure[0] and monotonic() < _failure[1]:
+        raise _failure[2].with_traceback(None)
+    try:
+        return encode_frame(frame, bits)
+    except ValueError as error:
+        vars(error)["_is_logged"] = False
+        _failure = frame[1] if frame[1:] else None, monotonic() + 1, error
+        raise
 
 
 def _cache_frame(frame: Frame, bits: int, data: bytes) -> bytes:

@@ -1939,6 +1939,25 @@ def test_a_receiver_that_is_killed_in_once_takes_nobody_along(me, begin):
     assert message.once(wait) == "done"
 
 
+def test_once_knows_the_same_code_with_other_globals_for_another_function():
+    message = Message(("nova_pubsub", "room", None, "topic", 1))
+    code = compile("lambda m: word * m[4]", "a template", "eval")
+    assert [message.once(eval(code, {"word": word})) for word in ("one", "two")] == ["one", "two"]
+
+
+@pytest.mark.parametrize(
+    "fn", [lambda: Reader("Ann").greet, lambda: Reader("Ann").closure(), lambda: str(time.time()).format]
+)
+def test_what_once_refuses_is_one_error_for_all_receivers(fn):
+    message = Message(("nova_pubsub", "room", None, "topic", 1))
+    errors = set()
+    for _ in range(3):
+        with pytest.raises(ValueError, match="bound method or a closure") as raised:
+            message.once(fn())
+        errors.add(raised.value)
+    assert len(errors) == 1
+
+
 def test_once_does_not_take_two_modules_functions_for_the_same():
     message = Message(("nova_pubsub", "room", None, "topic", 1))
     html, text = (eval("lambda m: form(m[4])", {"form": form}) for form in ("<b>{}</b>".format, "{}".format))
@@ -3735,18 +3754,26 @@ def test_the_messages_of_a_connection_leave_timers_their_turn(recorder, me, when
         until(lambda: len(done) == 200)
 
 
-def test_what_json_cannot_say_ends_each_member_and_is_logged_once(recorder, caplog):
+@pytest.mark.parametrize(
+    ("fn", "payload", "kind", "words"),
+    [
+        (lambda m: json.dumps(m[4]), {1}, TypeError, "serializable"),
+        (lambda m: chr(m[4]), 0xD800, UnicodeEncodeError, "surrogates"),
+        (lambda m: object(), 1, ValueError, "not a frame"),
+    ],
+)
+def test_what_cannot_be_said_ends_each_member_and_is_logged_once(recorder, caplog, fn, payload, kind, words):
     def encode(info, state):
-        return "reply", ("text", info.once(spell)), state
+        return "reply", ("text", info.once(fn)), state
 
     recorder.init = lambda self, state: (pubsub.join("room"), state)
     with serving(on(recorder, encode)) as server, ExitStack() as stack:
         socks = [stack.enter_context(upgraded(server)) for _ in range(20)]
-        pubsub.broadcast("room", "topic", [{1, 2}])
+        pubsub.broadcast("room", "topic", payload)
         assert [close_code(sock) for sock in socks] == [1011] * 20
     (record,) = crashes(caplog)
-    assert record.exc_info[0] is TypeError
-    assert "serializable" in str(record.exc_info[1])
+    assert record.exc_info[0] is kind
+    assert words in str(record.exc_info[1])
 
 
 def test_idle_connections_hold_no_greenlet(recorder):
