@@ -102,7 +102,7 @@ from heapq import nlargest
 from http.cookies import SimpleCookie
 from io import BytesIO
 from itertools import count, islice
-from math import inf, isfinite
+from math import inf, isfinite, isnan
 from socket import IPPROTO_TCP, TCP_NODELAY, gethostname
 from ssl import SSLEOFError, SSLWantReadError, SSLWantWriteError, SSLZeroReturnError
 from time import monotonic
@@ -453,10 +453,11 @@ class Task(Process):
 class GreenletProcess(Process):
     """A greenlet that somebody else has started, and that became a process by asking for its pid."""
 
-    __slots__ = ("greenlet",)
+    __slots__ = ("greenlet", "thread")
 
     def __init__(self, current: greenlet) -> None:
         super().__init__()
+        self.thread = get_ident()
         self.greenlet = weakref.ref(current, self._collected)
         if isinstance(current, gevent.Greenlet):
             current.rawlink(self._ended)
@@ -483,7 +484,10 @@ class GreenletProcess(Process):
         if target is not None and target.parent is None:
             log.error("%r is the main greenlet and goes on; the exit signal was %r", self, reason)
         else:
-            scheduler.bind_thread()
+            if scheduler.thread is None:
+                if get_ident() != self.thread:
+                    raise RuntimeError(f"{self!r} belongs to another thread, and no process was started there")
+                scheduler.bind_thread()
             super()._signal_exit(reason)
 
     def holder(self) -> Any:
@@ -642,11 +646,16 @@ def _adopt(current: greenlet) -> Process:
 
 
 def calling_process() -> Process:
-    """The calling process, for those who need its mailbox. Raises RuntimeError in a thread that is not the hub's."""
+    """Returns the calling process. Raises RuntimeError in a thread that is not the hub's: it has no mailbox."""
+    check_thread()
+    return self_pid()  # type: ignore[return-value]
+
+
+def check_thread() -> None:
+    """Raises RuntimeError in a thread that is not the hub's."""
     scheduler.bind_thread()
     if get_ident() != scheduler.thread:
         raise RuntimeError("only send, broadcast and exit work from a thread other than the hub's")
-    return self_pid()  # type: ignore[return-value]
 
 
 def resolve(target: Pid | str) -> Any:
@@ -662,6 +671,8 @@ def wait_for(waiter: Waiter, timeout: float | None) -> Any:
     """What `waiter` is given, or None after `timeout` seconds."""
     if timeout is None and getcurrent().parent is not None:
         return waiter.get()
+    if timeout is not None and isnan(timeout):
+        raise ValueError("expected seconds, got NaN")
     # Without a timer, gevent would raise LoopExit in the main greenlet, though a thread may send yet.
     with get_hub().loop.timer(_FOREVER if timeout is None else max(timeout, 0)) as timer:
         timer.start(waiter.switch, None, update=True)
@@ -865,9 +876,11 @@ class Timer:
 def send_after(seconds: float, target: Pid | str, message: Any) -> Timer:
     """Sends `message` in so many seconds, unless the process has ended by then (erlang:send_after/3).
 
-    A timer to a name stays. Raises TypeError where `target` is no pid or name.
+    A timer to a name stays. Raises TypeError where `target` is no pid or name, ValueError where `seconds` is NaN.
     """
     calling_process(), resolve(target)
+    if isnan(seconds):
+        raise ValueError("expected seconds, got NaN")
     timer = Timer(scheduler.hub.loop.timer(max(seconds, 0)), monotonic() + seconds)
     if isinstance(target, Process):
         if target.mailbox is DEAD_MAILBOX:
@@ -1056,7 +1069,7 @@ class PubSub:
         without gap or duplicate; or ("nova_resync", channel), if that cannot be had. In a cluster `join` waits until
         this node hears what is published to the channel, unless Redis is away.
         """
-        scheduler.run_in_hub(self._join, check_channel(channel), self._local(pid), since)
+        self._join(check_channel(channel), self._local(pid), since)
         self.adapter.wait_until_subscribed(channel)
         return "ok"
 
@@ -1066,7 +1079,7 @@ class PubSub:
         if process not in self.channels.get(check_channel(channel), ()):
             return "not_joined"
         process.channels.pop(channel, None)
-        scheduler.run_in_hub(self._leave, channel, process)
+        self._leave(channel, process)
         return "ok"
 
     def keep(self, channel: str, size: int = 100, seconds: float = 300) -> str:
@@ -1204,7 +1217,8 @@ class PubSub:
         return Message(("nova_pubsub", check_channel(channel), self_pid(), topic, payload))
 
     def _local(self, pid: Pid | None) -> Process:
-        process = calling_process() if pid is None else pid
+        check_thread()
+        process = self_pid() if pid is None else pid
         if not isinstance(process, Process):
             raise TypeError(f"only a process of this node can join, not {pid!r}")
         return process
@@ -3656,7 +3670,8 @@ def _is_timeout(rest: list[Any]) -> bool:
         case [] | [None | "infinity" | "hibernate"]:
             return True
         case [int() | float() as seconds] if not isinstance(seconds, bool):
-            return seconds >= 0
+            with suppress(OverflowError):
+                return float(seconds) >= 0
     return False
 
 

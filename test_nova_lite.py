@@ -548,11 +548,41 @@ def test_what_threads_hand_over_leaves_timers_their_turn(me):
         receive, lambda: monitor(Pid()), lambda: link(Pid()), lambda: process_flag("trap_exit", True),
         lambda: send_after(0, "nobody", 1), lambda: start_link(Obedient), lambda: pubsub.join("room"),
         lambda: pubsub.leave("room"), lambda: pubsub.monitor("room"), lambda: call("nobody", "hello"),
+        lambda: pubsub.join("room", next(iter(nova_lite.processes.values()))),
+        lambda: pubsub.leave("room", next(iter(nova_lite.processes.values()))),
     ],
 )  # fmt: skip
 def test_another_thread_has_no_mailbox(act):
     with pytest.raises(RuntimeError):
         in_thread(act)
+
+
+def test_a_thread_that_kills_a_greenlet_does_not_become_the_hubs(tmp_path):
+    code = """
+import gevent
+from nova_lite import exit, receive, self_pid, send, spawn
+pids = []
+def work():
+    pids.append(self_pid())
+    gevent.sleep(0.1)
+greenlet = gevent.spawn(work)
+gevent.sleep(0)
+def refused():
+    try:
+        exit(pids[0], "kill")
+    except RuntimeError as error:
+        return error
+print(gevent.get_hub().threadpool.apply(refused))
+me = self_pid()
+spawn(send, me, "hello")
+print(receive(5))
+exit(pids[0], "kill")
+greenlet.join()
+print(greenlet.successful(), repr(greenlet.value))
+"""
+    refusal, *rest = python(code, ROOT).splitlines()
+    assert "another thread" in refusal
+    assert rest == ["hello", "True ProcessExit('killed')"]
 
 
 def test_another_thread_may_exit(begin):
@@ -724,6 +754,8 @@ def test_a_name_finds_its_process(me, begin):
         (lambda pid: link(7), TypeError),
         (lambda pid: exit(7, "enough"), TypeError),
         (lambda pid: send_after(0, 7, "hello"), TypeError),
+        (lambda pid: send_after(float("nan"), pid, "hello"), ValueError),
+        (lambda pid: receive(float("nan")), ValueError),
         (lambda pid: spawn(7), TypeError),
         (lambda pid: process_flag("priority", True), ValueError),
     ],
@@ -1366,7 +1398,7 @@ def test_a_result_may_end_in_a_timeout_or_hibernate(begin, me, timeout):
     assert drain() == []
 
 
-@pytest.mark.parametrize("rest", ["rubbish", {}, -1, True, float("nan")])
+@pytest.mark.parametrize("rest", ["rubbish", {}, -1, True, float("nan"), 10**400])
 def test_an_init_that_ends_in_nonsense_is_a_bad_return_value(rest):
     kind, (what, _) = start_link(Obedient, lambda: ("ok", None, rest))
     assert (kind, what) == ("error", "bad_return_value")
