@@ -21,41 +21,43 @@
 
     Nova([{"routes": [("/chat", Chat, {"protocol": "ws"})]}]).run(port=8080)
 
-The map. The file reads from top to bottom; a room uses only the rooms above it.
+The map. A room uses only the rooms above it. Those after a cut line can be deleted there.
 
     processes               mailboxes, runners; spawn, send, receive, monitor, link
-    gen_server, supervisor  servers that answer calls; restarting what has crashed
-    pub/sub                 who is in which channel; broadcast
-    requests, responses     what a controller takes and what it gives back
+    pub/sub                 channels and their members; broadcast
+    requests, responses     what a controller receives and returns
     frames                  RFC 6455, in pure functions and one incremental parser
-    websocket process       a connection: its loop, its single writer, its limits
-    Nova                    routes as data, security, the gate before the 101
-    server                  HTTP, handing sockets over, draining, reloading, workers
+    connections             a WebSocket's or event stream's process: its loop, its writer, its limits
+    Nova                    routes as data, security, the checks before the 101
+    server                  HTTP, detaching sockets, draining
+    gen_server              servers with calls; supervisors            (cut line; so have all rooms below)
+    replay                  channels that keep their last messages
+    launch                  reloading, workers
     cluster                 other nodes, through Redis
-    board                   what this node is doing
-    demo, main              the tutorial, working; the command line
+    board                   the state of this node, as JSON and as a page
+    demo, main              Nova's tutorial; the command line
 
-Erlang's words, here. An atom is a string, a tuple a tuple, a pid a `Pid`; `Pid ! Msg` is `pid.send(msg)`, `self()` is
+Erlang's terms, here. An atom is a string, a tuple a tuple, a pid a `Pid`; `Pid ! Msg` is `pid.send(msg)`, `self()` is
 `self_pid()`, `receive ... after` is `receive(timeout, match)`, a behaviour is a class (or any object) with the
-callbacks, and a value that a callback returns means what it means in OTP, in Nova and in Cowboy.
+callbacks. A callback's result means what it means in OTP, in Nova and in Cowboy.
 
 What differs from Erlang:
 
-  * Processes take turns: a callback that computes for long holds up all the others; one that waits holds up nobody.
-  * A payload is handed on, not copied: who has sent it no longer changes it.
-  * `receive` takes the first message that its predicate accepts, and answers None when the time is over.
+  * A callback that computes blocks every other process; one that waits on I/O blocks none.
+  * Payloads are shared, not copied: do not modify one after sending it.
+  * `receive` returns the first message that its predicate accepts, or None after its timeout.
   * Membership is a set: joining twice is joining once (pg counts).
-  * A greenlet that becomes a process by asking for its pid ends with its greenlet, in a request with the request. The
-    main greenlet is nobody's to kill: an exit signal that it does not trap is logged, and it goes on.
-  * Callbacks share their greenlets: a gevent.Timeout that a callback leaves running may hit another process, and what
-    it puts into contextvars may be seen there. Close what you open (`with gevent.Timeout(...)`).
-  * Another OS thread may `send`, `broadcast` and `exit`; it has no mailbox of its own.
-  * Sending to a name that nobody has is silent, as sending to the dead is.
-  * Across nodes, delivery is at most once; ("nova_resync", channel) says that something may be missing. Only what
-    MessagePack, tuples, pids and datetimes can say crosses; a link does not.
+  * A greenlet becomes a process by calling self_pid(), and ends as a process when the greenlet ends, or its request.
+    The main greenlet cannot be killed: an exit signal that it does not trap is logged.
+  * Callbacks share greenlets: a gevent.Timeout or a context variable that a callback leaves behind may affect another
+    process. Close what you open (`with gevent.Timeout(...)`).
+  * Another OS thread may call `send`, `broadcast` and `exit`; it has no mailbox.
+  * Sending to a name that is not registered is silent, as sending to a dead process is.
+  * Across nodes, delivery is at most once; ("nova_resync", channel) says that messages may be missing. A payload may
+    hold what MessagePack can, tuples, pids and datetimes. Links do not cross nodes.
   * `init` of a WebSocket handler runs in the connection's own process, so joining there works over HTTP/1.1 as well.
-  * `terminate` of a WebSocket handler runs whatever ends the connection, `exit(pid, "kill")` included.
-  * During `terminate` only `exit(pid, "kill")` has an effect; what is sent after another exit signal can be received.
+  * `terminate` of a WebSocket handler always runs, even after `exit(pid, "kill")`.
+  * During `terminate`, only `exit(pid, "kill")` has an effect; messages sent after other exit signals are received.
   * The default view of ("ok", variables) is named after the controller function, not after its module.
 """
 
@@ -67,8 +69,8 @@ if __name__ == "__main__":  # before anything imports threading, socket or bottl
     monkey.patch_all()
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Prologue: imports, and the defaults with their reasons.
-# House rule: importing this file patches nothing, opens nothing, starts nothing and logs nothing.
+# Prologue: imports, and the settings with their reasons.
+# Invariant: importing this file patches nothing, opens nothing, starts nothing and logs nothing.
 # ---------------------------------------------------------------------------------------------------------------------
 
 import _socket
@@ -124,36 +126,15 @@ from geventwebsocket.handler import WebSocketHandler as UpgradeHandler
 from greenlet import getcurrent, greenlet
 
 __version__ = "0.1.0"
-__all__ = [
-    "Message",
-    "Nova",
-    "Pid",
-    "Request",
-    "Server",
-    "Settings",
-    "WebSocketHandler",
-    "cancel_timer",
-    "demonitor",
-    "exit",
-    "heartbeat",
-    "link",
-    "monitor",
-    "process_flag",
-    "pubsub",
-    "receive",
-    "register",
-    "run",
-    "self_pid",
-    "send",
-    "send_after",
-    "spawn",
-    "unlink",
-    "whereis",
-]  # fmt: skip -- the rooms behind the core add their own
+__all__ = [  # the rooms after the core add their own
+    "Message", "Nova", "Pid", "Request", "Server", "Settings", "WebSocketHandler", "cancel_timer", "demonitor", "exit",
+    "heartbeat", "link", "monitor", "process_flag", "pubsub", "receive", "register", "run", "self_pid", "send",
+    "send_after", "spawn", "unlink", "whereis",
+]  # fmt: skip
 
 log = logging.getLogger("nova_lite" if __name__ == "__main__" else __name__)
 
-rooms: dict[str, SimpleNamespace] = {}  # what a room below offers to those above it, by the room's name
+rooms: dict[str, SimpleNamespace] = {}  # what a room offers to those above it, by the room's name
 
 
 def room(name: str) -> SimpleNamespace:
@@ -165,19 +146,19 @@ def room(name: str) -> SimpleNamespace:
 
 @dataclass(frozen=True)
 class Settings:
-    """What `Nova(..., name=value)` sets for an application, and a route's options for one route."""
+    """Sets limits and defaults: `Nova(..., name=value)` for an application, a route's options for one route."""
 
-    max_body: int = 1024 * 1024  # bytes of a request's body, 413 beyond; an upload wants bottle's `request.body`
-    max_message_size: int = 1_000_000  # bytes of a message, fragments counted; 1009 beyond, before the bytes are held
-    idle_timeout: float = 60.0  # seconds without a byte from the client before it is taken for gone (Cowboy's default)
-    ping_interval: float = 25.0  # seconds of silence between pings: two chances to answer within `idle_timeout`
-    mailbox_limit: int = 1_000  # messages that may wait for a client that does not read; then it is cut with 1013
-    send_timeout: float = 10.0  # seconds that a client may take nothing of what is ready for it; then 1013, too
-    backlog: int = 64  # frames (and `max_message_size` bytes) that may wait for their handler before reading pauses
-    on_slow: str = "close"  # or "drop_oldest", "drop_new": what happens beyond `mailbox_limit`; drops are logged
-    origins: Any = None  # None: the request's own host, or no Origin header at all; else a list of origins, or "*"
-    trust_proxy: int = 0  # proxies in front, True is 1; of X-Forwarded-Proto and -Host, the farthest one's word counts
-    subprotocols: Any = ()  # what the handler speaks; the first of the client's that is among them is chosen
+    max_body: int = 1024 * 1024  # bytes of a request's body, 413 beyond; for uploads use bottle's `request.body`
+    max_message_size: int = 1_000_000  # bytes of a message with all fragments; 1009 beyond, before they are held
+    idle_timeout: float = 60.0  # seconds without a byte from the client before it is disconnected (Cowboy's default)
+    ping_interval: float = 25.0  # seconds of silence between pings: two chances to respond within `idle_timeout`
+    mailbox_limit: int = 1_000  # messages waiting for a client that does not read; 1013 beyond
+    send_timeout: float = 10.0  # seconds in which a client reads nothing of what is ready for it; then 1013
+    backlog: int = 64  # frames (and `max_message_size` bytes) waiting for their handler before reading pauses
+    on_slow: str = "close"  # beyond `mailbox_limit`; or "drop_oldest", "drop_new": drops messages, and logs that
+    origins: Any = None  # list of origins, or "*"; None: the request's own host, or no Origin header at all
+    trust_proxy: int = 0  # proxies in front, True is 1; of X-Forwarded-Proto and -Host, the farthest one's value counts
+    subprotocols: Any = ()  # the handler's; the first of the client's that is among them is chosen
     compress: bool = False  # permessage-deflate (RFC 7692) with clients that offer it; costs CPU
 
 
