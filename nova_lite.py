@@ -21,40 +21,43 @@
 
     Nova([{"routes": [("/chat", Chat, {"protocol": "ws"})]}]).run(port=8080)
 
-The map. The file reads from top to bottom; a room uses only the rooms above it.
+The map. A room uses only the rooms above it. Those after a cut line can be deleted there.
 
     processes               mailboxes, runners; spawn, send, receive, monitor, link
-    gen_server, supervisor  servers that answer calls; restarting what has crashed
-    pub/sub                 who is in which channel; broadcast
-    requests, responses     what a controller takes and what it gives back
+    pub/sub                 channels and their members; broadcast
+    requests, responses     what a controller receives and returns
     frames                  RFC 6455, in pure functions and one incremental parser
-    websocket process       a connection: its loop, its single writer, its limits
-    Nova                    routes as data, security, the gate before the 101
-    server                  HTTP, handing sockets over, draining, reloading, workers
+    connections             a WebSocket's or event stream's process: its loop, its writer, its limits
+    Nova                    routes as data, security, the checks before the 101
+    server                  HTTP, detaching sockets, draining
+    gen_server              servers with calls; supervisors            (cut line; so have all rooms below)
+    replay                  channels that keep their last messages
+    launch                  reloading, workers
     cluster                 other nodes, through Redis
-    board                   what this node is doing
-    demo, main              the tutorial, working; the command line
+    board                   the state of this node, as JSON and as a page
+    demo, main              Nova's tutorial; the command line
 
-Erlang's words, here. An atom is a string, a tuple a tuple, a pid a `Pid`; `Pid ! Msg` is `pid.send(msg)`, `self()` is
+Erlang's terms, here. An atom is a string, a tuple a tuple, a pid a `Pid`; `Pid ! Msg` is `pid.send(msg)`, `self()` is
 `self_pid()`, `receive ... after` is `receive(timeout, match)`, a behaviour is a class (or any object) with the
-callbacks, and a value that a callback returns means what it means in OTP, in Nova and in Cowboy.
+callbacks. A callback's result means what it means in OTP, in Nova and in Cowboy.
 
 What differs from Erlang:
 
-  * Processes take turns: a callback that computes for long holds up all the others; one that waits holds up nobody.
-  * A payload is handed on, not copied: who has sent it no longer changes it.
-  * `receive` takes the first message that its predicate accepts, and answers None when the time is over.
+  * A callback that computes blocks every other process; one that waits on I/O blocks none.
+  * Payloads are shared, not copied: do not modify one after sending it.
+  * `receive` returns the first message that its predicate accepts, or None after its timeout.
   * Membership is a set: joining twice is joining once (pg counts).
-  * A greenlet that becomes a process by asking for its pid ends with its greenlet, in a request with the request. The
-    main greenlet is nobody's to kill: an exit signal that it does not trap is logged, and it goes on.
-  * Callbacks share their greenlets: a gevent.Timeout that a callback leaves running may hit another process, and what
-    it puts into contextvars may be seen there. Close what you open (`with gevent.Timeout(...)`).
-  * Another OS thread may `send`, `broadcast` and `exit`; it has no mailbox of its own.
-  * Sending to a name that nobody has is silent, as sending to the dead is.
-  * Across nodes, delivery is at most once; ("nova_resync", channel) says that something may be missing. Only what
-    MessagePack, tuples, pids and datetimes can say crosses; a link does not.
+  * A greenlet becomes a process by calling self_pid(), and ends as a process when the greenlet ends, or its request.
+    The main greenlet cannot be killed: an exit signal that it does not trap is logged.
+  * Callbacks share greenlets: a gevent.Timeout or a context variable that a callback leaves behind may affect another
+    process. Close what you open (`with gevent.Timeout(...)`).
+  * Another OS thread may call `send`, `broadcast` and `exit`; it has no mailbox.
+  * Sending to a name that is not registered is silent, as sending to a dead process is.
+  * Across nodes, delivery is at most once; ("nova_resync", channel) says that messages may be missing. A payload may
+    hold what MessagePack can, tuples, pids and datetimes. Links do not cross nodes.
   * `init` of a WebSocket handler runs in the connection's own process, so joining there works over HTTP/1.1 as well.
-  * `terminate` of a WebSocket handler runs whatever ends the connection, `exit(pid, "kill")` included.
+  * `terminate` of a WebSocket handler always runs, even after `exit(pid, "kill")`.
+  * During `terminate`, only `exit(pid, "kill")` has an effect; messages sent after other exit signals are received.
   * The default view of ("ok", variables) is named after the controller function, not after its module.
 """
 
@@ -66,8 +69,8 @@ if __name__ == "__main__":  # before anything imports threading, socket or bottl
     monkey.patch_all()
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Prologue: imports, and the defaults with their reasons.
-# House rule: importing this file patches nothing, opens nothing, starts nothing and logs nothing.
+# Prologue: imports, and the settings with their reasons.
+# Invariant: importing this file patches nothing, opens nothing, starts nothing and logs nothing.
 # ---------------------------------------------------------------------------------------------------------------------
 
 import _socket
@@ -101,7 +104,7 @@ from heapq import nlargest
 from http.cookies import SimpleCookie
 from io import BytesIO
 from itertools import count, islice
-from math import inf
+from math import inf, isnan
 from socket import IPPROTO_TCP, TCP_NODELAY, gethostname
 from ssl import SSLEOFError, SSLWantReadError, SSLWantWriteError, SSLZeroReturnError
 from time import monotonic
@@ -123,36 +126,15 @@ from geventwebsocket.handler import WebSocketHandler as UpgradeHandler
 from greenlet import getcurrent, greenlet
 
 __version__ = "0.1.0"
-__all__ = [
-    "Message",
-    "Nova",
-    "Pid",
-    "Request",
-    "Server",
-    "Settings",
-    "WebSocketHandler",
-    "cancel_timer",
-    "demonitor",
-    "exit",
-    "heartbeat",
-    "link",
-    "monitor",
-    "process_flag",
-    "pubsub",
-    "receive",
-    "register",
-    "run",
-    "self_pid",
-    "send",
-    "send_after",
-    "spawn",
-    "unlink",
-    "whereis",
-]  # fmt: skip -- the rooms behind the core add their own
+__all__ = [  # the rooms after the core add their own
+    "Message", "Nova", "Pid", "Request", "Server", "Settings", "WebSocketHandler", "cancel_timer", "demonitor", "exit",
+    "heartbeat", "link", "monitor", "process_flag", "pubsub", "receive", "register", "run", "self_pid", "send",
+    "send_after", "spawn", "unlink", "whereis",
+]  # fmt: skip
 
 log = logging.getLogger("nova_lite" if __name__ == "__main__" else __name__)
 
-rooms: dict[str, SimpleNamespace] = {}  # what a room below offers to those above it, by the room's name
+rooms: dict[str, SimpleNamespace] = {}  # what a room offers to those above it, by the room's name
 
 
 def room(name: str) -> SimpleNamespace:
@@ -164,19 +146,19 @@ def room(name: str) -> SimpleNamespace:
 
 @dataclass(frozen=True)
 class Settings:
-    """What `Nova(..., name=value)` sets for an application, and a route's options for one route."""
+    """Sets limits and defaults: `Nova(..., name=value)` for an application, a route's options for one route."""
 
-    max_body: int = 1024 * 1024  # bytes of a request's body, 413 beyond; an upload wants bottle's `request.body`
-    max_message_size: int = 1_000_000  # bytes of a message, fragments counted; 1009 beyond, before the bytes are held
-    idle_timeout: float = 60.0  # seconds without a byte from the client before it is taken for gone (Cowboy's default)
-    ping_interval: float = 25.0  # seconds of silence between pings: two chances to answer within `idle_timeout`
-    mailbox_limit: int = 1_000  # messages that may wait for a client that does not read; then it is cut with 1013
-    send_timeout: float = 10.0  # seconds that a client may take nothing of what is ready for it; then 1013, too
-    backlog: int = 64  # frames (and `max_message_size` bytes) that may wait for their handler before reading pauses
-    on_slow: str = "close"  # or "drop_oldest", "drop_new": what happens beyond `mailbox_limit`; drops are logged
-    origins: Any = None  # None: the request's own host, or no Origin header at all; else a list of origins, or "*"
-    trust_proxy: int = 0  # proxies in front, True is 1; of X-Forwarded-Proto and -Host, the farthest one's word counts
-    subprotocols: Any = ()  # what the handler speaks; the first of the client's that is among them is chosen
+    max_body: int = 1024 * 1024  # bytes of a request's body, 413 beyond; for uploads use bottle's `request.body`
+    max_message_size: int = 1_000_000  # bytes of a message with all fragments; 1009 beyond, before they are held
+    idle_timeout: float = 60.0  # seconds without a byte from the client before it is disconnected (Cowboy's default)
+    ping_interval: float = 25.0  # seconds of silence between pings: two chances to respond within `idle_timeout`
+    mailbox_limit: int = 1_000  # messages waiting for a client that does not read; 1013 beyond
+    send_timeout: float = 10.0  # seconds in which a client reads nothing of what is ready for it; then 1013
+    backlog: int = 64  # frames (and `max_message_size` bytes) waiting for their handler before reading pauses
+    on_slow: str = "close"  # beyond `mailbox_limit`; or "drop_oldest", "drop_new": drops messages, and logs that
+    origins: Any = None  # list of origins, or "*"; None: the request's own host, or no Origin header at all
+    trust_proxy: int = 0  # proxies in front, True is 1; of X-Forwarded-Proto and -Host, the farthest one's value counts
+    subprotocols: Any = ()  # the handler's; the first of the client's that is among them is chosen
     compress: bool = False  # permessage-deflate (RFC 7692) with clients that offer it; costs CPU
 
 
@@ -239,7 +221,7 @@ class Pid:
         raise NotImplementedError
 
     def kill(self, reason: Any) -> None:
-        """An exit signal that cannot be trapped."""
+        """Ends the process. This cannot be trapped."""
         raise NotImplementedError
 
     def __repr__(self) -> str:
@@ -325,22 +307,31 @@ class Process(Pid):
         if self.trapping:
             self.deliver(("EXIT", source, reason))
         elif reason != "normal" or source is self:
-            self.kill(reason)
+            self.interrupt(reason)
+
+    def interrupt(self, reason: Any) -> None:
+        """Ends the process, unless it is ending."""
+        if self.exiting is None:
+            self._signal_exit(reason)
 
     def kill(self, reason: Any) -> None:
-        """Ends the process: here and now if it is the one that runs, else as soon as the hub comes by."""
-        if self.mailbox is DEAD_MAILBOX or (self.exiting is not None and reason != "killed"):
-            return
+        """Ends the process, even during its final callbacks or after it has caught a signal."""
+        pending = self.exiting is not None and self.exiting is not TERMINATING and self.exiting.__traceback__ is None
+        if self.mailbox is not DEAD_MAILBOX and not pending:  # signals keep their order
+            self._signal_exit(reason)
+
+    def _signal_exit(self, reason: Any) -> None:
+        """Raises ProcessExit in the process: immediately if it is the current one, else on the hub's next iteration."""
         self.exiting = signal = ProcessExit(reason)
         if current_process() is self:
             raise signal
         if self.holder() is not None:
-            scheduler.hub.loop.run_callback(self._interrupt, signal)
+            scheduler.hub.loop.run_callback(self._throw, signal)
         elif self.wake is not None:
             enqueue(self)
 
-    def _interrupt(self, signal: ProcessExit) -> None:
-        # Between `kill` and this callback the runner may have finished with the process, and then `rest` has queued it;
+    def _throw(self, signal: ProcessExit) -> None:
+        # Between `_signal_exit` and this callback the runner may have finished with the process, and then it is queued;
         # or `receive` has raised the signal already: a second time would end the process's own `finally`.
         holder = self.holder()
         if holder is not None and self.exiting is signal and signal.__traceback__ is None:
@@ -417,7 +408,7 @@ class Process(Pid):
 
 
 DEAD_MAILBOX: deque[Any] = deque(maxlen=0)  # the mailbox of the dead: takes everything, keeps nothing
-TERMINATING = ProcessExit("ending")  # `exiting` during the last words: only "kill" cuts them short
+TERMINATING = ProcessExit("ending")  # `exiting` during the final callbacks: only `kill` cuts them short
 
 
 class Task(Process):
@@ -443,10 +434,11 @@ class Task(Process):
 class GreenletProcess(Process):
     """A greenlet that somebody else has started, and that became a process by asking for its pid."""
 
-    __slots__ = ("greenlet",)
+    __slots__ = ("greenlet", "thread")
 
     def __init__(self, current: greenlet) -> None:
         super().__init__()
+        self.thread = get_ident()
         self.greenlet = weakref.ref(current, self._collected)
         if isinstance(current, gevent.Greenlet):
             current.rawlink(self._ended)
@@ -468,13 +460,16 @@ class GreenletProcess(Process):
         if isinstance(target, gevent.Greenlet):
             target.unlink(self._ended)
 
-    def kill(self, reason: Any) -> None:
+    def _signal_exit(self, reason: Any) -> None:
         target = self.greenlet()
-        if target is not None and target.parent is None and self.mailbox is not DEAD_MAILBOX:
+        if target is not None and target.parent is None:
             log.error("%r is the main greenlet and goes on; the exit signal was %r", self, reason)
         else:
-            scheduler.bind_thread()
-            super().kill(reason)
+            if scheduler.thread is None:
+                if get_ident() != self.thread:
+                    raise RuntimeError(f"{self!r} belongs to another thread, and no process was started there")
+                scheduler.bind_thread()
+            super()._signal_exit(reason)
 
     def holder(self) -> Any:
         return self.greenlet()
@@ -527,8 +522,10 @@ class Scheduler:
         self.deadline = 0.0
         self.called = False  # `serve` is among the hub's callbacks
         self.again: Any = None  # the timer that calls it after a slice
-        self.iteration = -1  # of the hub's loop, in which the slice of `receive` began
-        self.slice_end = 0.0  # when that slice is over
+        self.iteration = -1  # of the hub's loop, in which the slice of those that may yield began; libuv has no number
+        self.slice_end = 0.0  # end of that slice
+        self.yielded: deque[Waiter] = deque()  # of greenlets that go on in this order
+        self.resume_timer: Any = None  # the timer that resumes them
         self.detached: deque[tuple[Callable[..., Any], tuple[Any, ...]]] = deque()  # by other threads, to be called
         self.alarm: Any = None  # the watcher that other threads wake the hub with
 
@@ -550,20 +547,35 @@ class Scheduler:
             self.again.start(self.serve)
 
     def yield_after_slice(self) -> None:
-        """Waits for a moment if the hub has not looked at its sockets and timers for a time slice."""
+        """Lets sockets, timers and others that yield have their turn once a time slice is over."""
         iteration = self.hub.loop.iteration
         if iteration != self.iteration:
             self.iteration, self.slice_end = iteration, monotonic() + TIME_SLICE
-        elif monotonic() > self.slice_end and getcurrent() is not self.hub:
+        elif monotonic() > self.slice_end and not isinstance(getcurrent(), Hub):
+            self._yield()
+
+    def _yield(self) -> None:
+        if get_ident() != self.thread:
             gevent.sleep(YIELD_DELAY)
-            if iteration < 0:  # libuv's loop does not count
-                self.slice_end = monotonic() + TIME_SLICE
+            return
+        waiter = Waiter()
+        self.yielded.append(waiter)
+        self.resume_timer.start(self.resume)
+        waiter.get()
+
+    def resume(self) -> None:
+        """Timer callback: resumes greenlets that have yielded, until the queue is empty or the time slice is over."""
+        self.iteration, self.slice_end = self.hub.loop.iteration, monotonic() + TIME_SLICE
+        while self.yielded and monotonic() < self.slice_end:
+            self.yielded.popleft().switch(None)
+        if self.yielded:
+            self.resume_timer.start(self.resume)
 
     def bind_thread(self) -> None:
         """Makes this thread and its hub the home of all processes, unless there is one."""
         if self.thread is None:
             self.hub = get_hub()
-            self.again = self.hub.loop.timer(0)
+            self.again, self.resume_timer = self.hub.loop.timer(0), self.hub.loop.timer(0)
             self.alarm = self.hub.loop.async_(ref=False)
             self.alarm.start(self.call_handed_over)
             self.thread = get_ident()  # the last: other threads look at this
@@ -615,11 +627,16 @@ def _adopt(current: greenlet) -> Process:
 
 
 def calling_process() -> Process:
-    """The calling process, for those who need its mailbox. Raises RuntimeError in a thread that is not the hub's."""
+    """Returns the calling process. Raises RuntimeError in a thread that is not the hub's: it has no mailbox."""
+    check_thread()
+    return self_pid()  # type: ignore[return-value]
+
+
+def check_thread() -> None:
+    """Raises RuntimeError in a thread that is not the hub's."""
     scheduler.bind_thread()
     if get_ident() != scheduler.thread:
         raise RuntimeError("only send, broadcast and exit work from a thread other than the hub's")
-    return self_pid()  # type: ignore[return-value]
 
 
 def resolve(target: Pid | str) -> Any:
@@ -635,6 +652,8 @@ def wait_for(waiter: Waiter, timeout: float | None) -> Any:
     """What `waiter` is given, or None after `timeout` seconds."""
     if timeout is None and getcurrent().parent is not None:
         return waiter.get()
+    if timeout is not None and isnan(timeout):
+        raise ValueError("expected seconds, got NaN")
     # Without a timer, gevent would raise LoopExit in the main greenlet, though a thread may send yet.
     with get_hub().loop.timer(_FOREVER if timeout is None else max(timeout, 0)) as timer:
         timer.start(waiter.switch, None, update=True)
@@ -838,9 +857,11 @@ class Timer:
 def send_after(seconds: float, target: Pid | str, message: Any) -> Timer:
     """Sends `message` in so many seconds, unless the process has ended by then (erlang:send_after/3).
 
-    A timer to a name stays. Raises TypeError where `target` is no pid or name.
+    A timer to a name stays. Raises TypeError where `target` is no pid or name, ValueError where `seconds` is NaN.
     """
     calling_process(), resolve(target)
+    if isnan(seconds):
+        raise ValueError("expected seconds, got NaN")
     timer = Timer(scheduler.hub.loop.timer(max(seconds, 0)), monotonic() + seconds)
     if isinstance(target, Process):
         if target.mailbox is DEAD_MAILBOX:
@@ -911,33 +932,37 @@ class Message(tuple):
     _memo: dict[Any, Any] | None = None
 
     def once(self, fn: Callable[[Message], Any]) -> Any:
-        """Returns `fn(self)`, worked out for the first receiver and shared with the others; so is what it raises.
+        """Returns `fn(self)`, computed for the first receiver and shared with the others; so is what it raises.
 
-        `fn` is known by its code, so that a lambda will do, or else by its identity. Its value must depend on the
-        message alone: ValueError for a bound method or a closure, which bring along something of one receiver.
+        A function without defaults is identified by its code and its globals, so that a lambda will do; anything else
+        by itself. Raises ValueError for a bound method or a closure: its value could differ between receivers.
         """
         if self._memo is None:
             self._memo = {}
-        by_code = type(fn) is FunctionType and fn.__defaults__ is None and fn.__kwdefaults__ is None
-        key = (
-            fn.__code__ if by_code else fn
-        )  # by identity: the codes of two files may be equal; kept, so its id is, too
-        if id(key) not in self._memo:
-            self._memo[id(key)] = key, *self._work_out(fn)
-        _, value, error, origin = self._memo[id(key)]
+        if type(fn) is FunctionType and not (fn.__closure__ or fn.__defaults__ or fn.__kwdefaults__):
+            key: Any = id(fn.__code__), id(fn.__globals__)
+        else:
+            key = id(fn) if _is_shareable(fn) else getattr(fn, "__qualname__", None)
+        if key not in self._memo:
+            self._memo[key] = fn, *self._compute(fn)  # with `fn`, since an id is unique only while its object exists
+        _, value, error, origin = self._memo[key]
         if error is not None:
             raise error.with_traceback(origin)  # else it would gather the frames of all receivers
         return value
 
-    def _work_out(self, fn: Callable[[Message], Any]) -> tuple[Any, Exception | None, Any]:
-        owner = getattr(fn, "__self__", None)
-        if getattr(fn, "__closure__", None) or not (owner is None or isinstance(owner, ModuleType)):
-            raise ValueError(f"once needs a function of the message alone, not a bound method or a closure: {fn!r}")
+    def _compute(self, fn: Callable[[Message], Any]) -> tuple[Any, Exception | None, Any]:
         try:
+            if not _is_shareable(fn):
+                raise ValueError(f"once expects a function of the message, not a bound method or a closure: {fn!r}")
             return fn(self), None, None
         except Exception as error:
-            vars(error)["_is_logged"] = False  # for `crashed`, which logs it once for all receivers
+            vars(error)["_is_logged"] = False  # for `log_crash`, which logs it for one receiver
             return None, error, error.__traceback__
+
+
+def _is_shareable(fn: Callable[..., Any]) -> bool:
+    owner = getattr(fn, "__self__", None)
+    return not getattr(fn, "__closure__", None) and (owner is None or isinstance(owner, ModuleType))
 
 
 NO_POSITION = "0"  # of no history: a client that comes back with it gets a resync
@@ -1025,7 +1050,7 @@ class PubSub:
         without gap or duplicate; or ("nova_resync", channel), if that cannot be had. In a cluster `join` waits until
         this node hears what is published to the channel, unless Redis is away.
         """
-        scheduler.run_in_hub(self._join, check_channel(channel), self._local(pid), since)
+        self._join(check_channel(channel), self._local(pid), since)
         self.adapter.wait_until_subscribed(channel)
         return "ok"
 
@@ -1035,7 +1060,7 @@ class PubSub:
         if process not in self.channels.get(check_channel(channel), ()):
             return "not_joined"
         process.channels.pop(channel, None)
-        scheduler.run_in_hub(self._leave, channel, process)
+        self._leave(channel, process)
         return "ok"
 
     def keep(self, channel: str, size: int = 100, seconds: float = 300) -> str:
@@ -1173,7 +1198,8 @@ class PubSub:
         return Message(("nova_pubsub", check_channel(channel), self_pid(), topic, payload))
 
     def _local(self, pid: Pid | None) -> Process:
-        process = calling_process() if pid is None else pid
+        check_thread()
+        process = self_pid() if pid is None else pid
         if not isinstance(process, Process):
             raise TypeError(f"only a process of this node can join, not {pid!r}")
         return process
@@ -1851,7 +1877,23 @@ def shared_frame(frame: Frame, bits: int) -> bytes:
     try:
         return _frame_caches[bits][frame]
     except (KeyError, TypeError, ValueError):  # not there; a bytearray; a memoryview that may change
-        return _cache_frame(frame, bits, encode_frame(frame, bits))
+        return _cache_frame(frame, bits, _encode_or_raise_again(frame, bits))
+
+
+_failure: tuple[Any, float, Any] = None, 0.0, None  # the last payload that could not be encoded, until when, error
+
+
+def _encode_or_raise_again(frame: Frame, bits: int) -> bytes:
+    """Raises the same exception for all receivers of a payload (for a second), so that it is logged once."""
+    global _failure
+    if frame[1:] and frame[1] is _failure[0] and monotonic() < _failure[1]:
+        raise _failure[2].with_traceback(None)
+    try:
+        return encode_frame(frame, bits)
+    except ValueError as error:
+        vars(error)["_is_logged"] = False
+        _failure = frame[1] if frame[1:] else None, monotonic() + 1, error
+        raise
 
 
 def _cache_frame(frame: Frame, bits: int, data: bytes) -> bytes:
@@ -2136,9 +2178,9 @@ class Connection(Process):
                 self.cut()
         elif self.out and (self.stalled_for > settings.send_timeout or self._is_falling_behind()):
             self.registry.cut += 1
-            self.kill(SLOW)
+            self.interrupt(SLOW)
         elif self.idle_for > settings.idle_timeout and self.ANSWERS_PINGS:
-            self.kill(IDLE)
+            self.interrupt(IDLE)
         elif before // settings.ping_interval < self.idle_for // settings.ping_interval:
             self.said.append(self.PING)  # from the hub, between turns: a process that is busy is alive, too
             self.flush()
@@ -3125,7 +3167,7 @@ class RequestHandler(UpgradeHandler):
             self.handle_error(*sys.exc_info())
         finally:
             for connection in upgrading:  # a hook or a plugin has replaced the 101, or it could not be sent
-                connection.kill(("error", "closed"))
+                connection.interrupt(("error", "closed"))
 
     def handle_error(self, kind: Any, error: Any, tb: Any) -> None:
         if (self.code or 0) < 0:  # the client is gone
@@ -3311,7 +3353,7 @@ class RequestHandler(UpgradeHandler):
         connection.req.detach()
         connection.open(raw, early)
         if self.server.registry.draining:
-            connection.kill("shutdown")
+            connection.interrupt("shutdown")
 
     # -- the log
 
@@ -3684,7 +3726,8 @@ def _is_timeout(rest: list[Any]) -> bool:
         case [] | [None | "infinity" | "hibernate"]:
             return True
         case [int() | float() as seconds] if not isinstance(seconds, bool):
-            return seconds >= 0
+            with suppress(OverflowError):
+                return float(seconds) >= 0
     return False
 
 

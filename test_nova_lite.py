@@ -442,6 +442,51 @@ def test_receive_lets_timers_and_others_have_their_turn_however_full_the_mailbox
     reason_of(pid)
 
 
+def test_processes_that_always_have_a_message_get_equal_shares(me, begin):
+    def work(turns, number):
+        while sum(turns) < 30_000:
+            send(self_pid(), 1)
+            receive()
+            busy(0.00002)
+            turns[number] += 1
+
+    turns = [0] * 3
+    pids = [begin(spawn, work, turns, number) for number in range(3)]
+    refs = [monitor(pid) for pid in pids]
+    for ref in refs:
+        expect(down(ref))
+    assert min(turns) > 5_000
+
+
+def test_a_process_that_is_killed_while_it_yields_costs_the_others_no_turn(me, begin):
+    def work():
+        while True:
+            send(self_pid(), 1)
+            receive()
+
+    first, second = begin(spawn, work), begin(spawn, work)
+    until(lambda: len(nova_lite.scheduler.yielded) == 2)
+    exit(first, "enough")
+    assert reason_of(first) == "enough"
+    until(lambda: len(nova_lite.scheduler.yielded) == 1)
+    before = second.handled
+    until(lambda: second.handled > before)
+
+
+def test_who_may_yield_does_not_wait_in_the_hub_and_may_wait_in_a_thread(me):
+    def use_up_slices():
+        for _ in range(5):
+            nova_lite.scheduler.yield_after_slice()
+            busy(nova_lite.TIME_SLICE * 1.1)
+        me.send("done")
+
+    in_hub(use_up_slices)
+    assert expect() == "done"
+    in_thread(use_up_slices)
+    assert expect() == "done"
+    assert not nova_lite.scheduler.yielded
+
+
 def test_sending_to_the_dead_or_to_an_unknown_name_is_silent():
     pid = spawn(int)
     reason_of(pid)
@@ -503,11 +548,41 @@ def test_what_threads_hand_over_leaves_timers_their_turn(me):
         receive, lambda: monitor(Pid()), lambda: link(Pid()), lambda: process_flag("trap_exit", True),
         lambda: send_after(0, "nobody", 1), lambda: start_link(Obedient), lambda: pubsub.join("room"),
         lambda: pubsub.leave("room"), lambda: pubsub.monitor("room"), lambda: call("nobody", "hello"),
+        lambda: pubsub.join("room", next(iter(nova_lite.processes.values()))),
+        lambda: pubsub.leave("room", next(iter(nova_lite.processes.values()))),
     ],
 )  # fmt: skip
 def test_another_thread_has_no_mailbox(act):
     with pytest.raises(RuntimeError):
         in_thread(act)
+
+
+def test_a_thread_that_kills_a_greenlet_does_not_become_the_hubs(tmp_path):
+    code = """
+import gevent
+from nova_lite import exit, receive, self_pid, send, spawn
+pids = []
+def work():
+    pids.append(self_pid())
+    gevent.sleep(0.1)
+greenlet = gevent.spawn(work)
+gevent.sleep(0)
+def refused():
+    try:
+        exit(pids[0], "kill")
+    except RuntimeError as error:
+        return error
+print(gevent.get_hub().threadpool.apply(refused))
+me = self_pid()
+spawn(send, me, "hello")
+print(receive(5))
+exit(pids[0], "kill")
+greenlet.join()
+print(greenlet.successful(), repr(greenlet.value))
+"""
+    refusal, *rest = python(code, ROOT).splitlines()
+    assert "another thread" in refusal
+    assert rest == ["hello", "True ProcessExit('killed')"]
 
 
 def test_another_thread_may_exit(begin):
@@ -679,6 +754,8 @@ def test_a_name_finds_its_process(me, begin):
         (lambda pid: link(7), TypeError),
         (lambda pid: exit(7, "enough"), TypeError),
         (lambda pid: send_after(0, 7, "hello"), TypeError),
+        (lambda pid: send_after(float("nan"), pid, "hello"), ValueError),
+        (lambda pid: receive(float("nan")), ValueError),
         (lambda pid: spawn(7), TypeError),
         (lambda pid: process_flag("priority", True), ValueError),
     ],
@@ -874,6 +951,76 @@ def test_kill_ends_even_a_process_that_has_caught_a_signal(me, begin):
     ref = monitor(pid)
     exit(pid, "kill")
     assert expect(down(ref))[4] == "killed"
+
+
+@pytest.mark.parametrize("start", [spawn, adopted])
+def test_of_two_exit_signals_the_first_counts_unless_it_was_raised_already(me, begin, start):
+    def survive():
+        for _ in range(2):
+            with suppress(BaseException):
+                me.send("waits")
+                gevent.sleep(PATIENCE)
+
+    pid = begin(start, survive)
+    assert expect() == "waits"
+    exit(pid, "first")
+    exit(pid, "kill")
+    exit(pid, "last")
+    assert expect() == "waits"
+    exit(pid, "ignored")
+    exit(pid, "kill")
+    assert reason_of(pid) == "killed"
+    pid = begin(start, gevent.sleep, PATIENCE)
+    gevent.sleep(0)
+    exit(pid, "first")
+    exit(pid, "kill")
+    assert reason_of(pid) == "first"
+
+
+@pytest.mark.parametrize(("signal", "cuts"), [("enough", False), ("killed", False), ("kill", True)])
+def test_only_kill_cuts_terminate_short(me, begin, signal, cuts):
+    class Slow(GenServer):
+        def init(self, args):
+            return "ok", None
+
+        def terminate(self, reason, state):
+            me.send("terminating")
+            me.send(receive(PATIENCE))
+
+    pid = begin(start_link, Slow)
+    unlink(pid)
+    ref = monitor(pid)
+    pid.send(("$stop", "normal"))
+    assert expect() == "terminating"
+    exit(pid, signal)
+    pid.send("sent after the signal")
+    if cuts:
+        assert expect() == ("DOWN", ref, "process", pid, "killed")
+    else:
+        assert [expect(), expect()] == ["sent after the signal", ("DOWN", ref, "process", pid, "normal")]
+    assert drain() == []
+
+
+def test_a_linked_process_that_was_killed_does_not_cut_terminate_short(me, begin):
+    class Slow(GenServer):
+        def init(self, args):
+            return "ok", link(args)
+
+        def terminate(self, reason, state):
+            me.send("terminating")
+            me.send(receive(PATIENCE))
+
+    other = begin(spawn, obey)
+    pid = begin(start_link, Slow, other)
+    unlink(pid)
+    ref = monitor(pid)
+    pid.send(("$stop", "normal"))
+    assert expect() == "terminating"
+    exit(other, "kill")
+    reason_of(other)
+    gevent.sleep(0)
+    pid.send("go on")
+    assert [expect(), expect()] == ["go on", ("DOWN", ref, "process", pid, "normal")]
 
 
 def test_an_exit_signal_before_the_first_turn_lets_nothing_run(me):
@@ -1251,7 +1398,7 @@ def test_a_result_may_end_in_a_timeout_or_hibernate(begin, me, timeout):
     assert drain() == []
 
 
-@pytest.mark.parametrize("rest", ["rubbish", {}, -1, True, float("nan")])
+@pytest.mark.parametrize("rest", ["rubbish", {}, -1, True, float("nan"), 10**400])
 def test_an_init_that_ends_in_nonsense_is_a_bad_return_value(rest):
     kind, (what, _) = start_link(Obedient, lambda: ("ok", None, rest))
     assert (kind, what) == ("error", "bad_return_value")
@@ -1822,6 +1969,25 @@ def test_a_receiver_that_is_killed_in_once_takes_nobody_along(me, begin):
     exit(pid, "kill")
     reason_of(pid)
     assert message.once(wait) == "done"
+
+
+def test_once_knows_the_same_code_with_other_globals_for_another_function():
+    message = Message(("nova_pubsub", "room", None, "topic", 1))
+    code = compile("lambda m: word * m[4]", "a template", "eval")
+    assert [message.once(eval(code, {"word": word})) for word in ("one", "two")] == ["one", "two"]
+
+
+@pytest.mark.parametrize(
+    "fn", [lambda: Reader("Ann").greet, lambda: Reader("Ann").closure(), lambda: str(time.time()).format]
+)
+def test_what_once_refuses_is_one_error_for_all_receivers(fn):
+    message = Message(("nova_pubsub", "room", None, "topic", 1))
+    errors = set()
+    for _ in range(3):
+        with pytest.raises(ValueError, match="bound method or a closure") as raised:
+            message.once(fn())
+        errors.add(raised.value)
+    assert len(errors) == 1
 
 
 def test_once_does_not_take_two_modules_functions_for_the_same():
@@ -3620,18 +3786,26 @@ def test_the_messages_of_a_connection_leave_timers_their_turn(recorder, me, when
         until(lambda: len(done) == 200)
 
 
-def test_what_json_cannot_say_ends_each_member_and_is_logged_once(recorder, caplog):
+@pytest.mark.parametrize(
+    ("fn", "payload", "kind", "words"),
+    [
+        (lambda m: json.dumps(m[4]), {1}, TypeError, "serializable"),
+        (lambda m: chr(m[4]), 0xD800, UnicodeEncodeError, "surrogates"),
+        (lambda m: object(), 1, ValueError, "not a frame"),
+    ],
+)
+def test_what_cannot_be_said_ends_each_member_and_is_logged_once(recorder, caplog, fn, payload, kind, words):
     def encode(info, state):
-        return "reply", ("text", info.once(spell)), state
+        return "reply", ("text", info.once(fn)), state
 
     recorder.init = lambda self, state: (pubsub.join("room"), state)
     with serving(on(recorder, encode)) as server, ExitStack() as stack:
         socks = [stack.enter_context(upgraded(server)) for _ in range(20)]
-        pubsub.broadcast("room", "topic", [{1, 2}])
+        pubsub.broadcast("room", "topic", payload)
         assert [close_code(sock) for sock in socks] == [1011] * 20
     (record,) = crashes(caplog)
-    assert record.exc_info[0] is TypeError
-    assert "serializable" in str(record.exc_info[1])
+    assert record.exc_info[0] is kind
+    assert words in str(record.exc_info[1])
 
 
 def test_idle_connections_hold_no_greenlet(recorder):
@@ -6350,8 +6524,7 @@ def test_a_client_that_pipelines_requests_lets_others_have_their_turn():
 @pytest.mark.parametrize("requests_before", [0, 1], ids=["first request", "next request"])
 def test_a_connection_that_lets_others_have_their_turn_is_not_taken_for_late(monkeypatch, requests_before):
     monkeypatch.setattr(Server, "BODY_TIME", 0.05)  # of the request before; the next one has all of KEEP_ALIVE
-    monkeypatch.setattr(nova_lite, "TIME_SLICE", 1e-4)
-    monkeypatch.setattr(nova_lite, "YIELD_DELAY", 0.2)
+    monkeypatch.setattr(nova_lite.scheduler, "yield_after_slice", lambda: gevent.sleep(0.2))
     with serving(("/", lambda _req: ("status", 200)), ("/ws", Parrot, {"protocol": "ws"})) as server:
         with bare(server) as client:
             for _ in range(requests_before):
