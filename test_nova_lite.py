@@ -3688,7 +3688,7 @@ def test_a_client_that_does_not_read_may_miss_messages_instead(recorder, caplog,
     with serving(route) as server, upgraded(server) as sock:
         pid = expect(is_a("init"))[1]
         pid.send("fill the line")
-        until(lambda: pid.out)
+        until(lambda: pid.write_buffer)
         for number in range(10_000):
             pid.send(Message(("nova_pubsub", "room", None, "topic", number)))
         pid.send(("DOWN", "is never dropped"))
@@ -3709,8 +3709,8 @@ def test_what_waits_for_clients_that_do_not_read_is_shared(recorder):
             payload = bytes(100_000)
             for pid in pids:
                 pid.send(payload)
-        until(lambda: all(pid.out for pid in pids))
-        assert sum(len(pid.out) for pid in pids) < 10 * 300_000
+        until(lambda: all(pid.write_buffer for pid in pids))
+        assert sum(len(pid.write_buffer) for pid in pids) < 10 * 300_000
         for sock in socks:
             sock.close()
 
@@ -4015,8 +4015,8 @@ def test_compression_is_off_unless_the_route_and_the_client_want_it(recorder):
 
 def test_a_broadcast_is_compressed_once_for_all(recorder, monkeypatch):
     calls = []
-    deflated = nova_lite.deflated_frame
-    monkeypatch.setattr(nova_lite, "deflated_frame", lambda *args: calls.append(args) or deflated(*args))
+    encode = nova_lite.encode_frame
+    monkeypatch.setattr(nova_lite, "encode_frame", lambda *args: calls.append(args) or encode(*args))
     with serving(compressing(recorder)) as server, ws(server) as one, ws(server) as two:
         pids = [expect(is_a("init"))[1] for _ in range(2)]
         text = "the same for all " * 100
