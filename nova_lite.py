@@ -1807,26 +1807,24 @@ class WebSocketHandler:
 
 
 _frame_caches: list[dict[Frame, bytes]] = [{} for _ in range(16)]  # by the window's bits; 0: not compressed
-_frame_cache_size = 0  # bytes
+_cached_bytes = 0
 
 
 def shared_frame(frame: Frame, window_bits: int) -> bytes:
     """Returns `encode_frame(frame, window_bits)`; a broadcast is encoded, and compressed, once for all receivers."""
+    global _cached_bytes
+    cache = _frame_caches[window_bits]
     try:
-        return _frame_caches[window_bits][frame]
+        return cache[frame]
     except (KeyError, TypeError, ValueError):  # a bytearray, or a memoryview that may change, has no hash
-        return _cache_frame(frame, window_bits, encode_frame(frame, window_bits))
-
-
-def _cache_frame(frame: Frame, window_bits: int, data: bytes) -> bytes:
-    global _frame_cache_size
-    if frame[0] in ("text", "binary") and type(frame[1]) in (str, bytes):
-        if len(_frame_caches[window_bits]) >= CACHED_FRAMES or _frame_cache_size > CACHED_BYTES:
+        data = encode_frame(frame, window_bits)
+    if type(frame[1]) in (str, bytes):
+        if len(cache) >= CACHED_FRAMES or _cached_bytes > CACHED_BYTES:
             for full in _frame_caches:
                 full.clear()
-            _frame_cache_size = 0
-        _frame_caches[window_bits][frame] = data
-        _frame_cache_size += len(data) + sys.getsizeof(frame[1])
+            _cached_bytes = 0
+        cache[frame] = data
+        _cached_bytes += len(data) + sys.getsizeof(frame[1])
     return data
 
 
@@ -1862,13 +1860,11 @@ class Stream(Process):
         self.stalled_for = 0.0  # seconds in which the client has taken nothing of `write_buffer`
         self.excess = 0  # messages over the mailbox's limit at the last check
 
-    def _parse(self, data: bytes) -> list[Any]:
-        """Returns what `data` completes, for the inbox. Sets `input_over` if nothing can follow."""
-        raise NotImplementedError
+    def _parse(self, data: bytes) -> Any:
+        """Returns a list of what `data` completes, for the inbox. Sets `input_over` if nothing can follow."""
 
-    def _encode(self, frame: Any) -> bytes:
+    def _encode(self, frame: Any) -> Any:
         """Returns a frame as bytes. Raises ValueError for what is not a frame."""
-        raise NotImplementedError
 
     # -- starting
 
@@ -1891,6 +1887,7 @@ class Stream(Process):
             case result:
                 raise ValueError(f"init returned {result!r}, not ('ok', state)")
         init_waiter.send("ok")
+        self.reschedule()
 
     def open(self, sock: Any, early: bytes) -> None:
         """Takes over the socket after the 101, and the bytes that followed the handshake."""
@@ -1911,9 +1908,10 @@ class Stream(Process):
     def step(self) -> None:
         if self.init_waiter is not None:
             self._init(self.init_waiter)
+            return
         if self.inbox and not self.write_buffer:
             self._handle_inbox()
-        if self.mailbox and self.phase is OPEN and not self.write_buffer and self.exiting is None:
+        if self.mailbox and not self.write_buffer and self.exiting is None:
             self._handle_mailbox()
         self.flush()
         self.reschedule()
@@ -1924,17 +1922,16 @@ class Stream(Process):
         for done in count(1):
             info = mailbox.popleft()
             result = callback(info, self.state)
-            # A single frame is queued here, not by `_handle_result`: a flood costs a fifth less.
-            is_single = type(result) is tuple and len(result) == 3 and result[0] == "reply" and type(result[1]) is tuple
-            if is_single and bits is not None:
-                _, frame, self.state = result
-                data = shared_frame(frame, bits)
-                outgoing.append(data)
-                size += len(data)
-                if frame[0] == "close":
-                    raise Close(None, "", "stop")
-            else:
-                size += self._handle_result(result, info)
+            match result:
+                case ("reply", frame, state) if type(frame) is tuple and bits is not None:
+                    # Here, not in `_handle_result`: a flood costs a fifth less.
+                    self.state, data = state, shared_frame(frame, bits)
+                    outgoing.append(data)
+                    size += len(data)
+                    if frame[0] == "close":
+                        raise Close(None, "", "stop")
+                case _:
+                    size += self._handle_result(result, info)
             if not mailbox or size > READ_SIZE or self.write_buffer or self.exiting is not None:
                 break  # the rest waits in the mailbox, where it is shared with other connections, and counted
             if not done % 8 and monotonic() > deadline:  # checked for each message, it would cost a flood 5 %
@@ -1944,10 +1941,8 @@ class Stream(Process):
     def _handle_inbox(self) -> None:
         inbox, size, deadline = self.inbox, 0, monotonic() + TURN_TIME
         for done, frame in enumerate(inbox, 1):  # noqa: B007 -- it is used below
-            if isinstance(frame, Close):
-                raise frame
-            if frame == "$init":
-                size += self._handle_result(self.handler.websocket_init(self.state))
+            if type(frame) is not tuple:
+                size += self._handle_event(frame)
             elif frame[0] == "close":
                 raise Close(frame[1], "", "remote" if frame[1] == NO_STATUS else ("remote", *frame[1:]))
             else:
@@ -1955,10 +1950,7 @@ class Stream(Process):
                     self._queue_frame(("pong", frame[1]))
                 self.handled += 1
                 size += self._handle_result(self.handler.websocket_handle(frame, self.state))
-            if size > READ_SIZE:
-                self.flush()
-                size = 0
-            if self.write_buffer or self.exiting is not None or monotonic() > deadline:
+            if size > READ_SIZE or self.write_buffer or self.exiting is not None or monotonic() > deadline:
                 break  # the rest waits for the next turn, or until the client has read
         del inbox[:done]
         if not inbox:
@@ -1966,15 +1958,19 @@ class Stream(Process):
         if not self.reader.active and not self._should_pause():
             self.reader.start(self.readable)
 
+    def _handle_event(self, event: Any) -> int:
+        if isinstance(event, Close):
+            raise event
+        return self._handle_result(self.handler.websocket_init(self.state))
+
     def _handle_result(self, result: Any, _info: Any = None) -> int:
         """Keeps the state and queues the frames that a callback returned. Returns their size in bytes."""
         match result:
-            case ("reply", tuple() as frame, state):
-                self.state = state
-                return self._queue_frame(frame)
             case ("reply", frames, state) | ("reply", frames, state, "hibernate"):
                 self.state = state
-                return sum(self._queue_frame(frame) for frame in (frames if isinstance(frames, list) else [frames]))
+                if isinstance(frames, list):
+                    return sum(self._queue_frame(frame) for frame in frames)
+                return self._queue_frame(frames)
             case ("ok", state) | ("ok", state, "hibernate"):
                 self.state = state
             case ("stop", state) | ("stop", state, "hibernate"):
@@ -2037,8 +2033,8 @@ class Stream(Process):
     def _should_pause(self) -> bool:
         """Returns whether the client has to wait for the handler, or has no more to say."""
         inbox, settings = self.inbox, self.settings
-        is_full = len(inbox) >= settings.backlog or (self.inbox_bytes > settings.max_message_size and inbox)
-        return bool(is_full or self.input_over)
+        too_much = self.inbox_bytes > settings.max_message_size and inbox
+        return bool(too_much or len(inbox) >= settings.backlog or self.input_over)
 
     def flush(self) -> None:
         """Writes the turn's frames with one send. What the socket does not take waits in `write_buffer`."""
@@ -2183,12 +2179,10 @@ class Connection(Stream):
     __slots__ = ("parser", "window_bits")
     STATUS = 101
 
-    def __init__(
-        self, handler: Any, req: Request, settings: Settings, registry: ConnectionRegistry, bits: int = 0
-    ) -> None:
-        super().__init__(handler, req, settings, registry)
+    def __init__(self, *args: Any, bits: int = 0) -> None:
+        super().__init__(*args)
         self.window_bits = bits
-        self.parser = Parser(settings.max_message_size, bits > 0)
+        self.parser = Parser(self.settings.max_message_size, bits > 0)
 
     def _parse(self, data: bytes) -> list[Any]:
         parser = self.parser
@@ -2228,10 +2222,7 @@ class EventStream(Stream):
         super().__init__(handler, req, replace(settings, ping_interval=interval, idle_timeout=inf), registry)
 
     def open(self, sock: Any, early: bytes) -> None:
-        """Also sends the position as of the join: with it, a client that is cut off early misses nothing.
-
-        It follows the head immediately, so that Firefox fires `open`.
-        """
+        """Also sends the position as of the join, immediately: only then does Firefox fire `open`."""
         position = next(filter(None, dict(self.channels).values()), None)  # one will do: the other channels resync
         self.outgoing.append(f"retry: {random.randint(*self.RETRY)}\n".encode() + (_position_event(position) or b"\n"))
         super().open(sock, early)
@@ -2297,27 +2288,26 @@ class ConnectionRegistry:
 
     def add(self, connection: Stream) -> None:
         settings = connection.settings
-        shortest = min(settings.idle_timeout, settings.ping_interval, settings.send_timeout, LINGER) / 4
+        shortest = min(settings.idle_timeout, settings.ping_interval, settings.send_timeout, LINGER)
+        self.interval = min(self.interval, shortest / 4)
         self.connections.add(connection)
-        if self.timer is None or shortest < self.interval:
-            self.interval = min(self.interval, shortest)
-            self._stop_timer()
-            self.timer = scheduler.hub.loop.timer(self.interval, self.interval)
-            self.timer.start(self._check_timeouts)
+        if self.timer is None:
+            self._start_timer()
 
     def remove(self, connection: Stream) -> None:
         self.connections.discard(connection)
-        if not self.connections:
-            self._stop_timer()
 
-    def _stop_timer(self) -> None:
-        if self.timer is not None:
-            self.timer.close()
-            self.timer = None
+    def _start_timer(self) -> None:
+        self.timer = scheduler.hub.loop.timer(self.interval)
+        self.timer.start(self._check_timeouts, self.interval)
 
-    def _check_timeouts(self) -> None:
+    def _check_timeouts(self, seconds: float) -> None:
+        self.timer.close()
+        self.timer = None
+        if self.connections:
+            self._start_timer()
         for connection in list(self.connections):
-            connection.check_timeouts(self.interval)
+            connection.check_timeouts(seconds)
         if self.dropped > self.logged_drops and monotonic() - self.logged >= 60:
             log.warning("%d messages dropped for clients that do not read", self.dropped - self.logged_drops)
             self.logged, self.logged_drops = monotonic(), self.dropped

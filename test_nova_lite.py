@@ -6390,6 +6390,32 @@ def test_a_client_that_is_cut_off_before_it_hears_of_a_resync_hears_of_it_when_i
             until(lambda: not pubsub.get_members("c"))
 
 
+def test_after_a_resync_events_tell_the_position_so_that_a_client_that_comes_back_does_not_resync_again(kept):
+    with serving(("/ws", Channel, {"protocol": "ws"})) as server:
+        pubsub.broadcast("c", "t", "one")
+        with events(server, Last_Event_ID="of another server") as (sock, _):
+            assert read_until(sock, b"\n\n") == b"data: c\n\n"  # ("nova_resync", "c")
+            event = read_until(sock, b"\n\n")
+            position = re.fullmatch(rb"event: position\nid: (\w+\.1)\ndata:\n\n", event)[1].decode()
+        until(lambda: not pubsub.get_members("c"))
+        pubsub.broadcast("c", "t", "two")
+        with events(server, Last_Event_ID=position) as (sock, _):
+            assert read_until(sock, b"\n\n") == f"id: {position[:-1]}2\ndata: two\n\n".encode()
+
+
+def test_what_waits_behind_a_resync_is_not_skipped_by_its_position(kept):
+    class Slow(Channel):
+        def init(self, state):
+            result = super().init(state)
+            pubsub.broadcast("c", "t", "early")
+            return result
+
+    with serving(("/ws", Slow, {"protocol": "ws"})) as server:
+        with events(server, Last_Event_ID="of another server") as (sock, _):
+            assert read_until(sock, b"\n\n") == b"data: c\n\n"
+            assert re.fullmatch(rb"id: \w+\.1\ndata: early\n\n", read_until(sock, b"\n\n"))
+
+
 def test_of_several_channels_that_are_kept_none_is_lost_silently(kept):
     pubsub.keep("other")
     heard = []
