@@ -1610,8 +1610,7 @@ class Parser:
     """
 
     __slots__ = (
-        "compressed", "decoder", "done", "failure", "final", "inflater", "left", "limit", "mask", "message", "opcode",
-        "tail",
+        "compressed", "decoder", "done", "final", "inflater", "left", "limit", "mask", "message", "opcode", "tail",
     )  # fmt: skip
 
     def __init__(self, limit: int, compressed: bool = False) -> None:
@@ -1621,11 +1620,10 @@ class Parser:
         self.opcode, self.message, self.decoder, self.inflater = 0, None, None, None  # type: int, Any, Any, Any
         self.left, self.mask, self.final = 0, b"", False  # of its current frame: bytes to come, key, FIN
         self.done = False  # after a close frame or a failure: the rest is ignored
-        self.failure: Close | None = None
 
-    def feed(self, data: bytes) -> list[Frame]:
-        """Returns the frames that `data` completes. `failure` is then set if a violation follows them."""
-        frames: list[Frame] = []
+    def feed(self, data: bytes) -> list[Any]:
+        """Returns the frames that `data` completes, and last a Close if a violation follows them."""
+        frames: list[Any] = []
         data, position = self.tail + data, 0
         try:
             while position < len(data) and not self.done:
@@ -1635,11 +1633,11 @@ class Parser:
                 position = after
         except Close as error:
             self.done, self.message, self.decoder, self.inflater = True, None, None, None
-            self.failure = Close(*error.args)  # without the traceback, whose frames hold this parser
+            frames.append(Close(*error.args))  # without the traceback, whose frames hold this parser
         self.tail = b"" if self.done else data[position:]
         return frames
 
-    def _frame(self, data: bytes, position: int, frames: list[Frame]) -> int:
+    def _frame(self, data: bytes, position: int, frames: list[Any]) -> int:
         """Parses the frame at `position` as far as it has arrived. Returns its end, or `position` to wait for more."""
         available = len(data)
         if available - position < 2:
@@ -1677,7 +1675,7 @@ class Parser:
         self.left, self.mask, self.final = size, mask, bool(first & 0x80)
         return self._payload(data, start, frames)
 
-    def _payload(self, data: bytes, position: int, frames: list[Frame]) -> int:
+    def _payload(self, data: bytes, position: int, frames: list[Any]) -> int:
         """Takes what has arrived of a data frame's payload. Returns the position after it."""
         part = data[position : position + self.left]
         taken = len(part)
@@ -1689,8 +1687,7 @@ class Parser:
             part = self._inflate(part, ends)
         if self.opcode == TEXT:
             self._check_text(part, ends)
-        if self.message is None:
-            self.message = bytearray()
+        self.message = self.message or bytearray()
         self.message += part
         if ends:
             frames.append(_message(self.opcode, bytes(self.message)))
@@ -1829,10 +1826,7 @@ def shared_frame(frame: Frame, window_bits: int) -> bytes:
 
 
 class Stream(Process):
-    """A connection's process: an io watcher and a descriptor, but no greenlet and no HTTP handler while it waits.
-
-    Its kinds turn bytes into frames, `_parse`, and frames into bytes, `_encode`.
-    """
+    """A connection's process: an io watcher and a descriptor, but no greenlet and no HTTP handler while it waits."""
 
     __slots__ = (
         "excess", "handler", "idle_for", "inbox", "inbox_bytes", "init_waiter", "input_over", "outgoing", "phase",
@@ -2095,10 +2089,7 @@ class Stream(Process):
             self.flush()
 
     def _is_falling_behind(self) -> bool:
-        """Returns whether the mailbox is over its limit at two checks in a row and growing.
-
-        A single burst does not disconnect a client that reads; one that never catches up has no other end.
-        """
+        """Returns whether the mailbox is over its limit at two checks in a row and growing; one burst is fine."""
         before, self.excess = self.excess, max(0, len(self.mailbox) - self.settings.mailbox_limit)
         return 0 < before < self.excess
 
@@ -2146,11 +2137,8 @@ class Stream(Process):
         self._half_close()
 
     def _half_close(self) -> None:
-        """Shuts down writing once both sides have closed, then reads to the end.
-
-        Closing with unread data would reset the connection, and could lose our close frame (§7.1.1).
-        """
-        if self.input_over and not self.write_buffer:
+        """Shuts down writing once both sides have closed, then reads to the end (§7.1.1)."""
+        if self.input_over and not self.write_buffer:  # closing with unread data could lose our close frame
             with suppress(OSError):  # the client is gone; `readable` is about to see it
                 self.sock.shutdown(_socket.SHUT_WR)
 
@@ -2185,13 +2173,10 @@ class Connection(Stream):
         self.parser = Parser(self.settings.max_message_size, bits > 0)
 
     def _parse(self, data: bytes) -> list[Any]:
-        parser = self.parser
-        frames: list[Any] = parser.feed(data)
-        self.inbox_bytes += sum(len(frame[-1]) for frame in frames) if self.window_bits else len(data)
-        if parser.done:
-            self.input_over = True
-            if parser.failure is not None:
-                frames.append(parser.failure)
+        frames = self.parser.feed(data)
+        sizes = (len(frame[-1]) for frame in frames if type(frame) is tuple)
+        self.inbox_bytes += sum(sizes) if self.window_bits else len(data)
+        self.input_over = self.parser.done
         return frames
 
     def _encode(self, frame: Any) -> bytes:
@@ -2298,14 +2283,13 @@ class ConnectionRegistry:
         self.connections.discard(connection)
 
     def _start_timer(self) -> None:
-        self.timer = scheduler.hub.loop.timer(self.interval)
-        self.timer.start(self._check_timeouts, self.interval)
+        self.timer = scheduler.hub.loop.timer(self.interval) if self.connections else None
+        if self.timer is not None:
+            self.timer.start(self._check_timeouts, self.interval)
 
     def _check_timeouts(self, seconds: float) -> None:
         self.timer.close()
-        self.timer = None
-        if self.connections:
-            self._start_timer()
+        self._start_timer()
         for connection in list(self.connections):
             connection.check_timeouts(seconds)
         if self.dropped > self.logged_drops and monotonic() - self.logged >= 60:
