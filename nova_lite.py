@@ -2174,8 +2174,9 @@ class Connection(Stream):
 
     def _parse(self, data: bytes) -> list[Any]:
         frames = self.parser.feed(data)
-        sizes = (len(frame[-1]) for frame in frames if type(frame) is tuple)
-        self.inbox_bytes += sum(sizes) if self.window_bits else len(data)
+        self.inbox_bytes += len(data)
+        if self.window_bits:
+            self.inbox_bytes += sum(len(frame[-1]) for frame in frames if type(frame) is tuple)
         self.input_over = self.parser.done
         return frames
 

@@ -3299,7 +3299,7 @@ def test_what_a_stranger_says_is_escaped_in_the_log_of_controllers_and_connectio
     assert traceback.format_exception(*crash.exc_info)[-1].rstrip("\n").isprintable()
 
 
-# -- websocket process -----------------------------------------------------------------------------------------------
+# -- connections -----------------------------------------------------------------------------------------------------
 
 
 class Recorder(WebSocketHandler):
