@@ -1532,32 +1532,36 @@ def error_body(status_line: str, text: str, accept: str) -> tuple[str, bytes]:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Frames: RFC 6455, in pure functions and one incremental parser.
-# House rule: no I/O and no greenlets; bytes in, values out.
+# Frames: RFC 6455 as pure functions and one incremental parser.
+# Invariant: no I/O and no greenlets; bytes in, values out.
 # ---------------------------------------------------------------------------------------------------------------------
 
 CONTINUATION, TEXT, BINARY, CLOSE, PING, PONG = 0x0, 0x1, 0x2, 0x8, 0x9, 0xA  # §5.2
-RSV1 = 0x40  # a compressed message (RFC 7692 §6)
-DEFLATE_TAIL = b"\x00\x00\xff\xff"  # what ends every compressed message and is not sent (RFC 7692 §7.2.1)
-DEFLATE_END = DEFLATE_TAIL + b"\x03\x00"  # and an empty last block: data that was cut off does not come to it
-COMPRESS_FROM = 128  # bytes; below, the head of a deflated block eats up what it saves
-NO_STATUS = 1005  # §7.1.5: a close frame without a code; never on the wire
+RSV1 = 0x40  # marks a compressed message (RFC 7692 §6)
+DEFLATE_TAIL = b"\x00\x00\xff\xff"  # ends every compressed message, and is not sent (RFC 7692 §7.2.1)
+DEFLATE_END = DEFLATE_TAIL + b"\x03\x00"  # with an empty last block, which truncated data does not reach
+COMPRESS_FROM = 128  # bytes; below, a deflated block's head costs what compression saves
+NO_STATUS = 1005  # §7.1.5: stands for a close frame without a code; never on the wire
 Frame = tuple[Any, ...]
 
 _TRANSLATE_FROM = 1_000  # bytes from which translating beats one big integer
 
 
-class ProtocolError(Exception):
-    """What the client has sent ends the connection: `code` is the close code, `what` Cowboy's word for it."""
+class Close(Exception):
+    """Raised to close a connection: close code (None: no close frame), text, reason for `terminate`."""
 
-    def __init__(self, code: int, text: str) -> None:
-        super().__init__(text)
-        self.code, self.text = code, text
-        self.what = {1007: "badencoding", 1009: "badsize"}.get(code, "badframe")
+    def __init__(self, code: int | None, text: str, reason: Any) -> None:
+        super().__init__(code, text, reason)
+        self.code, self.text, self.reason = code, text, reason
+
+
+def protocol_error(code: int, text: str) -> Close:
+    """Returns the Close for bytes that no client may send; its reason has Cowboy's word for them."""
+    return Close(code, text, ("error", {1007: "badencoding", 1009: "badsize"}.get(code, "badframe")))
 
 
 def unmask(data: bytes, mask: bytes) -> bytes:
-    """XOR with the client's mask (§5.3)."""
+    """Returns `data` XOR the client's mask (§5.3)."""
     size = len(data)
     if size < _TRANSLATE_FROM:
         key = (mask * ((size + 3) >> 2))[:size]
@@ -1574,7 +1578,7 @@ def _xor_table(key: int) -> bytes:
 
 
 def frame_head(opcode: int, size: int) -> bytes:
-    """The head of an unmasked, final frame (§5.2)."""
+    """Returns the head of an unmasked, final frame (§5.2)."""
     if size < 126:
         return bytes((0x80 | opcode, size))
     if size < 65536:
@@ -1583,40 +1587,37 @@ def frame_head(opcode: int, size: int) -> bytes:
 
 
 def is_close_code(code: int) -> bool:
-    """Whether an endpoint may send it (§7.4.1, and the registry that it founded)."""
+    """Returns whether an endpoint may send it (§7.4.1, and IANA's registry)."""
     return code in (1000, 1001, 1002, 1003) or 1007 <= code <= 1014 or 3000 <= code <= 4999
 
 
-def deflated_frame(opcode: int, data: bytes, bits: int) -> bytes:
-    """A compressed frame (RFC 7692 §7.2.1). It depends on nothing before it, so that many may be sent the same one."""
-    compressor = zlib.compressobj(wbits=-bits)
-    body = (compressor.compress(data) + compressor.flush(zlib.Z_SYNC_FLUSH)).removesuffix(DEFLATE_TAIL)
-    head = frame_head(opcode, len(body))
-    return bytes((head[0] | RSV1,)) + head[1:] + body
-
-
 def close_frame(code: int, reason: str = "") -> bytes:
-    """A close frame; a reason over 123 bytes is cut at a character, NO_STATUS leaves the body empty (§5.5.1)."""
+    """Returns a close frame. A reason over 123 bytes ends at a character; NO_STATUS leaves the body empty (§5.5.1)."""
     if code == NO_STATUS:
         return frame_head(CLOSE, 0)
     body = code.to_bytes(2, "big") + reason.encode()[:123].decode("utf-8", "ignore").encode()
     return frame_head(CLOSE, len(body)) + body
 
 
-def data_frame(opcode: int, data: bytes, bits: int) -> bytes:
-    """A message, compressed if `bits`, the window that was agreed on, is not 0 and there is something to win."""
-    if bits and len(data) >= COMPRESS_FROM:
-        return deflated_frame(opcode, data, bits)
-    return frame_head(opcode, len(data)) + data
+def data_frame(opcode: int, data: bytes, window_bits: int) -> bytes:
+    """Returns a message; compressed if `window_bits` is not 0 and `data` is long enough (RFC 7692 §7.2.1).
+
+    A compressed frame depends on none before it, so that all clients with the same window can be sent the same bytes.
+    """
+    if not window_bits or len(data) < COMPRESS_FROM:
+        return frame_head(opcode, len(data)) + data
+    compressor = zlib.compressobj(wbits=-window_bits)
+    body = (compressor.compress(data) + compressor.flush(zlib.Z_SYNC_FLUSH)).removesuffix(DEFLATE_TAIL)
+    return frame_head(opcode | RSV1, len(body)) + body
 
 
-def encode_frame(frame: Any, bits: int = 0) -> bytes:
-    """What a handler replies, as bytes; ValueError where it is no frame."""
+def encode_frame(frame: Any, window_bits: int = 0) -> bytes:
+    """Returns a handler's frame as bytes. Raises ValueError for what is not a frame."""
     match frame:
         case ("text", text) if isinstance(text, str):  # not str(text), which takes half a microsecond
-            return data_frame(TEXT, text.encode(), bits)
+            return data_frame(TEXT, text.encode(), window_bits)
         case ("binary", bytes() | bytearray() | memoryview() as data):
-            return data_frame(BINARY, bytes(data), bits)
+            return data_frame(BINARY, bytes(data), window_bits)
         case ("ping" | "pong" as name, bytes(data)) if len(data) <= 125:
             return frame_head(PING if name == "ping" else PONG, len(data)) + data
         case "ping" | "pong":
@@ -1629,7 +1630,7 @@ def encode_frame(frame: Any, bits: int = 0) -> bytes:
 
 
 def encode_event(frame: Any) -> bytes:
-    """A text as a server-sent event, one `data:` a line; a ping or pong as a comment. ValueError for anything else."""
+    """Returns a text as a server-sent event, a ping or pong as a comment. Raises ValueError for anything else."""
     match frame:
         case ("text", text) if isinstance(text, str):
             lines = re.split("\r\n|\r|\n", text)
@@ -1638,113 +1639,95 @@ def encode_event(frame: Any) -> bytes:
             return b":\n\n"
         case "close" | ("close", _, _):
             return b""
-    raise ValueError(f"no event: {frame!r}")
+    raise ValueError(f"not an event: {frame!r}")
 
 
 class Parser:
-    """The frames of a client, out of bytes that come in any portions. A message is one frame here, however cut.
+    """Turns a client's bytes, in any portions, into frames. A message is one frame, whatever its fragments.
 
-    Data is checked and unmasked as it comes, so that a bad byte fails at once, and is held in one buffer no larger than
-    `limit`; only heads and control frames, up to 139 bytes, are kept to be looked at again.
+    Data is checked and unmasked as it arrives, so that the first bad byte fails. It is held in one buffer of at most
+    `limit` bytes; only heads and control frames, up to 139 bytes, are kept to be parsed again.
     """
 
     __slots__ = (
-        "compressed", "decoder", "done", "failure", "final", "inflater", "left", "limit", "mask", "message", "opcode",
-        "tail",
+        "compressed", "decoder", "done", "final", "inflater", "left", "limit", "mask", "message", "opcode", "tail",
     )  # fmt: skip
 
     def __init__(self, limit: int, compressed: bool = False) -> None:
         self.limit, self.compressed = limit, compressed  # bytes; whether permessage-deflate was agreed on
-        self.inflater: Any = None  # of the message under way, if it is compressed
-        self.tail = b""  # bytes that make no sense yet
-        self.opcode = 0  # of the message under way; 0: none
-        self.message: bytearray | None = None  # what is there of it; None: nothing
-        self.decoder: Any = None  # says whether a text is UTF-8 so far
-        self.left, self.mask, self.final = 0, b"", False  # of the data frame under way: bytes to come, key, FIN
-        self.done = False  # a close frame or a failure has come: nothing behind it is looked at
-        self.failure: ProtocolError | None = None
+        self.tail = b""  # the start of a frame that is not complete yet
+        # Of the message that has begun: its opcode, or 0; what has arrived of it; the check for UTF-8; the inflater.
+        self.opcode, self.message, self.decoder, self.inflater = 0, None, None, None  # type: int, Any, Any, Any
+        self.left, self.mask, self.final = 0, b"", False  # of its current frame: bytes to come, key, FIN
+        self.done = False  # after a close frame or a failure: the rest is ignored
 
-    def feed(self, data: bytes) -> list[Frame]:
-        """The frames that `data` completes; what is wrong behind them is then in `failure`."""
-        frames: list[Frame] = []
-        if self.done:
-            return frames
-        if self.tail:
-            data, self.tail = self.tail + data, b""
-        position, end = 0, len(data)
+    def feed(self, data: bytes) -> list[Any]:
+        """Returns the frames that `data` completes, and last a Close if a violation follows them."""
+        frames: list[Any] = []
+        data, position = self.tail + data, 0
         try:
-            while position < end and not self.done:
-                if self.left:
-                    position = self._payload(data, position, frames)
-                else:
-                    after = self._frame(data, position, frames)
-                    if after == position:
-                        self.tail = data[position:]
-                        break
-                    position = after
-        except ProtocolError as error:
+            while position < len(data) and not self.done:
+                after = self._payload(data, position, frames) if self.left else self._frame(data, position, frames)
+                if after == position:
+                    break
+                position = after
+        except Close as error:
             self.done, self.message, self.decoder, self.inflater = True, None, None, None
-            self.failure = ProtocolError(error.code, error.text)  # without the frames, which hold this parser
+            frames.append(Close(*error.args))  # without the traceback, whose frames hold this parser
+        self.tail = b"" if self.done else data[position:]
         return frames
 
-    def _frame(self, data: bytes, position: int, frames: list[Frame]) -> int:
-        """Takes the head at `position` and what is there of its frame; answers the position behind, or the same."""
-        available = len(data) - position
-        if available < 2:
+    def _frame(self, data: bytes, position: int, frames: list[Any]) -> int:
+        """Parses the frame at `position` as far as it has arrived. Returns its end, or `position` to wait for more."""
+        available = len(data)
+        if available - position < 2:
             return position
         first, second = data[position], data[position + 1]
-        opcode, size, head = first & 0x0F, second & 0x7F, position + 2
-        frame_end = head + 4 + size
-        if (
-            0 < first - 0x80 < 3
-            and 0x7F < second < 0xFE
-            and frame_end <= len(data)
-            and not self.opcode
-            and size <= self.limit
-        ):
-            # as nearly always
-            frames.append(_message(opcode, unmask(data[head + 4 : frame_end], data[head : head + 4])))
-            return frame_end
+        opcode, size, start = first & 0x0F, second & 0x7F, position + 6
+        is_message = 0 < first - 0x80 < 3 and not self.opcode  # in one frame, not compressed
+        if is_message and 0x7F < second < 0xFE and start + size <= available and size <= self.limit:  # as nearly always
+            frames.append(_message(opcode, unmask(data[start : start + size], data[start - 4 : start])))
+            return start + size
         self._check_start(first, second, opcode)
         if size > 125:
             width = 2 if size == 126 else 8
-            if available < 2 + width:
+            start += width
+            if available < start - 4:
                 return position
-            head += width
-            size = self._check_size(int.from_bytes(data[head - width : head], "big"), width)
+            size = int.from_bytes(data[position + 2 : start - 4], "big")
+            if size < (126 if width == 2 else 65536) or size >> 63:
+                raise protocol_error(1002, "a length that is not in its shortest form")  # §5.2
         if opcode < CLOSE:
             self._check_data(opcode, size)
-        elif len(data) < head + 4 + size:
+        end = start + size
+        if available < (start if opcode < CLOSE else end):
             return position
-        if len(data) < head + 4:
-            return position
-        mask, start, frame_end = data[head : head + 4], head + 4, head + 4 + size
+        mask = data[start - 4 : start]
         if opcode >= CLOSE:
-            frames.append(self._control(opcode, unmask(data[start:frame_end], mask)))
-            return frame_end
-        if first & 0xC0 == 0x80 and not self.opcode and frame_end <= len(data):  # a whole message in one piece
-            frames.append(_message(opcode, unmask(data[start:frame_end], mask)))
-            return frame_end
+            frames.append(self._control(opcode, unmask(data[start:end], mask)))
+            return end
+        if is_message and end <= available:
+            frames.append(_message(opcode, unmask(data[start:end], mask)))
+            return end
         if first & RSV1:
             self.inflater = zlib.decompressobj(-15)
         self.opcode = self.opcode or opcode
         self.left, self.mask, self.final = size, mask, bool(first & 0x80)
         return self._payload(data, start, frames)
 
-    def _payload(self, data: bytes, position: int, frames: list[Frame]) -> int:
-        """Takes what is there of the data frame under way; answers the position behind."""
+    def _payload(self, data: bytes, position: int, frames: list[Any]) -> int:
+        """Takes what has arrived of a data frame's payload. Returns the position after it."""
         part = data[position : position + self.left]
         taken = len(part)
         part = unmask(part, self.mask)
-        turn = taken & 3
-        self.left, self.mask = self.left - taken, self.mask[turn:] + self.mask[:turn]
+        offset = taken & 3
+        self.left, self.mask = self.left - taken, self.mask[offset:] + self.mask[:offset]
         ends = self.final and not self.left
         if self.inflater is not None:
             part = self._inflate(part, ends)
         if self.opcode == TEXT:
             self._check_text(part, ends)
-        if self.message is None:
-            self.message = bytearray()
+        self.message = self.message or bytearray()
         self.message += part
         if ends:
             frames.append(_message(self.opcode, bytes(self.message)))
@@ -1752,38 +1735,33 @@ class Parser:
         return position + taken
 
     def _inflate(self, part: bytes, ends: bool) -> bytes:
-        """The part inflated, and never more than the limit allows (RFC 7692 §7.2.2)."""
-        room = self.limit - len(self.message or b"")
+        """Returns the part inflated, never more than the limit allows (RFC 7692 §7.2.2)."""
+        left = self.limit - len(self.message or b"")
         try:
-            part = self.inflater.decompress(part + DEFLATE_END if ends else part, room + 1)
+            part = self.inflater.decompress(part + DEFLATE_END if ends else part, left + 1)
         except zlib.error:
-            raise ProtocolError(1007, "a message that cannot be inflated") from None
-        if len(part) > room:
-            raise ProtocolError(1009, f"a message over {self.limit} bytes")
+            raise protocol_error(1007, "a message that cannot be inflated") from None
+        if len(part) > left:
+            raise protocol_error(1009, f"a message over {self.limit} bytes")
         if len(self.inflater.unused_data) > 1 + len(DEFLATE_END) or (ends and not self.inflater.eof):
-            raise ProtocolError(1007, "a message that goes on behind its last block, or does not come to it")
+            raise protocol_error(1007, "a message that continues after its last block, or has none")
         return part
 
     def _check_start(self, first: int, second: int, opcode: int) -> None:
         if first & (0x30 if self.compressed and opcode in (TEXT, BINARY) else 0x70):
-            raise ProtocolError(1002, "reserved bits without an extension")  # §5.2
+            raise protocol_error(1002, "reserved bits without an extension")  # §5.2
         if opcode not in (CONTINUATION, TEXT, BINARY, CLOSE, PING, PONG):
-            raise ProtocolError(1002, f"unknown opcode {opcode}")  # §5.2
+            raise protocol_error(1002, f"unknown opcode {opcode}")  # §5.2
         if not second & 0x80:
-            raise ProtocolError(1002, "a client's frame without a mask")  # §5.1
+            raise protocol_error(1002, "a client's frame without a mask")  # §5.1
         if opcode >= CLOSE and not (first & 0x80 and second & 0x7F <= 125):
-            raise ProtocolError(1002, "a control frame in fragments or over 125 bytes")  # §5.5
-
-    def _check_size(self, size: int, width: int) -> int:
-        if size < (126 if width == 2 else 65536) or size >> 63:
-            raise ProtocolError(1002, "a length that is not in its shortest form")  # §5.2
-        return size
+            raise protocol_error(1002, "a control frame in fragments or over 125 bytes")  # §5.5
 
     def _check_data(self, opcode: int, size: int) -> None:
         if (opcode == CONTINUATION) != bool(self.opcode):
-            raise ProtocolError(1002, "a fragment out of order")  # §5.4
+            raise protocol_error(1002, "a fragment out of order")  # §5.4
         if size + len(self.message or b"") > self.limit:
-            raise ProtocolError(1009, f"a message over {self.limit} bytes")
+            raise protocol_error(1009, f"a message over {self.limit} bytes")
 
     def _check_text(self, part: bytes, ends: bool) -> None:
         if self.decoder is None:
@@ -1791,9 +1769,9 @@ class Parser:
         try:
             self.decoder.decode(part, ends)
         except UnicodeDecodeError:
-            raise ProtocolError(1007, "a text that is not UTF-8") from None  # §8.1
-        if self.decoder.getstate()[0][:2] >= b"\xed\xa0" and self.decoder.getstate()[0][0] == 0xED:
-            raise ProtocolError(1007, "half a surrogate pair")  # Python's decoder would wait for its third byte
+            raise protocol_error(1007, "a text that is not UTF-8") from None  # §8.1
+        if b"\xed\xa0" <= self.decoder.getstate()[0] < b"\xee":
+            raise protocol_error(1007, "half a surrogate pair")  # the decoder would wait for its third byte
 
     def _control(self, opcode: int, body: bytes) -> Frame:
         if opcode != CLOSE:
@@ -1803,215 +1781,194 @@ class Parser:
             return "close", NO_STATUS, ""
         code = int.from_bytes(body[:2], "big")
         if len(body) < 2 or not is_close_code(code):
-            raise ProtocolError(1002, "a close code that no client may send")  # §7.4
-        try:
-            return "close", code, body[2:].decode()
-        except UnicodeDecodeError:
-            raise ProtocolError(1007, "a close reason that is not UTF-8") from None
+            raise protocol_error(1002, "a close code that no client may send")  # §7.4
+        return "close", code, _decode(body[2:], "a close reason")
 
 
 def _message(opcode: int, body: bytes) -> Frame:
-    if opcode == BINARY:
-        return "binary", body
+    return ("binary", body) if opcode == BINARY else ("text", _decode(body, "a text"))
+
+
+def _decode(body: bytes, what: str) -> str:
     try:
-        return "text", body.decode()
+        return body.decode()
     except UnicodeDecodeError:
-        raise ProtocolError(1007, "a text that is not UTF-8") from None
+        raise protocol_error(1007, f"{what} that is not UTF-8") from None  # §8.1
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# WebSocket process: a connection, from its init to the last byte.
-# House rule: the only room that touches a WebSocket's socket.
+# Connections: a WebSocket or an event stream, from its `init` to its last byte.
+# Invariant: only this room touches a connection's socket, and `flush` and `writable` alone write to it.
 #
-#   in    socket readable -> hub callback reads, parses -> inbox -> ready queue. No greenlet waits for a client.
-#   out   a turn handles all that inbox and mailbox hold, collects the frames, and writes them with one send. What the
-#         socket does not take waits with a write watcher, and the process rests until it is gone.
-#   end   a close frame, `terminate`, the end of the process; then the socket alone waits for the client's half.
+#   in    The socket is readable: a hub callback reads, parses, and fills the inbox. No greenlet waits for a client.
+#   out   A turn handles inbox and mailbox, and writes all replies with one send. What the socket does not take waits in
+#         `write_buffer`, with a write watcher; until that is empty the process handles nothing more.
+#
+#   phase     what happens                                           next
+#   STARTING  `init` runs, the server sends the 101; no socket       OPEN by `open`, CLOSED when the process ends
+#   OPEN      turns                                                  CLOSING by `cleanup`, CLOSED by `abort`
+#   CLOSING   `terminate` runs; the client's close is awaited        CLOSED by `abort`, after LINGER at the latest
+#   CLOSED    no socket; `terminate` may still run
 # ---------------------------------------------------------------------------------------------------------------------
 
-READ_SIZE = 65536  # bytes; one read a wake-up, so that one client's flood leaves room for the others
+STARTING, OPEN, CLOSING, CLOSED = "starting", "open", "closing", "closed"
+READ_SIZE = 65536  # bytes per read or send, so that one client's flood leaves room for the others
 TURN_TIME = 0.01  # seconds after which a turn ends; 64 broadcasts to 1,000 take 5 ms, and are cheaper in one piece
 LINGER = 5.0  # seconds that a closed connection waits for the client to close as well
-CACHED_FRAMES, CACHED_BYTES = 256, 1_000_000  # of broadcasts: a flood of 64 channels still finds its frames again
+CACHED_FRAMES, CACHED_BYTES = 256, 1_000_000  # of broadcasts: a flood on 64 channels still finds its frames
 
 
 class WebSocketHandler:
     """The callbacks of a connection, one instance each (nova_websocket). All run in the connection's own process.
 
-    They answer ("ok", state), ("reply", frame or [frame, ...], state) or ("stop", state), with or without a trailing
+    They return ("ok", state), ("reply", frame or [frame, ...], state) or ("stop", state), with or without a trailing
     "hibernate", or plain "ok". A frame is ("text", str), ("binary", bytes), ("ping", bytes), ("pong", bytes),
     ("close", code, reason), or a bare "ping", "pong", "close".
+
+    Optional: `websocket_init(state)`, after the 101, and `terminate(reason, req, state)` with one of Cowboy's reasons:
+    "stop", "timeout", "remote", ("remote", code, reason), ("error", what), ("crash", class, exception), or an exit
+    signal's ("shutdown" when the server drains).
     """
 
     def init(self, state: Any) -> Any:
-        """Before the 101; `state` is {"req": req}. Anything but ("ok", state) refuses the connection with a 500."""
+        """Runs before the 101; `state` is {"req": req}. Anything but ("ok", state) refuses with a 500."""
         return "ok", state
 
     def websocket_handle(self, frame: Frame, state: Any) -> Any:
-        """A frame from the client: text, binary, ping (answered already) or pong."""
+        """Handles a frame from the client: text, binary, ping (already answered) or pong."""
         return "ok", state
 
     def websocket_info(self, info: Any, state: Any) -> Any:
-        """A message from another process."""
+        """Handles a message from another process."""
         return "ok", state
 
-    # Optional: websocket_init(state), after the 101, and terminate(reason, req, state), with one of Cowboy's reasons:
-    # "stop", "timeout", "remote", ("remote", code, reason), ("error", what), ("crash", class, exception), or what an
-    # exit signal said ("shutdown" when the server drains).
+
+_frame_caches: list[dict[Frame, bytes]] = [{} for _ in range(16)]  # by the window's bits; 0: not compressed
+_cached_bytes = 0
 
 
-class Close(Exception):
-    """A connection is to end: close code (None: no close frame), its text, and the reason for `terminate`."""
-
-    def __init__(self, code: int | None, text: str, reason: Any) -> None:
-        super().__init__(reason)
-        self.code, self.text, self.reason = code, text, reason
-
-
-_frame_caches: list[dict[Frame, bytes]] = [{} for _ in range(16)]  # by the window of the compression; 0: none
-_frame_cache_size = 0
-
-
-def shared_frame(frame: Frame, bits: int) -> bytes:
-    """`encode_frame` for what many are told at once: what has just been encoded, or compressed, is not so again."""
+def shared_frame(frame: Frame, window_bits: int) -> bytes:
+    """Returns `encode_frame(frame, window_bits)`; a broadcast is encoded, and compressed, once for all receivers."""
+    global _cached_bytes
+    cache = _frame_caches[window_bits]
     try:
-        return _frame_caches[bits][frame]
-    except (KeyError, TypeError, ValueError):  # not there; a bytearray; a memoryview that may change
-        return _cache_frame(frame, bits, _encode_or_raise_again(frame, bits))
-
-
-_failure: tuple[Any, float, Any] = None, 0.0, None  # the last payload that could not be encoded, until when, error
-
-
-def _encode_or_raise_again(frame: Frame, bits: int) -> bytes:
-    """Raises the same exception for all receivers of a payload (for a second), so that it is logged once."""
-    global _failure
-    if frame[1:] and frame[1] is _failure[0] and monotonic() < _failure[1]:
-        raise _failure[2].with_traceback(None)
-    try:
-        return encode_frame(frame, bits)
-    except ValueError as error:
-        vars(error)["_is_logged"] = False
-        _failure = frame[1] if frame[1:] else None, monotonic() + 1, error
-        raise
-
-
-def _cache_frame(frame: Frame, bits: int, data: bytes) -> bytes:
-    global _frame_cache_size
-    if frame[0] in ("text", "binary") and type(frame[1]) in (str, bytes):
-        if len(_frame_caches[bits]) >= CACHED_FRAMES or _frame_cache_size > CACHED_BYTES:
+        return cache[frame]
+    except (KeyError, TypeError, ValueError):  # a bytearray, or a memoryview that may change, has no hash
+        data = encode_frame(frame, window_bits)
+    if type(frame[1]) in (str, bytes):
+        if len(cache) >= CACHED_FRAMES or _cached_bytes > CACHED_BYTES:
             for full in _frame_caches:
                 full.clear()
-            _frame_cache_size = 0
-        _frame_caches[bits][frame] = data
-        _frame_cache_size += len(data) + sys.getsizeof(frame[1])
+            _cached_bytes = 0
+        cache[frame] = data
+        _cached_bytes += len(data) + sys.getsizeof(frame[1])
     return data
 
 
-class Connection(Process):
-    """A WebSocket's process: waits as this object, an io watcher and a descriptor; holds no greenlet, no HTTP handler.
-
-    Its life: `Connection(...)`, `start` (runs init), `open` (the socket is handed over), turns, `ends`, lingering.
-    """
+class Stream(Process):
+    """A connection's process: an io watcher and a descriptor, but no greenlet and no HTTP handler while it waits."""
 
     __slots__ = (
-        "behind", "bits", "closing", "handler", "idle_for", "inbox", "inbox_bytes", "init_waiter", "out", "parser",
-        "reader", "registry", "req", "said", "settings", "sock", "stalled_for", "state", "writer",
+        "excess", "handler", "idle_for", "inbox", "inbox_bytes", "init_waiter", "input_over", "outgoing", "phase",
+        "reader", "registry", "req", "settings", "sock", "stalled_for", "state", "write_buffer", "writer",
     )  # fmt: skip
-    STATUS = 101  # of the response after which the socket is handed over
-    ANSWERS_PINGS = True
-    PING = encode_frame("ping")
+    STATUS = 200  # of the response after which the server calls `open`
+    window_bits: Any = None  # of a WebSocket's compression, 0 without any
 
-    def __init__(
-        self, handler: Any, req: Request, settings: Settings, registry: ConnectionRegistry, bits: int = 0
-    ) -> None:
+    def __init__(self, handler: Any, req: Request, settings: Settings, registry: ConnectionRegistry) -> None:
         self.handler = handler() if isinstance(handler, type) else handler  # may raise: not a process yet
         super().__init__()
         self.req, self.settings, self.registry = req, settings, registry
+        self.phase = STARTING
         self.state: Any = {"req": req}
-        self.init_waiter: Alias | None = None  # the gate, which waits for init's answer
-        self.sock: Any = None  # non-blocking; None before `open` and once it is closed
-        self.reader: Any = None
-        self.writer: Any = None  # there while `out` is
-        self.out: Any = b""  # what the socket has not taken yet
-        self.said: list[bytes] = []  # the frames of this turn
-        self.inbox: list[Any] = []  # the client's frames, and perhaps an Ending behind them
-        self.inbox_bytes = 0  # about how many bytes have come since it was empty
-        self.bits = bits  # the window of the compression that was agreed on; 0: none
-        self.parser = Parser(settings.max_message_size, bits > 0)
+        self.init_waiter: Alias | None = None  # the caller of `start`; None after `init`
+        self.sock: Any = None  # non-blocking
+        self.reader: Any = None  # watcher; active unless reading is paused
+        self.writer: Any = None  # watcher; None while `write_buffer` is empty
+        self.write_buffer: Any = b""  # bytes that the socket has not taken yet
+        self.outgoing: list[bytes] = []  # frames of this turn
+        self.inbox: list[Any] = []  # frames from the client, "$init" before them, a Close after them
+        self.inbox_bytes = 0  # bytes, about, received since the inbox was empty
+        self.input_over = False  # the client has closed, disconnected or broken the protocol
         self.idle_for = 0.0  # seconds without a byte from the client
-        self.stalled_for = 0.0  # seconds in which the client has taken nothing of `out`
-        self.behind = 0  # messages beyond the limit at the last sweep
-        self.closing = False  # the process has ended; the socket lingers
+        self.stalled_for = 0.0  # seconds in which the client has taken nothing of `write_buffer`
+        self.excess = 0  # messages over the mailbox's limit at the last check
 
-    # -- before the 101
+    def _parse(self, data: bytes) -> Any:
+        """Returns a list of what `data` completes, for the inbox. Sets `input_over` if nothing can follow."""
+
+    def _encode(self, frame: Any) -> Any:
+        """Returns a frame as bytes. Raises ValueError for what is not a frame."""
+
+    # -- starting
 
     def start(self) -> bool:
-        """Runs init in the new process, and tells whether it has answered ("ok", state)."""
+        """Runs `init` in the new process. Returns whether it returned ("ok", state)."""
         scheduler.bind_thread()
-        self.registry.enter(self)  # counts from here on: many may be on their way in
+        self.registry.add(self)  # counts from here on: many may be on their way in
         init_waiter = self.init_waiter = Alias()
         enqueue(self)
         try:
             return send_and_wait(self, init_waiter, None) == "ok"
-        except BaseException:  # whoever asked is gone, and nobody else would open it
+        except BaseException:  # the caller's end: nothing else would open it
             self.kill("killed")
             raise
 
-    def _init(self) -> None:
+    def _init(self, init_waiter: Alias) -> None:
         match self.handler.init(self.state):
             case ("ok", state):
-                self.state = state
+                self.state, self.init_waiter = state, None
             case result:
-                raise ValueError(f"init answered {result!r}, not ('ok', state)")
-        init_waiter, self.init_waiter = self.init_waiter, None
-        init_waiter.send("ok")  # type: ignore[union-attr]
+                raise ValueError(f"init returned {result!r}, not ('ok', state)")
+        init_waiter.send("ok")
+        self.reschedule()
 
     def open(self, sock: Any, early: bytes) -> None:
-        """After the 101: takes over the socket, and the bytes that came right behind the handshake."""
-        if self.exiting is not None:  # killed meanwhile
+        """Takes over the socket after the 101, and the bytes that followed the handshake."""
+        if self.exiting is not None:
             sock.close()
             return
-        self.sock = sock
+        self.phase, self.sock = OPEN, sock
         self.reader = scheduler.hub.loop.io(sock.fileno(), 1)
         self.reader.start(self.readable)
         if hasattr(self.handler, "websocket_init"):
             self.inbox.append("$init")
         if early:
             self._receive_bytes(early)
-        self.reschedule()
+        enqueue(self)
 
     # -- a turn
 
     def step(self) -> None:
         if self.init_waiter is not None:
-            self._init()
-            self.reschedule()
+            self._init(self.init_waiter)
             return
-        if self.inbox and not self.out:
+        if self.inbox and not self.write_buffer:
             self._handle_inbox()
-        if self.mailbox and not self.out and self.exiting is None:
+        if self.mailbox and not self.write_buffer and self.exiting is None:
             self._handle_mailbox()
         self.flush()
         self.reschedule()
 
     def _handle_mailbox(self) -> None:
-        handler, mailbox, said, size, deadline = self.handler, self.mailbox, self.said, 0, monotonic() + TURN_TIME
+        callback, mailbox, outgoing, bits = self.handler.websocket_info, self.mailbox, self.outgoing, self.window_bits
+        size, deadline = 0, monotonic() + TURN_TIME
         for done in count(1):
-            result = handler.websocket_info(mailbox.popleft(), self.state)
-            # A single frame is said in here, not in `_take`: a flood costs a fifth less.
-            if type(result) is tuple and len(result) == 3 and result[0] == "reply" and type(result[1]) is tuple:
-                _, frame, self.state = result
-                data = shared_frame(frame, self.bits)
-                said.append(data)
-                size += len(data)
-                if frame[0] == "close":
-                    raise Close(None, "", "stop")
-            else:
-                size += self._take(result)
-            if not mailbox or size > READ_SIZE or self.out or self.exiting is not None:
-                break  # what is left waits in the mailbox, where it is shared with other connections, and counted
-            if not done % 8 and monotonic() > deadline:  # asked for each message, it would cost a flood 5 %
+            info = mailbox.popleft()
+            result = callback(info, self.state)
+            match result:
+                case ("reply", frame, state) if type(frame) is tuple and bits is not None:
+                    # Here, not in `_handle_result`: a flood costs a fifth less.
+                    self.state, data = state, shared_frame(frame, bits)
+                    outgoing.append(data)
+                    size += len(data)
+                    if frame[0] == "close":
+                        raise Close(None, "", "stop")
+                case _:
+                    size += self._handle_result(result, info)
+            if not mailbox or size > READ_SIZE or self.write_buffer or self.exiting is not None:
+                break  # the rest waits in the mailbox, where it is shared with other connections, and counted
+            if not done % 8 and monotonic() > deadline:  # checked for each message, it would cost a flood 5 %
                 break
         self.handled += done
 
@@ -2019,62 +1976,55 @@ class Connection(Process):
         inbox, size, deadline = self.inbox, 0, monotonic() + TURN_TIME
         for done, frame in enumerate(inbox, 1):  # noqa: B007 -- it is used below
             if type(frame) is not tuple:
-                self._handle_event(frame)
+                size += self._handle_event(frame)
             elif frame[0] == "close":
                 raise Close(frame[1], "", "remote" if frame[1] == NO_STATUS else ("remote", *frame[1:]))
             else:
                 if frame[0] == "ping":
-                    self.said.append(encode_frame(("pong", frame[1])))
+                    self._queue_frame(("pong", frame[1]))
                 self.handled += 1
-                size += self._take(self.handler.websocket_handle(frame, self.state))
-            if size > READ_SIZE:
-                self.flush()
-                size = 0
-            if self.out or self.exiting is not None or monotonic() > deadline:
-                break  # the rest waits for its turn, or until the client has read
+                size += self._handle_result(self.handler.websocket_handle(frame, self.state))
+            if size > READ_SIZE or self.write_buffer or self.exiting is not None or monotonic() > deadline:
+                break  # the rest waits for the next turn, or until the client has read
         del inbox[:done]
         if not inbox:
             self.inbox_bytes = 0
         if not self.reader.active and not self._should_pause():
             self.reader.start(self.readable)
 
-    def _handle_event(self, event: Any) -> None:
+    def _handle_event(self, event: Any) -> int:
         if isinstance(event, Close):
             raise event
-        self._take(self.handler.websocket_init(self.state))
+        return self._handle_result(self.handler.websocket_init(self.state))
 
-    def _take(self, result: Any) -> int:
-        """What a callback has answered; tells how many bytes it has said."""
-        if type(result) is tuple and len(result) == 3 and result[0] == "reply" and type(result[1]) is tuple:
-            self.state = result[2]
-            return self._say(result[1])
+    def _handle_result(self, result: Any, _info: Any = None) -> int:
+        """Keeps the state and queues the frames that a callback returned. Returns their size in bytes."""
         match result:
-            case "ok":
-                pass
+            case ("reply", frames, state) | ("reply", frames, state, "hibernate"):
+                self.state = state
+                if isinstance(frames, list):
+                    return sum(self._queue_frame(frame) for frame in frames)
+                return self._queue_frame(frames)
             case ("ok", state) | ("ok", state, "hibernate"):
                 self.state = state
-            case ("reply", answer, state) | ("reply", answer, state, "hibernate"):
-                self.state = state
-                return sum(self._say(frame) for frame in (answer if isinstance(answer, list) else [answer]))
             case ("stop", state) | ("stop", state, "hibernate"):
                 self.state = state
                 raise Close(1000, "", "stop")
+            case "ok":
+                pass
             case _:
-                raise ValueError(f"a callback answered {result!r}")
+                raise ValueError(f"a callback returned {result!r}")
         return 0
 
-    def _encode(self, frame: Any) -> bytes:
-        return encode_frame(frame, self.bits)
-
-    def _say(self, frame: Any) -> int:
+    def _queue_frame(self, frame: Any) -> int:
         data = self._encode(frame)
-        self.said.append(data)
+        self.outgoing.append(data)
         if frame == "close" or frame[0] == "close":
             raise Close(None, "", "stop")
         return len(data)
 
     def reschedule(self) -> None:
-        if (self.out or self.sock is None) and self.exiting is None:
+        if (self.write_buffer or self.phase is STARTING) and self.exiting is None:
             self.wake = _apply_overflow
         elif self.inbox or self.mailbox or self.exiting is not None:
             enqueue(self)
@@ -2082,64 +2032,57 @@ class Connection(Process):
             self.wake = enqueue
 
     def before_blocking(self) -> None:
-        """What was said before a callback waits goes out before it waits."""
-        if self.said and self.sock is not None:
+        if self.phase is OPEN:
             self.flush()
 
     # -- reading and writing
 
     def readable(self) -> None:
         """Hub callback."""
-        try:
-            data = self.sock.recv(READ_SIZE if not self.bits else READ_SIZE // 16)  # compressed, it is many times that
+        try:  # compressed, a read is many times its size
+            data = self.sock.recv(READ_SIZE // 16 if self.window_bits else READ_SIZE)
         except BlockingIOError:
             return
         except OSError:
             data = b""
         self.idle_for = 0.0
-        if self.closing:
-            self._await_close(data)
-            return
-        self._receive_bytes(data)
-        if self.wake is enqueue:
-            enqueue(self)
+        if self.phase is OPEN:
+            self._receive_bytes(data)
+            if self.wake is enqueue:
+                enqueue(self)
+        elif not data:
+            self.abort()
+        else:
+            self._parse(data)
+            self._half_close()
 
     def _receive_bytes(self, data: bytes) -> None:
-        frames = self.parser.feed(data)
-        self.inbox += frames
-        self.inbox_bytes += sum(len(frame[-1]) for frame in frames) if self.bits else len(data)
-        if not data or self.parser.failure is not None:
-            self._receive_eof(self.parser.failure)
+        self.inbox += self._parse(data)
+        if not data:
+            self.input_over = True
+            self.inbox.append(Close(None, "", ("error", "closed")))
         if self._should_pause():
             self.reader.stop()
 
     def _should_pause(self) -> bool:
-        """Whether reading pauses; or is over."""
-        settings, inbox = self.settings, self.inbox
+        """Returns whether the client has to wait for the handler, or has no more to say."""
+        inbox, settings = self.inbox, self.settings
         too_much = self.inbox_bytes > settings.max_message_size and inbox
-        return bool(too_much or len(inbox) >= settings.backlog or self.parser.done)
-
-    def _receive_eof(self, failure: ProtocolError | None) -> None:
-        """The client is gone, or has broken the protocol."""
-        self.parser.done = True
-        if failure is None:
-            self.inbox.append(Close(None, "", ("error", "closed")))
-        else:
-            self.inbox.append(Close(failure.code, failure.text, ("error", failure.what)))
+        return bool(too_much or len(inbox) >= settings.backlog or self.input_over)
 
     def flush(self) -> None:
-        """Writes what was said with one send; what the socket does not take waits in `out`."""
-        said = self.said
-        if not said:
+        """Writes the turn's frames with one send. What the socket does not take waits in `write_buffer`."""
+        outgoing = self.outgoing
+        if not outgoing:
             return
-        data = said[0] if len(said) == 1 else b"".join(said)
-        said.clear()
-        if self.out:
-            self.out = bytes(self.out) + data
+        data = outgoing[0] if len(outgoing) == 1 else b"".join(outgoing)
+        outgoing.clear()
+        if self.write_buffer:
+            self.write_buffer = bytes(self.write_buffer) + data
             return
         sent = self._send(data)
         if sent < len(data):
-            self.out, self.stalled_for = memoryview(data)[sent:], 0.0
+            self.write_buffer, self.stalled_for = memoryview(data)[sent:], 0.0
             self.writer = scheduler.hub.loop.io(self.sock.fileno(), 2)
             self.writer.start(self.writable)
 
@@ -2149,72 +2092,70 @@ class Connection(Process):
         except BlockingIOError:
             return 0
         except OSError:
-            return len(data)  # nobody is there to read it; `readable` is about to hear so as well
+            return len(data)  # the client is gone; `readable` is about to see it, too
 
     def writable(self) -> None:
         """Hub callback."""
-        sent = self._send(self.out)
+        sent = self._send(self.write_buffer)
         if sent:
-            self.out, self.stalled_for = self.out[sent:], 0.0
-        if self.out:
+            self.write_buffer, self.stalled_for = self.write_buffer[sent:], 0.0
+        if self.write_buffer:
             return
         self.writer.close()
-        self.writer = None
-        if self.closing:
+        self.write_buffer, self.writer = b"", None
+        if self.phase is CLOSING:
             self._half_close()
         elif self.wake is _apply_overflow:
             self.reschedule()
 
-    def tick(self, seconds: float) -> None:
-        """The sweep comes by, so many seconds after the last time."""
-        if self.sock is None:  # cut, and still in its last words
+    def check_timeouts(self, seconds: float) -> None:
+        """Pings, or ends the connection, where a limit is exceeded. Called every so many seconds, by the hub."""
+        if self.phase not in (OPEN, CLOSING):
             return
-        paused = not self.reader.active and not self.parser.done  # by ourselves: the client is not to blame
+        settings = self.settings
+        paused = not self.reader.active and not self.input_over  # by ourselves: the client is not to blame
         before, self.idle_for = self.idle_for, 0.0 if paused else self.idle_for + seconds
         self.stalled_for += seconds
-        settings = self.settings
-        if self.closing:
+        if self.phase is CLOSING:
             if self.stalled_for > LINGER:
-                self.cut()
-        elif self.out and (self.stalled_for > settings.send_timeout or self._is_falling_behind()):
-            self.registry.cut += 1
+                self.abort()
+        elif self.write_buffer and (self.stalled_for > settings.send_timeout or self._is_falling_behind()):
+            self.registry.slow_closed += 1
             self.interrupt(SLOW)
-        elif self.idle_for > settings.idle_timeout and self.ANSWERS_PINGS:
+        elif self.idle_for > settings.idle_timeout:
             self.interrupt(IDLE)
         elif before // settings.ping_interval < self.idle_for // settings.ping_interval:
-            self.said.append(self.PING)  # from the hub, between turns: a process that is busy is alive, too
+            self.outgoing.append(self._encode("ping"))  # between turns: a busy process keeps its client, too
             self.flush()
 
     def _is_falling_behind(self) -> bool:
-        """Whether more than the limit waits for the second time, and more than the first time: a burst in one go is no
-        reason to cut a client that reads, and one that never catches up has no other end."""
-        before, self.behind = self.behind, max(0, len(self.mailbox) - self.settings.mailbox_limit)
-        return 0 < before < self.behind
+        """Returns whether the mailbox is over its limit at two checks in a row and growing; one burst is fine."""
+        before, self.excess = self.excess, max(0, len(self.mailbox) - self.settings.mailbox_limit)
+        return 0 < before < self.excess
 
-    # -- the end
+    # -- closing
 
     def cleanup(self, error: BaseException) -> Any:
         if self.init_waiter is not None:
             return self.log_crash(error, f"{type(self.handler).__name__}.init")
-        ending = self._close_for(error)
-        ending.__traceback__ = None  # its frames hold it: 3 KiB a connection until the garbage collector comes by
-        if self.sock is not None:
-            self._start_close(ending)
-        log.info("%r%s closed: %r", self, self.title(), ending.reason)
+        close = self._close_for(error)
+        close.__traceback__ = None  # its frames hold it: 3 KiB a connection until the next garbage collection
+        if self.phase is OPEN:
+            self._start_close(close)
+        log.info("%r%s closed: %r", self, self.title(), close.reason)
         if hasattr(self.handler, "terminate"):
-            self.handler.terminate(ending.reason, self.req, self.state)
+            self.handler.terminate(close.reason, self.req, self.state)
         if isinstance(error, ProcessExit) and not isinstance(error.reason, Close):
             return error.reason
-        return "normal" if ending.reason[0] != "crash" else error
+        return "normal" if close.reason[0] != "crash" else error
 
     def _close_for(self, error: BaseException) -> Close:
-        """How a connection ends that is left by `error`."""
+        """Returns how to close after `error` has ended a turn."""
+        cause = error.reason if isinstance(error, ProcessExit) else error
+        if isinstance(cause, Close):
+            return cause
         if isinstance(error, ProcessExit):
-            if isinstance(error.reason, Close):
-                return error.reason
-            return Close(1001 if is_normal(error.reason) else 1011, "", error.reason)
-        if isinstance(error, Close):
-            return error
+            return Close(1001 if is_normal(cause) else 1011, "", cause)
         self.log_crash(error, f"{type(self.handler).__name__}.{failing_callback(error)}")
         return Close(1011, "", ("crash", type(error), error))
 
@@ -2224,121 +2165,127 @@ class Connection(Process):
     def title(self) -> str:
         return " {} {}:{}".format(printable(self.req["path"]), *self.req["peer"])
 
-    def _start_close(self, ending: Close) -> None:
-        """The close frame, and from here on the socket is on its own."""
-        self._queue_close(ending)
+    def _start_close(self, close: Close) -> None:
+        """Sends what is queued. From here on the socket does without the process."""
         self.flush()
-        self.closing, self.stalled_for, self.inbox = True, 0.0, []
-        if ending.reason == ("error", "closed"):
-            self.cut()
-        elif not self.reader.active:
+        self.phase, self.stalled_for, self.inbox = CLOSING, 0.0, []
+        if close.reason == ("error", "closed"):
+            self.abort()
+            return
+        if not self.reader.active:
             self.reader.start(self.readable)
-        if not self.out:
-            self._half_close()
-
-    def _queue_close(self, ending: Close) -> None:
-        if ending.code is not None:
-            self.said.append(close_frame(ending.code, ending.text))
-
-    def _await_close(self, data: bytes) -> None:
-        """The client's half of the close handshake: its close frame, or its end of TCP (§7.1.1)."""
-        if not data:
-            self.cut()
-        else:
-            self.parser.feed(data)
-            if self.parser.done and not self.out:
-                self._half_close()
+        self._half_close()
 
     def _half_close(self) -> None:
-        """All is said. Once the client has said its close too, the server is the one to close TCP; and it reads on to
-        the end, since closing with bytes unread would reset the connection and might take our close frame with it."""
-        if self.parser.done and self.sock is not None:
-            with suppress(OSError):  # the client is gone; `readable` is about to hear so
+        """Shuts down writing once both sides have closed, then reads to the end (§7.1.1)."""
+        if self.input_over and not self.write_buffer:  # closing with unread data could lose our close frame
+            with suppress(OSError):  # the client is gone; `readable` is about to see it
                 self.sock.shutdown(_socket.SHUT_WR)
 
-    def cut(self) -> None:
-        """Closes the socket, whatever is still to be said."""
-        if self.sock is None:
-            return
-        for watcher in (self.reader, self.writer):
-            if watcher is not None:
-                watcher.close()
-        self.sock.close()
-        self.sock = self.reader = self.writer = None
-        self.out, self.parser.message = b"", None  # whoever holds the pid holds this object
+    def abort(self) -> None:
+        """Closes the socket, whatever remains to be sent."""
+        if self.sock is not None:
+            for watcher in (self.reader, self.writer):
+                if watcher is not None:
+                    watcher.close()
+            self.sock.close()
+            self.sock = self.reader = self.writer = None
+            self.write_buffer = b""  # whoever keeps the pid keeps this object
+        self.phase = CLOSED
         if self.mailbox is DEAD_MAILBOX:
-            self.registry.leave(self)
+            self.registry.remove(self)
 
     def finish(self, reason: Any) -> None:
         super().finish(reason)
-        if self.sock is not None and not self.closing:  # the last words did not get as far as the goodbye
-            self.cut()
-        elif self.sock is None:
-            self.registry.leave(self)
+        if self.phase is not CLOSING:  # CLOSED in `terminate`, or never OPEN, or `cleanup` has failed
+            self.abort()
 
 
-class EventStream(Connection):
-    """The same without an upgrade: what the handler replies goes out as server-sent events (the HTML standard, §9.2).
+class Connection(Stream):
+    """A WebSocket (RFC 6455)."""
 
-    The client has nothing to say, and its silence means nothing: one that is gone shows when writing fails or stalls.
+    __slots__ = ("parser", "window_bits")
+    STATUS = 101
+
+    def __init__(self, *args: Any, bits: int = 0) -> None:
+        super().__init__(*args)
+        self.window_bits = bits
+        self.parser = Parser(self.settings.max_message_size, bits > 0)
+
+    def _parse(self, data: bytes) -> list[Any]:
+        frames = self.parser.feed(data)
+        self.inbox_bytes += len(data)
+        if self.window_bits:
+            self.inbox_bytes += sum(len(frame[-1]) for frame in frames if type(frame) is tuple)
+        self.input_over = self.parser.done
+        return frames
+
+    def _encode(self, frame: Any) -> bytes:
+        return encode_frame(frame, self.window_bits)
+
+    def _start_close(self, close: Close) -> None:
+        if close.code is not None:
+            self.outgoing.append(close_frame(close.code, close.text))
+        super()._start_close(close)
+
+    def abort(self) -> None:
+        super().abort()
+        self.parser.message = None
+
+
+class EventStream(Stream):
+    """A response whose body is the handler's replies, as server-sent events (HTML standard, §9.2).
+
+    The client sends nothing, and its silence means nothing: one that is gone shows when writing fails or stalls.
     """
 
     __slots__ = ()
-    STATUS = 200
-    ANSWERS_PINGS = False
-    PING = b":\n\n"
-    KEEPALIVE = 15.0  # seconds between pings, at most: proxies cut what is silent
-    RETRY = 1_000, 4_000  # milliseconds after which a client reconnects; spread, since many may have lost their server
+    KEEPALIVE = 15.0  # seconds between pings, at most: proxies disconnect who is silent
+    RETRY = 1_000, 4_000  # milliseconds after which a client reconnects; random, since many may have lost their server
 
     def __init__(self, handler: Any, req: Request, settings: Settings, registry: ConnectionRegistry) -> None:
-        pinging = replace(settings, ping_interval=min(settings.ping_interval, self.KEEPALIVE))
-        super().__init__(handler, req, pinging, registry)
+        interval = min(settings.ping_interval, self.KEEPALIVE)
+        super().__init__(handler, req, replace(settings, ping_interval=interval, idle_timeout=inf), registry)
 
     def open(self, sock: Any, early: bytes) -> None:
-        super().open(sock, early)
-        if self.sock is not None:
-            self.said.append(self._first_event())
-            self.flush()
-
-    def _first_event(self) -> bytes:
-        """Returns what follows the head at once, so that Firefox fires `open`: the position as of the join.
-
-        With it, a client that is cut off before its first message may come back for what it has missed.
-        """
+        """Also sends the position as of the join, immediately: only then does Firefox fire `open`."""
         position = next(filter(None, dict(self.channels).values()), None)  # one will do: the other channels resync
-        where = f"event: position\nid: {position}\ndata:\n" if position else ""
-        return f"retry: {random.randint(*self.RETRY)}\n{where}\n".encode()
+        self.outgoing.append(f"retry: {random.randint(*self.RETRY)}\n".encode() + (_position_event(position) or b"\n"))
+        super().open(sock, early)
 
-    def _handle_mailbox(self) -> None:
-        mailbox, size, deadline = self.mailbox, 0, monotonic() + TURN_TIME
-        while True:
-            info, count = mailbox.popleft(), len(self.said)
-            self.handled += 1
-            size += self._take(self.handler.websocket_info(info, self.state))
-            position = getattr(info, "position", None)
-            if position is not None and len(self.said) > count:
-                self.said[-1] = b"id: " + position.encode() + b"\n" + self.said[-1]
-            if not mailbox or size > READ_SIZE or self.out or self.exiting is not None or monotonic() > deadline:
-                break
+    def _parse(self, _data: bytes) -> list[Any]:
+        return []
 
     def _encode(self, frame: Any) -> bytes:
         return encode_event(frame)
 
-    def _receive_bytes(self, data: bytes) -> None:
-        if not data:
-            self._receive_eof(None)
-            self.reader.stop()
+    def _handle_result(self, result: Any, info: Any = None) -> int:
+        queued = len(self.outgoing)
+        size = super()._handle_result(result)
+        match info:
+            case Message(position=str(position)) if len(self.outgoing) > queued:
+                self.outgoing[-1] = f"id: {position}\n".encode() + self.outgoing[-1]
+            # After the resync, never before: a client that has not received it must resync again. What is still in the
+            # mailbox brings positions of its own.
+            case ("nova_resync", str(channel)) if channel in self.channels and not self.mailbox:
+                self.outgoing.append(_position_event(pubsub.get_position(channel)))
+        return size
 
-    def _queue_close(self, _ending: Close) -> None:
-        self.parser.done = True  # the client's half is not awaited
+    def _start_close(self, close: Close) -> None:
+        self.input_over = True  # there is no close frame to wait for
+        super()._start_close(close)
+
+
+def _position_event(position: str | None) -> bytes:
+    return f"event: position\nid: {position}\ndata:\n\n".encode() if position else b""
 
 
 SLOW = Close(1013, "too slow", ("error", "slow"))
 IDLE = Close(1000, "idle", "timeout")
 
 
-def _apply_overflow(connection: Connection) -> None:
-    """What a message calls for while the socket takes nothing, or is not there yet."""
+def _apply_overflow(connection: Stream) -> None:
+    """Applies `on_slow`. Called per message while the socket is not writable, or not there yet."""
     policy, mailbox = connection.settings.on_slow, connection.mailbox
     if policy != "close" and len(mailbox) > connection.settings.mailbox_limit:
         at = 0 if policy == "drop_oldest" else -1
@@ -2351,43 +2298,41 @@ registries: weakref.WeakSet[ConnectionRegistry] = weakref.WeakSet()
 
 
 class ConnectionRegistry:
-    """The connections of a server, with one sweep for the time limits of all."""
+    """The connections of a server, with one timer for the time limits of all."""
 
     def __init__(self, limit: int) -> None:
         self.limit = limit  # connections
         self.leaving = False  # asked to stop, but still serving: see SHUTDOWN_DELAY
         self.draining = False
-        self.cut = 0  # connections that did not read
-        self.dropped = 0  # messages, for connections that did not read
-        self.logged, self.logged_drops = -60.0, 0  # when, and how many
-        self.connections: set[Connection] = set()
+        self.slow_closed = 0  # connections whose client did not read
+        self.dropped = 0  # messages, for clients that did not read
+        self.logged, self.logged_drops = -60.0, 0  # when drops were logged last, and how many there were then
+        self.connections: set[Stream] = set()
         self.interval = 1.0  # seconds; a quarter of the shortest limit, at most this
-        self.timer: Any = None  # runs while there are connections
+        self.timer: Any = None  # None while there are no connections
         registries.add(self)
 
-    def enter(self, connection: Connection) -> None:
+    def add(self, connection: Stream) -> None:
         settings = connection.settings
-        shortest = min(settings.idle_timeout, settings.ping_interval, settings.send_timeout, LINGER) / 4
+        shortest = min(settings.idle_timeout, settings.ping_interval, settings.send_timeout, LINGER)
+        self.interval = min(self.interval, shortest / 4)
         self.connections.add(connection)
-        if self.timer is None or shortest < self.interval:
-            self.interval = min(self.interval, shortest)
-            self._stop()
-            self.timer = scheduler.hub.loop.timer(self.interval, self.interval)
-            self.timer.start(self._sweep)
+        if self.timer is None:
+            self._start_timer()
 
-    def leave(self, connection: Connection) -> None:
+    def remove(self, connection: Stream) -> None:
         self.connections.discard(connection)
-        if not self.connections:
-            self._stop()
 
-    def _stop(self) -> None:
+    def _start_timer(self) -> None:
+        self.timer = scheduler.hub.loop.timer(self.interval) if self.connections else None
         if self.timer is not None:
-            self.timer.close()
-            self.timer = None
+            self.timer.start(self._check_timeouts, self.interval)
 
-    def _sweep(self) -> None:
+    def _check_timeouts(self, seconds: float) -> None:
+        self.timer.close()
+        self._start_timer()
         for connection in list(self.connections):
-            connection.tick(self.interval)
+            connection.check_timeouts(seconds)
         if self.dropped > self.logged_drops and monotonic() - self.logged >= 60:
             log.warning("%d messages dropped for clients that do not read", self.dropped - self.logged_drops)
             self.logged, self.logged_drops = monotonic(), self.dropped
@@ -3486,7 +3431,7 @@ class Server(gevent.pywsgi.WSGIServer):
             connection.kill("killed")
         gevent.sleep(0)
         for connection in list(self.registry.connections):
-            connection.cut()
+            connection.abort()
         registries.discard(self.registry)
 
     def active_count(self) -> int:
@@ -5218,7 +5163,7 @@ def stats() -> dict[str, Any]:
         "connections": sum(len(registry.connections) for registry in registries),
         "max_connections": sum(registry.limit for registry in registries),
         "draining": any(registry.leaving or registry.draining for registry in registries),
-        "slow_closed": sum(registry.cut for registry in registries),
+        "slow_closed": sum(registry.slow_closed for registry in registries),
         "messages_dropped": sum(registry.dropped for registry in registries),
         "process_count": len(processes),
         "processes": [_about_process(process, process in ready) for process in busiest],
@@ -5233,7 +5178,7 @@ def _about_process(process: Process, is_ready: bool) -> dict[str, Any]:
         "pid": repr(process),
         "name": process.name,
         "handler": process.role(),
-        "peer": "{}:{}".format(*process.req["peer"]) if isinstance(process, Connection) else None,
+        "peer": "{}:{}".format(*process.req["peer"]) if isinstance(process, Stream) else None,
         "mailbox": len(process.mailbox),
         "handled": process.handled,
         "age_seconds": round(monotonic() - process.started_at, 1),

@@ -2626,7 +2626,13 @@ def parse(data, limit=1_000_000, step=None):
     parser, frames = Parser(limit), []
     for start in range(0, len(data), step or len(data) or 1):
         frames += parser.feed(data[start : start + step] if step else data)
-    return frames, parser.failure and parser.failure.code
+    return apart(frames)
+
+
+def apart(found):
+    """(frames, close code or None) of what a parser returned."""
+    codes = [frame.code for frame in found if isinstance(frame, nova_lite.Close)]
+    return [frame for frame in found if isinstance(frame, tuple)], *(codes or [None])
 
 
 LENGTHS = [
@@ -2783,10 +2789,8 @@ def test_a_text_fails_at_its_first_bad_byte_inside_an_unfinished_frame(text, cut
     parser = Parser(1000)
     data = masked(TEXT, b"", fin=False) * cut + masked(0 if cut else TEXT, text, length=500)
     for position in range(len(data) - 1):
-        parser.feed(data[position : position + 1])
-    assert parser.failure is None
-    parser.feed(data[-1:])
-    assert parser.failure.code == 1007
+        assert parser.feed(data[position : position + 1]) == []
+    assert apart(parser.feed(data[-1:])) == ([], 1007)
 
 
 @pytest.mark.parametrize("step", [None, 1])
@@ -2805,8 +2809,8 @@ def test_a_message_may_be_as_large_as_the_limit_fragments_counted(step):
 )  # fmt: skip
 def test_a_message_over_the_limit_is_refused_by_its_head_before_its_bytes_are_held(data):
     parser = Parser(100)
-    parser.feed(data[:-4])
-    assert (parser.failure.code, parser.message, parser.done) == (1009, None, True)
+    assert apart(parser.feed(data[:-4]))[1] == 1009
+    assert (parser.message, parser.done) == (None, True)
 
 
 def test_ten_thousand_empty_fragments_hold_nothing():
@@ -2848,7 +2852,7 @@ def fed(data, cuts):
     parser = Parser(2000)
     bounds = [0, *sorted(min(cut, len(data)) for cut in cuts), len(data)]
     frames = [frame for start, end in pairwise(bounds) for frame in parser.feed(data[start:end])]
-    return frames, parser.done, parser.failure and parser.failure.code
+    return *apart(frames), parser.done
 
 
 @settings(deadline=None)
@@ -2856,7 +2860,7 @@ def fed(data, cuts):
 def test_messages_survive_being_cut_anywhere(sequence, mask, cuts):
     pairs = [on_the_wire(message, mask) for message in sequence]
     expected = [frame for frames, _ in pairs for frame in frames]
-    assert fed(b"".join(data for _, data in pairs), cuts) == (expected, False, None)
+    assert fed(b"".join(data for _, data in pairs), cuts) == (expected, None, False)
 
 
 plausible = st.builds(masked, st.integers(0, 15), st.binary(max_size=200), st.booleans())
@@ -3461,7 +3465,7 @@ def test_what_a_stranger_says_is_escaped_in_the_log_of_controllers_and_connectio
     assert traceback.format_exception(*crash.exc_info)[-1].rstrip("\n").isprintable()
 
 
-# -- websocket process -----------------------------------------------------------------------------------------------
+# -- connections -----------------------------------------------------------------------------------------------------
 
 
 class Recorder(WebSocketHandler):
@@ -3862,7 +3866,7 @@ def test_a_client_that_does_not_read_may_miss_messages_instead(recorder, caplog,
     with serving(route) as server, upgraded(server) as sock:
         pid = expect(is_a("init"))[1]
         pid.send("fill the line")
-        until(lambda: pid.out)
+        until(lambda: pid.write_buffer)
         for number in range(10_000):
             pid.send(Message(("nova_pubsub", "room", None, "topic", number)))
         pid.send(("DOWN", "is never dropped"))
@@ -3883,8 +3887,8 @@ def test_what_waits_for_clients_that_do_not_read_is_shared(recorder):
             payload = bytes(100_000)
             for pid in pids:
                 pid.send(payload)
-        until(lambda: all(pid.out for pid in pids))
-        assert sum(len(pid.out) for pid in pids) < 10 * 300_000
+        until(lambda: all(pid.write_buffer for pid in pids))
+        assert sum(len(pid.write_buffer) for pid in pids) < 10 * 300_000
         for sock in socks:
             sock.close()
 
@@ -4189,8 +4193,8 @@ def test_compression_is_off_unless_the_route_and_the_client_want_it(recorder):
 
 def test_a_broadcast_is_compressed_once_for_all(recorder, monkeypatch):
     calls = []
-    deflated = nova_lite.deflated_frame
-    monkeypatch.setattr(nova_lite, "deflated_frame", lambda *args: calls.append(args) or deflated(*args))
+    encode = nova_lite.encode_frame
+    monkeypatch.setattr(nova_lite, "encode_frame", lambda *args: calls.append(args) or encode(*args))
     with serving(compressing(recorder)) as server, ws(server) as one, ws(server) as two:
         pids = [expect(is_a("init"))[1] for _ in range(2)]
         text = "the same for all " * 100
@@ -4210,10 +4214,9 @@ def test_a_zip_bomb_costs_no_more_memory_than_the_limit(recorder):
     assert len(bomb) < 1_000_000
     parser = Parser(1_000_000, compressed=True)
     tracemalloc.start()
-    assert parser.feed(masked(0x42, bomb)) == []
+    assert apart(parser.feed(masked(0x42, bomb))) == ([], 1009)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    assert parser.failure.code == 1009
     assert peak < 8_000_000
     with serving(compressing(recorder)) as server, upgraded(server, **DEFLATE) as sock:
         sock.sendall(masked(0x42, bomb))
@@ -4248,13 +4251,13 @@ def test_what_a_parser_makes_of_compressed_frames(frames, result, portion):
     parser, data, out = Parser(1000, compressed=True), b"".join(frames), []
     for at in range(0, len(data), portion):
         out += parser.feed(data[at : at + portion])
-    assert (parser.failure.code if parser.failure else out) == result
+    frames, code = apart(out)
+    assert (code or frames) == result
 
 
 def test_a_compressed_frame_that_was_not_agreed_on_is_a_protocol_error():
     parser = Parser(1000)
-    assert parser.feed(masked(0x41, squeezed(b"hello"))) == []
-    assert parser.failure.code == 1002
+    assert apart(parser.feed(masked(0x41, squeezed(b"hello")))) == ([], 1002)
 
 
 def test_init_joins_before_the_101_so_nothing_is_missed_after_it():
@@ -5859,19 +5862,20 @@ def test_frames_are_what_the_websockets_package_finds_or_both_fail(chance):
         parser, frames = Parser(limit), []
         for portion in pieces(chance, data, 8):
             frames += parser.feed(portion)
+        frames, code = apart(frames)
         expected, failure, is_unfinished = by_websockets(pieces(chance, data, 8), limit)
-        context = f"case {number}: {data!r} is {frames}, {parser.failure!r}; {expected}, {failure!r}"
+        context = f"case {number}: {data!r} is {frames}, {code}; {expected}, {failure!r}"
         if (
             is_unfinished and frames and frames[-1][0] == "close"
         ):  # here it ends all, there it is refused between fragments
             assert (frames[:-1], failure is None) == (expected, False), context
         elif has_a_length_too_long(data):
             assert frames == expected[: len(frames)], context
-        elif parser.failure is not None and failure is None:  # by the head of a frame, or by half a text
+        elif code is not None and failure is None:  # by the head of a frame, or by half a text
             more, failure, _ = by_websockets([data, bytes(2 * limit)], limit)
             assert (more, failure is None) == (frames, False), context
         else:
-            assert (frames, parser.failure is None) == (expected, failure is None), context
+            assert (frames, code is None) == (expected, failure is None), context
 
 
 def test_any_cookies_are_a_dict_of_text_and_do_not_hide_a_good_one(chance):
@@ -6743,6 +6747,32 @@ def test_a_client_that_is_cut_off_before_it_hears_of_a_resync_hears_of_it_when_i
                 since = re.search(rb"\nid: (\S+)\ndata:\n\n$", head)[1].decode()
                 assert read_until(sock, b"\n\n") == b"data: nova_resync\n\n"
             until(lambda: not pubsub.get_members("c"))
+
+
+def test_after_a_resync_events_tell_the_position_so_that_a_client_that_comes_back_does_not_resync_again(kept):
+    with serving(("/ws", Channel, {"protocol": "ws"})) as server:
+        pubsub.broadcast("c", "t", "one")
+        with events(server, Last_Event_ID="of another server") as (sock, _):
+            assert read_until(sock, b"\n\n") == b"data: c\n\n"  # ("nova_resync", "c")
+            event = read_until(sock, b"\n\n")
+            position = re.fullmatch(rb"event: position\nid: (\w+\.1)\ndata:\n\n", event)[1].decode()
+        until(lambda: not pubsub.get_members("c"))
+        pubsub.broadcast("c", "t", "two")
+        with events(server, Last_Event_ID=position) as (sock, _):
+            assert read_until(sock, b"\n\n") == f"id: {position[:-1]}2\ndata: two\n\n".encode()
+
+
+def test_what_waits_behind_a_resync_is_not_skipped_by_its_position(kept):
+    class Slow(Channel):
+        def init(self, state):
+            result = super().init(state)
+            pubsub.broadcast("c", "t", "early")
+            return result
+
+    with serving(("/ws", Slow, {"protocol": "ws"})) as server:
+        with events(server, Last_Event_ID="of another server") as (sock, _):
+            assert read_until(sock, b"\n\n") == b"data: c\n\n"
+            assert re.fullmatch(rb"id: \w+\.1\ndata: early\n\n", read_until(sock, b"\n\n"))
 
 
 def test_of_several_channels_that_are_kept_none_is_lost_silently(kept):
