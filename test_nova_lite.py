@@ -3790,26 +3790,17 @@ def test_the_messages_of_a_connection_leave_timers_their_turn(recorder, me, when
         until(lambda: len(done) == 200)
 
 
-@pytest.mark.parametrize(
-    ("fn", "payload", "kind", "words"),
-    [
-        (lambda m: json.dumps(m[4]), {1}, TypeError, "serializable"),
-        (lambda m: chr(m[4]), 0xD800, UnicodeEncodeError, "surrogates"),
-        (lambda m: object(), 1, ValueError, "not a frame"),
-    ],
-)
-def test_what_cannot_be_said_ends_each_member_and_is_logged_once(recorder, caplog, fn, payload, kind, words):
+def test_a_payload_that_json_cannot_say_ends_each_member_and_is_logged_once(recorder, caplog):
     def encode(info, state):
-        return "reply", ("text", info.once(fn)), state
+        return "reply", ("text", info.once(lambda message: json.dumps(message[4]))), state
 
     recorder.init = lambda self, state: (pubsub.join("room"), state)
     with serving(on(recorder, encode)) as server, ExitStack() as stack:
         socks = [stack.enter_context(upgraded(server)) for _ in range(20)]
-        pubsub.broadcast("room", "topic", payload)
+        pubsub.broadcast("room", "topic", {1})
         assert [close_code(sock) for sock in socks] == [1011] * 20
     (record,) = crashes(caplog)
-    assert record.exc_info[0] is kind
-    assert words in str(record.exc_info[1])
+    assert record.exc_info[0] is TypeError
 
 
 def test_idle_connections_hold_no_greenlet(recorder):
