@@ -4195,45 +4195,745 @@ rooms["launch"] = SimpleNamespace(reload_on_change=reload_on_change, run_workers
 
 
 # ----- cut here: without cluster -------------------------------------------------------------------------------------
-# Lost: cluster=URL, pubsub.connect, publish: a node is alone.
+# Lost: cluster=URL, pubsub.connect, publish. A node does not connect to others.
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Cluster: other nodes, through Redis or Valkey.
-# House rule: nobody above imports it; it plugs into pub/sub, and what it says to a node it says with `_say`.
+# Cluster: connects nodes through Redis or Valkey.
+# Invariant: a message arrives at most once; where one may be missing, the members get ("nova_resync", channel).
 #
 # Each node subscribes to `<prefix>nodes`, to `<prefix>node:<its id>`, and to `<prefix>channel:<name>` where it has
-# members. Redis keeps the order of what one connection publishes, and a node publishes over one. On `nodes` it says
+# members. Redis keeps the order of what one connection publishes, and a node publishes over one. To `nodes` it sends
 #
-#   hello [name, sequence, members]   once its subscriptions are live; each other answers with `state`, the same, to it
-#   delta [sequence, changes]         who has joined and left; a gap in the sequence asks for the state again
-#   beat [sequence]                   every BEAT seconds; its own one, coming back, is the probe of its line
-#   resync [channels]                 it may have failed to publish there (None: anywhere); members are told
-#   bye                               before it goes
+#   hello [name, sequence, members]   after Redis has confirmed its subscriptions; each other node replies with `state`
+#   delta [sequence, changes]         the processes that joined and left; after a gap the receiver requests the state
+#   beat [sequence]                   every HEARTBEAT_INTERVAL; a node's own beat, coming back, probes its transport
+#   resync [channels]                 it may have failed to publish there (None: anywhere)
+#   bye                               before it leaves
 #
-# and to one node's own channel: state, need (answer with `state`), send, exit, watch, unwatch, down; to itself loaded.
-# A message is STAMP, the id of its sender, and MessagePack; what is not is dropped and counted. A node that comes back
-# has another id, were it under the same name. Who was cut off forgets what it could not say, and says so: at most once.
+# and to one node's own channel: state, need (requests `state`), send, exit, watch, unwatch, down; to itself loaded.
+# Wire format: MAGIC, sender id (8 bytes), MessagePack. Anything else is dropped and counted. A restarted node has a
+# new id. A node that was disconnected announces the gap instead of resending.
+#
+# The phases of a transport:
+#
+#   DISCONNECTED  to CONNECTING after a delay
+#   CONNECTING    to SUBSCRIBING when both connections are open; control messages wait in the outbox from here on
+#   SUBSCRIBING   to CONNECTED when Redis has confirmed all subscriptions; then `hello`, and broadcasts cross
+#   CONNECTED     to LEAVING after `bye`; nothing is published after it
+#   any           to DISCONNECTED when a connection fails, Redis does not respond, or the transport is closed
 # ---------------------------------------------------------------------------------------------------------------------
 
-MAGIC = b"N1"  # and the version of what follows
+MAGIC = b"N1"  # with the version of the wire format
+KEPT_MARK = b"@"  # opens a message of a kept channel: its position, a space, and the message follow
 HEARTBEAT_INTERVAL = 2.0  # seconds
-NODE_TIMEOUT = 6.2  # seconds without a word until a node is taken for dead: with a tick, less than 7
-TRANSPORT_TIMEOUT = 4.0  # seconds without one's own beat until the line is taken for dead: with a tick, less than 5
+NODE_TIMEOUT = 6.2  # seconds of silence after which a node is removed: with a tick, less than 7
+TRANSPORT_TIMEOUT = 4.0  # seconds without the node's own beat until it reconnects: with a tick, less than 5
 TICK = 0.5  # seconds
-FIRST_DELAY, LAST_DELAY = 0.1, 5.0  # seconds before connecting again, doubled each time, with jitter
-MAX_PAYLOAD = 16 * 1024 * 1024  # bytes of a message between nodes; Redis itself cuts subscribers 32 MB behind
-MAX_OUTBOX = 64 * 1024 * 1024  # bytes that may wait for Redis; beyond, messages are lost, and members told so
-JOIN_TIME = 5.0  # seconds that a join waits for its subscription at most, and `connect` for Redis
-MAX_NAMES = 1000  # of nodes that have left; the pids of those before print the node's id
-MAX_LOST = 10_000  # names of channels to be told; beyond, all are
-MAX_DEPTH = 32  # tuples within tuples: each takes msgpack 40 KB of the C stack, and beyond that is a segfault
+FIRST_DELAY, LAST_DELAY = 0.1, 5.0  # seconds before reconnecting, doubled each time, with jitter
+MAX_PAYLOAD = 16 * 1024 * 1024  # bytes of a message between nodes; Redis disconnects subscribers that are 32 MB behind
+MAX_OUTBOX = 64 * 1024 * 1024  # bytes that may wait for Redis; beyond, broadcasts are lost, which is announced
+JOIN_TIME = 5.0  # seconds that `join` waits for its subscription at most, and `connect` for Redis
+MAX_NAMES = 1000  # names of nodes that have left; a pid of an earlier one prints the node's id
+MAX_LOST = 10_000  # channels announced one by one; beyond, all channels are
+MAX_DEPTH = 32  # nested tuples: each takes 40 KB of the C stack in msgpack, which overflows with a segfault
 _TUPLE, _PID, _DATETIME = 1, 2, 3  # MessagePack's extension types
+DISCONNECTED, CONNECTING, SUBSCRIBING, CONNECTED, LEAVING = range(5)
 
-# What Redis does for a channel that is kept. KEYS: a hash (life, number of the last message, run), a stream of them,
-# the channel. ARGV: a life to begin, the server's run_id, how many, seconds, the message, which goes out behind its
-# position. A server that starts again may have an older copy: with another run begins another life.
-KEPT_MARK = b"@"
+
+class RemotePid(Pid):
+    """A process of another node. `send` raises TypeError or ValueError for what cannot cross, see Codec."""
+
+    __slots__ = ("cluster", "node")
+
+    def __init__(self, cluster: Cluster, node: bytes, serial: int) -> None:
+        self.cluster, self.node, self.serial = cluster, node, serial
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, RemotePid) and (self.node, self.serial) == (other.node, other.serial)
+
+    def __hash__(self) -> int:
+        return hash((self.node, self.serial))
+
+    def __repr__(self) -> str:
+        return f"<{self.cluster.membership.names.get(self.node, self.node.hex())}.{self.serial}>"
+
+    def send(self, message: Any) -> None:
+        self.cluster.send_to_node(self.node, "send", self.serial, message)
+
+    def watch(self, ref: Any, watcher: Any) -> None:
+        self.cluster.monitors.watch(self, ref, watcher)
+
+    def unwatch(self, ref: Any) -> None:
+        self.cluster.monitors.unwatch(self, ref)
+
+    def signal(self, source: Pid, reason: Any) -> None:
+        self.cluster.send_to_node(self.node, "exit", self.serial, source, self.cluster.codec.exit_reason(reason))
+
+    def kill(self, reason: Any) -> None:
+        self.cluster.send_to_node(self.node, "exit", self.serial, None, "kill")
+
+
+class Codec:
+    """MessagePack with tuples, pids and datetimes."""
+
+    def __init__(self, cluster: Any, node_id: bytes) -> None:
+        self.cluster, self.node_id = cluster, node_id
+        self.msgpack = _import_package("msgpack")
+
+    def encode(self, value: Any) -> bytes:
+        """Returns a message. Raises TypeError for what cannot cross to a node, ValueError for what is too large."""
+        try:
+            data = self._pack(value, 0)
+        except (TypeError, ValueError, OverflowError, RecursionError) as error:
+            raise TypeError(f"this cannot cross to another node: {error}") from None
+        if len(data) > MAX_PAYLOAD - 64:
+            raise ValueError(f"{len(data)} bytes are too many to cross to another node: the limit is {MAX_PAYLOAD}")
+        return MAGIC + self.node_id + data
+
+    def _pack(self, value: Any, depth: int) -> bytes:
+        if depth > MAX_DEPTH:
+            raise ValueError(f"tuples nested more than {MAX_DEPTH} deep")
+        # strict: msgpack passes tuples, and subclasses of its types, to `_extend`
+        extend = partial(self._extend, depth)
+        return self.msgpack.packb(value, default=extend, strict_types=True, unicode_errors="surrogatepass")
+
+    def _extend(self, depth: int, value: Any) -> Any:
+        if isinstance(value, tuple):
+            return self.msgpack.ExtType(_TUPLE, self._pack(list(value), depth + 1))
+        if isinstance(value, Pid):
+            if isinstance(value, Alias):
+                _aliases[value.serial] = value
+            node = value.node if isinstance(value, RemotePid) else self.node_id
+            return self.msgpack.ExtType(_PID, node + value.serial.to_bytes(8, "big"))
+        if isinstance(value, datetime):
+            return self.msgpack.ExtType(_DATETIME, value.isoformat().encode())
+        raise TypeError(f"{type(value).__name__} {value!r:.80}")
+
+    def exit_reason(self, reason: Any) -> Any:
+        """Returns the reason if it can cross, else (an exception, for example) its text."""
+        try:
+            self.encode(reason)
+        except (TypeError, ValueError):
+            return repr(reason)
+        return reason
+
+    def decode(self, message: bytes) -> tuple[bytes, Any]:
+        """Returns the sender's id and the value. Raises any exception for bytes that are not a message."""
+        if not message.startswith(MAGIC) or len(message) > MAX_PAYLOAD:
+            raise ValueError("not a message of this version, or too large")
+        return message[2:10], self._unpack(message[10:], 0)
+
+    def _unpack(self, data: bytes, depth: int) -> Any:
+        if depth > MAX_DEPTH:
+            raise ValueError(f"tuples nested more than {MAX_DEPTH} deep")
+        restore = partial(self._restore, depth)
+        return self.msgpack.unpackb(data, ext_hook=restore, strict_map_key=False, unicode_errors="surrogatepass")
+
+    def _restore(self, depth: int, code: int, data: bytes) -> Any:
+        if code == _TUPLE:
+            return tuple(self._unpack(data, depth + 1))
+        if code == _DATETIME:
+            return datetime.fromisoformat(data.decode())
+        if code != _PID or len(data) != 16:
+            raise ValueError(f"an extension of type {code} and {len(data)} bytes")
+        node, serial = data[:8], int.from_bytes(data[8:], "big")
+        local = _local_pid(serial) if node == self.node_id else None
+        return local or RemotePid(self.cluster, node, serial)
+
+
+# Aliases that were sent to another node, by serial.
+_aliases: weakref.WeakValueDictionary[int, Alias] = weakref.WeakValueDictionary()
+
+
+def _local_pid(serial: int) -> Pid | None:
+    return processes.get(serial) or _aliases.get(serial)
+
+
+def _import_package(name: str) -> Any:
+    try:
+        return importlib.import_module(name)
+    except ImportError:
+        raise ImportError("a cluster needs two more packages: pip install redis hiredis msgpack") from None
+
+
+class Redis:
+    """Opens connections to the Redis of a URL, and names its keys and channels."""
+
+    def __init__(self, url: str) -> None:
+        self.module = _import_package("redis")
+        parts = urlsplit(url)
+        query = dict(parse_qsl(parts.query, keep_blank_values=True))
+        self.prefix = query.pop("prefix", "nova") + ":"
+        location = url.partition("://")[2].rpartition("@")[2].partition("?")[0]
+        self.label = f"{parts.scheme}://{location}"  # for the log: no password, not even one with a slash
+        options = {"protocol": 2, "socket_timeout": None, "socket_connect_timeout": 5, "socket_keepalive": True}
+        options |= {"decode_responses": False, "health_check_interval": 0}
+        query = {name: value for name, value in query.items() if name not in options}
+        try:
+            client = self.module.Redis.from_url(parts._replace(query=urlencode(query)).geturl(), **options)
+            self.pool = client.connection_pool
+            self.pool.make_connection()  # does not connect yet, but raises for an unknown option
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"{self.label} is not the URL of a Redis: {error}") from None
+        self.errors = (OSError, self.module.RedisError)
+
+    def connect(self) -> Any:
+        connection = self.pool.make_connection()
+        connection.connect()
+        return connection
+
+    def key(self, kind: str, name: str = "") -> bytes:
+        return f"{self.prefix}{kind}{name}".encode("utf-8", "surrogatepass")
+
+
+class Transport:
+    """Two connections to Redis. A greenlet connects, reads from one and reconnects; another one writes to both."""
+
+    def __init__(self, cluster: Cluster) -> None:
+        self.cluster, self.redis = cluster, cluster.redis
+        self.phase = DISCONNECTED
+        self.reading: Any = None
+        self.writing: Any = None
+        self.run_id = ""  # of the Redis server, a new one after each start; "" if Redis does not permit INFO
+        self.commands: list[Any] = []  # SUBSCRIBE and UNSUBSCRIBE, for `reading`
+        self.outbox: deque[tuple[str | None, Any]] = deque()  # for `writing`: (channel of a broadcast or None, command)
+        self.outbox_bytes = 0
+        self.work = gevent.event.Event()
+        self.last_heard = monotonic()  # when the node's own beat came back
+        self.reader = gevent.spawn(self._run)
+
+    def close(self) -> None:
+        """Publishes nothing more, waits at most a second for the outbox, and disconnects."""
+        if self.phase == CONNECTED:
+            self.phase = LEAVING
+            with gevent.Timeout(1, False):
+                while self.outbox and self.phase == LEAVING:
+                    gevent.sleep(0.001)
+        self.reader.kill()
+
+    def command(self, name: str, key: bytes) -> None:
+        self.commands.append((name, key))
+        self.work.set()
+
+    def send(self, channel: str | None, *command: Any) -> None:
+        """Queues a command whose last argument is a message; `channel` is None for what is not a broadcast."""
+        if self.phase in (CONNECTING, SUBSCRIBING, CONNECTED):
+            self.outbox.append((channel, command))
+            self.outbox_bytes += len(command[-1])
+            self.work.set()
+
+    def accepts_broadcasts(self) -> bool:
+        return self.phase == CONNECTED and self.outbox_bytes < MAX_OUTBOX
+
+    def check_timeout(self, now: float) -> None:
+        if self.phase != DISCONNECTED and now - self.last_heard > TRANSPORT_TIMEOUT:
+            self.last_heard = now
+            self.reader.kill(TimeoutError(f"no response for {TRANSPORT_TIMEOUT:.0f} s"), block=False)
+
+    def _run(self) -> None:
+        delay, failure = 0.0, ""
+        while True:
+            try:
+                gevent.sleep(delay * random.uniform(0.5, 1))
+                self._read()
+            except Exception as error:
+                if not isinstance(error, self.redis.errors):
+                    log.exception("cluster: unexpected error")
+                was_connected = self.phase == CONNECTED
+                if was_connected or str(error) != failure:
+                    what = "disconnected from" if was_connected else "cannot connect to"
+                    log.warning("cluster: %s %s: %s; retrying", what, self.redis.label, error)
+                delay = FIRST_DELAY if was_connected else min(max(delay, FIRST_DELAY) * 2, LAST_DELAY)
+                failure = str(error)
+            finally:
+                self._disconnect()
+
+    def _read(self) -> None:
+        self.phase, self.last_heard = CONNECTING, monotonic()
+        self.writing = self.redis.connect()
+        self.writing.send_command("INFO", "server")
+        with suppress(self.redis.module.ResponseError):  # Redis may not permit it
+            self.run_id = b"".join(re.findall(rb"run_id:(\w+)", self.writing.read_response())).decode()
+        self.reading = self.redis.connect()
+        self.phase = SUBSCRIBING
+        self.cluster.on_connecting()
+        writer = gevent.spawn(self._write)
+        try:
+            last_yield = monotonic()
+            while True:
+                self.cluster.on_response(self.reading.read_response())
+                if monotonic() - last_yield > TIME_SLICE:  # reading buffered responses does not yield
+                    gevent.sleep(YIELD_DELAY)
+                    last_yield = monotonic()
+        finally:
+            writer.kill()
+
+    def _write(self) -> None:
+        try:
+            while True:
+                self.work.wait()
+                self.work.clear()
+                self.cluster.membership.publish_changes()
+                self._write_batch()
+        except Exception as error:
+            self.reader.kill(error, block=False)
+
+    def _write_batch(self) -> None:
+        """Writes the commands, and a batch of the outbox in one round trip."""
+        if self.commands:
+            commands, self.commands = self.commands, []
+            self.reading.send_packed_command(self.reading.pack_commands(commands))
+        batch: list[Any] = []
+        size = 0
+        while len(batch) < min(1000, len(self.outbox)) and size < 1_000_000:
+            batch.append(self.outbox[len(batch)][1])
+            size += len(batch[-1][-1])
+        if batch:
+            self.writing.send_packed_command(self.writing.pack_commands(batch))
+        for _ in batch:
+            self.writing.read_response()
+            self.outbox_bytes -= len(self.outbox.popleft()[1][-1])  # after the response: else it counts as unsent
+        if self.outbox:
+            self.work.set()
+
+    def _disconnect(self) -> None:
+        for connection in filter(None, (self.reading, self.writing)):
+            with suppress(*self.redis.errors):
+                connection.disconnect()
+        for channel, _ in self.outbox:
+            self.cluster.record_loss(channel)
+        self.phase, self.reading, self.writing, self.outbox_bytes = DISCONNECTED, None, None, 0
+        self.outbox.clear()
+        self.commands.clear()
+        self.cluster.on_disconnect()
+
+
+class Subscriptions:
+    """The channels that this node is subscribed to: those with members here, and those that it keeps."""
+
+    def __init__(self, cluster: Cluster) -> None:
+        self.cluster, self.pubsub = cluster, cluster.pubsub
+        self.events: dict[str, gevent.event.Event] = {}  # subscribed channel -> set when Redis has confirmed it
+
+    def is_confirmed(self, channel: str) -> bool:
+        return channel in self.events and self.events[channel].is_set()
+
+    def ensure_subscribed(self, channel: str) -> None:
+        """Subscribes, unless that is done. A transport that is still connecting subscribes to all channels later."""
+        if channel not in self.events and self.cluster.transport.phase in (SUBSCRIBING, CONNECTED):
+            self.cluster.transport.command("SUBSCRIBE", self.cluster.redis.key("channel:", channel))
+            self.events[channel] = gevent.event.Event()
+
+    def unsubscribe_unused(self, channel: str) -> None:
+        """Unsubscribes, but never before Redis has confirmed the SUBSCRIBE: a confirmation is always the latest's."""
+        if self.is_confirmed(channel) and not (channel in self.pubsub.channels or channel in self.pubsub.histories):
+            self.cluster.transport.command("UNSUBSCRIBE", self.cluster.redis.key("channel:", channel))
+            del self.events[channel]
+
+    def on_subscribed(self, channel: str) -> None:
+        self.events[channel].set()
+        self.cluster.on_confirmed(channel)
+        self.unsubscribe_unused(channel)  # all members may have left meanwhile
+
+    def clear(self) -> None:
+        for event in self.events.values():
+            event.set()
+        self.events.clear()
+
+
+@dataclass(eq=False)
+class Node:
+    """Another node, as far as this one has received its state."""
+
+    name: str
+    sequence: int
+    members: dict[str, set[int]]  # channel -> serials; no set is ever empty
+    last_heard: float
+
+
+class Membership:
+    """The other nodes with their members, which they announce; and the changes here, for this node's next delta."""
+
+    def __init__(self, cluster: Cluster, name: str) -> None:
+        self.cluster, self.pubsub, self.name = cluster, cluster.pubsub, name
+        self.nodes: dict[bytes, Node] = {}
+        self.names = {cluster.id: name}  # node id -> name; kept after the node has left, since its pids may be printed
+        self.sequence = 0  # of this node's last hello or delta
+        self.changes: list[Any] = []
+        self.requested: dict[bytes, float] = {}  # node id -> when its state was requested
+
+    def add_change(self, change: str, channel: str, process: Process) -> None:
+        if self.cluster.connected and self.cluster.subscriptions.is_confirmed(channel):  # else announced later, in all
+            self.changes.append([change, channel, process.serial])
+            self.cluster.transport.work.set()
+
+    def publish_changes(self) -> None:
+        if self.changes:
+            self.sequence += 1
+            changes, self.changes = self.changes, []
+            self.cluster.publish_control("nodes", "", "delta", self.sequence, changes)
+
+    def send_state(self, node_id: bytes) -> None:
+        self.cluster.publish_control("node:", node_id.hex(), "state", *self.get_state())
+        self.cluster.monitors.watch_again(node_id)  # the node may be new, or have removed this one
+
+    def get_state(self) -> tuple[str, int, dict[str, list[int]]]:
+        channels = filter(self.cluster.subscriptions.is_confirmed, self.pubsub.channels)
+        members = {channel: [process.serial for process in self.pubsub.channels[channel]] for channel in channels}
+        return self.name, self.sequence, members
+
+    def apply_state(self, node_id: bytes, name: str, sequence: int, members: dict[str, list[int]]) -> None:
+        now, known = monotonic(), self.nodes.get(node_id)
+        if known is not None and sequence < known.sequence:  # old, as in `apply_delta`
+            return
+        if known is None:
+            log.info("cluster: node %s %s joined", name, node_id.hex())
+        self.names[node_id] = name
+        before = known.members if known is not None else {}
+        after = {channel: set(serials) for channel, serials in members.items() if serials}
+        self.nodes[node_id] = Node(name, sequence, after, now)
+        self.requested.pop(node_id, None)
+        for channel in self.pubsub.monitors:
+            old, new = before.get(channel, set()), after.get(channel, set())
+            self._notify(node_id, "join", channel, new - old)
+            self._notify(node_id, "leave", channel, old - new)
+
+    def apply_delta(self, node_id: bytes, sequence: int, changes: list[Any]) -> None:
+        node = self.nodes.get(node_id)
+        if node is None or sequence > node.sequence + 1:
+            self.request_resync(node_id)
+            return
+        if sequence <= node.sequence:  # Redis may still deliver from a connection that the node has replaced
+            return
+        node.sequence = sequence
+        for change, channel, serial in changes:
+            members = node.members.setdefault(channel, set())
+            if (change == "join") != (serial in members):
+                (members.add if change == "join" else members.discard)(serial)
+                self._notify(node_id, change, channel, [serial])
+            if not members:
+                del node.members[channel]
+
+    def _notify(self, node_id: bytes, change: str, channel: str, serials: Iterable[int]) -> None:
+        for serial in serials:
+            self.pubsub.notify_monitors(channel, change, RemotePid(self.cluster, node_id, serial))
+
+    def request_resync(self, node_id: bytes) -> None:
+        """Requests the state, once a second at most, of a node that is new or whose messages have a gap."""
+        now = monotonic()
+        if now - self.requested.get(node_id, -inf) > 1:
+            if len(self.requested) > 1000:  # from strangers
+                self.requested.clear()
+            self.requested[node_id] = now
+            self.cluster.publish_control("node:", node_id.hex(), "need")
+        if node_id in self.nodes:
+            self.cluster.resync(list(self.pubsub.channels))
+
+    def remove_node(self, node_id: bytes, why: str) -> None:
+        node = self.nodes.pop(node_id, None)
+        if node is None:
+            return
+        self.names[node_id] = self.names.pop(node_id)  # the order is that of leaving
+        if len(self.names) > len(self.nodes) + MAX_NAMES:
+            del self.names[next(old for old in self.names if old != self.cluster.id and old not in self.nodes)]
+        log.info("cluster: node %s %s left: %s", node.name, node_id.hex(), why)
+        for channel, serials in node.members.items():
+            self._notify(node_id, "leave", channel, serials)
+        self.cluster.monitors.remove_node(node_id)
+
+
+class RemoteMonitors:
+    """Monitors across nodes. Both directions are set up again after a gap: `watch` and `down` may have been lost."""
+
+    def __init__(self, cluster: Cluster) -> None:
+        self.cluster = cluster
+        self.monitoring: dict[Any, tuple[RemotePid, Any]] = {}  # ref -> process elsewhere, and what gets its `down`
+
+    def watch(self, pid: RemotePid, ref: Any, watcher: Any) -> None:
+        if pid.node == self.cluster.id or pid.node not in self.cluster.membership.nodes:
+            watcher.down(ref, pid, "noproc" if pid.node == self.cluster.id else "noconnection")
+        else:
+            self.monitoring[ref] = (pid, watcher)
+            self.cluster.send_to_node(pid.node, "watch", pid.serial, ref)
+
+    def unwatch(self, pid: RemotePid, ref: Any) -> None:
+        if self.monitoring.pop(ref, None):
+            self.cluster.send_to_node(pid.node, "unwatch", pid.serial, ref)
+
+    def watch_again(self, node_id: bytes | None = None) -> None:
+        for ref, (pid, _) in self.monitoring.items():
+            if node_id in (None, pid.node):
+                self.cluster.send_to_node(pid.node, "watch", pid.serial, ref)
+
+    def on_watch(self, node_id: bytes, serial: int, ref: Any) -> None:
+        process = processes.get(serial)
+        if process is not None:
+            process.watch((node_id, ref), self)
+        else:
+            self.cluster.publish_control("node:", node_id.hex(), "down", serial, ref, "noproc")
+
+    def on_down(self, ref: Any, reason: Any) -> None:
+        if ref in self.monitoring:  # else it was demonitored meanwhile
+            pid, watcher = self.monitoring.pop(ref)
+            watcher.down(ref, pid, reason)
+
+    def down(self, key: tuple[bytes, Any], process: Process, reason: Any) -> None:
+        """A process of this node that another node monitors has ended."""
+        node_id, ref = key
+        reason = self.cluster.codec.exit_reason(reason)
+        self.cluster.publish_control("node:", node_id.hex(), "down", process.serial, ref, reason)
+
+    def remove_node(self, node_id: bytes) -> None:
+        for ref, (pid, _) in list(self.monitoring.items()):
+            if pid.node == node_id:
+                self.on_down(ref, "noconnection")
+        for process in processes.values():
+            for key, watcher in list((process.monitored_by or {}).items()):
+                if watcher is self and key[0] == node_id:
+                    process.unwatch(key)
+
+
+class Cluster(Adapter):
+    """Connects pub/sub with the other nodes; `pubsub.connect` makes it. It runs in the hub's thread."""
+
+    def __init__(self, pubsub: PubSub, url: str, name: str) -> None:
+        super().__init__(pubsub)
+        self.id = os.urandom(8)
+        self.redis, self.codec = Redis(url), Codec(self, self.id)
+        self.own_key, self.channel_prefix = self.redis.key("node:", self.id.hex()), self.redis.key("channel:")
+        self.first_connected = gevent.event.Event()
+        self.had_gap = False  # the node was not connected for a time
+        self.lost_channels: set[str] = set()  # channels where it failed to publish; more than MAX_LOST: all
+        self.dropped, self.logged_drops = 0, 0  # messages that could not be read
+        self.last_log = -60.0  # of dropped messages
+        self.last_beat = self.last_tick = monotonic()
+        self.subscriptions, self.membership = Subscriptions(self), Membership(self, name)
+        self.monitors, self.transport = RemoteMonitors(self), Transport(self)
+        self.timer = get_hub().loop.timer(TICK, TICK)
+        self.timer.start(self._tick)
+
+    @property
+    def connected(self) -> bool:  # type: ignore[override]
+        return self.transport.phase == CONNECTED
+
+    def close(self) -> None:
+        self.timer.close()
+        if self.connected:
+            self.membership.changes.clear()
+            self.publish_control("nodes", "", "bye")
+        self.transport.close()
+        for node_id in list(self.membership.nodes):
+            self.membership.remove_node(node_id, "this node disconnected")
+
+    def _tick(self) -> None:
+        """Hub callback: publishes the beat, and checks the timeouts of the transport and the nodes."""
+        now = monotonic()
+        if now - self.last_tick > 4 * TICK:  # this process was blocked: the others may have published meanwhile
+            self.transport.last_heard = now
+            for node in self.membership.nodes.values():
+                node.last_heard = now
+        self.last_tick = now
+        if self.connected and now - self.last_beat >= HEARTBEAT_INTERVAL - TICK / 2:
+            self.last_beat = now
+            self.publish_control("nodes", "", "beat", self.membership.sequence)
+        if self.connected and self.transport.outbox_bytes < MAX_OUTBOX // 2:
+            self._announce_losses()  # those of an outbox that was full
+        self.transport.check_timeout(now)
+        for node_id, node in list(self.membership.nodes.items()):
+            if now - node.last_heard > NODE_TIMEOUT:
+                self.membership.remove_node(node_id, f"silent for {now - node.last_heard:.1f} s")
+        self._log_dropped(now)
+
+    def _log_dropped(self, now: float) -> None:
+        if self.dropped > self.logged_drops and now - self.last_log >= 60:
+            log.warning("cluster: dropped %d messages that could not be read", self.dropped - self.logged_drops)
+            self.last_log, self.logged_drops = now, self.dropped
+
+    # -- the adapter of pub/sub
+
+    def encode(self, message: Message, exclude: Pid | None) -> bytes:
+        _, _, sender, topic, payload = message
+        return self.codec.encode([sender, topic, payload, exclude])
+
+    def dispatch(self, message: Message, exclude: Pid | None, data: bytes) -> None:
+        self.pubsub.deliver_unrecorded(message, exclude)
+        self._publish(self.redis.key("channel:", message[1]), data, message[1])
+
+    def dispatch_here(self, message: Message) -> None:
+        self.pubsub.deliver(message, None)
+
+    def on_join(self, channel: str, process: Process) -> None:
+        self.membership.add_change("join", channel, process)
+        self.subscriptions.ensure_subscribed(channel)
+
+    def on_leave(self, channel: str, process: Process) -> None:
+        self.membership.add_change("leave", channel, process)
+        self.subscriptions.unsubscribe_unused(channel)
+
+    def wait_until_subscribed(self, channel: str) -> None:
+        event = self.subscriptions.events.get(channel)
+        if event is not None and get_ident() == scheduler.thread and not isinstance(getcurrent(), Hub):
+            event.wait(JOIN_TIME)
+
+    def get_members(self, channel: str) -> list[Pid]:
+        nodes = self.membership.nodes.items()
+        return [RemotePid(self, node_id, serial) for node_id, node in nodes for serial in node.members.get(channel, ())]
+
+    def count_members(self, channel: str) -> int:
+        return sum(len(node.members.get(channel, ())) for node in self.membership.nodes.values())
+
+    def which_channels(self) -> set[str]:
+        return {channel for node in self.membership.nodes.values() for channel in node.members}
+
+    def info(self) -> dict[str, Any]:
+        now, nodes = monotonic(), []
+        for node_id, node in self.membership.nodes.items():
+            members, silent = sum(map(len, node.members.values())), round(now - node.last_heard, 1)
+            nodes.append({"name": node.name, "id": node_id.hex(), "members": members, "silent_seconds": silent})
+        return {"up": self.connected, "nodes": nodes, "dropped": self.dropped}
+
+    # -- outgoing
+
+    def publish_control(self, kind: str, name: str, *body: Any) -> None:
+        self.transport.send(None, "PUBLISH", self.redis.key(kind, name), self.codec.encode(list(body)))
+
+    def send_to_node(self, node_id: bytes, *body: Any) -> None:
+        """Sends a control message to one node, from any thread. Raises TypeError and ValueError, see Codec."""
+        data = self.codec.encode(list(body))
+        scheduler.run_in_hub(self._publish, self.redis.key("node:", node_id.hex()), data, None)
+
+    def _publish(self, key: bytes, data: bytes, channel: str | None) -> None:
+        if self.transport.accepts_broadcasts():
+            self.transport.send(channel, "PUBLISH", key, data)
+        else:
+            self.record_loss(channel)
+
+    def record_loss(self, channel: str | None) -> None:
+        if channel is not None and len(self.lost_channels) <= MAX_LOST:
+            self.lost_channels.add(channel)
+
+    def _announce_losses(self) -> None:
+        if self.lost_channels:
+            lost, self.lost_channels = self.lost_channels, set()
+            self.publish_control("nodes", "", "resync", list(lost) if len(lost) <= MAX_LOST else None)
+
+    # -- events of the transport
+
+    def on_connecting(self) -> None:
+        self.transport.command("SUBSCRIBE", self.redis.key("nodes"))
+        for channel in {*self.pubsub.channels, *self.pubsub.histories}:
+            self.subscriptions.ensure_subscribed(channel)
+        self.transport.command("SUBSCRIBE", self.own_key)  # the last: Redis confirms in order
+
+    def on_confirmed(self, channel: str) -> None:
+        for process in self.pubsub.channels.get(channel, ()):
+            self.membership.add_change("join", channel, process)
+
+    def _on_connected(self) -> None:
+        again = " again" if self.first_connected.is_set() else ""
+        self.transport.phase, self.last_beat = CONNECTED, monotonic()
+        self.first_connected.set()
+        log.info("cluster: %s connected to %s%s", self.membership.name, self.redis.label, again)
+        self.membership.sequence += 1  # no delta contained the changes while the node was disconnected
+        self.publish_control("nodes", "", "hello", *self.membership.get_state())
+        self._announce_losses()
+        if self.had_gap:
+            self.had_gap = False
+            self.monitors.watch_again()
+            self.resync(list(self.pubsub.channels))
+
+    def on_disconnect(self) -> None:
+        self.had_gap = True
+        self.membership.changes.clear()
+        self.subscriptions.clear()
+
+    def on_response(self, response: Any) -> None:
+        match response:
+            case [b"subscribe", key, _] if key == self.own_key:
+                self._on_connected()
+            case [b"subscribe", key, _] if key.startswith(self.channel_prefix):
+                self.subscriptions.on_subscribed(self._channel_of(key))
+            case [b"message", key, data]:
+                is_own = data.startswith(MAGIC + self.id)
+                if is_own:
+                    self.transport.last_heard = monotonic()
+                try:
+                    if key == self.own_key or not is_own:
+                        self._on_message(key, data)
+                except Exception as error:  # from a stranger or another version: any exception is possible
+                    self.dropped += 1
+                    log.debug("cluster: dropped %d bytes: %r", len(data), error)
+
+    def _channel_of(self, key: bytes) -> str:
+        return key[len(self.channel_prefix) :].decode("utf-8", "surrogatepass")
+
+    def _on_message(self, key: bytes, data: bytes) -> None:
+        position, data = data.split(b" ", 1) if data.startswith(KEPT_MARK) else (b"", data)
+        if key.startswith(self.channel_prefix):
+            self._on_broadcast(self._channel_of(key), position, data)
+            return
+        node_id, body = self.codec.decode(data)
+        if node_id in self.membership.nodes:
+            self.membership.nodes[node_id].last_heard = monotonic()
+        self._on_control(node_id, body)
+
+    def _on_broadcast(self, channel: str, position: bytes, data: bytes) -> None:
+        self.pubsub.deliver(*self._read_broadcast(channel, position, data))
+
+    def _read_broadcast(self, channel: str, position: bytes, data: bytes) -> tuple[Message, Any]:
+        _, (sender, topic, payload, exclude) = self.codec.decode(data)
+        if not isinstance(sender, Pid) or not isinstance(topic, str | bytes):
+            raise ValueError("not a broadcast")
+        message = Message(("nova_pubsub", channel, sender, topic, payload))
+        message.position = position[1:].decode() or None
+        return message, exclude
+
+    def resync(self, channels: Iterable[str]) -> None:
+        """Tells local members that messages may be missing: they should reload."""
+        for channel in channels:
+            for process in self.pubsub.channels.get(channel, ()):
+                process.deliver(("nova_resync", channel))
+
+    def _on_control(self, node_id: bytes, body: Any) -> None:
+        membership = self.membership
+        match body:
+            case ["hello", str(name), int(sequence), dict(members)]:
+                membership.apply_state(node_id, name, sequence, members)
+                membership.send_state(node_id)
+            case ["state", str(name), int(sequence), dict(members)]:
+                membership.apply_state(node_id, name, sequence, members)
+            case ["need"]:
+                membership.send_state(node_id)
+            case ["delta", int(sequence), list(changes)]:
+                membership.apply_delta(node_id, sequence, changes)
+            case ["beat", int(sequence)]:
+                if node_id not in membership.nodes or membership.nodes[node_id].sequence < sequence:
+                    membership.request_resync(node_id)
+            case ["resync", None | list() as channels]:
+                self.resync(list(self.pubsub.channels) if channels is None else channels)
+            case ["bye"]:
+                membership.remove_node(node_id, "disconnected")
+            case ["send", int(serial), message]:
+                send(_local_pid(serial) or "", message)
+            case ["exit", int(serial), source, reason]:
+                if serial in processes:
+                    process = processes[serial]
+                    process.kill("killed") if source is None else process.signal(source, reason)
+            case ["watch", int(serial), ref]:
+                self.monitors.on_watch(node_id, serial, ref)
+            case ["unwatch", int(serial), ref]:
+                if serial in processes:
+                    processes[serial].unwatch((node_id, ref))
+            case ["down", int(), ref, reason]:
+                self.monitors.on_down(ref, reason)
+            case _:
+                raise ValueError("not a control message")
+
+
+# What Redis does for a kept channel. KEYS: a hash (life: the epoch; number: the offset of the last message; run), a
+# stream of the messages, the channel. ARGV: an epoch to begin, the server's run_id, size, seconds, the message, which
+# is published with its position. A Redis that restarts may load an older copy: another run_id begins another epoch.
 _BEGIN = """
 if redis.call('HGET', KEYS[1], 'run') ~= ARGV[2] then
   redis.call('DEL', KEYS[1], KEYS[2])
@@ -4243,7 +4943,7 @@ local life, now = redis.call('HGET', KEYS[1], 'life'), redis.call('TIME')[1]
 """
 KEEP = f"""
 local position = ''
-pcall(function()  -- where there is no memory left, it is published without a position
+pcall(function()  -- without memory, Redis publishes the message without a position
   {_BEGIN}
   local number = redis.call('HINCRBY', KEYS[1], 'number', 1)
   local message = '{KEPT_MARK.decode()}' .. life .. '.' .. number .. ' ' .. ARGV[5]
@@ -4259,779 +4959,97 @@ return {{life, redis.call('HGET', KEYS[1], 'number'), now, redis.call('XRANGE', 
 """
 
 
-class RemotePid(Pid):
-    """A process of another node. To send it what cannot cross is a TypeError, or a ValueError if it is too large."""
+class ReplayCluster(Cluster):
+    """A cluster in which Redis keeps what the room replay keeps, and each node a copy of it.
 
-    __slots__ = ("cluster", "node")
-
-    def __init__(self, cluster: Cluster, node: bytes, serial: int) -> None:
-        self.cluster, self.node, self.serial = cluster, node, serial
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, RemotePid) and (self.node, self.serial) == (other.node, other.serial)
-
-    def __hash__(self) -> int:
-        return hash((self.node, self.serial))
-
-    def __repr__(self) -> str:
-        return f"<{self.cluster.names.get(self.node, self.node.hex())}.{self.serial}>"
-
-    def send(self, message: Any) -> None:
-        self.cluster.tell(self.node, "send", self.serial, message)
-
-    def watch(self, ref: Any, watcher: Any) -> None:
-        self.cluster.watch(self, ref, watcher)
-
-    def unwatch(self, ref: Any) -> None:
-        if self.cluster.watches.pop(ref, None):
-            self.cluster.tell(self.node, "unwatch", self.serial, ref)
-
-    def signal(self, source: Pid, reason: Any) -> None:
-        self.cluster.tell(self.node, "exit", self.serial, source, self.cluster.codec.exit_reason(reason))
-
-    def kill(self, reason: Any) -> None:
-        self.cluster.tell(self.node, "exit", self.serial, None, "kill")
-
-
-class Codec:
-    """MessagePack with tuples, pids and datetimes."""
-
-    def __init__(self, cluster: Any, id: bytes) -> None:
-        self.cluster, self.id = cluster, id
-        self.msgpack = _package("msgpack")
-
-    def encode(self, value: Any) -> bytes:
-        """Raises TypeError for what cannot cross, ValueError for what is too large."""
-        try:
-            data = self._pack(value, 0)
-        except (TypeError, ValueError, OverflowError, RecursionError) as error:
-            raise TypeError(f"this cannot cross to another node: {error}") from None
-        if len(data) > MAX_PAYLOAD - 64:
-            raise ValueError(f"{len(data)} bytes are too many to cross to another node: {MAX_PAYLOAD} are the limit")
-        return MAGIC + self.id + data
-
-    def _pack(self, value: Any, depth: int) -> bytes:
-        if depth > MAX_DEPTH:
-            raise ValueError(f"tuples nested more than {MAX_DEPTH} deep")
-        # strict: a tuple, and whatever else is not exactly MessagePack's, comes to `_extend`
-        extend = partial(self._extend, depth)
-        return self.msgpack.packb(value, default=extend, strict_types=True, unicode_errors="surrogatepass")
-
-    def _extend(self, depth: int, value: Any) -> Any:
-        if isinstance(value, tuple):
-            return self.msgpack.ExtType(_TUPLE, self._pack(list(value), depth + 1))
-        if isinstance(value, Pid):
-            if isinstance(value, Alias):
-                _aliases[value.serial] = value
-            node = value.node if isinstance(value, RemotePid) else self.id
-            return self.msgpack.ExtType(_PID, node + value.serial.to_bytes(8, "big"))
-        if isinstance(value, datetime):
-            return self.msgpack.ExtType(_DATETIME, value.isoformat().encode())
-        raise TypeError(f"{type(value).__name__} {value!r:.80}")
-
-    def exit_reason(self, reason: Any) -> Any:
-        """A reason that crosses: an exception, say, as its text."""
-        try:
-            self.encode(reason)
-        except (TypeError, ValueError):
-            return repr(reason)
-        return reason
-
-    def decode(self, data: bytes, depth: int = 0) -> Any:
-        """What `encode` was given. Raises, one way or another, where the bytes are nothing of that kind."""
-        if depth > MAX_DEPTH:
-            raise ValueError(f"tuples nested more than {MAX_DEPTH} deep")
-        restore = partial(self._restore, depth)
-        return self.msgpack.unpackb(data, ext_hook=restore, strict_map_key=False, unicode_errors="surrogatepass")
-
-    def _restore(self, depth: int, code: int, data: bytes) -> Any:
-        if code == _TUPLE:
-            return tuple(self.decode(data, depth + 1))
-        if code == _DATETIME:
-            return datetime.fromisoformat(data.decode())
-        if code != _PID or len(data) != 16:
-            raise ValueError(f"an extension of type {code} and {len(data)} bytes")
-        node, serial = data[:8], int.from_bytes(data[8:], "big")
-        local = _local_pid(serial) if node == self.id else None
-        return local or RemotePid(self.cluster, node, serial)
-
-
-# Those that another node has heard of, by their serials.
-_aliases: weakref.WeakValueDictionary[int, Alias] = weakref.WeakValueDictionary()
-
-
-def _local_pid(serial: int) -> Pid | None:
-    return processes.get(serial) or _aliases.get(serial)
-
-
-def _package(name: str) -> Any:
-    try:
-        return importlib.import_module(name)
-    except ImportError:
-        raise ImportError("a cluster needs two more packages: pip install redis hiredis msgpack") from None
-
-
-class Redis:
-    """Where the nodes meet; makes connections, and knows the names of the channels there."""
-
-    def __init__(self, url: str) -> None:
-        self.module = _package("redis")
-        parts = urlsplit(url)
-        query = dict(parse_qsl(parts.query, keep_blank_values=True))
-        self.prefix = query.pop("prefix", "nova") + ":"
-        place = url.partition("://")[2].rpartition("@")[2].partition("?")[0]
-        self.title = f"{parts.scheme}://{place}"  # for the log: no password, not even one with a slash
-        options = {"protocol": 2, "socket_timeout": None, "socket_connect_timeout": 5, "socket_keepalive": True}
-        options |= {"decode_responses": False, "health_check_interval": 0}
-        query = {name: value for name, value in query.items() if name not in options}
-        try:
-            client = self.module.Redis.from_url(parts._replace(query=urlencode(query)).geturl(), **options)
-            self.pool = client.connection_pool
-            self.pool.make_connection()  # not connected yet, but it raises where it does not know an option
-        except (ValueError, TypeError) as error:
-            raise ValueError(f"{self.title} is no URL of a Redis: {error}") from None
-        self.errors = (OSError, self.module.RedisError)
-
-    def connect(self) -> Any:
-        connection = self.pool.make_connection()
-        connection.connect()
-        return connection
-
-    def key(self, kind: str, name: str = "") -> bytes:
-        return f"{self.prefix}{kind}{name}".encode("utf-8", "surrogatepass")
-
-
-@dataclass(eq=False)
-class Node:
-    """What is known of another node."""
-
-    name: str
-    sequence: int
-    members: dict[str, set[int]]  # channel -> serials; no set is ever empty
-    heard: float  # when
-
-
-class Transport:
-    """Two connections to Redis, for as long as they hold; a greenlet reads one, another writes both."""
-
-    def __init__(self, redis: Redis) -> None:
-        self.redis = redis
-        self.reading: Any = None
-        self.writing: Any = None
-        self.run = ""  # which start of the server it is
-        self.commands: list[Any] = []  # for `reading`: SUBSCRIBE and UNSUBSCRIBE
-        self.outbox: deque[tuple[str | None, Any]] = deque()  # for `writing`: (channel of a broadcast, command)
-        self.waiting = 0  # bytes in it
-        self.work = gevent.event.Event()
-
-    def open(self) -> None:
-        self.writing = self.redis.connect()
-        self.writing.send_command("INFO", "server")
-        with suppress(self.redis.module.ResponseError):  # it may not be allowed
-            self.run = b"".join(re.findall(rb"run_id:(\w+)", self.writing.read_response())).decode()
-        self.reading = self.redis.connect()
-
-    def close(self) -> None:
-        for connection in (self.reading, self.writing):
-            if connection is not None:
-                with suppress(*self.redis.errors):
-                    connection.disconnect()
-
-    def command(self, name: str, key: bytes) -> None:
-        self.commands.append((name, key))
-        self.work.set()
-
-    def publish(self, key: bytes, data: bytes, channel: str | None = None) -> None:
-        self.send(("PUBLISH", key, data), channel)
-
-    def send(self, command: tuple[Any, ...], channel: str | None) -> None:
-        """A command whose last argument is the message."""
-        self.outbox.append((channel, command))
-        self.waiting += len(command[-1])
-        self.work.set()
-
-    def write(self) -> None:
-        """Writes what there is, a batch with one round trip."""
-        self.work.clear()
-        if self.commands:
-            commands, self.commands = self.commands, []
-            self.reading.send_packed_command(self.reading.pack_commands(commands))
-        batch: list[Any] = []
-        size = 0
-        for _, command in islice(self.outbox, 1000):
-            batch.append(command)
-            size += len(command[-1])
-            if size > 1_000_000:
-                break
-        if batch:
-            self.writing.send_packed_command(self.writing.pack_commands(batch))
-        for _ in batch:
-            self.writing.read_response()
-            self.waiting -= len(self.outbox.popleft()[1][-1])  # not before: what fails on the way is still here
-        if self.outbox:
-            self.work.set()
-
-
-class Cluster(Adapter):
-    """This node among others; `pubsub.connect` makes it. What it does between waits, it does in the home thread."""
+    A node is always subscribed to the channels that it keeps. A message is delivered here when it returns from Redis.
+    """
 
     def __init__(self, pubsub: PubSub, url: str, name: str) -> None:
-        super().__init__(pubsub)
-        self.id, self.name = os.urandom(8), name
-        self.redis = Redis(url)
-        self.own_key, self.channel_prefix = self.redis.key("node:", self.id.hex()), self.redis.key("channel:")
-        self.codec = Codec(self, self.id)
-        self.nodes: dict[bytes, Node] = {}  # the others
-        self.names = {self.id: name}  # node -> name, after it has left as well: its pids may still be printed
-        self.line: Transport | None = None  # None while there is none
-        self.connected = False  # our hello has been said over this line
-        self.first_connected = gevent.event.Event()  # ... or over an earlier one
-        self.missed = False  # there was a time without a line
-        self.sequence = 0  # of our last delta
-        self.changes: list[Any] = []  # for the next one
-        self.wanted: set[str] = set()  # channels for which the last that we said was SUBSCRIBE
-        self.subscribing: dict[str, int] = {}  # channel -> SUBSCRIBEs that Redis has not confirmed yet
-        self.live: set[str] = set()  # channels that are wanted, with all of them confirmed
-        self.waiters: dict[str, gevent.event.Event] = {}  # channel that is wanted but not live -> who joins waits here
-        self.loading: dict[str, tuple[str, int, list[tuple[float, Message]]]] = {}  # channel -> its history, soon
-        self.in_flight: deque[tuple[Message, Pid | None]] = deque()  # to the history, and not back yet
-        self.lost: set[str] | None = set()  # channels where we have failed to publish; None: there are too many
-        self.watches: dict[Any, tuple[RemotePid, Any]] = {}  # ref -> whom we monitor elsewhere, and who wants to know
-        self.watched: dict[bytes, dict[Any, Process]] = {}  # node -> ref -> whom it monitors here
-        self.dropped = 0  # messages that could not be read
-        self.logged, self.logged_drops = -60.0, 0  # when, and how many
-        self.heard = self.last_beat = self.last_tick = monotonic()  # our own beat came back, was sent; `_tick` came by
-        self.asked: dict[bytes, float] = {}  # node -> when we have asked for its state
-        self.timer = get_hub().loop.timer(TICK, TICK)
-        self.timer.start(self._tick)
-        self.reader = gevent.spawn(self._run)
-
-    def close(self) -> None:
-        """Says bye, and nothing after it: who asks for our state now gets no answer."""
-        self.timer.close()
-        line = self.line
-        if line is not None and self.connected:
-            self.changes.clear()
-            self._say("nodes", "", "bye")
-            self.line = None
-            with gevent.Timeout(1, False):
-                while line.outbox and self.connected:
-                    gevent.sleep(0.001)
-            line.close()
-        self.reader.kill()
-        for id in list(self.nodes):
-            self._forget(id, "this one has left")
-
-    # -- the line
-
-    def _run(self) -> None:
-        """The greenlet that keeps a line and reads from it."""
-        delay, failure = 0.0, ""
-        while True:
-            try:
-                gevent.sleep(delay * random.uniform(0.5, 1))
-                self._read()
-            except Exception as error:
-                if not isinstance(error, self.redis.errors):
-                    log.exception("cluster: this should not have happened")
-                if self.connected or str(error) != failure:
-                    what = "lost" if self.connected else "cannot be reached"
-                    log.warning("cluster: %s %s: %s; trying again", self.redis.title, what, error)
-                delay = FIRST_DELAY if self.connected else min(max(delay, FIRST_DELAY) * 2, LAST_DELAY)
-                failure = str(error)
-            finally:
-                self._on_disconnect()
-
-    def _read(self) -> None:
-        self.heard = monotonic()
-        line = self.line = Transport(self.redis)
-        line.open()
-        line.command("SUBSCRIBE", self.redis.key("nodes"))
-        for channel in {*self.pubsub.channels, *self.pubsub.histories}:
-            self._subscribe(channel)
-        line.command("SUBSCRIBE", self.own_key)  # the last: once it is confirmed, all are
-        writer = gevent.spawn(self._write, line)
-        try:
-            turn = monotonic()
-            while True:
-                self._take(line.reading.read_response())
-                if monotonic() - turn > TIME_SLICE:  # there may be much to read, and others want to work
-                    gevent.sleep(YIELD_DELAY)
-                    turn = monotonic()
-        finally:
-            writer.kill()
-
-    def _write(self, line: Transport) -> None:
-        """The greenlet that writes to the line."""
-        try:
-            while True:
-                line.work.wait()
-                if self.changes:
-                    self.sequence += 1
-                    changes, self.changes = self.changes, []
-                    self._say("nodes", "", "delta", self.sequence, changes)
-                line.write()
-        except Exception as error:
-            self.reader.kill(error, block=False)
-
-    def _on_disconnect(self) -> None:
-        """The line is dead. What it has not carried is lost; who waits for it is let go."""
-        line, self.line, self.connected, self.missed = self.line, None, False, True
-        if line is not None:
-            line.close()
-            for channel, _ in line.outbox:
-                if channel is not None:
-                    self._record_loss(channel)
-        for table in (self.wanted, self.subscribing, self.live, self.changes, self.loading):
-            table.clear()
-        for history in self.pubsub.histories.values():
-            history.forget()  # others go on without us
-        while self.in_flight:  # Redis may have them, but our own members do not
-            self.pubsub.deliver_unrecorded(*self.in_flight.popleft())
-        while self.waiters:
-            self.waiters.popitem()[1].set()
-
-    def _record_loss(self, channel: str) -> None:
-        if self.lost is not None:
-            self.lost.add(channel)
-            if len(self.lost) > MAX_LOST:
-                self.lost = None
-
-    def _tick(self) -> None:
-        """Hub callback: beats, and notices who does not."""
-        now = monotonic()
-        if now - self.last_tick > 4 * TICK:  # it was us who held everything up
-            self.heard = now
-            for node in self.nodes.values():
-                node.heard = now
-        self.last_tick = now
-        if self.connected and now - self.last_beat >= HEARTBEAT_INTERVAL - TICK / 2:
-            self.last_beat = now
-            self._say("nodes", "", "beat", self.sequence)
-        if self.connected and self.line is not None and self.line.waiting < MAX_OUTBOX // 2:
-            self._announce_losses()  # when Redis was too slow
-        if self.line is not None and now - self.heard > TRANSPORT_TIMEOUT:
-            self.heard = now
-            self.reader.kill(TimeoutError(f"no answer for {TRANSPORT_TIMEOUT:.0f} s"), block=False)
-        for id, node in list(self.nodes.items()):
-            if now - node.heard > NODE_TIMEOUT:
-                self._forget(id, f"silent for {now - node.heard:.1f} s")
-        self._log_dropped(now)
-
-    def _log_dropped(self, now: float) -> None:
-        if self.dropped > self.logged_drops and now - self.logged >= 60:
-            log.warning("cluster: %d messages that could not be read were dropped", self.dropped - self.logged_drops)
-            self.logged, self.logged_drops = now, self.dropped
-
-    # -- out
-
-    def _say(self, kind: str, name: str, *body: Any) -> None:
-        if self.line is not None:
-            self.line.publish(self.redis.key(kind, name), self.codec.encode(list(body)))
-
-    def tell(self, node: bytes, *body: Any) -> None:
-        """Says something to one node, from whatever thread. Raises TypeError and ValueError, see Codec."""
-        data = self.codec.encode(list(body))
-        scheduler.run_in_hub(self._publish, self.redis.key("node:", node.hex()), data, None)
-
-    def encode(self, message: Message, exclude: Pid | None) -> bytes:
-        _, _, sender, topic, payload = message
-        return self.codec.encode([sender, topic, payload, exclude])
+        super().__init__(pubsub, url, name)
+        self.in_flight: deque[tuple[Message, Pid | None]] = deque()  # sent to Redis, not returned yet
+        self.loading: dict[str, Any] = {}  # channel -> the arguments of History.load, while `loaded` is on its way
 
     def dispatch(self, message: Message, exclude: Pid | None, data: bytes) -> None:
-        channel = message[1]
-        if channel not in self.pubsub.histories or not self.publish_kept(message, exclude, data):
-            self.pubsub.deliver_unrecorded(message, exclude)
-            self._publish(self.redis.key("channel:", channel), data, channel)
-
-    def dispatch_here(self, message: Message) -> None:
-        self.pubsub.deliver(message, None)
-
-    def _publish(self, key: bytes, data: bytes, channel: str | None) -> None:
-        if self.connected and self.line is not None and self.line.waiting < MAX_OUTBOX:
-            self.line.publish(key, data, channel)
-        elif channel is not None:
-            self._record_loss(channel)
-
-    # -- channels that are kept: subscribed to all the time, so that this node knows what Redis keeps
+        channel, transport = message[1], self.transport
+        history = self.pubsub.histories.get(channel)
+        if history is None or not self.subscriptions.is_confirmed(channel) or not transport.accepts_broadcasts():
+            super().dispatch(message, exclude, data)
+            return
+        keys = *self._history_keys(channel), self.redis.key("channel:", channel)
+        epoch, seconds = os.urandom(4).hex(), max(1, int(history.seconds))
+        transport.send(channel, "EVAL", KEEP, 3, *keys, epoch, transport.run_id, history.size, seconds, data)
+        self.in_flight.append((message, exclude))
 
     def on_keep(self, channel: str) -> None:
-        if channel in self.live:
+        if self.subscriptions.is_confirmed(channel):
             gevent.spawn(self._load, channel)
-        else:
-            self._ensure_subscribed(channel)
+        self.subscriptions.ensure_subscribed(channel)
 
-    def publish_kept(self, message: Message, exclude: Pid | None, data: bytes) -> bool:
-        """By way of the history: it is delivered here when it comes back. False if that is not possible now."""
-        channel = message[1]
-        line, history = self.line, self.pubsub.histories[channel]
-        if not self.connected or channel not in self.live or line is None or line.waiting > MAX_OUTBOX:
-            return False
-        keys = self._history_keys(channel), self.redis.key("channel:", channel)
-        life, seconds = os.urandom(4).hex(), max(1, int(history.seconds))
-        line.send(("EVAL", KEEP, 3, *keys[0], keys[1], life, line.run, history.size, seconds, data), channel)
-        self.in_flight.append((message, exclude))
-        return True
+    def on_confirmed(self, channel: str) -> None:
+        super().on_confirmed(channel)
+        if channel in self.pubsub.histories:
+            gevent.spawn(self._load, channel)
+
+    def on_disconnect(self) -> None:
+        super().on_disconnect()
+        self.loading.clear()
+        for history in self.pubsub.histories.values():
+            history.forget()  # other nodes continue without this one
+        while self.in_flight:  # Redis may have published them, but the members here did not get them
+            self.pubsub.deliver_unrecorded(*self.in_flight.popleft())
 
     def _history_keys(self, channel: str) -> tuple[bytes, bytes]:
         return self.redis.key("life:", channel), self.redis.key("history:", channel)
 
     def _load(self, channel: str) -> None:
-        """The greenlet that fetches what Redis has kept."""
-        history, life = self.pubsub.histories[channel], os.urandom(4).hex()
+        """Runs in a greenlet: reads the history from Redis."""
+        history, epoch = self.pubsub.histories[channel], os.urandom(4).hex()
         try:
-            run, connection = self.line.run, self.redis.connect()  # type: ignore[union-attr]
+            run_id, connection = self.transport.run_id, self.redis.connect()
             try:
-                connection.send_command("EVAL", LOAD, 2, *self._history_keys(channel), life, run)
-                life, number, now, entries = connection.read_response()
+                connection.send_command("EVAL", LOAD, 2, *self._history_keys(channel), epoch, run_id)
+                epoch, offset, now, entries = connection.read_response()
             finally:
                 connection.disconnect()
             aged = [(int(now) - int(fields[1]), fields[3]) for _, fields in entries]
             recent = [(monotonic() - age, data) for age, data in aged if age <= history.seconds]
-            messages = [(at, self._read_kept(channel, data)[0]) for at, data in recent]
-            # Some of them may still be on their way over the line. When this has come over it, all of them have.
-            self.loading[channel] = life.decode(), int(number), messages
-            self._say("node:", self.id.hex(), "loaded", channel)
-        except Exception as error:  # the line is about to fail as well; or a stranger has written there
-            log.warning("cluster: the history of %s cannot be read: %s", channel, error)
+            messages = [(at, self._read_broadcast(channel, *data.split(b" ", 1))[0]) for at, data in recent]
+            # The transport may not have delivered some of them yet. After it has delivered `loaded`, it has.
+            self.loading[channel] = epoch.decode(), int(offset), messages
+            self.publish_control("node:", self.id.hex(), "loaded", channel)
+        except Exception as error:  # the transport fails as well; or a stranger has written there
+            log.warning("cluster: cannot read the history of %s: %s", channel, error)
             history.forget()
 
-    def _read_kept(self, channel: str, data: bytes) -> tuple[Message, Any]:
-        position, _, data = data.partition(b" ")
-        if not data.startswith(MAGIC):
-            raise ValueError("no message of ours")
-        message, exclude = self._read_broadcast(channel, self.codec.decode(data[10:]))
-        message.position = position[1:].decode() or None
-        return message, exclude
-
-    def _on_kept(self, channel: str, data: bytes) -> None:
-        position, _, stamped = data.partition(b" ")
-        if stamped.startswith(MAGIC + self.id) and self.in_flight:  # Redis keeps the order
+    def _on_broadcast(self, channel: str, position: bytes, data: bytes) -> None:
+        if position and self.in_flight and data.startswith(MAGIC + self.id):  # in the order in which they were sent
             message, exclude = self.in_flight.popleft()
             message.position = position[1:].decode() or None
         else:
-            message, exclude = self._read_kept(channel, data)
+            message, exclude = self._read_broadcast(channel, position, data)
         deliver = self.pubsub.deliver_unrecorded if message.position is None else self.pubsub.record_and_deliver
         deliver(message, exclude)
 
-    # -- who is in which channel: here
-
-    def on_join(self, channel: str, process: Process) -> None:
-        if channel in self.live:
-            self._change("join", channel, process)
-        else:
-            self._ensure_subscribed(channel)
-
-    def on_leave(self, channel: str, process: Process) -> None:
-        if channel in self.live:
-            self._change("leave", channel, process)
-        if channel in self.wanted and channel not in self.pubsub.channels and channel not in self.pubsub.histories:
-            self.wanted.discard(channel)
-            self.live.discard(channel)
-            self.line.command("UNSUBSCRIBE", self.redis.key("channel:", channel))  # type: ignore[union-attr]
-            self._wake_joiners(channel)
-
-    def wait_until_subscribed(self, channel: str) -> None:
-        """Until this node hears what is published to the channel, or the line is gone. The hub does not wait."""
-        event = self.waiters.get(channel)
-        if event is not None and get_ident() == scheduler.thread and not isinstance(getcurrent(), Hub):
-            event.wait(JOIN_TIME)
-
-    def _ensure_subscribed(self, channel: str) -> None:
-        """Subscribes, unless that is done; a line that is not open yet will do it once it is."""
-        if channel not in self.wanted and self.line is not None and self.line.reading is not None:
-            self._subscribe(channel)
-
-    def _subscribe(self, channel: str) -> None:
-        self.line.command("SUBSCRIBE", self.redis.key("channel:", channel))  # type: ignore[union-attr]
-        self.wanted.add(channel)
-        self.subscribing[channel] = self.subscribing.get(channel, 0) + 1
-        self.waiters[channel] = gevent.event.Event()
-
-    def _on_subscribed(self, channel: str) -> None:
-        """Redis has done a SUBSCRIBE; an UNSUBSCRIBE and another one may be on their way."""
-        self.subscribing[channel] -= 1
-        if self.subscribing[channel] == 0:
-            del self.subscribing[channel]
-            if channel in self.wanted:
-                self.live.add(channel)
-                for process in self.pubsub.channels.get(channel, ()):
-                    self._change("join", channel, process)
-                if channel in self.pubsub.histories:
-                    gevent.spawn(self._load, channel)
-                self._wake_joiners(channel)
-
-    def _wake_joiners(self, channel: str) -> None:
-        event = self.waiters.pop(channel, None)
-        if event is not None:
-            event.set()
-
-    def _change(self, change: str, channel: str, process: Process) -> None:
-        if self.connected:  # else the hello will tell
-            self.changes.append([change, channel, process.serial])
-            self.line.work.set()  # type: ignore[union-attr]
-
-    def _members(self) -> dict[str, list[int]]:
-        channels = self.pubsub.channels
-        return {channel: [process.serial for process in channels[channel]] for channel in self.live & channels.keys()}
-
-    def _resync(self, channels: Iterable[str]) -> None:
-        """Something may have been missed in these channels: their members had better ask anew."""
-        for channel in channels:
-            for process in self.pubsub.channels.get(channel, ()):
-                process.deliver(("nova_resync", channel))
-
-    # -- who is in which channel: elsewhere
-
-    def get_members(self, channel: str) -> list[Pid]:
-        nodes = self.nodes.items()
-        return [RemotePid(self, id, serial) for id, node in nodes for serial in node.members.get(channel, ())]
-
-    def count_members(self, channel: str) -> int:
-        return sum(len(node.members.get(channel, ())) for node in self.nodes.values())
-
-    def info(self) -> dict[str, Any]:
-        now = monotonic()
-        nodes = [
-            {
-                "name": node.name,
-                "id": id.hex(),
-                "members": sum(map(len, node.members.values())),
-                "silent_seconds": round(now - node.heard, 1),
-            }
-            for id, node in self.nodes.items()
-        ]
-        return {"up": self.connected, "nodes": nodes, "dropped": self.dropped}
-
-    def which_channels(self) -> set[str]:
-        return {channel for node in self.nodes.values() for channel in node.members}
-
-    def _apply_state(self, id: bytes, name: str, sequence: int, members: dict[str, list[int]]) -> None:
-        """The whole state of a node, in the place of what was known of it."""
-        now, known = monotonic(), self.nodes.get(id)
-        if known is not None and sequence < known.sequence:  # as in `_apply`
-            return
-        if known is None:
-            log.info("cluster: node %s %s is here", name, id.hex())
-        self.names[id] = name
-        before = known.members if known is not None else {}
-        after = {channel: set(serials) for channel, serials in members.items() if serials}
-        self.nodes[id] = Node(name, sequence, after, now)
-        self.asked.pop(id, None)
-        for channel in self.pubsub.monitors:
-            old, new = before.get(channel, set()), after.get(channel, set())
-            for change, serials in (("join", new - old), ("leave", old - new)):
-                for serial in serials:
-                    self.pubsub.notify_monitors(channel, change, RemotePid(self, id, serial))
-
-    def _apply_delta(self, id: bytes, sequence: int, changes: list[Any]) -> None:
-        """A delta; one that the state has overtaken is old."""
-        node = self.nodes.get(id)
-        if node is None or sequence > node.sequence + 1:
-            self._request_resync(id)
-            return
-        if sequence <= node.sequence:  # a connection that was given up may still say what a newer one has overtaken
-            return
-        node.sequence = sequence
-        for change, channel, serial in changes:
-            members = node.members.setdefault(channel, set())
-            if (change == "join") != (serial in members):
-                (members.add if change == "join" else members.discard)(serial)
-                self.pubsub.notify_monitors(channel, change, RemotePid(self, id, serial))
-            if not members:
-                del node.members[channel]
-
-    def _request_resync(self, id: bytes) -> None:
-        """A gap in what a node says; or all of it, so far."""
-        self._ask_for_state(id)
-        if id in self.nodes:
-            self._resync(list(self.pubsub.channels))
-
-    def _ask_for_state(self, id: bytes) -> None:
-        """Once a second at most."""
-        now = monotonic()
-        if now - self.asked.get(id, -inf) > 1:
-            if len(self.asked) > 1000:  # strangers
-                self.asked.clear()
-            self.asked[id] = now
-            self._say("node:", id.hex(), "need")
-
-    def _forget(self, id: bytes, why: str) -> None:
-        """A node is gone: its members leave, and who monitors its processes hears of it."""
-        node = self.nodes.pop(id, None)
-        if node is None:
-            return
-        self.names[id] = self.names.pop(id)  # behind those that have left before
-        if len(self.names) > len(self.nodes) + MAX_NAMES:
-            del self.names[next(old for old in self.names if old != self.id and old not in self.nodes)]
-        log.info("cluster: node %s %s is gone: %s", node.name, id.hex(), why)
-        for channel, serials in node.members.items():
-            for serial in serials:
-                self.pubsub.notify_monitors(channel, "leave", RemotePid(self, id, serial))
-        for ref, (pid, watcher) in list(self.watches.items()):
-            if pid.node == id:
-                del self.watches[ref]
-                watcher.down(ref, pid, "noconnection")
-        for ref, process in self.watched.pop(id, {}).items():
-            process.unwatch((id, ref))
-
-    # -- monitors across nodes
-
-    def watch(self, pid: RemotePid, ref: Any, watcher: Any) -> None:
-        if pid.node == self.id or pid.node not in self.nodes:
-            watcher.down(ref, pid, "noproc" if pid.node == self.id else "noconnection")
-        else:
-            self.watches[ref] = (pid, watcher)
-            self.tell(pid.node, "watch", pid.serial, ref)
-
-    def _watch_again(self, node: bytes | None = None) -> None:
-        """What one side has said of a monitor may have been lost."""
-        for ref, (pid, _) in self.watches.items():
-            if node in (None, pid.node):
-                self.tell(pid.node, "watch", pid.serial, ref)
-
-    def _watch_for(self, node: bytes, serial: int, ref: Any) -> None:
-        process = processes.get(serial)
-        if process is None:
-            self._say("node:", node.hex(), "down", serial, ref, "noproc")
-        else:
-            self.watched.setdefault(node, {})[ref] = process
-            process.watch((node, ref), self)
-
-    def down(self, key: tuple[bytes, Any], process: Process, reason: Any) -> None:
-        """A process of ours that another node monitors has ended."""
-        node, ref = key
-        self.watched.get(node, {}).pop(ref, None)
-        self._say("node:", node.hex(), "down", process.serial, ref, self.codec.exit_reason(reason))
-
-    # -- in
-
-    def _take(self, response: Any) -> None:
-        match response:
-            case [b"message", key, data]:
-                if data.startswith(MAGIC + self.id):
-                    self.heard = monotonic()
-                    if key != self.own_key:
-                        return
-                try:
-                    self._on_message(key, data)
-                except Exception as error:  # a stranger's, or another version's: whatever it is, it ends here
-                    self.dropped += 1
-                    log.debug("cluster: dropped %d bytes: %r", len(data), error)
-            case [b"subscribe", key, _] if key == self.own_key:
-                self._on_connected()
-            case [b"subscribe", key, _] if key.startswith(self.channel_prefix):
-                self._on_subscribed(self._channel_of(key))
-
-    def _channel_of(self, key: bytes) -> str:
-        return key[len(self.channel_prefix) :].decode("utf-8", "surrogatepass")
-
-    def _on_connected(self) -> None:
-        """All subscriptions of a new line are live."""
-        again = self.first_connected.is_set()
-        self.connected, self.last_beat = True, monotonic()
-        self.first_connected.set()
-        log.info("cluster: %s is connected to %s%s", self.name, self.redis.title, " again" if again else "")
-        self.sequence += 1  # who has changed while the line was down was told by no delta
-        self._say("nodes", "", "hello", self.name, self.sequence, self._members())
-        self._announce_losses()
-        if self.missed:
-            self.missed = False
-            self._watch_again()
-            self._resync(list(self.pubsub.channels))
-
-    def _announce_losses(self) -> None:
-        if self.lost != set():
-            lost, self.lost = self.lost, set()
-            self._say("nodes", "", "resync", None if lost is None else list(lost))
-
-    def _on_message(self, key: bytes, data: bytes) -> None:
-        """Raises whatever it likes where the bytes are not what they should be."""
-        if not data.startswith((MAGIC, KEPT_MARK)) or len(data) > MAX_PAYLOAD:
-            raise ValueError("no message of ours, or of another version, or too large")
-        if data.startswith(KEPT_MARK):
-            self._on_kept(self._channel_of(key), data)
-            return
-        id, body = data[2:10], self.codec.decode(data[10:])
-        if key.startswith(self.channel_prefix):
-            self.pubsub.deliver_unrecorded(*self._read_broadcast(self._channel_of(key), body))
-            return
-        node = self.nodes.get(id)
-        if node is not None:
-            node.heard = monotonic()
-        if key == self.own_key:
-            self._on_direct(id, body)
-        else:
-            self._on_announcement(id, body)
-
-    def _read_broadcast(self, channel: str, body: Any) -> tuple[Message, Any]:
-        sender, topic, payload, exclude = body
-        if not isinstance(sender, Pid) or not isinstance(topic, str | bytes):
-            raise ValueError("no broadcast")
-        return Message(("nova_pubsub", channel, sender, topic, payload)), exclude
-
-    def _on_announcement(self, id: bytes, body: Any) -> None:
-        """What a node says to all."""
+    def _on_control(self, node_id: bytes, body: Any) -> None:
         match body:
-            case ["hello", str(name), int(sequence), dict(members)]:
-                self._apply_state(id, name, sequence, members)
-                self._say("node:", id.hex(), "state", self.name, self.sequence, self._members())
-                self._watch_again(id)
-            case ["delta", int(sequence), list(changes)]:
-                self._apply_delta(id, sequence, changes)
-            case ["beat", int(sequence)]:
-                if id not in self.nodes or self.nodes[id].sequence < sequence:
-                    self._request_resync(id)
-            case ["resync", None]:
-                self._resync(list(self.pubsub.channels))
-            case ["resync", list(channels)]:
-                self._resync(channels)
-            case ["bye"]:
-                self._forget(id, "it said goodbye")
-            case _:
-                raise ValueError("not understood")
-
-    def _on_direct(self, id: bytes, body: Any) -> None:
-        """What a node says to this one."""
-        match body:
-            case ["send", int(serial), message]:
-                send(_local_pid(serial) or "", message)
-            case ["state", str(name), int(sequence), dict(members)]:
-                self._apply_state(id, name, sequence, members)
-            case ["loaded", str(channel)] if id == self.id and channel in self.loading:
+            case ["loaded", str(channel)] if node_id == self.id and channel in self.loading:
                 self.pubsub.histories[channel].load(*self.loading.pop(channel))
-            case ["need"]:  # it may have forgotten us, and what we monitor there
-                self._say("node:", id.hex(), "state", self.name, self.sequence, self._members())
-                self._watch_again(id)
-            case ["watch", int(serial), ref]:
-                self._watch_for(id, serial, ref)
-            case ["unwatch", int(serial), ref]:
-                process = self.watched.get(id, {}).pop(ref, None)
-                if process is not None:
-                    process.unwatch((id, ref))
-            case ["down", int(serial), ref, reason] if ref in self.watches:
-                pid, watcher = self.watches.pop(ref)
-                watcher.down(ref, pid, reason)
-            case ["exit", int(serial), source, reason] if serial in processes:
-                process = processes[serial]
-                process.kill("killed") if source is None else process.signal(source, reason)
-            case ["down", *_] | ["exit", *_]:
-                pass  # too late
             case _:
-                raise ValueError("not understood")
+                super()._on_control(node_id, body)
 
 
 def _connect(pubsub: PubSub, url: str, name: str | None = None) -> str:
     global _node
     if isinstance(pubsub.adapter, Cluster):
-        raise RuntimeError("this node is in a cluster already")
+        raise RuntimeError("this node is already in a cluster")
     if not gevent.monkey.is_module_patched("socket"):
         raise RuntimeError("a cluster needs a patched library: from gevent import monkey; monkey.patch_all()")
     calling_process()
-    pubsub.adapter = Cluster(pubsub, url, name or _node)
-    _node = pubsub.adapter.name
+    pubsub.adapter = (ReplayCluster if "replay" in rooms else Cluster)(pubsub, url, name or _node)
+    _node = pubsub.adapter.membership.name
     if not pubsub.adapter.first_connected.wait(JOIN_TIME):
-        log.warning("cluster: alone for now")
+        log.warning("cluster: not connected yet, continuing alone")
     return "ok"
 
 
@@ -5044,14 +5062,10 @@ def _disconnect(pubsub: PubSub) -> str:
     return "ok"
 
 
-__all__ += ["publish"]
-rooms["cluster"] = SimpleNamespace(connect=_connect, disconnect=_disconnect)
-
-
 def publish(url: str, channel: str, topic: str | bytes, payload: Any) -> int:
-    """Broadcasts without being a node, and answers how many nodes had members in the channel.
+    """Broadcasts without being a node. Returns how many nodes have members in the channel.
 
-    Raises OSError or redis.RedisError where Redis cannot be reached, and what `connect` and `broadcast` raise.
+    Raises OSError or redis.RedisError if Redis cannot be reached, and the errors of `connect` and `broadcast`.
     """
     redis = Redis(url)
     _, _, sender, topic, payload = pubsub.make_message(channel, topic, payload)
@@ -5062,6 +5076,10 @@ def publish(url: str, channel: str, topic: str | bytes, payload: Any) -> int:
         return connection.read_response()
     finally:
         connection.disconnect()
+
+
+__all__ += ["publish"]
+rooms["cluster"] = SimpleNamespace(connect=_connect, disconnect=_disconnect)
 
 
 # ----- cut here: without board ---------------------------------------------------------------------------------------
