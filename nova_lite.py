@@ -3546,25 +3546,25 @@ def _raise_descriptor_limit() -> None:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# gen_server, supervisor: OTP's two behaviours that everything else is built from.
-# House rule: uses processes only.
+# gen_server, supervisor: servers that reply to calls, and restart of processes that end (OTP).
+# Invariant: uses processes only; a callback runs in the process of its server.
 # ---------------------------------------------------------------------------------------------------------------------
 
 
 class CallError(Exception):
-    """A `call` that got no answer."""
+    """A `call` failed."""
 
 
 class CallTimeout(CallError, TimeoutError):
-    """The server did not answer in time. If it still does, nobody hears it."""
+    """The server did not reply in time; a late reply is discarded."""
 
 
 class NoProc(CallError):
-    """There is no such process."""
+    """The server does not exist."""
 
 
 class ServerDied(CallError):
-    """The server ended, for `reason`, before it answered."""
+    """The server ended, with `reason`, before it replied."""
 
     def __init__(self, reason: Any) -> None:
         super().__init__(reason)
@@ -3572,39 +3572,39 @@ class ServerDied(CallError):
 
 
 class GenServer:
-    """The callbacks of a server, one instance a server (OTP's gen_server). All run in the server's own process."""
+    """The callbacks of a server (OTP's gen_server), with one instance a server. All run in the server's process."""
 
     def init(self, args: Any) -> Any:
-        """("ok", state), ("stop", reason) or "ignore"."""
+        """Returns ("ok", state), ("stop", reason) or "ignore"."""
         return "ok", args
 
     def handle_call(self, request: Any, from_: Any, state: Any) -> Any:
-        """("reply", value, state), ("noreply", state), ("stop", reason, value, state) or ("stop", reason, state)."""
+        """Returns ("reply", value, state), ("noreply", state), ("stop", reason[, value], state)."""
         return "stop", ("bad_call", request), state
 
     def handle_cast(self, request: Any, state: Any) -> Any:
-        """("noreply", state) or ("stop", reason, state)."""
+        """Returns ("noreply", state) or ("stop", reason, state)."""
         return "stop", ("bad_cast", request), state
 
     def handle_info(self, info: Any, state: Any) -> Any:
-        """As handle_cast, for any other message."""
+        """Handles any other message, and returns as `handle_cast` does."""
         log.warning("%r %s: unexpected message %r", self_pid(), type(self).__name__, info)
         return "noreply", state
 
     def terminate(self, reason: Any, state: Any) -> None:
-        """The server is about to end by its own doing, by a crash, or by its parent's exit signal if it traps exits."""
+        """Called before the server stops, crashes, or ends by its parent's exit signal while it traps exits."""
 
 
 class _Stop(Exception):
-    """A callback has asked for the end."""
+    """Raised to stop the server; `final` sends what its caller waits for."""
 
-    def __init__(self, reason: Any, answer: Callable[[], Any] | None = None) -> None:
+    def __init__(self, reason: Any, final: Callable[[], Any] | None = None) -> None:
         super().__init__(reason)
-        self.reason, self.answer = reason, answer
+        self.reason, self.final = reason, final
 
 
 def _is_timeout(rest: list[Any]) -> bool:
-    """Returns whether a result ends in nothing more, or in a timeout, None and "infinity" included, or "hibernate"."""
+    """Returns whether a result ends in nothing more, in "hibernate", or in a timeout, None and "infinity" included."""
     match rest:
         case [] | [None | "infinity" | "hibernate"]:
             return True
@@ -3616,16 +3616,14 @@ def _is_timeout(rest: list[Any]) -> bool:
 class ServerProcess(Process):
     """The loop of a gen_server."""
 
-    __slots__ = (
-        "args", "init_waiter", "parent", "server", "state", "timer",
-    )  # fmt: skip
+    __slots__ = ("args", "init_waiter", "parent", "server", "state", "timer")
 
     def __init__(self, server: Any, args: Any, parent: Process) -> None:
         super().__init__()
         self.server, self.args, self.parent = server, args, parent
-        self.init_waiter: Alias | None = Alias()  # who waits for init's answer
+        self.init_waiter: Alias | None = Alias()  # the address of `start_link`; None after `init`
         self.state: Any = None
-        self.timer: Any = None  # runs while it rests, if a callback has asked for "timeout"
+        self.timer: Any = None  # sends "timeout" if no message comes; None unless the last callback returned a timeout
 
     def step(self) -> None:
         if self.timer is not None:
@@ -3644,7 +3642,7 @@ class ServerProcess(Process):
             self.timer.start(self._time_out, update=True)
 
     def _time_out(self) -> None:
-        if self.wake is not None:  # else a message has come in the same turn of the hub, and cancels it
+        if self.wake is not None:  # else a message came in the same iteration of the hub
             self.deliver("timeout")
 
     def _init(self) -> Any:
@@ -3661,23 +3659,23 @@ class ServerProcess(Process):
         raise _Stop(("bad_return_value", result))
 
     def _handle(self, message: Any) -> Any:
-        """Handles one message and tells the timeout that the callback asks for."""
+        """Handles one message. Returns the timeout that the callback returned, or None."""
         match message:
             case ("$gen_call", (_, Pid()) as from_, request):
-                return self._take(self.server.handle_call(request, from_, self.state), from_)
+                return self._handle_result(self.server.handle_call(request, from_, self.state), from_)
             case ("$gen_cast", request):
-                return self._take(self.server.handle_cast(request, self.state))
+                return self._handle_result(self.server.handle_cast(request, self.state))
             case ("$stop", reason):
                 raise _Stop(reason)
             case ("EXIT", self.parent, reason):
                 raise _Stop(reason)
-        return self._take(self._optional("handle_info")(message, self.state))
+        return self._handle_result(self._optional("handle_info")(message, self.state))
 
     def _optional(self, callback: str) -> Callable[..., Any]:
-        """A callback that OTP does not ask for: GenServer's, where the server has none."""
+        """Returns a callback that the server may lack: then that of GenServer."""
         return getattr(self.server, callback, None) or partial(getattr(GenServer, callback), self.server)
 
-    def _take(self, result: Any, from_: Any = None) -> Any:
+    def _handle_result(self, result: Any, from_: Any = None) -> Any:
         match result:
             case ("noreply", state, *timeout) if _is_timeout(timeout):
                 self.state = state
@@ -3701,29 +3699,29 @@ class ServerProcess(Process):
             return self._fail_start(error)
         if isinstance(error, ProcessExit):
             return error.reason
-        reason = self._reason(error)
+        if isinstance(error, _Stop):
+            reason = error.reason
+            if not is_normal(reason):
+                log.error("%r%s stopped: %r", self, self.title(), reason)
+        else:
+            reason = self.log_crash(error, failing_callback(error))
         try:
             self._optional("terminate")(reason, self.state)
         except BaseException as failure:
             reason = self.log_crash(failure, "terminate")
-        if isinstance(error, _Stop) and error.answer:
-            error.answer()
+        if isinstance(error, _Stop) and error.final:
+            error.final()
         return reason
 
     def _fail_start(self, error: BaseException) -> Any:
-        """`start_link` tells its caller; no exit signal does it a second time."""
+        """Unlinks the parent, which gets the reason from `start_link` and no exit signal. Returns the reason."""
         if self.parent in self.links:
             self.links.discard(self.parent)
             self.parent.links.discard(self)
-        if isinstance(error, _Stop) and error.answer:
-            error.answer()
-        return error.reason if isinstance(error, _Stop) else self.log_crash(error, "init")
-
-    def _reason(self, error: BaseException) -> Any:
         if not isinstance(error, _Stop):
-            return self.log_crash(error, failing_callback(error))
-        if not is_normal(error.reason):
-            log.error("%r%s stopped: %r", self, self.title(), error.reason)
+            return self.log_crash(error, "init")
+        if error.final:
+            error.final()
         return error.reason
 
     def role(self) -> str:
@@ -3736,8 +3734,8 @@ class ServerProcess(Process):
 def start_link(cls: Any, args: Any = None, name: str | None = None) -> Any:
     """Starts a server, linked to the caller, and waits for its `init` (gen_server:start_link/4).
 
-    `cls` is a class, or any object with the callbacks. Answers the Pid; ("error", reason) if `init` stops or crashes,
-    ("error", ("already_started", pid)) if `name` is taken; "ignore" if `init` says so.
+    `cls` is a class, or any object with the callbacks. Returns the Pid; ("error", reason) if `init` stops or crashes;
+    ("error", ("already_started", pid)) if `name` is taken; "ignore" if `init` returns it.
     """
     me = calling_process()
     if name is not None and check_name(name) in registered:
@@ -3757,7 +3755,7 @@ def start_link(cls: Any, args: Any = None, name: str | None = None) -> Any:
 
 
 def call(server: Pid | str, request: Any, timeout: float | None = 5.0) -> Any:
-    """Asks a server and waits for its answer (gen_server:call/3); `timeout` in seconds, None for ever.
+    """Sends a request to a server and returns its reply (gen_server:call/3); `timeout` in seconds, None for no limit.
 
     Raises CallTimeout, NoProc or ServerDied, all of them CallError.
     """
@@ -3773,30 +3771,30 @@ def call(server: Pid | str, request: Any, timeout: float | None = 5.0) -> Any:
             raise NoProc(server)
         case ("DOWN", reason):
             raise ServerDied(reason)
-    raise CallTimeout(f"no answer from {server!r} to {request!r} in {timeout} s")
+    raise CallTimeout(f"no reply from {server!r} to {request!r} in {timeout} s")
 
 
 def cast(server: Pid | str, request: Any) -> str:
-    """Sends a request that nobody answers; "ok", whether the server lives or not (gen_server:cast/2)."""
+    """Sends a request without a reply. Returns "ok", whether the server exists or not (gen_server:cast/2)."""
     send(server, ("$gen_cast", request))
     return "ok"
 
 
 def reply(from_: tuple[Pid, Pid], value: Any) -> str:
-    """Answers a call from anywhere; `from_` is what handle_call was given (gen_server:reply/2)."""
+    """Replies to a call, from any process; `from_` is that of `handle_call` (gen_server:reply/2)."""
     try:
         from_[1].send(("reply", value))
-    except (TypeError, ValueError) as error:  # it cannot cross to the caller's node: no reason for the server to die
-        log.error("%r cannot answer %r: %s", self_pid(), from_[0], error)
+    except (TypeError, ValueError) as error:  # cannot cross to the caller's node, for which the server must not crash
+        log.error("%r cannot reply to %r: %s", self_pid(), from_[0], error)
         from_[1].send(("DOWN", str(error)))
     return "ok"
 
 
 def stop(server: Pid | str, reason: Any = "normal", timeout: float | None = None) -> str:
-    """Lets a server end after what is in its mailbox, and waits for it (gen_server:stop/3).
+    """Stops a server after the messages in its mailbox, and waits until it has ended (gen_server:stop/3).
 
-    Raises NoProc if there is none, ServerDied if it ends for another reason (`terminate` crashes, it is killed), and
-    CallTimeout after `timeout` seconds.
+    Raises NoProc if it does not exist, ServerDied if it ends for another reason (`terminate` crashes, it is killed),
+    and CallTimeout after `timeout` seconds.
     """
     process = resolve(server)
     if process is None:
@@ -3814,12 +3812,12 @@ def stop(server: Pid | str, reason: Any = "normal", timeout: float | None = None
 
 
 class Supervisor(GenServer):
-    """OTP's supervisor, one_for_one: a child that ends is started again, unless that happens too often.
+    """Restarts a child that ends, unless that happens too often (OTP's supervisor, one_for_one).
 
-    Its state is {id: (spec, pid)} in starting order; pid is None for a child that is not running.
+    The state is {id: (spec, pid)} in starting order; pid is None for a child that does not run.
     """
 
-    SHUTDOWN = 5.0  # seconds that a child has to end before it is killed (OTP's default)
+    SHUTDOWN = 5.0  # seconds until a child that does not end is killed (OTP's default)
 
     def __init__(self, children: list[dict[str, Any]], intensity: int, period: float) -> None:
         self.children, self.intensity, self.period = children, intensity, period
@@ -3833,69 +3831,66 @@ class Supervisor(GenServer):
             if isinstance(pid, tuple):
                 self.terminate("shutdown", state)
                 return "stop", ("shutdown", ("failed_to_start_child", spec["id"], pid[1]))
-            if pid is not None or spec["restart"] != "temporary":  # OTP forgets a temporary child that is ignored
+            if pid is not None or spec["restart"] != "temporary":  # as in OTP
                 state[spec["id"]] = (spec, pid)
         return "ok", state
 
     def _start(self, spec: dict[str, Any]) -> Any:
-        """The Pid of a child; None if it said "ignore"; ("error", reason)."""
+        """Starts a child. Returns its Pid, None if it returns "ignore", or ("error", reason)."""
         fn, *args = spec["start"]
         crash = None
         try:
-            answer = fn(*args)
+            result = fn(*args)
         except Exception as error:
-            answer, crash = ("error", error), error
-        match answer:
-            case Pid():
-                link(answer)
-                return answer
-            case "ignore":
-                return None
-            case ("error", _):
-                pass
-            case _:
-                answer = "error", answer
-        log.error("%r child %r could not be started: %r", self_pid(), spec["id"], answer[1], exc_info=crash)
-        return answer
+            result, crash = ("error", error), error
+        if isinstance(result, Pid):
+            link(result)
+            return result
+        if result == "ignore":
+            return None
+        reason = result[1] if isinstance(result, tuple) and result[:1] == ("error",) and len(result) == 2 else result
+        log.error("%r cannot start child %r: %r", self_pid(), spec["id"], reason, exc_info=crash)
+        return "error", reason
 
     def handle_call(self, request: Any, from_: Any, state: Any) -> Any:
         if request == "which_children":
-            return "reply", [(id, pid, spec["restart"]) for id, (spec, pid) in state.items()], state
+            return "reply", [(child_id, pid, spec["restart"]) for child_id, (spec, pid) in state.items()], state
         return "reply", ("error", "unknown_request"), state
 
     def handle_info(self, info: Any, state: Any) -> Any:
         match info:
             case ("EXIT", pid, reason):
-                ids = [id for id, (_, child) in state.items() if child is pid]
-                return self._ended(ids[0], reason, state) if ids else ("noreply", state)
-            case ("$restart", id) if id in state and state[id][1] is None:
-                return self._restart(id, state)
+                for child_id, (_, child) in state.items():
+                    if child is pid:
+                        return self._on_child_exit(child_id, reason, state)
+            case ("$restart", child_id) if child_id in state and state[child_id][1] is None:
+                return self._restart(child_id, state)
         return "noreply", state
 
-    def _ended(self, id: Any, reason: Any, state: Any) -> Any:
-        spec, pid = state[id]
-        state[id] = (spec, None)
+    def _on_child_exit(self, child_id: Any, reason: Any, state: Any) -> Any:
+        spec, pid = state[child_id]
+        state[child_id] = (spec, None)
         if spec["restart"] == "temporary":
-            del state[id]
+            del state[child_id]
         elif spec["restart"] == "permanent" or not is_normal(reason):
-            log.warning("%r child %r, %r, ended: %r; starting it again", self_pid(), id, pid, reason)
-            return self._restart(id, state)
+            log.warning("%r child %r, %r, ended: %r; restarting it", self_pid(), child_id, pid, reason)
+            return self._restart(child_id, state)
         return "noreply", state
 
-    def _restart(self, id: Any, state: Any) -> Any:
+    def _restart(self, child_id: Any, state: Any) -> Any:
         now = monotonic()
         self.restarts.append(now)
         while now - self.restarts[0] > self.period:
             self.restarts.popleft()
         if len(self.restarts) > self.intensity:
-            log.error("%r gives up: more than %d restarts in %s s", self_pid(), self.intensity, self.period)
+            log.error("%r stops: more than %d restarts in %s s", self_pid(), self.intensity, self.period)
             return "stop", "shutdown", state
-        spec, _ = state[id]
+        spec, _ = state[child_id]
         pid = self._start(spec)
         if isinstance(pid, tuple):
             pid = None
-            self_pid().send(("$restart", id))
-        state[id] = (spec, pid)
+            self_pid().send(("$restart", child_id))
+        state[child_id] = (spec, pid)
         return "noreply", state
 
     def terminate(self, reason: Any, state: Any) -> None:
@@ -3905,18 +3900,16 @@ class Supervisor(GenServer):
 
     def _shut_down(self, pid: Pid) -> None:
         ref = monitor(pid)
-        unlink(pid)  # else the EXIT of each would stay in the mailbox, and in the way of the next DOWN
+        unlink(pid)  # else its EXIT would stay in the mailbox, before the DOWN of the next child
         exit(pid, "shutdown")
-        is_supervisor = isinstance(pid, ServerProcess) and isinstance(
-            pid.server, Supervisor
-        )  # has children to wait for
+        is_supervisor = isinstance(pid, ServerProcess) and isinstance(pid.server, Supervisor)  # waits for its children
         if receive(None if is_supervisor else self.SHUTDOWN, is_down(ref)) is None:
             exit(pid, "kill")
             receive(None, is_down(ref))
 
 
 def _child(spec: Any) -> dict[str, Any]:
-    """Returns a child with all its keys. Raises ValueError that says what is wrong with it."""
+    """Returns a child with all its keys. Raises ValueError for a bad one."""
     if not isinstance(spec, dict):
         raise ValueError(f"a child must be a dict, got {spec!r}")
     child = {"restart": "permanent", **spec}
@@ -3942,8 +3935,8 @@ def start_supervisor(
 
     A child is {"id", "start": (fn, *args), "restart": "permanent" (the default) | "transient" | "temporary"}. More than
     `intensity` restarts in `period` seconds end the children in reverse order and then the supervisor, with "shutdown".
-    `call(supervisor, "which_children")` lists (id, pid, restart). Answers as `start_link`. Raises ValueError for a bad
-    child, `intensity` or `period`.
+    `call(supervisor, "which_children")` returns [(id, pid, restart)]. Returns as `start_link` does. Raises ValueError
+    for a bad child, `intensity` or `period`.
     """
     if not isinstance(intensity, int) or isinstance(intensity, bool) or intensity < 0:
         raise ValueError(f"intensity must be a number of restarts, got {intensity!r}")
@@ -3962,79 +3955,78 @@ __all__ += [
 
 
 # ----- cut here: without replay --------------------------------------------------------------------------------------
-# Lost: pubsub.keep; join(since=...) then answers with a resync.
+# Lost: pubsub.keep. A join with `since` always gets a resync.
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Replay: channels that are kept; what a member has missed comes first.
-# House rule: plugs into pub/sub; knows no cluster.
+# Replay: keeps the last messages of a channel for members that come back.
+# Invariant: a position names one message; `since` returns all later messages without gap or duplicate, or None.
 # ---------------------------------------------------------------------------------------------------------------------
 
 
 class History:
-    """The last messages of a channel, numbered without a gap. A position is "life.number"."""
+    """The last messages of a channel. A position is "epoch.offset", and the offsets of an epoch have no gap."""
 
     def __init__(self, size: int, seconds: float) -> None:
         self.size, self.seconds = size, seconds
-        self.messages: deque[tuple[float, Message]] = deque(maxlen=size)  # when it came, and the message
+        self.messages: deque[tuple[float, Message]] = deque(maxlen=size)  # with the time when each came
         self.forget()
 
     def resize(self, size: int, seconds: float) -> None:
         self.size, self.seconds = size, seconds
         self.messages = deque(self.messages, maxlen=size)
 
-    def begin(self, life: str, number: int) -> None:
-        """The last message was that one, and none before it is known."""
-        self.life, self.number, self.known = life, number, number  # nothing is missing behind `known`
+    def begin(self, epoch: str, offset: int) -> None:
+        """Starts after the message at this offset, with no messages."""
+        self.epoch, self.offset = epoch, offset
+        self.complete_since = offset  # no message after it is missing
         self.messages.clear()
 
     def forget(self) -> None:
-        """Something is missing: no position from before is of use."""
+        """Messages were lost: earlier positions are invalid."""
         self.begin(os.urandom(4).hex(), 0)
 
-    def load(self, life: str, number: int, messages: list[tuple[float, Message]]) -> None:
-        """Takes over what is kept elsewhere, up to `number`; what has come since then stays."""
-        newer = [entry for entry in self.messages if self._is_behind(entry[1].position, life, number)]
-        self.begin(life, number - len(messages))
-        for at, message in messages + newer:
+    def load(self, epoch: str, offset: int, messages: list[tuple[float, Message]]) -> None:
+        """Replaces the messages up to `offset`; later ones stay."""
+        positions = [(entry, self._parse(entry[1].position)) for entry in self.messages]
+        later = [entry for entry, (its_epoch, its_offset) in positions if its_epoch == epoch and its_offset > offset]
+        self.begin(epoch, offset - len(messages))
+        for at, message in messages + later:
             self.add(message, at)
 
     @property
     def position(self) -> str:
-        return f"{self.life}.{self.number}"
+        return f"{self.epoch}.{self.offset}"
 
     def add(self, message: Message, at: float | None = None) -> None:
-        """Takes the next message, which may know its position already; `at` is when it came, if not now."""
+        """Adds the next message, and sets its position unless it has one. `at` is when it came, by default now."""
         if message.position is None:
-            message.position = f"{self.life}.{self.number + 1}"
-        life, number = self._parse(message.position)
-        if (life, number) != (self.life, self.number + 1):  # nobody knows what came between
-            self.begin(life, number)
-        self.number = number
+            message.position = f"{self.epoch}.{self.offset + 1}"
+        epoch, offset = self._parse(message.position)
+        if (epoch, offset) != (self.epoch, self.offset + 1):  # messages between them may be missing
+            self.begin(epoch, offset)
+        self.offset = offset
         self.messages.append((monotonic() if at is None else at, message))
 
     def since(self, position: Any) -> list[Message] | None:
-        """What came behind `position`, or None if that cannot be told: it is too old, or of another life."""
+        """Returns the messages after `position`; None if it is too old or from another epoch."""
         while self.messages and monotonic() - self.messages[0][0] > self.seconds:
             self.messages.popleft()
-        life, number = self._parse(position)
-        missed = self.number - number
-        if life != self.life or number < self.known or not 0 <= missed <= len(self.messages):
+        epoch, offset = self._parse(position)
+        missed = self.offset - offset
+        if epoch != self.epoch or offset < self.complete_since or not 0 <= missed <= len(self.messages):
             return None
         return [message for _, message in list(self.messages)[len(self.messages) - missed :]]
 
-    def _is_behind(self, position: Any, life: str, number: int) -> bool:
-        return self._parse(position)[0] == life and self._parse(position)[1] > number
-
     @staticmethod
     def _parse(position: Any) -> tuple[str, int]:
-        life, _, number = str(position).rpartition(".")
-        return (life, int(number)) if re.fullmatch("[0-9]{1,18}", number) else ("", 0)
+        epoch, _, offset = str(position).rpartition(".")
+        return (epoch, int(offset)) if re.fullmatch("[0-9]{1,18}", offset) else ("", 0)
 
 
 def _keep(pubsub: PubSub, channel: str, size: int, seconds: float) -> str:
     if not (size >= 1 and 0 < seconds < inf):
-        raise ValueError("a history has a size and a time")
+        raise ValueError(f"expected a size of at least 1 and seconds above 0, got {size!r} and {seconds!r}")
     scheduler.run_in_hub(_start_history, pubsub, check_channel(channel), size, seconds)
     return "ok"
 
@@ -4051,12 +4043,12 @@ rooms["replay"] = SimpleNamespace(keep=_keep)
 
 
 # ----- cut here: without launch --------------------------------------------------------------------------------------
-# Lost: reload=True and workers=N; reload_on_change, run_workers.
+# Lost: reload=True, workers=N, reload_on_change, run_workers.
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Launch: reloading, workers.
-# House rule: starts processes of the system; knows nothing of what they serve.
+# Launch: restarts the program after a change of its files, and runs it as several workers.
+# Invariant: starts the program with its own command line; does not depend on what it serves.
 # ---------------------------------------------------------------------------------------------------------------------
 
 
@@ -4064,9 +4056,9 @@ _RELOADED = "NOVA_LITE_RELOADED"  # in the environment of the process that serve
 
 
 def reload_on_change() -> None:
-    """Runs this program as a child, again whenever a file of it changes. In the child it returns at once.
+    """Runs this program as a child, and restarts it after a change of its files. In the child it returns immediately.
 
-    A child that fails is not started again before a file has changed: it would only fail again.
+    A child that fails is restarted only after a change.
     """
     if _RELOADED in os.environ:
         return
@@ -4079,7 +4071,7 @@ def reload_on_change() -> None:
                 time.sleep(0.1)
                 if child.poll() == 0:
                     sys.exit(0)
-        except KeyboardInterrupt:  # Ctrl-C has reached the child as well; `kill -INT` has not
+        except KeyboardInterrupt:  # Ctrl-C reaches the child as well; `kill -INT` does not
             with suppress(subprocess.TimeoutExpired):
                 sys.exit(child.wait(1))
             child.terminate()
@@ -4088,37 +4080,37 @@ def reload_on_change() -> None:
             if child.poll() is None:
                 child.terminate()
             child.wait()
-        log.info("a file has changed: starting again")
+        log.info("a file has changed: restarting")
 
 
 _WORKER = "NOVA_LITE_WORKER"  # in the environment of a worker: its number, the port, and the descriptor of a pipe
 
 
 def run_workers(count: int, host: str, port: int, drain_time: float = DRAIN_TIME) -> tuple[int, int]:
-    """Runs this program `count` times, as workers on one port; in a worker it returns (its number, the port) at once.
+    """Runs this program `count` times, as workers on one port. In a worker it returns (its number, the port).
 
-    A worker that ends is started again; where that happens at once, three times in a row, all end with exit code 1.
-    SIGINT and SIGTERM drain all of them. Raises OSError where the address is taken.
+    A worker that ends is restarted. If one ends within 3 seconds three times in a row, all end, with exit code 1.
+    SIGINT and SIGTERM drain all of them. Raises OSError if the address is in use.
     """
     if _WORKER in os.environ:
         number, port, _ = map(int, os.environ[_WORKER].split(":"))
         return number, port
-    reserved = _bound_socket(host, port, None)  # so that a port 0 means the same one to all
+    reserved = _bound_socket(host, port, None)  # so that all workers get the same port if it is 0
     sys.exit(Workers(reserved.getsockname()[1], drain_time).run(count))
 
 
 class Workers:
-    """The master of some processes that serve one port."""
+    """Runs worker processes that serve one port, and restarts them."""
 
     def __init__(self, port: int, drain_time: float) -> None:
         self.port, self.drain_time = port, drain_time
-        self.lifeline, self.held = os.pipe()  # each worker sees its end when the master is gone, however it went
+        self.lifeline, self.held = os.pipe()  # a worker reads the end of file when this process has ended
         self.children: dict[int, Any] = {}
         self.asked_to_stop = gevent.event.Event()
         self.failed = False
 
     def run(self, count: int) -> int:
-        """Until a signal comes, or they cannot be kept running; the exit code."""
+        """Runs until a signal comes, or a worker fails repeatedly. Returns the exit code."""
         for sign in (signal.SIGINT, signal.SIGTERM):
             gevent.signal_handler(sign, self.stop)
         log.info("%d workers on port %d", count, self.port)
@@ -4129,7 +4121,7 @@ class Workers:
         quick_ends = 0
         while not self.asked_to_stop.is_set():
             child = self.children[number] = self._start(number)
-            if self.asked_to_stop.is_set():  # meanwhile
+            if self.asked_to_stop.is_set():  # while it started
                 self.stop()
             started, code = monotonic(), child.wait()
             if self.asked_to_stop.is_set():
@@ -4143,14 +4135,14 @@ class Workers:
 
     def _start(self, number: int) -> Any:
         env = {**os.environ, _WORKER: f"{number}:{self.port}:{self.lifeline}"}
-        # A session of its own: Ctrl-C is for the master, which then tells all.
+        # In a session of its own, a worker gets no SIGINT from Ctrl-C: this process stops the workers.
         options = {"pass_fds": [self.lifeline], "stdin": gevent.subprocess.DEVNULL, "start_new_session": True}
         child = gevent.subprocess.Popen(_own_command(), env=env, **options)
         log.info("worker %d is process %d", number, child.pid)
         return child
 
     def stop(self) -> None:
-        """Lets them drain. Asked again, they are in a hurry, too; and who takes too long is killed."""
+        """Sends SIGTERM; a second call makes workers exit immediately. Kills those that outlive the drain by 5 s."""
         self.asked_to_stop.set()
         for child in self.children.values():
             if child.poll() is None:
@@ -4159,26 +4151,26 @@ class Workers:
 
 
 def _on_orphaned(stop: Callable[[], None]) -> Any:
-    """In a worker: calls `stop` when the master is gone."""
+    """In a worker, calls `stop` when the process that runs the workers has ended."""
     if _WORKER not in os.environ:
         return None
     watcher = get_hub().loop.io(int(os.environ[_WORKER].split(":")[2]), 1)
 
-    def orphaned() -> None:
+    def on_end_of_file() -> None:
         watcher.stop()
         stop()
 
-    watcher.start(orphaned)
+    watcher.start(on_end_of_file)
     return watcher.close
 
 
 def _own_command() -> list[str]:
-    spec = getattr(sys.modules["__main__"], "__spec__", None)  # there is one under python -m
+    spec = getattr(sys.modules["__main__"], "__spec__", None)  # not None under python -m
     return [sys.executable, *(["-m", spec.name, *sys.argv[1:]] if spec else sys.argv)]
 
 
 def _file_stamps() -> dict[str, float]:
-    """When each file of the program has changed: what is imported, less what is installed."""
+    """Returns when each imported file changed; without those that are installed."""
     stamps = {}
     installed = tuple(sysconfig.get_path(name) + os.sep for name in ("stdlib", "purelib", "platlib"))
     for module in list(sys.modules.values()):
@@ -5083,28 +5075,28 @@ rooms["cluster"] = SimpleNamespace(connect=_connect, disconnect=_disconnect)
 
 
 # ----- cut here: without board ---------------------------------------------------------------------------------------
-# Lost: app.stats and app.board.
+# Lost: app.stats, app.board.
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Board: what this node is doing, for programs and, as a page, for people.
-# House rule: looks at what the other rooms have, and changes nothing there.
+# Board: figures of this node, as a dict and as a page.
+# Invariant: reads the state of other rooms and never changes it.
 # ---------------------------------------------------------------------------------------------------------------------
 
-BOARD_TIME = 1.0  # seconds between two looks
-BOARD_SIZE = 500  # processes shown at most
+BOARD_TIME = 1.0  # seconds between updates
+BOARD_SIZE = 500  # processes in `stats` at most
 _started = monotonic()
 
 
 def stats() -> dict[str, Any]:
-    """Figures of this node, as a plain dict that JSON can carry; `app.stats()`.
+    """Returns figures of this node, as a dict of JSON values; also `app.stats()`.
 
-    node, version; uptime_seconds, cpu_seconds, memory_bytes (resident; where that cannot be had, its maximum);
+    node, version; uptime_seconds, cpu_seconds, memory_bytes (resident; on systems without /proc the maximum);
     connections (WebSockets and event streams) and max_connections, draining; since the start slow_closed (connections
-    cut since they did not read) and messages_dropped (for such, `on_slow`); process_count, and processes: the
-    BOARD_SIZE with the longest mailboxes, each with pid, name, handler, peer, mailbox (messages that wait), handled
-    (messages), age_seconds, channels (five at most), state (idle, ready, running, waiting, slow); channels: channel,
-    members (on all nodes), local_members, messages (to members here, since it has any); cluster: None, or up, nodes
+    closed for not reading) and messages_dropped (for such connections, see `on_slow`); process_count, and processes:
+    the BOARD_SIZE with the longest mailboxes, each with pid, name, handler, peer, mailbox and handled (messages),
+    age_seconds, channels (five at most), state (idle, ready, running, waiting, slow); channels: channel, members (of
+    all nodes), local_members, messages (sent to members here, since the channel has some); cluster: None, or up, nodes
     (name, id, members, silent_seconds) and dropped (messages that could not be read).
     """
     busiest = nlargest(BOARD_SIZE, processes.values(), key=lambda process: (len(process.mailbox), process.handled))
@@ -5121,13 +5113,13 @@ def stats() -> dict[str, Any]:
         "slow_closed": sum(registry.cut for registry in registries),
         "messages_dropped": sum(registry.dropped for registry in registries),
         "process_count": len(processes),
-        "processes": [_about_process(process, process in ready) for process in busiest],
-        "channels": [_about_channel(channel) for channel in sorted(pubsub.which_channels())],
+        "processes": [_process_info(process, process in ready) for process in busiest],
+        "channels": [_channel_info(channel) for channel in sorted(pubsub.which_channels())],
         "cluster": pubsub.adapter.info(),
     }
 
 
-def _about_process(process: Process, is_ready: bool) -> dict[str, Any]:
+def _process_info(process: Process, is_ready: bool) -> dict[str, Any]:
     states: dict[Any, str] = {enqueue: "idle", _apply_overflow: "slow", None: "ready" if is_ready else "running"}
     return {
         "pid": repr(process),
@@ -5142,7 +5134,7 @@ def _about_process(process: Process, is_ready: bool) -> dict[str, Any]:
     }
 
 
-def _about_channel(channel: str) -> dict[str, Any]:
+def _channel_info(channel: str) -> dict[str, Any]:
     local, remote = len(pubsub.channels.get(channel, ())), pubsub.adapter.count_members(channel)
     messages = pubsub.message_counts.get(channel, 0)
     return {"channel": channel, "members": local + remote, "local_members": local, "messages": messages}
@@ -5151,13 +5143,13 @@ def _about_channel(channel: str) -> dict[str, Any]:
 def _memory() -> int:
     with suppress(OSError, ValueError), open("/proc/self/statm") as file:
         return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-    import resource  # where there is no /proc
+    import resource  # for systems without /proc
 
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 class BoardHandler(WebSocketHandler):
-    """The board's WebSocket. One process looks, for all boards that are open; there is none while none is."""
+    """The board's WebSocket. While a board is open, one process publishes the figures for all boards."""
 
     def init(self, state: Any) -> Any:
         pubsub.join("nova_board")
@@ -5182,12 +5174,12 @@ def _publish_stats() -> None:
 
 
 def board(app: Nova, path: str = "/board", security: Any = False, logout: str = "") -> None:
-    """Adds the board, a page and its WebSocket, to an application; `security` as for any group of routes.
+    """Adds the board, a page and its WebSocket, to an application; `security` as in a group of routes.
 
-    With the path of a `logout` (a POST), the page has a button for it.
+    With `logout`, a path for POST, the page has a button for it.
     """
     page = {"Content-Type": "text/html; charset=utf-8", "Cache-Control": "no-cache"}
-    text = BOARD.replace('action="" hidden', f'action="{bottle.html_escape(logout)}"') if logout else BOARD
+    text = BOARD_PAGE.replace('action="" hidden', f'action="{bottle.html_escape(logout)}"') if logout else BOARD_PAGE
     routes = [
         ("/", lambda _req: ("status", 200, page, text), {"methods": ["get"]}),
         ("/live", BoardHandler, {"protocol": "ws"}),
@@ -5197,7 +5189,7 @@ def board(app: Nova, path: str = "/board", security: Any = False, logout: str = 
 
 rooms["board"] = SimpleNamespace(stats=stats, board=board)
 
-BOARD = """<!doctype html>
+BOARD_PAGE = """<!doctype html>
 <html lang="en">
 <meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
 <title>Board</title><link rel="icon" href="data:,">

@@ -6516,7 +6516,7 @@ def test_keeping_a_channel_again_changes_its_limits_and_forgets_no_more_than_it_
 
 @pytest.mark.parametrize("limits", [{"size": 0}, {"seconds": 0}, {"seconds": float("inf")}], ids=str)
 def test_a_history_of_nothing_is_refused(limits):
-    with pytest.raises(ValueError, match="a history has a size and a time"):
+    with pytest.raises(ValueError, match="expected a size of at least 1 and seconds above 0"):
         pubsub.keep("c", **limits)
 
 
