@@ -4375,6 +4375,14 @@ class Redis:
         connection.connect()
         return connection
 
+    def execute(self, *command: Any) -> Any:
+        connection = self.connect()
+        try:
+            connection.send_command(*command)
+            return connection.read_response()
+        finally:
+            connection.disconnect()
+
     def key(self, kind: str, name: str = "") -> bytes:
         return f"{self.prefix}{kind}{name}".encode("utf-8", "surrogatepass")
 
@@ -4432,7 +4440,7 @@ class Transport:
             except Exception as error:
                 if not isinstance(error, self.redis.errors):
                     log.exception("cluster: unexpected error")
-                was_connected = self.phase == CONNECTED
+                was_connected = self.phase in (CONNECTED, LEAVING)
                 if was_connected or str(error) != failure:
                     what = "disconnected from" if was_connected else "cannot connect to"
                     log.warning("cluster: %s %s: %s; retrying", what, self.redis.label, error)
@@ -4467,22 +4475,22 @@ class Transport:
                 self.work.wait()
                 self.work.clear()
                 self.cluster.membership.publish_changes()
-                self._write_batch()
+                if self.commands:
+                    commands, self.commands = self.commands, []
+                    self.reading.send_packed_command(self.reading.pack_commands(commands))
+                if self.outbox:
+                    self._write_batch()
         except Exception as error:
             self.reader.kill(error, block=False)
 
     def _write_batch(self) -> None:
-        """Writes the commands, and a batch of the outbox in one round trip."""
-        if self.commands:
-            commands, self.commands = self.commands, []
-            self.reading.send_packed_command(self.reading.pack_commands(commands))
+        """Writes a part of the outbox in one round trip."""
         batch: list[Any] = []
         size = 0
         while len(batch) < min(1000, len(self.outbox)) and size < 1_000_000:
             batch.append(self.outbox[len(batch)][1])
             size += len(batch[-1][-1])
-        if batch:
-            self.writing.send_packed_command(self.writing.pack_commands(batch))
+        self.writing.send_packed_command(self.writing.pack_commands(batch))
         for _ in batch:
             self.writing.read_response()
             self.outbox_bytes -= len(self.outbox.popleft()[1][-1])  # after the response: else it counts as unsent
@@ -4576,18 +4584,17 @@ class Membership:
         return self.name, self.sequence, members
 
     def apply_state(self, node_id: bytes, name: str, sequence: int, members: dict[str, list[int]]) -> None:
-        now, known = monotonic(), self.nodes.get(node_id)
-        if known is not None and sequence < known.sequence:  # old, as in `apply_delta`
+        known = self.nodes.get(node_id) or Node(name, sequence, {}, 0.0)
+        if sequence < known.sequence:  # old, as in `apply_delta`
             return
-        if known is None:
+        if node_id not in self.nodes:
             log.info("cluster: node %s %s joined", name, node_id.hex())
         self.names[node_id] = name
-        before = known.members if known is not None else {}
         after = {channel: set(serials) for channel, serials in members.items() if serials}
-        self.nodes[node_id] = Node(name, sequence, after, now)
+        self.nodes[node_id] = Node(name, sequence, after, monotonic())
         self.requested.pop(node_id, None)
         for channel in self.pubsub.monitors:
-            old, new = before.get(channel, set()), after.get(channel, set())
+            old, new = known.members.get(channel, set()), after.get(channel, set())
             self._notify(node_id, "join", channel, new - old)
             self._notify(node_id, "leave", channel, old - new)
 
@@ -4745,15 +4752,11 @@ class Cluster(Adapter):
     # -- the adapter of pub/sub
 
     def encode(self, message: Message, exclude: Pid | None) -> bytes:
-        _, _, sender, topic, payload = message
-        return self.codec.encode([sender, topic, payload, exclude])
+        return self.codec.encode([*message[2:], exclude])
 
     def dispatch(self, message: Message, exclude: Pid | None, data: bytes) -> None:
         self.pubsub.deliver_unrecorded(message, exclude)
         self._publish(self.redis.key("channel:", message[1]), data, message[1])
-
-    def dispatch_here(self, message: Message) -> None:
-        self.pubsub.deliver(message, None)
 
     def on_join(self, channel: str, process: Process) -> None:
         self.membership.add_change("join", channel, process)
@@ -4784,8 +4787,6 @@ class Cluster(Adapter):
             members, silent = sum(map(len, node.members.values())), round(now - node.last_heard, 1)
             nodes.append({"name": node.name, "id": node_id.hex(), "members": members, "silent_seconds": silent})
         return {"up": self.connected, "nodes": nodes, "dropped": self.dropped}
-
-    # -- outgoing
 
     def publish_control(self, kind: str, name: str, *body: Any) -> None:
         self.transport.send(None, "PUBLISH", self.redis.key(kind, name), self.codec.encode(list(body)))
@@ -4968,10 +4969,13 @@ class ReplayCluster(Cluster):
         if history is None or not self.subscriptions.is_confirmed(channel) or not transport.accepts_broadcasts():
             super().dispatch(message, exclude, data)
             return
-        keys = *self._history_keys(channel), self.redis.key("channel:", channel)
+        keys = [self.redis.key(kind, channel) for kind in ("life:", "history:", "channel:")]
         epoch, seconds = os.urandom(4).hex(), max(1, int(history.seconds))
         transport.send(channel, "EVAL", KEEP, 3, *keys, epoch, transport.run_id, history.size, seconds, data)
         self.in_flight.append((message, exclude))
+
+    def dispatch_here(self, message: Message) -> None:
+        self.pubsub.deliver(message, None)  # Redis does not keep it
 
     def on_keep(self, channel: str) -> None:
         if self.subscriptions.is_confirmed(channel):
@@ -4991,19 +4995,13 @@ class ReplayCluster(Cluster):
         while self.in_flight:  # Redis may have published them, but the members here did not get them
             self.pubsub.deliver_unrecorded(*self.in_flight.popleft())
 
-    def _history_keys(self, channel: str) -> tuple[bytes, bytes]:
-        return self.redis.key("life:", channel), self.redis.key("history:", channel)
-
     def _load(self, channel: str) -> None:
         """Runs in a greenlet: reads the history from Redis."""
-        history, epoch = self.pubsub.histories[channel], os.urandom(4).hex()
+        history = self.pubsub.histories[channel]
         try:
-            run_id, connection = self.transport.run_id, self.redis.connect()
-            try:
-                connection.send_command("EVAL", LOAD, 2, *self._history_keys(channel), epoch, run_id)
-                epoch, offset, now, entries = connection.read_response()
-            finally:
-                connection.disconnect()
+            keys = self.redis.key("life:", channel), self.redis.key("history:", channel)
+            response = self.redis.execute("EVAL", LOAD, 2, *keys, os.urandom(4).hex(), self.transport.run_id)
+            epoch, offset, now, entries = response
             aged = [(int(now) - int(fields[1]), fields[3]) for _, fields in entries]
             recent = [(monotonic() - age, data) for age, data in aged if age <= history.seconds]
             messages = [(at, self._read_broadcast(channel, *data.split(b" ", 1))[0]) for at, data in recent]
@@ -5059,15 +5057,9 @@ def publish(url: str, channel: str, topic: str | bytes, payload: Any) -> int:
 
     Raises OSError or redis.RedisError if Redis cannot be reached, and the errors of `connect` and `broadcast`.
     """
-    redis = Redis(url)
-    _, _, sender, topic, payload = pubsub.make_message(channel, topic, payload)
-    key, data = redis.key("channel:", channel), Codec(None, os.urandom(8)).encode([sender, topic, payload, None])
-    connection = redis.connect()
-    try:
-        connection.send_command("PUBLISH", key, data)
-        return connection.read_response()
-    finally:
-        connection.disconnect()
+    redis, message = Redis(url), pubsub.make_message(channel, topic, payload)
+    data = Codec(None, os.urandom(8)).encode([*message[2:], None])
+    return redis.execute("PUBLISH", redis.key("channel:", channel), data)
 
 
 __all__ += ["publish"]
@@ -5258,26 +5250,26 @@ const age = time => [[86400, "d"], [3600, "h"], [60, "min"], [1, "s"]].filter(([
 const byText = new Intl.Collator("en", { numeric: true }).compare, SPAN = 60, MOST = 500;  // seconds, rows
 const series = new Map();  // the points of the charts, [uptime, value], by the property or by "#" and the channel
 let now = null, frame = 0, paused = false, tries = 0, timer = 0;
-function element(tag, properties, ...children) {  // what the server tells is only ever text
+function element(tag, properties, ...children) {  // strings from the server are inserted as text, never as HTML
   const node = Object.assign(document.createElement(tag), properties);
   node.append(...children);
   return node;
 }
-function write(node, text, property = "textContent") {  // what has not changed costs nothing
+function write(node, text, property = "textContent") {  // changes the DOM only if the text differs
   if (node["last " + property] !== text) node[property] = node["last " + property] = text;
 }
 function record(name, value) {
   const points = (series.get(name) || []).filter(([at]) => at >= now.uptime_seconds - SPAN);
   series.set(name, [...points, [now.uptime_seconds, value]]);
 }
-function plot(svg, name, least) {  // the newest at the right, the highest (or `least`) at the top; answers the highest
+function plot(svg, name, least) {  // newest at the right, highest (or `least`) at the top; returns the highest
   const points = series.get(name), highest = Math.max(...points.map(point => point[1])), top = Math.max(least, highest);
   const place = ([at, value]) => `${(SPAN + at - now.uptime_seconds).toFixed(1)},${(20 - 20 * value / top).toFixed(1)}`;
   const line = points.map(place).join(" ");
   if (svg.line !== line) svg.firstElementChild.setAttribute("points", svg.line = line);
   return highest;
 }
-const tiles = [  // title, what the chart shows, figure, note, the least at the top of the chart, whether it is an alarm
+const tiles = [  // title, series of the chart, figure, note, least top of the chart, whether above 0 is an alarm
   ["CPU of one core", "cpu", () => `${number(now.cpu)} %`, peak => `peak ${number(peak)} %`, 10],
   ["Memory", "memory_bytes", () => size(now.memory_bytes), peak => `peak ${size(peak)}`, 1],
   ["Connections", "connections", () => number(now.connections), () => `of ${number(now.max_connections)}`, 10],
@@ -5297,8 +5289,8 @@ const tiles = [  // title, what the chart shows, figure, note, the least at the 
 });
 function table(name, key, by, columns) {  // columns: title, property (none: a chart), format (of a number)
   const section = made("table"), find = selector => section.querySelector(selector), filter = find("input");
-  const look = ([, property, format]) => format ? "right" : property || "chart", body = find("tbody"), rows = new Map();
-  const heads = columns.map((column, index) => element("th", { scope: "col", className: look(column) },
+  const kind = ([, property, format]) => format ? "right" : property || "chart", body = find("tbody"), rows = new Map();
+  const heads = columns.map((column, index) => element("th", { scope: "col", className: kind(column) },
     column[1] ? element("button", { textContent: column[0], onclick: () => sort(index) }) : column[0]));
   Object.assign(filter, { ariaLabel: "Filter " + name, oninput: redraw });
   find(".scroll").ariaLabel = find("h2").textContent = name[0].toUpperCase() + name.slice(1);
@@ -5318,12 +5310,12 @@ function table(name, key, by, columns) {  // columns: title, property (none: a c
     return sign * (isNumber ? a - b : byText(a, b)) || byText(one[key], two[key]);
   }
   const newRow = () => element("tr", {}, ...columns.map((column, index) =>
-    element(index ? "td" : "th", { className: look(column) }, ...(column[1] ? [] : [made("chart")]))));
-  return (items, total) => {  // rows are changed and moved, not made again: focus, selection and scrolling stay
+    element(index ? "td" : "th", { className: kind(column) }, ...(column[1] ? [] : [made("chart")]))));
+  return (items, total) => {  // reuses rows, so that focus, selection and scroll position stay
     const words = filter.value.toLowerCase().split(" "), texts = columns.filter(column => column[1] && !column[2]);
     const text = item => [item[key], ...texts.map(column => item[column[1]])].join(" ").toLowerCase();
-    const has = item => { const all = text(item); return words.every(word => all.includes(word)); };
-    const wanted = filter.value ? items.filter(has) : [...items];
+    const matches = item => { const all = text(item); return words.every(word => all.includes(word)); };
+    const wanted = filter.value ? items.filter(matches) : [...items];
     const shown = wanted.sort(compare).slice(0, MOST), ids = new Set(shown.map(item => item[key]));
     for (const [id, row] of rows) if (!ids.has(id) && rows.delete(id)) row.remove();
     let place = body.firstChild;
@@ -5333,7 +5325,7 @@ function table(name, key, by, columns) {  // columns: title, property (none: a c
       columns.forEach(([, name, format = text => text], index) => name
         ? write(row.children[index], format(item[name])) : plot(row.children[index].firstChild, "#" + item[key], 1));
       write(row, item.state || "", "className");
-      const stays = row.value === (row.value = item[columns[by][1]]);  // those that do have kept their order
+      const stays = row.value === (row.value = item[columns[by][1]]);  // their order is unchanged
       for (let other = place; stays && other && other !== row; other = place) {
         place = other.nextSibling;
         other.remove();
@@ -5351,12 +5343,13 @@ const drawChannels = table("channels", "channel", 3, [["Channel", "channel"], ["
 const drawProcesses = table("processes", "pid", 2, [["Process", "title"], ["State", "state"],
   ["Mailbox", "mailbox", number], ["Handled/s", "rate", number], ["Handled", "handled", number],
   ["Age", "age_seconds", age], ["Handler", "handler"], ["Channels", "channels"], ["Peer", "peer"]]);
-function redraw() { frame = frame || requestAnimationFrame(draw); }  // not while nobody sees it
+function redraw() { frame = frame || requestAnimationFrame(draw); }  // a hidden page gets no animation frames
 function draw() {
   frame = 0;
   if (!now) return;
-  const { node, version, cluster } = now, lost = cluster && cluster.dropped ? `, ${number(cluster.dropped)} lost` : "";
-  const state = cluster ? `cluster ${cluster.up ? "up" : "cut off"}${lost}` : "no cluster";
+  const { node, version, cluster } = now;
+  const lost = cluster && cluster.dropped ? `, ${number(cluster.dropped)} dropped` : "";
+  const state = cluster ? `cluster ${cluster.up ? "up" : "disconnected"}${lost}` : "no cluster";
   write($("node"), node);
   write($("about"), `nova_lite ${version}, up ${age(now.uptime_seconds)}, ${state}`);
   for (const tile of tiles) tile.draw();
@@ -5366,7 +5359,7 @@ function draw() {
   drawChannels(now.channels, now.channels.length);
   drawProcesses(now.processes, now.process_count);
 }
-function take(data) {  // what is a rate is the difference from the last time
+function update(data) {  // rates are the difference from the last update
   const same = now && now.node === data.node && now.uptime_seconds <= data.uptime_seconds, was = same ? now : data;
   const time = data.uptime_seconds - was.uptime_seconds, rate = (value, old) => time && Math.max(0, value - old) / time;
   if (same && time < 0.5) return;  // too short for a rate
@@ -5374,7 +5367,7 @@ function take(data) {  // what is a rate is the difference from the last time
     const old = new Map(was[kind].map(item => [item[key], item[total]]));
     for (const item of data[kind]) item.rate = old.has(item[key]) ? rate(item[total], old.get(item[key])) : 0;
   }
-  for (const item of data.processes) {  // a pid of this node is short, as in Erlang
+  for (const item of data.processes) {  // pids of this node are shortened to <0.N>, as in Erlang
     item.title = `${item.name || ""} ${item.pid.replace(`<${data.node}.`, "<0.")}`.trim();
     Object.assign(item, { handler: item.handler || "", peer: item.peer || "", channels: item.channels.join(", ") });
   }
@@ -5382,13 +5375,13 @@ function take(data) {  // what is a rate is the difference from the last time
     rate: data.channels.reduce((sum, item) => sum + item.rate, 0), closing: rate(data.slow_closed, was.slow_closed),
     dropping: rate(data.messages_dropped, was.messages_dropped),
     slow: data.processes.filter(item => item.state === "slow").length });
-  if (!same) series.clear();  // another node, or the same one started again
+  if (!same) series.clear();  // another node, or the same one after a restart
   for (const tile of tiles) record(tile.name, now[tile.name]);
   for (const item of now.channels) record("#" + item.channel, item.rate);
   for (const [name, points] of series) if (points.at(-1)[0] !== now.uptime_seconds) series.delete(name);
   redraw();
 }
-function say(text, good, wait, fn) {  // and what to do if nothing happens for so many seconds
+function showState(text, good, wait, fn) {  // calls `fn` if there is no other state within `wait` seconds
   write($("state"), text);
   $("state").className = good ? "up" : "down";
   clearTimeout(timer);
@@ -5402,19 +5395,19 @@ function connect() {
     socket.onclose = socket.onmessage = null;
     socket.close();
     document.body.className = "old";
-    say(`reconnecting in ${Math.ceil(delay)} s`, false, delay, connect);
+    showState(`reconnecting in ${Math.ceil(delay)} s`, false, delay, connect);
     const show = answer => { $("login").hidden = answer.type !== "opaqueredirect" && answer.status !== 401; };
     fetch(location.pathname, { method: "HEAD", redirect: "manual" }).then(show, () => {});
   }
   socket.onclose = lost;
   socket.onmessage = event => {
-    if (!paused) take(JSON.parse(event.data));
-    say(paused ? "paused" : now.draining ? "draining" : "live", !paused && !now.draining, 10, lost);
+    if (!paused) update(JSON.parse(event.data));
+    showState(paused ? "paused" : now.draining ? "draining" : "live", !paused && !now.draining, 10, lost);
     document.body.className = "";
     $("login").hidden = true;
     tries = 0;
   };
-  say($("state").textContent, false, 10, lost);
+  showState($("state").textContent, false, 10, lost);
 }
 connect();
 $("pause").onclick = event => event.target.ariaPressed = paused = !paused;
