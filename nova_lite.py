@@ -4532,8 +4532,8 @@ class Subscriptions:
             del self.events[channel]
 
     def on_subscribed(self, channel: str) -> None:
+        self.cluster.on_confirmed(channel)  # first: other nodes learn of a member before its `join` returns
         self.events[channel].set()
-        self.cluster.on_confirmed(channel)
         self.unsubscribe_unused(channel)  # all members may have left meanwhile
 
     def clear(self) -> None:
@@ -4564,7 +4564,7 @@ class Membership:
         self.requested: dict[bytes, float] = {}  # node id -> when its state was requested
 
     def add_change(self, change: str, channel: str, process: Process) -> None:
-        if self.cluster.connected and self.cluster.subscriptions.is_confirmed(channel):  # else announced later, in all
+        if self.cluster.connected:  # else `hello` includes it
             self.changes.append([change, channel, process.serial])
             self.cluster.transport.work.set()
 
@@ -4759,11 +4759,13 @@ class Cluster(Adapter):
         self._publish(self.redis.key("channel:", message[1]), data, message[1])
 
     def on_join(self, channel: str, process: Process) -> None:
-        self.membership.add_change("join", channel, process)
+        if self.subscriptions.is_confirmed(channel):  # else `on_confirmed` announces it
+            self.membership.add_change("join", channel, process)
         self.subscriptions.ensure_subscribed(channel)
 
     def on_leave(self, channel: str, process: Process) -> None:
-        self.membership.add_change("leave", channel, process)
+        if self.subscriptions.is_confirmed(channel):
+            self.membership.add_change("leave", channel, process)
         self.subscriptions.unsubscribe_unused(channel)
 
     def wait_until_subscribed(self, channel: str) -> None:
