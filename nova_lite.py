@@ -4150,15 +4150,15 @@ class Workers:
                 gevent.spawn_later(self.drain_time + 5, child.kill)
 
 
-def _on_orphaned(stop: Callable[[], None]) -> Any:
-    """In a worker, calls `stop` when the process that runs the workers has ended."""
+def _on_orphaned(stop_server: Callable[[], None]) -> Any:
+    """In a worker, calls `stop_server` when the process that runs the workers has ended."""
     if _WORKER not in os.environ:
         return None
     watcher = get_hub().loop.io(int(os.environ[_WORKER].split(":")[2]), 1)
 
     def on_end_of_file() -> None:
         watcher.stop()
-        stop()
+        stop_server()
 
     watcher.start(on_end_of_file)
     return watcher.close

@@ -7774,6 +7774,25 @@ def test_what_is_loaded_keeps_its_age(keepers, node, monkeypatch):
     late.leave("k")
 
 
+def test_a_node_without_the_room_replay_receives_what_others_keep(node, monkeypatch):
+    keeper = node()
+    with monkeypatch.context() as cut_off:
+        cut_off.delitem(nova_lite.rooms, "replay")
+        plain = node()
+    meet(keeper, plain)
+    keeper.keep("k")
+    plain.join("k")
+    until(lambda: subscribed(keeper, "k"))
+    for number in range(3):
+        keeper.broadcast("k", "t", number)
+    messages = [expect() for _ in range(3)]
+    assert [message[4] for message in messages] == [0, 1, 2]
+    until(lambda: keeper.get_position("k") == messages[-1].position)
+    plain.broadcast("k", "t", 3)
+    assert (expect()[4], plain.get_position("k")) == (3, None)
+    plain.leave("k")
+
+
 def test_members_here_get_what_redis_was_about_to_keep_when_it_died(node, own_redis):
     redis = own_redis()
     alone = node(redis.url())
