@@ -3608,25 +3608,25 @@ def _raise_descriptor_limit() -> None:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# gen_server, supervisor: OTP's two behaviours that everything else is built from.
-# House rule: uses processes only.
+# gen_server, supervisor: servers that reply to calls, and restart of processes that end (OTP).
+# Invariant: uses processes only; a callback runs in the process of its server.
 # ---------------------------------------------------------------------------------------------------------------------
 
 
 class CallError(Exception):
-    """A `call` that got no answer."""
+    """A `call` failed."""
 
 
 class CallTimeout(CallError, TimeoutError):
-    """The server did not answer in time. If it still does, nobody hears it."""
+    """The server did not reply in time; a late reply is discarded."""
 
 
 class NoProc(CallError):
-    """There is no such process."""
+    """The server does not exist."""
 
 
 class ServerDied(CallError):
-    """The server ended, for `reason`, before it answered."""
+    """The server ended, with `reason`, before it replied."""
 
     def __init__(self, reason: Any) -> None:
         super().__init__(reason)
@@ -3634,39 +3634,39 @@ class ServerDied(CallError):
 
 
 class GenServer:
-    """The callbacks of a server, one instance a server (OTP's gen_server). All run in the server's own process."""
+    """The callbacks of a server (OTP's gen_server), with one instance a server. All run in the server's process."""
 
     def init(self, args: Any) -> Any:
-        """("ok", state), ("stop", reason) or "ignore"."""
+        """Returns ("ok", state), ("stop", reason) or "ignore"."""
         return "ok", args
 
     def handle_call(self, request: Any, from_: Any, state: Any) -> Any:
-        """("reply", value, state), ("noreply", state), ("stop", reason, value, state) or ("stop", reason, state)."""
+        """Returns ("reply", value, state), ("noreply", state), ("stop", reason[, value], state)."""
         return "stop", ("bad_call", request), state
 
     def handle_cast(self, request: Any, state: Any) -> Any:
-        """("noreply", state) or ("stop", reason, state)."""
+        """Returns ("noreply", state) or ("stop", reason, state)."""
         return "stop", ("bad_cast", request), state
 
     def handle_info(self, info: Any, state: Any) -> Any:
-        """As handle_cast, for any other message."""
+        """Handles any other message, and returns as `handle_cast` does."""
         log.warning("%r %s: unexpected message %r", self_pid(), type(self).__name__, info)
         return "noreply", state
 
     def terminate(self, reason: Any, state: Any) -> None:
-        """The server is about to end by its own doing, by a crash, or by its parent's exit signal if it traps exits."""
+        """Called before the server stops, crashes, or ends by its parent's exit signal while it traps exits."""
 
 
 class _Stop(Exception):
-    """A callback has asked for the end."""
+    """Raised to stop the server; `final` sends what its caller waits for."""
 
-    def __init__(self, reason: Any, answer: Callable[[], Any] | None = None) -> None:
+    def __init__(self, reason: Any, final: Callable[[], Any] | None = None) -> None:
         super().__init__(reason)
-        self.reason, self.answer = reason, answer
+        self.reason, self.final = reason, final
 
 
 def _is_timeout(rest: list[Any]) -> bool:
-    """Returns whether a result ends in nothing more, or in a timeout, None and "infinity" included, or "hibernate"."""
+    """Returns whether a result ends in nothing more, in "hibernate", or in a timeout, None and "infinity" included."""
     match rest:
         case [] | [None | "infinity" | "hibernate"]:
             return True
@@ -3679,16 +3679,14 @@ def _is_timeout(rest: list[Any]) -> bool:
 class ServerProcess(Process):
     """The loop of a gen_server."""
 
-    __slots__ = (
-        "args", "init_waiter", "parent", "server", "state", "timer",
-    )  # fmt: skip
+    __slots__ = ("args", "init_waiter", "parent", "server", "state", "timer")
 
     def __init__(self, server: Any, args: Any, parent: Process) -> None:
         super().__init__()
         self.server, self.args, self.parent = server, args, parent
-        self.init_waiter: Alias | None = Alias()  # who waits for init's answer
+        self.init_waiter: Alias | None = Alias()  # the address of `start_link`; None after `init`
         self.state: Any = None
-        self.timer: Any = None  # runs while it rests, if a callback has asked for "timeout"
+        self.timer: Any = None  # sends "timeout" if no message comes; None unless the last callback returned a timeout
 
     def step(self) -> None:
         if self.timer is not None:
@@ -3707,7 +3705,7 @@ class ServerProcess(Process):
             self.timer.start(self._time_out, update=True)
 
     def _time_out(self) -> None:
-        if self.wake is not None:  # else a message has come in the same turn of the hub, and cancels it
+        if self.wake is not None:  # else a message came in the same iteration of the hub
             self.deliver("timeout")
 
     def _init(self) -> Any:
@@ -3724,23 +3722,23 @@ class ServerProcess(Process):
         raise _Stop(("bad_return_value", result))
 
     def _handle(self, message: Any) -> Any:
-        """Handles one message and tells the timeout that the callback asks for."""
+        """Handles one message. Returns the timeout that the callback returned, or None."""
         match message:
             case ("$gen_call", (_, Pid()) as from_, request):
-                return self._take(self.server.handle_call(request, from_, self.state), from_)
+                return self._handle_result(self.server.handle_call(request, from_, self.state), from_)
             case ("$gen_cast", request):
-                return self._take(self.server.handle_cast(request, self.state))
+                return self._handle_result(self.server.handle_cast(request, self.state))
             case ("$stop", reason):
                 raise _Stop(reason)
             case ("EXIT", self.parent, reason):
                 raise _Stop(reason)
-        return self._take(self._optional("handle_info")(message, self.state))
+        return self._handle_result(self._optional("handle_info")(message, self.state))
 
     def _optional(self, callback: str) -> Callable[..., Any]:
-        """A callback that OTP does not ask for: GenServer's, where the server has none."""
+        """Returns a callback that the server may lack: then that of GenServer."""
         return getattr(self.server, callback, None) or partial(getattr(GenServer, callback), self.server)
 
-    def _take(self, result: Any, from_: Any = None) -> Any:
+    def _handle_result(self, result: Any, from_: Any = None) -> Any:
         match result:
             case ("noreply", state, *timeout) if _is_timeout(timeout):
                 self.state = state
@@ -3764,29 +3762,29 @@ class ServerProcess(Process):
             return self._fail_start(error)
         if isinstance(error, ProcessExit):
             return error.reason
-        reason = self._reason(error)
+        if isinstance(error, _Stop):
+            reason = error.reason
+            if not is_normal(reason):
+                log.error("%r%s stopped: %r", self, self.title(), reason)
+        else:
+            reason = self.log_crash(error, failing_callback(error))
         try:
             self._optional("terminate")(reason, self.state)
         except BaseException as failure:
             reason = self.log_crash(failure, "terminate")
-        if isinstance(error, _Stop) and error.answer:
-            error.answer()
+        if isinstance(error, _Stop) and error.final:
+            error.final()
         return reason
 
     def _fail_start(self, error: BaseException) -> Any:
-        """`start_link` tells its caller; no exit signal does it a second time."""
+        """Unlinks the parent, which gets the reason from `start_link` and no exit signal. Returns the reason."""
         if self.parent in self.links:
             self.links.discard(self.parent)
             self.parent.links.discard(self)
-        if isinstance(error, _Stop) and error.answer:
-            error.answer()
-        return error.reason if isinstance(error, _Stop) else self.log_crash(error, "init")
-
-    def _reason(self, error: BaseException) -> Any:
         if not isinstance(error, _Stop):
-            return self.log_crash(error, failing_callback(error))
-        if not is_normal(error.reason):
-            log.error("%r%s stopped: %r", self, self.title(), error.reason)
+            return self.log_crash(error, "init")
+        if error.final:
+            error.final()
         return error.reason
 
     def role(self) -> str:
@@ -3799,8 +3797,8 @@ class ServerProcess(Process):
 def start_link(cls: Any, args: Any = None, name: str | None = None) -> Any:
     """Starts a server, linked to the caller, and waits for its `init` (gen_server:start_link/4).
 
-    `cls` is a class, or any object with the callbacks. Answers the Pid; ("error", reason) if `init` stops or crashes,
-    ("error", ("already_started", pid)) if `name` is taken; "ignore" if `init` says so.
+    `cls` is a class, or any object with the callbacks. Returns the Pid; ("error", reason) if `init` stops or crashes;
+    ("error", ("already_started", pid)) if `name` is taken; "ignore" if `init` returns it.
     """
     me = calling_process()
     if name is not None and check_name(name) in registered:
@@ -3820,7 +3818,7 @@ def start_link(cls: Any, args: Any = None, name: str | None = None) -> Any:
 
 
 def call(server: Pid | str, request: Any, timeout: float | None = 5.0) -> Any:
-    """Asks a server and waits for its answer (gen_server:call/3); `timeout` in seconds, None for ever.
+    """Sends a request to a server and returns its reply (gen_server:call/3); `timeout` in seconds, None for no limit.
 
     Raises CallTimeout, NoProc or ServerDied, all of them CallError.
     """
@@ -3836,30 +3834,30 @@ def call(server: Pid | str, request: Any, timeout: float | None = 5.0) -> Any:
             raise NoProc(server)
         case ("DOWN", reason):
             raise ServerDied(reason)
-    raise CallTimeout(f"no answer from {server!r} to {request!r} in {timeout} s")
+    raise CallTimeout(f"no reply from {server!r} to {request!r} in {timeout} s")
 
 
 def cast(server: Pid | str, request: Any) -> str:
-    """Sends a request that nobody answers; "ok", whether the server lives or not (gen_server:cast/2)."""
+    """Sends a request without a reply. Returns "ok", whether the server exists or not (gen_server:cast/2)."""
     send(server, ("$gen_cast", request))
     return "ok"
 
 
 def reply(from_: tuple[Pid, Pid], value: Any) -> str:
-    """Answers a call from anywhere; `from_` is what handle_call was given (gen_server:reply/2)."""
+    """Replies to a call, from any process; `from_` is that of `handle_call` (gen_server:reply/2)."""
     try:
         from_[1].send(("reply", value))
-    except (TypeError, ValueError) as error:  # it cannot cross to the caller's node: no reason for the server to die
-        log.error("%r cannot answer %r: %s", self_pid(), from_[0], error)
+    except (TypeError, ValueError) as error:  # cannot cross to the caller's node, for which the server must not crash
+        log.error("%r cannot reply to %r: %s", self_pid(), from_[0], error)
         from_[1].send(("DOWN", str(error)))
     return "ok"
 
 
 def stop(server: Pid | str, reason: Any = "normal", timeout: float | None = None) -> str:
-    """Lets a server end after what is in its mailbox, and waits for it (gen_server:stop/3).
+    """Stops a server after the messages in its mailbox, and waits until it has ended (gen_server:stop/3).
 
-    Raises NoProc if there is none, ServerDied if it ends for another reason (`terminate` crashes, it is killed), and
-    CallTimeout after `timeout` seconds.
+    Raises NoProc if it does not exist, ServerDied if it ends for another reason (`terminate` crashes, it is killed),
+    and CallTimeout after `timeout` seconds.
     """
     process = resolve(server)
     if process is None:
@@ -3877,12 +3875,12 @@ def stop(server: Pid | str, reason: Any = "normal", timeout: float | None = None
 
 
 class Supervisor(GenServer):
-    """OTP's supervisor, one_for_one: a child that ends is started again, unless that happens too often.
+    """Restarts a child that ends, unless that happens too often (OTP's supervisor, one_for_one).
 
-    Its state is {id: (spec, pid)} in starting order; pid is None for a child that is not running.
+    The state is {id: (spec, pid)} in starting order; pid is None for a child that does not run.
     """
 
-    SHUTDOWN = 5.0  # seconds that a child has to end before it is killed (OTP's default)
+    SHUTDOWN = 5.0  # seconds until a child that does not end is killed (OTP's default)
 
     def __init__(self, children: list[dict[str, Any]], intensity: int, period: float) -> None:
         self.children, self.intensity, self.period = children, intensity, period
@@ -3896,69 +3894,66 @@ class Supervisor(GenServer):
             if isinstance(pid, tuple):
                 self.terminate("shutdown", state)
                 return "stop", ("shutdown", ("failed_to_start_child", spec["id"], pid[1]))
-            if pid is not None or spec["restart"] != "temporary":  # OTP forgets a temporary child that is ignored
+            if pid is not None or spec["restart"] != "temporary":  # as in OTP
                 state[spec["id"]] = (spec, pid)
         return "ok", state
 
     def _start(self, spec: dict[str, Any]) -> Any:
-        """The Pid of a child; None if it said "ignore"; ("error", reason)."""
+        """Starts a child. Returns its Pid, None if it returns "ignore", or ("error", reason)."""
         fn, *args = spec["start"]
         crash = None
         try:
-            answer = fn(*args)
+            result = fn(*args)
         except Exception as error:
-            answer, crash = ("error", error), error
-        match answer:
-            case Pid():
-                link(answer)
-                return answer
-            case "ignore":
-                return None
-            case ("error", _):
-                pass
-            case _:
-                answer = "error", answer
-        log.error("%r child %r could not be started: %r", self_pid(), spec["id"], answer[1], exc_info=crash)
-        return answer
+            result, crash = ("error", error), error
+        if isinstance(result, Pid):
+            link(result)
+            return result
+        if result == "ignore":
+            return None
+        reason = result[1] if isinstance(result, tuple) and result[:1] == ("error",) and len(result) == 2 else result
+        log.error("%r cannot start child %r: %r", self_pid(), spec["id"], reason, exc_info=crash)
+        return "error", reason
 
     def handle_call(self, request: Any, from_: Any, state: Any) -> Any:
         if request == "which_children":
-            return "reply", [(id, pid, spec["restart"]) for id, (spec, pid) in state.items()], state
+            return "reply", [(child_id, pid, spec["restart"]) for child_id, (spec, pid) in state.items()], state
         return "reply", ("error", "unknown_request"), state
 
     def handle_info(self, info: Any, state: Any) -> Any:
         match info:
             case ("EXIT", pid, reason):
-                ids = [id for id, (_, child) in state.items() if child is pid]
-                return self._ended(ids[0], reason, state) if ids else ("noreply", state)
-            case ("$restart", id) if id in state and state[id][1] is None:
-                return self._restart(id, state)
+                for child_id, (_, child) in state.items():
+                    if child is pid:
+                        return self._on_child_exit(child_id, reason, state)
+            case ("$restart", child_id) if child_id in state and state[child_id][1] is None:
+                return self._restart(child_id, state)
         return "noreply", state
 
-    def _ended(self, id: Any, reason: Any, state: Any) -> Any:
-        spec, pid = state[id]
-        state[id] = (spec, None)
+    def _on_child_exit(self, child_id: Any, reason: Any, state: Any) -> Any:
+        spec, pid = state[child_id]
+        state[child_id] = (spec, None)
         if spec["restart"] == "temporary":
-            del state[id]
+            del state[child_id]
         elif spec["restart"] == "permanent" or not is_normal(reason):
-            log.warning("%r child %r, %r, ended: %r; starting it again", self_pid(), id, pid, reason)
-            return self._restart(id, state)
+            log.warning("%r child %r, %r, ended: %r; restarting it", self_pid(), child_id, pid, reason)
+            return self._restart(child_id, state)
         return "noreply", state
 
-    def _restart(self, id: Any, state: Any) -> Any:
+    def _restart(self, child_id: Any, state: Any) -> Any:
         now = monotonic()
         self.restarts.append(now)
         while now - self.restarts[0] > self.period:
             self.restarts.popleft()
         if len(self.restarts) > self.intensity:
-            log.error("%r gives up: more than %d restarts in %s s", self_pid(), self.intensity, self.period)
+            log.error("%r stops: more than %d restarts in %s s", self_pid(), self.intensity, self.period)
             return "stop", "shutdown", state
-        spec, _ = state[id]
+        spec, _ = state[child_id]
         pid = self._start(spec)
         if isinstance(pid, tuple):
             pid = None
-            self_pid().send(("$restart", id))
-        state[id] = (spec, pid)
+            self_pid().send(("$restart", child_id))
+        state[child_id] = (spec, pid)
         return "noreply", state
 
     def terminate(self, reason: Any, state: Any) -> None:
@@ -3968,18 +3963,16 @@ class Supervisor(GenServer):
 
     def _shut_down(self, pid: Pid) -> None:
         ref = monitor(pid)
-        unlink(pid)  # else the EXIT of each would stay in the mailbox, and in the way of the next DOWN
+        unlink(pid)  # else its EXIT would stay in the mailbox, before the DOWN of the next child
         exit(pid, "shutdown")
-        is_supervisor = isinstance(pid, ServerProcess) and isinstance(
-            pid.server, Supervisor
-        )  # has children to wait for
+        is_supervisor = isinstance(pid, ServerProcess) and isinstance(pid.server, Supervisor)  # waits for its children
         if receive(None if is_supervisor else self.SHUTDOWN, is_down(ref)) is None:
             exit(pid, "kill")
             receive(None, is_down(ref))
 
 
 def _child(spec: Any) -> dict[str, Any]:
-    """Returns a child with all its keys. Raises ValueError that says what is wrong with it."""
+    """Returns a child with all its keys. Raises ValueError for a bad one."""
     if not isinstance(spec, dict):
         raise ValueError(f"a child must be a dict, got {spec!r}")
     child = {"restart": "permanent", **spec}
@@ -4005,8 +3998,8 @@ def start_supervisor(
 
     A child is {"id", "start": (fn, *args), "restart": "permanent" (the default) | "transient" | "temporary"}. More than
     `intensity` restarts in `period` seconds end the children in reverse order and then the supervisor, with "shutdown".
-    `call(supervisor, "which_children")` lists (id, pid, restart). Answers as `start_link`. Raises ValueError for a bad
-    child, `intensity` or `period`.
+    `call(supervisor, "which_children")` returns [(id, pid, restart)]. Returns as `start_link` does. Raises ValueError
+    for a bad child, `intensity` or `period`.
     """
     if not isinstance(intensity, int) or isinstance(intensity, bool) or intensity < 0:
         raise ValueError(f"intensity must be a number of restarts, got {intensity!r}")
@@ -4025,79 +4018,78 @@ __all__ += [
 
 
 # ----- cut here: without replay --------------------------------------------------------------------------------------
-# Lost: pubsub.keep; join(since=...) then answers with a resync.
+# Lost: pubsub.keep. A join with `since` always gets a resync.
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Replay: channels that are kept; what a member has missed comes first.
-# House rule: plugs into pub/sub; knows no cluster.
+# Replay: keeps the last messages of a channel for members that come back.
+# Invariant: a position names one message; `since` returns all later messages without gap or duplicate, or None.
 # ---------------------------------------------------------------------------------------------------------------------
 
 
 class History:
-    """The last messages of a channel, numbered without a gap. A position is "life.number"."""
+    """The last messages of a channel. A position is "epoch.offset", and the offsets of an epoch have no gap."""
 
     def __init__(self, size: int, seconds: float) -> None:
         self.size, self.seconds = size, seconds
-        self.messages: deque[tuple[float, Message]] = deque(maxlen=size)  # when it came, and the message
+        self.messages: deque[tuple[float, Message]] = deque(maxlen=size)  # with the time when each came
         self.forget()
 
     def resize(self, size: int, seconds: float) -> None:
         self.size, self.seconds = size, seconds
         self.messages = deque(self.messages, maxlen=size)
 
-    def begin(self, life: str, number: int) -> None:
-        """The last message was that one, and none before it is known."""
-        self.life, self.number, self.known = life, number, number  # nothing is missing behind `known`
+    def begin(self, epoch: str, offset: int) -> None:
+        """Starts after the message at this offset, with no messages."""
+        self.epoch, self.offset = epoch, offset
+        self.complete_since = offset  # no message after it is missing
         self.messages.clear()
 
     def forget(self) -> None:
-        """Something is missing: no position from before is of use."""
+        """Messages were lost: earlier positions are invalid."""
         self.begin(os.urandom(4).hex(), 0)
 
-    def load(self, life: str, number: int, messages: list[tuple[float, Message]]) -> None:
-        """Takes over what is kept elsewhere, up to `number`; what has come since then stays."""
-        newer = [entry for entry in self.messages if self._is_behind(entry[1].position, life, number)]
-        self.begin(life, number - len(messages))
-        for at, message in messages + newer:
+    def load(self, epoch: str, offset: int, messages: list[tuple[float, Message]]) -> None:
+        """Replaces the messages up to `offset`; later ones stay."""
+        positions = [(entry, self._parse(entry[1].position)) for entry in self.messages]
+        later = [entry for entry, (its_epoch, its_offset) in positions if its_epoch == epoch and its_offset > offset]
+        self.begin(epoch, offset - len(messages))
+        for at, message in messages + later:
             self.add(message, at)
 
     @property
     def position(self) -> str:
-        return f"{self.life}.{self.number}"
+        return f"{self.epoch}.{self.offset}"
 
     def add(self, message: Message, at: float | None = None) -> None:
-        """Takes the next message, which may know its position already; `at` is when it came, if not now."""
+        """Adds the next message, and sets its position unless it has one. `at` is when it came, by default now."""
         if message.position is None:
-            message.position = f"{self.life}.{self.number + 1}"
-        life, number = self._parse(message.position)
-        if (life, number) != (self.life, self.number + 1):  # nobody knows what came between
-            self.begin(life, number)
-        self.number = number
+            message.position = f"{self.epoch}.{self.offset + 1}"
+        epoch, offset = self._parse(message.position)
+        if (epoch, offset) != (self.epoch, self.offset + 1):  # messages between them may be missing
+            self.begin(epoch, offset)
+        self.offset = offset
         self.messages.append((monotonic() if at is None else at, message))
 
     def since(self, position: Any) -> list[Message] | None:
-        """What came behind `position`, or None if that cannot be told: it is too old, or of another life."""
+        """Returns the messages after `position`; None if it is too old or from another epoch."""
         while self.messages and monotonic() - self.messages[0][0] > self.seconds:
             self.messages.popleft()
-        life, number = self._parse(position)
-        missed = self.number - number
-        if life != self.life or number < self.known or not 0 <= missed <= len(self.messages):
+        epoch, offset = self._parse(position)
+        missed = self.offset - offset
+        if epoch != self.epoch or offset < self.complete_since or not 0 <= missed <= len(self.messages):
             return None
         return [message for _, message in list(self.messages)[len(self.messages) - missed :]]
 
-    def _is_behind(self, position: Any, life: str, number: int) -> bool:
-        return self._parse(position)[0] == life and self._parse(position)[1] > number
-
     @staticmethod
     def _parse(position: Any) -> tuple[str, int]:
-        life, _, number = str(position).rpartition(".")
-        return (life, int(number)) if re.fullmatch("[0-9]{1,18}", number) else ("", 0)
+        epoch, _, offset = str(position).rpartition(".")
+        return (epoch, int(offset)) if re.fullmatch("[0-9]{1,18}", offset) else ("", 0)
 
 
 def _keep(pubsub: PubSub, channel: str, size: int, seconds: float) -> str:
     if not (size >= 1 and 0 < seconds < inf):
-        raise ValueError("a history has a size and a time")
+        raise ValueError(f"expected a size of at least 1 and seconds above 0, got {size!r} and {seconds!r}")
     scheduler.run_in_hub(_start_history, pubsub, check_channel(channel), size, seconds)
     return "ok"
 
@@ -4114,12 +4106,12 @@ rooms["replay"] = SimpleNamespace(keep=_keep)
 
 
 # ----- cut here: without launch --------------------------------------------------------------------------------------
-# Lost: reload=True and workers=N; reload_on_change, run_workers.
+# Lost: reload=True, workers=N, reload_on_change, run_workers.
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Launch: reloading, workers.
-# House rule: starts processes of the system; knows nothing of what they serve.
+# Launch: restarts the program after a change of its files, and runs it as several workers.
+# Invariant: starts the program with its own command line; does not depend on what it serves.
 # ---------------------------------------------------------------------------------------------------------------------
 
 
@@ -4127,9 +4119,9 @@ _RELOADED = "NOVA_LITE_RELOADED"  # in the environment of the process that serve
 
 
 def reload_on_change() -> None:
-    """Runs this program as a child, again whenever a file of it changes. In the child it returns at once.
+    """Runs this program as a child, and restarts it after a change of its files. In the child it returns immediately.
 
-    A child that fails is not started again before a file has changed: it would only fail again.
+    A child that fails is restarted only after a change.
     """
     if _RELOADED in os.environ:
         return
@@ -4142,7 +4134,7 @@ def reload_on_change() -> None:
                 time.sleep(0.1)
                 if child.poll() == 0:
                     sys.exit(0)
-        except KeyboardInterrupt:  # Ctrl-C has reached the child as well; `kill -INT` has not
+        except KeyboardInterrupt:  # Ctrl-C reaches the child as well; `kill -INT` does not
             with suppress(subprocess.TimeoutExpired):
                 sys.exit(child.wait(1))
             child.terminate()
@@ -4151,37 +4143,37 @@ def reload_on_change() -> None:
             if child.poll() is None:
                 child.terminate()
             child.wait()
-        log.info("a file has changed: starting again")
+        log.info("a file has changed: restarting")
 
 
 _WORKER = "NOVA_LITE_WORKER"  # in the environment of a worker: its number, the port, and the descriptor of a pipe
 
 
 def run_workers(count: int, host: str, port: int, drain_time: float = DRAIN_TIME) -> tuple[int, int]:
-    """Runs this program `count` times, as workers on one port; in a worker it returns (its number, the port) at once.
+    """Runs this program `count` times, as workers on one port. In a worker it returns (its number, the port).
 
-    A worker that ends is started again; where that happens at once, three times in a row, all end with exit code 1.
-    SIGINT and SIGTERM drain all of them. Raises OSError where the address is taken.
+    A worker that ends is restarted. If one ends within 3 seconds three times in a row, all end, with exit code 1.
+    SIGINT and SIGTERM drain all of them. Raises OSError if the address is in use.
     """
     if _WORKER in os.environ:
         number, port, _ = map(int, os.environ[_WORKER].split(":"))
         return number, port
-    reserved = _bound_socket(host, port, None)  # so that a port 0 means the same one to all
+    reserved = _bound_socket(host, port, None)  # so that all workers get the same port if it is 0
     sys.exit(Workers(reserved.getsockname()[1], drain_time).run(count))
 
 
 class Workers:
-    """The master of some processes that serve one port."""
+    """Runs worker processes that serve one port, and restarts them."""
 
     def __init__(self, port: int, drain_time: float) -> None:
         self.port, self.drain_time = port, drain_time
-        self.lifeline, self.held = os.pipe()  # each worker sees its end when the master is gone, however it went
+        self.lifeline, self.held = os.pipe()  # a worker reads the end of file when this process has ended
         self.children: dict[int, Any] = {}
         self.asked_to_stop = gevent.event.Event()
         self.failed = False
 
     def run(self, count: int) -> int:
-        """Until a signal comes, or they cannot be kept running; the exit code."""
+        """Runs until a signal comes, or a worker fails repeatedly. Returns the exit code."""
         for sign in (signal.SIGINT, signal.SIGTERM):
             gevent.signal_handler(sign, self.stop)
         log.info("%d workers on port %d", count, self.port)
@@ -4192,7 +4184,7 @@ class Workers:
         quick_ends = 0
         while not self.asked_to_stop.is_set():
             child = self.children[number] = self._start(number)
-            if self.asked_to_stop.is_set():  # meanwhile
+            if self.asked_to_stop.is_set():  # while it started
                 self.stop()
             started, code = monotonic(), child.wait()
             if self.asked_to_stop.is_set():
@@ -4206,14 +4198,14 @@ class Workers:
 
     def _start(self, number: int) -> Any:
         env = {**os.environ, _WORKER: f"{number}:{self.port}:{self.lifeline}"}
-        # A session of its own: Ctrl-C is for the master, which then tells all.
+        # In a session of its own, a worker gets no SIGINT from Ctrl-C: this process stops the workers.
         options = {"pass_fds": [self.lifeline], "stdin": gevent.subprocess.DEVNULL, "start_new_session": True}
         child = gevent.subprocess.Popen(_own_command(), env=env, **options)
         log.info("worker %d is process %d", number, child.pid)
         return child
 
     def stop(self) -> None:
-        """Lets them drain. Asked again, they are in a hurry, too; and who takes too long is killed."""
+        """Sends SIGTERM; a second call makes workers exit immediately. Kills those that outlive the drain by 5 s."""
         self.asked_to_stop.set()
         for child in self.children.values():
             if child.poll() is None:
@@ -4221,27 +4213,27 @@ class Workers:
                 gevent.spawn_later(self.drain_time + 5, child.kill)
 
 
-def _on_orphaned(stop: Callable[[], None]) -> Any:
-    """In a worker: calls `stop` when the master is gone."""
+def _on_orphaned(stop_server: Callable[[], None]) -> Any:
+    """In a worker, calls `stop_server` when the process that runs the workers has ended."""
     if _WORKER not in os.environ:
         return None
     watcher = get_hub().loop.io(int(os.environ[_WORKER].split(":")[2]), 1)
 
-    def orphaned() -> None:
+    def on_end_of_file() -> None:
         watcher.stop()
-        stop()
+        stop_server()
 
-    watcher.start(orphaned)
+    watcher.start(on_end_of_file)
     return watcher.close
 
 
 def _own_command() -> list[str]:
-    spec = getattr(sys.modules["__main__"], "__spec__", None)  # there is one under python -m
+    spec = getattr(sys.modules["__main__"], "__spec__", None)  # not None under python -m
     return [sys.executable, *(["-m", spec.name, *sys.argv[1:]] if spec else sys.argv)]
 
 
 def _file_stamps() -> dict[str, float]:
-    """When each file of the program has changed: what is imported, less what is installed."""
+    """Returns when each imported file changed; without those that are installed."""
     stamps = {}
     installed = tuple(sysconfig.get_path(name) + os.sep for name in ("stdlib", "purelib", "platlib"))
     for module in list(sys.modules.values()):
@@ -4258,45 +4250,748 @@ rooms["launch"] = SimpleNamespace(reload_on_change=reload_on_change, run_workers
 
 
 # ----- cut here: without cluster -------------------------------------------------------------------------------------
-# Lost: cluster=URL, pubsub.connect, publish: a node is alone.
+# Lost: cluster=URL, pubsub.connect, publish. A node does not connect to others.
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Cluster: other nodes, through Redis or Valkey.
-# House rule: nobody above imports it; it plugs into pub/sub, and what it says to a node it says with `_say`.
+# Cluster: connects nodes through Redis or Valkey.
+# Invariant: a message arrives at most once; where one may be missing, the members get ("nova_resync", channel).
 #
 # Each node subscribes to `<prefix>nodes`, to `<prefix>node:<its id>`, and to `<prefix>channel:<name>` where it has
-# members. Redis keeps the order of what one connection publishes, and a node publishes over one. On `nodes` it says
+# members. Redis keeps the order of what one connection publishes, and a node publishes over one. To `nodes` it sends
 #
-#   hello [name, sequence, members]   once its subscriptions are live; each other answers with `state`, the same, to it
-#   delta [sequence, changes]         who has joined and left; a gap in the sequence asks for the state again
-#   beat [sequence]                   every BEAT seconds; its own one, coming back, is the probe of its line
-#   resync [channels]                 it may have failed to publish there (None: anywhere); members are told
-#   bye                               before it goes
+#   hello [name, sequence, members]   after Redis has confirmed its subscriptions; each other node replies with `state`
+#   delta [sequence, changes]         the processes that joined and left; after a gap the receiver requests the state
+#   beat [sequence]                   every HEARTBEAT_INTERVAL; a node's own beat, coming back, probes its transport
+#   resync [channels]                 it may have failed to publish there (None: anywhere)
+#   bye                               before it leaves
 #
-# and to one node's own channel: state, need (answer with `state`), send, exit, watch, unwatch, down; to itself loaded.
-# A message is STAMP, the id of its sender, and MessagePack; what is not is dropped and counted. A node that comes back
-# has another id, were it under the same name. Who was cut off forgets what it could not say, and says so: at most once.
+# and to one node's own channel: state, need (requests `state`), send, exit, watch, unwatch, down; to itself loaded.
+# Wire format: MAGIC, sender id (8 bytes), MessagePack. Anything else is dropped and counted. A restarted node has a
+# new id. A node that was disconnected announces the gap instead of resending.
+#
+# The phases of a transport:
+#
+#   DISCONNECTED  to CONNECTING after a delay
+#   CONNECTING    to SUBSCRIBING when both connections are open; control messages wait in the outbox from here on
+#   SUBSCRIBING   to CONNECTED when Redis has confirmed all subscriptions; then `hello`, and broadcasts cross
+#   CONNECTED     to LEAVING after `bye`; nothing is published after it
+#   any           to DISCONNECTED when a connection fails, Redis does not respond, or the transport is closed
 # ---------------------------------------------------------------------------------------------------------------------
 
-MAGIC = b"N1"  # and the version of what follows
+MAGIC = b"N1"  # with the version of the wire format
+KEPT_MARK = b"@"  # opens a message of a kept channel: its position, a space, and the message follow
 HEARTBEAT_INTERVAL = 2.0  # seconds
-NODE_TIMEOUT = 6.2  # seconds without a word until a node is taken for dead: with a tick, less than 7
-TRANSPORT_TIMEOUT = 4.0  # seconds without one's own beat until the line is taken for dead: with a tick, less than 5
+NODE_TIMEOUT = 6.2  # seconds of silence after which a node is removed: with a tick, less than 7
+TRANSPORT_TIMEOUT = 4.0  # seconds without the node's own beat until it reconnects: with a tick, less than 5
 TICK = 0.5  # seconds
-FIRST_DELAY, LAST_DELAY = 0.1, 5.0  # seconds before connecting again, doubled each time, with jitter
-MAX_PAYLOAD = 16 * 1024 * 1024  # bytes of a message between nodes; Redis itself cuts subscribers 32 MB behind
-MAX_OUTBOX = 64 * 1024 * 1024  # bytes that may wait for Redis; beyond, messages are lost, and members told so
-JOIN_TIME = 5.0  # seconds that a join waits for its subscription at most, and `connect` for Redis
-MAX_NAMES = 1000  # of nodes that have left; the pids of those before print the node's id
-MAX_LOST = 10_000  # names of channels to be told; beyond, all are
-MAX_DEPTH = 32  # tuples within tuples: each takes msgpack 40 KB of the C stack, and beyond that is a segfault
+FIRST_DELAY, LAST_DELAY = 0.1, 5.0  # seconds before reconnecting, doubled each time, with jitter
+MAX_PAYLOAD = 16 * 1024 * 1024  # bytes of a message between nodes; Redis disconnects subscribers that are 32 MB behind
+MAX_OUTBOX = 64 * 1024 * 1024  # bytes that may wait for Redis; beyond, broadcasts are lost, which is announced
+JOIN_TIME = 5.0  # seconds that `join` waits for its subscription at most, and `connect` for Redis
+MAX_NAMES = 1000  # names of nodes that have left; a pid of an earlier one prints the node's id
+MAX_LOST = 10_000  # channels announced one by one; beyond, all channels are
+MAX_DEPTH = 32  # nested tuples: each takes 40 KB of the C stack in msgpack, which overflows with a segfault
 _TUPLE, _PID, _DATETIME = 1, 2, 3  # MessagePack's extension types
+DISCONNECTED, CONNECTING, SUBSCRIBING, CONNECTED, LEAVING = range(5)
 
-# What Redis does for a channel that is kept. KEYS: a hash (life, number of the last message, run), a stream of them,
-# the channel. ARGV: a life to begin, the server's run_id, how many, seconds, the message, which goes out behind its
-# position. A server that starts again may have an older copy: with another run begins another life.
-KEPT_MARK = b"@"
+
+class RemotePid(Pid):
+    """A process of another node. `send` raises TypeError or ValueError for what cannot cross, see Codec."""
+
+    __slots__ = ("cluster", "node")
+
+    def __init__(self, cluster: Cluster, node: bytes, serial: int) -> None:
+        self.cluster, self.node, self.serial = cluster, node, serial
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, RemotePid) and (self.node, self.serial) == (other.node, other.serial)
+
+    def __hash__(self) -> int:
+        return hash((self.node, self.serial))
+
+    def __repr__(self) -> str:
+        return f"<{self.cluster.membership.names.get(self.node, self.node.hex())}.{self.serial}>"
+
+    def send(self, message: Any) -> None:
+        self.cluster.send_to_node(self.node, "send", self.serial, message)
+
+    def watch(self, ref: Any, watcher: Any) -> None:
+        self.cluster.monitors.watch(self, ref, watcher)
+
+    def unwatch(self, ref: Any) -> None:
+        self.cluster.monitors.unwatch(self, ref)
+
+    def signal(self, source: Pid, reason: Any) -> None:
+        self.cluster.send_to_node(self.node, "exit", self.serial, source, self.cluster.codec.exit_reason(reason))
+
+    def kill(self, reason: Any) -> None:
+        self.cluster.send_to_node(self.node, "exit", self.serial, None, "kill")
+
+
+class Codec:
+    """MessagePack with tuples, pids and datetimes."""
+
+    def __init__(self, cluster: Any, node_id: bytes) -> None:
+        self.cluster, self.node_id = cluster, node_id
+        self.msgpack = _import_package("msgpack")
+
+    def encode(self, value: Any) -> bytes:
+        """Returns a message. Raises TypeError for what cannot cross to a node, ValueError for what is too large."""
+        try:
+            data = self._pack(value, 0)
+        except (TypeError, ValueError, OverflowError, RecursionError) as error:
+            raise TypeError(f"this cannot cross to another node: {error}") from None
+        if len(data) > MAX_PAYLOAD - 64:
+            raise ValueError(f"{len(data)} bytes are too many to cross to another node: the limit is {MAX_PAYLOAD}")
+        return MAGIC + self.node_id + data
+
+    def _pack(self, value: Any, depth: int) -> bytes:
+        if depth > MAX_DEPTH:
+            raise ValueError(f"tuples nested more than {MAX_DEPTH} deep")
+        # strict: msgpack passes tuples, and subclasses of its types, to `_extend`
+        extend = partial(self._extend, depth)
+        return self.msgpack.packb(value, default=extend, strict_types=True, unicode_errors="surrogatepass")
+
+    def _extend(self, depth: int, value: Any) -> Any:
+        if isinstance(value, tuple):
+            return self.msgpack.ExtType(_TUPLE, self._pack(list(value), depth + 1))
+        if isinstance(value, Pid):
+            if isinstance(value, Alias):
+                _aliases[value.serial] = value
+            node = value.node if isinstance(value, RemotePid) else self.node_id
+            return self.msgpack.ExtType(_PID, node + value.serial.to_bytes(8, "big"))
+        if isinstance(value, datetime):
+            return self.msgpack.ExtType(_DATETIME, value.isoformat().encode())
+        raise TypeError(f"{type(value).__name__} {value!r:.80}")
+
+    def exit_reason(self, reason: Any) -> Any:
+        """Returns the reason if it can cross, else (an exception, for example) its text."""
+        try:
+            self.encode(reason)
+        except (TypeError, ValueError):
+            return repr(reason)
+        return reason
+
+    def decode(self, message: bytes) -> tuple[bytes, Any]:
+        """Returns the sender's id and the value. Raises any exception for bytes that are not a message."""
+        if not message.startswith(MAGIC) or len(message) > MAX_PAYLOAD:
+            raise ValueError("not a message of this version, or too large")
+        return message[2:10], self._unpack(message[10:], 0)
+
+    def _unpack(self, data: bytes, depth: int) -> Any:
+        if depth > MAX_DEPTH:
+            raise ValueError(f"tuples nested more than {MAX_DEPTH} deep")
+        restore = partial(self._restore, depth)
+        return self.msgpack.unpackb(data, ext_hook=restore, strict_map_key=False, unicode_errors="surrogatepass")
+
+    def _restore(self, depth: int, code: int, data: bytes) -> Any:
+        if code == _TUPLE:
+            return tuple(self._unpack(data, depth + 1))
+        if code == _DATETIME:
+            return datetime.fromisoformat(data.decode())
+        if code != _PID or len(data) != 16:
+            raise ValueError(f"an extension of type {code} and {len(data)} bytes")
+        node, serial = data[:8], int.from_bytes(data[8:], "big")
+        local = _local_pid(serial) if node == self.node_id else None
+        return local or RemotePid(self.cluster, node, serial)
+
+
+# Aliases that were sent to another node, by serial.
+_aliases: weakref.WeakValueDictionary[int, Alias] = weakref.WeakValueDictionary()
+
+
+def _local_pid(serial: int) -> Pid | None:
+    return processes.get(serial) or _aliases.get(serial)
+
+
+def _import_package(name: str) -> Any:
+    try:
+        return importlib.import_module(name)
+    except ImportError:
+        raise ImportError("a cluster needs two more packages: pip install redis hiredis msgpack") from None
+
+
+class Redis:
+    """Opens connections to the Redis of a URL, and names its keys and channels."""
+
+    def __init__(self, url: str) -> None:
+        self.module = _import_package("redis")
+        parts = urlsplit(url)
+        query = dict(parse_qsl(parts.query, keep_blank_values=True))
+        self.prefix = query.pop("prefix", "nova") + ":"
+        location = url.partition("://")[2].rpartition("@")[2].partition("?")[0]
+        self.label = f"{parts.scheme}://{location}"  # for the log: no password, not even one with a slash
+        options = {"protocol": 2, "socket_timeout": None, "socket_connect_timeout": 5, "socket_keepalive": True}
+        options |= {"decode_responses": False, "health_check_interval": 0}
+        query = {name: value for name, value in query.items() if name not in options}
+        try:
+            client = self.module.Redis.from_url(parts._replace(query=urlencode(query)).geturl(), **options)
+            self.pool = client.connection_pool
+            self.pool.make_connection()  # does not connect yet, but raises for an unknown option
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"{self.label} is not the URL of a Redis: {error}") from None
+        self.errors = (OSError, self.module.RedisError)
+
+    def connect(self) -> Any:
+        connection = self.pool.make_connection()
+        connection.connect()
+        return connection
+
+    def execute(self, *command: Any) -> Any:
+        connection = self.connect()
+        try:
+            connection.send_command(*command)
+            return connection.read_response()
+        finally:
+            connection.disconnect()
+
+    def key(self, kind: str, name: str = "") -> bytes:
+        return f"{self.prefix}{kind}{name}".encode("utf-8", "surrogatepass")
+
+
+class Transport:
+    """Two connections to Redis. A greenlet connects, reads from one and reconnects; another one writes to both."""
+
+    def __init__(self, cluster: Cluster) -> None:
+        self.cluster, self.redis = cluster, cluster.redis
+        self.phase = DISCONNECTED
+        self.reading: Any = None
+        self.writing: Any = None
+        self.run_id = ""  # of the Redis server, a new one after each start; "" if Redis does not permit INFO
+        self.commands: list[Any] = []  # SUBSCRIBE and UNSUBSCRIBE, for `reading`
+        self.outbox: deque[tuple[str | None, Any]] = deque()  # for `writing`: (channel of a broadcast or None, command)
+        self.outbox_bytes = 0
+        self.work = gevent.event.Event()
+        self.last_heard = monotonic()  # when the node's own beat came back
+        self.reader = gevent.spawn(self._run)
+
+    def close(self) -> None:
+        """Publishes nothing more, waits at most a second for the outbox, and disconnects."""
+        if self.phase == CONNECTED:
+            self.phase = LEAVING
+            with gevent.Timeout(1, False):
+                while self.outbox and self.phase == LEAVING:
+                    gevent.sleep(0.001)
+        self.reader.kill()
+
+    def command(self, name: str, key: bytes) -> None:
+        self.commands.append((name, key))
+        self.work.set()
+
+    def send(self, channel: str | None, *command: Any) -> None:
+        """Queues a command whose last argument is a message; `channel` is None for what is not a broadcast."""
+        if self.phase in (CONNECTING, SUBSCRIBING, CONNECTED):
+            self.outbox.append((channel, command))
+            self.outbox_bytes += len(command[-1])
+            self.work.set()
+
+    def accepts_broadcasts(self) -> bool:
+        return self.phase == CONNECTED and self.outbox_bytes < MAX_OUTBOX
+
+    def check_timeout(self, now: float) -> None:
+        if self.phase != DISCONNECTED and now - self.last_heard > TRANSPORT_TIMEOUT:
+            self.last_heard = now
+            self.reader.kill(TimeoutError(f"no response for {TRANSPORT_TIMEOUT:.0f} s"), block=False)
+
+    def _run(self) -> None:
+        delay, failure = 0.0, ""
+        while True:
+            try:
+                gevent.sleep(delay * random.uniform(0.5, 1))
+                self._read()
+            except Exception as error:
+                if not isinstance(error, self.redis.errors):
+                    log.exception("cluster: unexpected error")
+                was_connected = self.phase in (CONNECTED, LEAVING)
+                if was_connected or str(error) != failure:
+                    what = "disconnected from" if was_connected else "cannot connect to"
+                    log.warning("cluster: %s %s: %s; retrying", what, self.redis.label, error)
+                delay = FIRST_DELAY if was_connected else min(max(delay, FIRST_DELAY) * 2, LAST_DELAY)
+                failure = str(error)
+            finally:
+                self._disconnect()
+
+    def _read(self) -> None:
+        self.phase, self.last_heard = CONNECTING, monotonic()
+        self.writing = self.redis.connect()
+        self.writing.send_command("INFO", "server")
+        with suppress(self.redis.module.ResponseError):  # Redis may not permit it
+            self.run_id = b"".join(re.findall(rb"run_id:(\w+)", self.writing.read_response())).decode()
+        self.reading = self.redis.connect()
+        self.phase = SUBSCRIBING
+        self.cluster.on_connecting()
+        writer = gevent.spawn(self._write)
+        try:
+            last_yield = monotonic()
+            while True:
+                self.cluster.on_response(self.reading.read_response())
+                if monotonic() - last_yield > TIME_SLICE:  # reading buffered responses does not yield
+                    gevent.sleep(YIELD_DELAY)
+                    last_yield = monotonic()
+        finally:
+            writer.kill()
+
+    def _write(self) -> None:
+        try:
+            while True:
+                self.work.wait()
+                self.work.clear()
+                self.cluster.membership.publish_changes()
+                if self.commands:
+                    commands, self.commands = self.commands, []
+                    self.reading.send_packed_command(self.reading.pack_commands(commands))
+                if self.outbox:
+                    self._write_batch()
+        except Exception as error:
+            self.reader.kill(error, block=False)
+
+    def _write_batch(self) -> None:
+        """Writes a part of the outbox in one round trip."""
+        batch: list[Any] = []
+        size = 0
+        while len(batch) < min(1000, len(self.outbox)) and size < 1_000_000:
+            batch.append(self.outbox[len(batch)][1])
+            size += len(batch[-1][-1])
+        self.writing.send_packed_command(self.writing.pack_commands(batch))
+        for _ in batch:
+            self.writing.read_response()
+            self.outbox_bytes -= len(self.outbox.popleft()[1][-1])  # after the response: else it counts as unsent
+        if self.outbox:
+            self.work.set()
+
+    def _disconnect(self) -> None:
+        for connection in filter(None, (self.reading, self.writing)):
+            with suppress(*self.redis.errors):
+                connection.disconnect()
+        for channel, _ in self.outbox:
+            self.cluster.record_loss(channel)
+        self.phase, self.reading, self.writing, self.outbox_bytes = DISCONNECTED, None, None, 0
+        self.outbox.clear()
+        self.commands.clear()
+        self.cluster.on_disconnect()
+
+
+class Subscriptions:
+    """The channels that this node is subscribed to: those with members here, and those that it keeps."""
+
+    def __init__(self, cluster: Cluster) -> None:
+        self.cluster, self.pubsub = cluster, cluster.pubsub
+        self.events: dict[str, gevent.event.Event] = {}  # subscribed channel -> set when Redis has confirmed it
+
+    def is_confirmed(self, channel: str) -> bool:
+        return channel in self.events and self.events[channel].is_set()
+
+    def ensure_subscribed(self, channel: str) -> None:
+        """Subscribes, unless that is done. A transport that is still connecting subscribes to all channels later."""
+        if channel not in self.events and self.cluster.transport.phase in (SUBSCRIBING, CONNECTED):
+            self.cluster.transport.command("SUBSCRIBE", self.cluster.redis.key("channel:", channel))
+            self.events[channel] = gevent.event.Event()
+
+    def unsubscribe_unused(self, channel: str) -> None:
+        """Unsubscribes, but never before Redis has confirmed the SUBSCRIBE: a confirmation is always the latest's."""
+        if self.is_confirmed(channel) and not (channel in self.pubsub.channels or channel in self.pubsub.histories):
+            self.cluster.transport.command("UNSUBSCRIBE", self.cluster.redis.key("channel:", channel))
+            del self.events[channel]
+
+    def on_subscribed(self, channel: str) -> None:
+        self.cluster.on_confirmed(channel)  # first: other nodes learn of a member before its `join` returns
+        self.events[channel].set()
+        self.unsubscribe_unused(channel)  # all members may have left meanwhile
+
+    def clear(self) -> None:
+        for event in self.events.values():
+            event.set()
+        self.events.clear()
+
+
+@dataclass(eq=False)
+class Node:
+    """Another node, as far as this one has received its state."""
+
+    name: str
+    sequence: int
+    members: dict[str, set[int]]  # channel -> serials; no set is ever empty
+    last_heard: float
+
+
+class Membership:
+    """The other nodes with their members, which they announce; and the changes here, for this node's next delta."""
+
+    def __init__(self, cluster: Cluster, name: str) -> None:
+        self.cluster, self.pubsub, self.name = cluster, cluster.pubsub, name
+        self.nodes: dict[bytes, Node] = {}
+        self.names = {cluster.id: name}  # node id -> name; kept after the node has left, since its pids may be printed
+        self.sequence = 0  # of this node's last hello or delta
+        self.changes: list[Any] = []
+        self.requested: dict[bytes, float] = {}  # node id -> when its state was requested
+
+    def add_change(self, change: str, channel: str, process: Process) -> None:
+        if self.cluster.connected:  # else `hello` includes it
+            self.changes.append([change, channel, process.serial])
+            self.cluster.transport.work.set()
+
+    def publish_changes(self) -> None:
+        if self.changes:
+            self.sequence += 1
+            changes, self.changes = self.changes, []
+            self.cluster.publish_control("nodes", "", "delta", self.sequence, changes)
+
+    def send_state(self, node_id: bytes) -> None:
+        self.cluster.publish_control("node:", node_id.hex(), "state", *self.get_state())
+        self.cluster.monitors.watch_again(node_id)  # the node may be new, or have removed this one
+
+    def get_state(self) -> tuple[str, int, dict[str, list[int]]]:
+        channels = filter(self.cluster.subscriptions.is_confirmed, self.pubsub.channels)
+        members = {channel: [process.serial for process in self.pubsub.channels[channel]] for channel in channels}
+        return self.name, self.sequence, members
+
+    def apply_state(self, node_id: bytes, name: str, sequence: int, members: dict[str, list[int]]) -> None:
+        known = self.nodes.get(node_id) or Node(name, sequence, {}, 0.0)
+        if sequence < known.sequence:  # old, as in `apply_delta`
+            return
+        if node_id not in self.nodes:
+            log.info("cluster: node %s %s joined", name, node_id.hex())
+        self.names[node_id] = name
+        after = {channel: set(serials) for channel, serials in members.items() if serials}
+        self.nodes[node_id] = Node(name, sequence, after, monotonic())
+        self.requested.pop(node_id, None)
+        for channel in self.pubsub.monitors:
+            old, new = known.members.get(channel, set()), after.get(channel, set())
+            self._notify(node_id, "join", channel, new - old)
+            self._notify(node_id, "leave", channel, old - new)
+
+    def apply_delta(self, node_id: bytes, sequence: int, changes: list[Any]) -> None:
+        node = self.nodes.get(node_id)
+        if node is None or sequence > node.sequence + 1:
+            self.request_resync(node_id)
+            return
+        if sequence <= node.sequence:  # Redis may still deliver from a connection that the node has replaced
+            return
+        node.sequence = sequence
+        for change, channel, serial in changes:
+            members = node.members.setdefault(channel, set())
+            if (change == "join") != (serial in members):
+                (members.add if change == "join" else members.discard)(serial)
+                self._notify(node_id, change, channel, [serial])
+            if not members:
+                del node.members[channel]
+
+    def _notify(self, node_id: bytes, change: str, channel: str, serials: Iterable[int]) -> None:
+        for serial in serials:
+            self.pubsub.notify_monitors(channel, change, RemotePid(self.cluster, node_id, serial))
+
+    def request_resync(self, node_id: bytes) -> None:
+        """Requests the state, once a second at most, of a node that is new or whose messages have a gap."""
+        now = monotonic()
+        if now - self.requested.get(node_id, -inf) > 1:
+            if len(self.requested) > 1000:  # from strangers
+                self.requested.clear()
+            self.requested[node_id] = now
+            self.cluster.publish_control("node:", node_id.hex(), "need")
+        if node_id in self.nodes:
+            self.cluster.resync(list(self.pubsub.channels))
+
+    def remove_node(self, node_id: bytes, why: str) -> None:
+        node = self.nodes.pop(node_id, None)
+        if node is None:
+            return
+        self.names[node_id] = self.names.pop(node_id)  # the order is that of leaving
+        if len(self.names) > len(self.nodes) + MAX_NAMES:
+            del self.names[next(old for old in self.names if old != self.cluster.id and old not in self.nodes)]
+        log.info("cluster: node %s %s left: %s", node.name, node_id.hex(), why)
+        for channel, serials in node.members.items():
+            self._notify(node_id, "leave", channel, serials)
+        self.cluster.monitors.remove_node(node_id)
+
+
+class RemoteMonitors:
+    """Monitors across nodes. Both directions are set up again after a gap: `watch` and `down` may have been lost."""
+
+    def __init__(self, cluster: Cluster) -> None:
+        self.cluster = cluster
+        self.monitoring: dict[Any, tuple[RemotePid, Any]] = {}  # ref -> process elsewhere, and what gets its `down`
+
+    def watch(self, pid: RemotePid, ref: Any, watcher: Any) -> None:
+        if pid.node == self.cluster.id or pid.node not in self.cluster.membership.nodes:
+            watcher.down(ref, pid, "noproc" if pid.node == self.cluster.id else "noconnection")
+        else:
+            self.monitoring[ref] = (pid, watcher)
+            self.cluster.send_to_node(pid.node, "watch", pid.serial, ref)
+
+    def unwatch(self, pid: RemotePid, ref: Any) -> None:
+        if self.monitoring.pop(ref, None):
+            self.cluster.send_to_node(pid.node, "unwatch", pid.serial, ref)
+
+    def watch_again(self, node_id: bytes | None = None) -> None:
+        for ref, (pid, _) in self.monitoring.items():
+            if node_id in (None, pid.node):
+                self.cluster.send_to_node(pid.node, "watch", pid.serial, ref)
+
+    def on_watch(self, node_id: bytes, serial: int, ref: Any) -> None:
+        process = processes.get(serial)
+        if process is not None:
+            process.watch((node_id, ref), self)
+        else:
+            self.cluster.publish_control("node:", node_id.hex(), "down", serial, ref, "noproc")
+
+    def on_down(self, ref: Any, reason: Any) -> None:
+        if ref in self.monitoring:  # else it was demonitored meanwhile
+            pid, watcher = self.monitoring.pop(ref)
+            watcher.down(ref, pid, reason)
+
+    def down(self, key: tuple[bytes, Any], process: Process, reason: Any) -> None:
+        """A process of this node that another node monitors has ended."""
+        node_id, ref = key
+        reason = self.cluster.codec.exit_reason(reason)
+        self.cluster.publish_control("node:", node_id.hex(), "down", process.serial, ref, reason)
+
+    def remove_node(self, node_id: bytes) -> None:
+        for ref, (pid, _) in list(self.monitoring.items()):
+            if pid.node == node_id:
+                self.on_down(ref, "noconnection")
+        for process in processes.values():
+            for key, watcher in list((process.monitored_by or {}).items()):
+                if watcher is self and key[0] == node_id:
+                    process.unwatch(key)
+
+
+class Cluster(Adapter):
+    """Connects pub/sub with the other nodes; `pubsub.connect` makes it. It runs in the hub's thread."""
+
+    def __init__(self, pubsub: PubSub, url: str, name: str) -> None:
+        super().__init__(pubsub)
+        self.id = os.urandom(8)
+        self.redis, self.codec = Redis(url), Codec(self, self.id)
+        self.own_key, self.channel_prefix = self.redis.key("node:", self.id.hex()), self.redis.key("channel:")
+        self.first_connected = gevent.event.Event()
+        self.had_gap = False  # the node was not connected for a time
+        self.lost_channels: set[str] = set()  # channels where it failed to publish; more than MAX_LOST: all
+        self.dropped, self.logged_drops = 0, 0  # messages that could not be read
+        self.last_log = -60.0  # of dropped messages
+        self.last_beat = self.last_tick = monotonic()
+        self.subscriptions, self.membership = Subscriptions(self), Membership(self, name)
+        self.monitors, self.transport = RemoteMonitors(self), Transport(self)
+        self.timer = get_hub().loop.timer(TICK, TICK)
+        self.timer.start(self._tick)
+
+    @property
+    def connected(self) -> bool:  # type: ignore[override]
+        return self.transport.phase == CONNECTED
+
+    def close(self) -> None:
+        self.timer.close()
+        if self.connected:
+            self.membership.changes.clear()
+            self.publish_control("nodes", "", "bye")
+        self.transport.close()
+        for node_id in list(self.membership.nodes):
+            self.membership.remove_node(node_id, "this node disconnected")
+
+    def _tick(self) -> None:
+        """Hub callback: publishes the beat, and checks the timeouts of the transport and the nodes."""
+        now = monotonic()
+        if now - self.last_tick > 4 * TICK:  # this process was blocked: the others may have published meanwhile
+            self.transport.last_heard = now
+            for node in self.membership.nodes.values():
+                node.last_heard = now
+        self.last_tick = now
+        if self.connected and now - self.last_beat >= HEARTBEAT_INTERVAL - TICK / 2:
+            self.last_beat = now
+            self.publish_control("nodes", "", "beat", self.membership.sequence)
+        if self.connected and self.transport.outbox_bytes < MAX_OUTBOX // 2:
+            self._announce_losses()  # those of an outbox that was full
+        self.transport.check_timeout(now)
+        for node_id, node in list(self.membership.nodes.items()):
+            if now - node.last_heard > NODE_TIMEOUT:
+                self.membership.remove_node(node_id, f"silent for {now - node.last_heard:.1f} s")
+        self._log_dropped(now)
+
+    def _log_dropped(self, now: float) -> None:
+        if self.dropped > self.logged_drops and now - self.last_log >= 60:
+            log.warning("cluster: dropped %d messages that could not be read", self.dropped - self.logged_drops)
+            self.last_log, self.logged_drops = now, self.dropped
+
+    # -- the adapter of pub/sub
+
+    def encode(self, message: Message, exclude: Pid | None) -> bytes:
+        return self.codec.encode([*message[2:], exclude])
+
+    def dispatch(self, message: Message, exclude: Pid | None, data: bytes) -> None:
+        self.pubsub.deliver_unrecorded(message, exclude)
+        self._publish(self.redis.key("channel:", message[1]), data, message[1])
+
+    def on_join(self, channel: str, process: Process) -> None:
+        if self.subscriptions.is_confirmed(channel):  # else `on_confirmed` announces it
+            self.membership.add_change("join", channel, process)
+        self.subscriptions.ensure_subscribed(channel)
+
+    def on_leave(self, channel: str, process: Process) -> None:
+        if self.subscriptions.is_confirmed(channel):
+            self.membership.add_change("leave", channel, process)
+        self.subscriptions.unsubscribe_unused(channel)
+
+    def wait_until_subscribed(self, channel: str) -> None:
+        event = self.subscriptions.events.get(channel)
+        if event is not None and get_ident() == scheduler.thread and not isinstance(getcurrent(), Hub):
+            event.wait(JOIN_TIME)
+
+    def get_members(self, channel: str) -> list[Pid]:
+        nodes = self.membership.nodes.items()
+        return [RemotePid(self, node_id, serial) for node_id, node in nodes for serial in node.members.get(channel, ())]
+
+    def count_members(self, channel: str) -> int:
+        return sum(len(node.members.get(channel, ())) for node in self.membership.nodes.values())
+
+    def which_channels(self) -> set[str]:
+        return {channel for node in self.membership.nodes.values() for channel in node.members}
+
+    def info(self) -> dict[str, Any]:
+        now, nodes = monotonic(), []
+        for node_id, node in self.membership.nodes.items():
+            members, silent = sum(map(len, node.members.values())), round(now - node.last_heard, 1)
+            nodes.append({"name": node.name, "id": node_id.hex(), "members": members, "silent_seconds": silent})
+        return {"up": self.connected, "nodes": nodes, "dropped": self.dropped}
+
+    def publish_control(self, kind: str, name: str, *body: Any) -> None:
+        self.transport.send(None, "PUBLISH", self.redis.key(kind, name), self.codec.encode(list(body)))
+
+    def send_to_node(self, node_id: bytes, *body: Any) -> None:
+        """Sends a control message to one node, from any thread. Raises TypeError and ValueError, see Codec."""
+        data = self.codec.encode(list(body))
+        scheduler.run_in_hub(self._publish, self.redis.key("node:", node_id.hex()), data, None)
+
+    def _publish(self, key: bytes, data: bytes, channel: str | None) -> None:
+        if self.transport.accepts_broadcasts():
+            self.transport.send(channel, "PUBLISH", key, data)
+        else:
+            self.record_loss(channel)
+
+    def record_loss(self, channel: str | None) -> None:
+        if channel is not None and len(self.lost_channels) <= MAX_LOST:
+            self.lost_channels.add(channel)
+
+    def _announce_losses(self) -> None:
+        if self.lost_channels:
+            lost, self.lost_channels = self.lost_channels, set()
+            self.publish_control("nodes", "", "resync", list(lost) if len(lost) <= MAX_LOST else None)
+
+    # -- events of the transport
+
+    def on_connecting(self) -> None:
+        self.transport.command("SUBSCRIBE", self.redis.key("nodes"))
+        for channel in {*self.pubsub.channels, *self.pubsub.histories}:
+            self.subscriptions.ensure_subscribed(channel)
+        self.transport.command("SUBSCRIBE", self.own_key)  # the last: Redis confirms in order
+
+    def on_confirmed(self, channel: str) -> None:
+        for process in self.pubsub.channels.get(channel, ()):
+            self.membership.add_change("join", channel, process)
+
+    def _on_connected(self) -> None:
+        again = " again" if self.first_connected.is_set() else ""
+        self.transport.phase, self.last_beat = CONNECTED, monotonic()
+        self.first_connected.set()
+        log.info("cluster: %s connected to %s%s", self.membership.name, self.redis.label, again)
+        self.membership.sequence += 1  # no delta contained the changes while the node was disconnected
+        self.publish_control("nodes", "", "hello", *self.membership.get_state())
+        self._announce_losses()
+        if self.had_gap:
+            self.had_gap = False
+            self.monitors.watch_again()
+            self.resync(list(self.pubsub.channels))
+
+    def on_disconnect(self) -> None:
+        self.had_gap = True
+        self.membership.changes.clear()
+        self.subscriptions.clear()
+
+    def on_response(self, response: Any) -> None:
+        match response:
+            case [b"subscribe", key, _] if key == self.own_key:
+                self._on_connected()
+            case [b"subscribe", key, _] if key.startswith(self.channel_prefix):
+                self.subscriptions.on_subscribed(self._channel_of(key))
+            case [b"message", key, data]:
+                is_own = data.startswith(MAGIC + self.id)
+                if is_own:
+                    self.transport.last_heard = monotonic()
+                try:
+                    if key == self.own_key or not is_own:
+                        self._on_message(key, data)
+                except Exception as error:  # from a stranger or another version: any exception is possible
+                    self.dropped += 1
+                    log.debug("cluster: dropped %d bytes: %r", len(data), error)
+
+    def _channel_of(self, key: bytes) -> str:
+        return key[len(self.channel_prefix) :].decode("utf-8", "surrogatepass")
+
+    def _on_message(self, key: bytes, data: bytes) -> None:
+        position, data = data.split(b" ", 1) if data.startswith(KEPT_MARK) else (b"", data)
+        if key.startswith(self.channel_prefix):
+            self._on_broadcast(self._channel_of(key), position, data)
+            return
+        node_id, body = self.codec.decode(data)
+        if node_id in self.membership.nodes:
+            self.membership.nodes[node_id].last_heard = monotonic()
+        self._on_control(node_id, body)
+
+    def _on_broadcast(self, channel: str, position: bytes, data: bytes) -> None:
+        self.pubsub.deliver(*self._read_broadcast(channel, position, data))
+
+    def _read_broadcast(self, channel: str, position: bytes, data: bytes) -> tuple[Message, Any]:
+        _, (sender, topic, payload, exclude) = self.codec.decode(data)
+        if not isinstance(sender, Pid) or not isinstance(topic, str | bytes):
+            raise ValueError("not a broadcast")
+        message = Message(("nova_pubsub", channel, sender, topic, payload))
+        message.position = position[1:].decode() or None
+        return message, exclude
+
+    def resync(self, channels: Iterable[str]) -> None:
+        """Tells local members that messages may be missing: they should reload."""
+        for channel in channels:
+            for process in self.pubsub.channels.get(channel, ()):
+                process.deliver(("nova_resync", channel))
+
+    def _on_control(self, node_id: bytes, body: Any) -> None:
+        membership = self.membership
+        match body:
+            case ["hello", str(name), int(sequence), dict(members)]:
+                membership.apply_state(node_id, name, sequence, members)
+                membership.send_state(node_id)
+            case ["state", str(name), int(sequence), dict(members)]:
+                membership.apply_state(node_id, name, sequence, members)
+            case ["need"]:
+                membership.send_state(node_id)
+            case ["delta", int(sequence), list(changes)]:
+                membership.apply_delta(node_id, sequence, changes)
+            case ["beat", int(sequence)]:
+                if node_id not in membership.nodes or membership.nodes[node_id].sequence < sequence:
+                    membership.request_resync(node_id)
+            case ["resync", None | list() as channels]:
+                self.resync(list(self.pubsub.channels) if channels is None else channels)
+            case ["bye"]:
+                membership.remove_node(node_id, "disconnected")
+            case ["send", int(serial), message]:
+                send(_local_pid(serial) or "", message)
+            case ["exit", int(serial), source, reason]:
+                if serial in processes:
+                    process = processes[serial]
+                    process.kill("killed") if source is None else process.signal(source, reason)
+            case ["watch", int(serial), ref]:
+                self.monitors.on_watch(node_id, serial, ref)
+            case ["unwatch", int(serial), ref]:
+                if serial in processes:
+                    processes[serial].unwatch((node_id, ref))
+            case ["down", int(), ref, reason]:
+                self.monitors.on_down(ref, reason)
+            case _:
+                raise ValueError("not a control message")
+
+
+# What Redis does for a kept channel. KEYS: a hash (life: the epoch; number: the offset of the last message; run), a
+# stream of the messages, the channel. ARGV: an epoch to begin, the server's run_id, size, seconds, the message, which
+# is published with its position. A Redis that restarts may load an older copy: another run_id begins another epoch.
 _BEGIN = """
 if redis.call('HGET', KEYS[1], 'run') ~= ARGV[2] then
   redis.call('DEL', KEYS[1], KEYS[2])
@@ -4306,7 +5001,7 @@ local life, now = redis.call('HGET', KEYS[1], 'life'), redis.call('TIME')[1]
 """
 KEEP = f"""
 local position = ''
-pcall(function()  -- where there is no memory left, it is published without a position
+pcall(function()  -- without memory, Redis publishes the message without a position
   {_BEGIN}
   local number = redis.call('HINCRBY', KEYS[1], 'number', 1)
   local message = '{KEPT_MARK.decode()}' .. life .. '.' .. number .. ' ' .. ARGV[5]
@@ -4322,779 +5017,94 @@ return {{life, redis.call('HGET', KEYS[1], 'number'), now, redis.call('XRANGE', 
 """
 
 
-class RemotePid(Pid):
-    """A process of another node. To send it what cannot cross is a TypeError, or a ValueError if it is too large."""
+class ReplayCluster(Cluster):
+    """A cluster in which Redis keeps what the room replay keeps, and each node a copy of it.
 
-    __slots__ = ("cluster", "node")
-
-    def __init__(self, cluster: Cluster, node: bytes, serial: int) -> None:
-        self.cluster, self.node, self.serial = cluster, node, serial
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, RemotePid) and (self.node, self.serial) == (other.node, other.serial)
-
-    def __hash__(self) -> int:
-        return hash((self.node, self.serial))
-
-    def __repr__(self) -> str:
-        return f"<{self.cluster.names.get(self.node, self.node.hex())}.{self.serial}>"
-
-    def send(self, message: Any) -> None:
-        self.cluster.tell(self.node, "send", self.serial, message)
-
-    def watch(self, ref: Any, watcher: Any) -> None:
-        self.cluster.watch(self, ref, watcher)
-
-    def unwatch(self, ref: Any) -> None:
-        if self.cluster.watches.pop(ref, None):
-            self.cluster.tell(self.node, "unwatch", self.serial, ref)
-
-    def signal(self, source: Pid, reason: Any) -> None:
-        self.cluster.tell(self.node, "exit", self.serial, source, self.cluster.codec.exit_reason(reason))
-
-    def kill(self, reason: Any) -> None:
-        self.cluster.tell(self.node, "exit", self.serial, None, "kill")
-
-
-class Codec:
-    """MessagePack with tuples, pids and datetimes."""
-
-    def __init__(self, cluster: Any, id: bytes) -> None:
-        self.cluster, self.id = cluster, id
-        self.msgpack = _package("msgpack")
-
-    def encode(self, value: Any) -> bytes:
-        """Raises TypeError for what cannot cross, ValueError for what is too large."""
-        try:
-            data = self._pack(value, 0)
-        except (TypeError, ValueError, OverflowError, RecursionError) as error:
-            raise TypeError(f"this cannot cross to another node: {error}") from None
-        if len(data) > MAX_PAYLOAD - 64:
-            raise ValueError(f"{len(data)} bytes are too many to cross to another node: {MAX_PAYLOAD} are the limit")
-        return MAGIC + self.id + data
-
-    def _pack(self, value: Any, depth: int) -> bytes:
-        if depth > MAX_DEPTH:
-            raise ValueError(f"tuples nested more than {MAX_DEPTH} deep")
-        # strict: a tuple, and whatever else is not exactly MessagePack's, comes to `_extend`
-        extend = partial(self._extend, depth)
-        return self.msgpack.packb(value, default=extend, strict_types=True, unicode_errors="surrogatepass")
-
-    def _extend(self, depth: int, value: Any) -> Any:
-        if isinstance(value, tuple):
-            return self.msgpack.ExtType(_TUPLE, self._pack(list(value), depth + 1))
-        if isinstance(value, Pid):
-            if isinstance(value, Alias):
-                _aliases[value.serial] = value
-            node = value.node if isinstance(value, RemotePid) else self.id
-            return self.msgpack.ExtType(_PID, node + value.serial.to_bytes(8, "big"))
-        if isinstance(value, datetime):
-            return self.msgpack.ExtType(_DATETIME, value.isoformat().encode())
-        raise TypeError(f"{type(value).__name__} {value!r:.80}")
-
-    def exit_reason(self, reason: Any) -> Any:
-        """A reason that crosses: an exception, say, as its text."""
-        try:
-            self.encode(reason)
-        except (TypeError, ValueError):
-            return repr(reason)
-        return reason
-
-    def decode(self, data: bytes, depth: int = 0) -> Any:
-        """What `encode` was given. Raises, one way or another, where the bytes are nothing of that kind."""
-        if depth > MAX_DEPTH:
-            raise ValueError(f"tuples nested more than {MAX_DEPTH} deep")
-        restore = partial(self._restore, depth)
-        return self.msgpack.unpackb(data, ext_hook=restore, strict_map_key=False, unicode_errors="surrogatepass")
-
-    def _restore(self, depth: int, code: int, data: bytes) -> Any:
-        if code == _TUPLE:
-            return tuple(self.decode(data, depth + 1))
-        if code == _DATETIME:
-            return datetime.fromisoformat(data.decode())
-        if code != _PID or len(data) != 16:
-            raise ValueError(f"an extension of type {code} and {len(data)} bytes")
-        node, serial = data[:8], int.from_bytes(data[8:], "big")
-        local = _local_pid(serial) if node == self.id else None
-        return local or RemotePid(self.cluster, node, serial)
-
-
-# Those that another node has heard of, by their serials.
-_aliases: weakref.WeakValueDictionary[int, Alias] = weakref.WeakValueDictionary()
-
-
-def _local_pid(serial: int) -> Pid | None:
-    return processes.get(serial) or _aliases.get(serial)
-
-
-def _package(name: str) -> Any:
-    try:
-        return importlib.import_module(name)
-    except ImportError:
-        raise ImportError("a cluster needs two more packages: pip install redis hiredis msgpack") from None
-
-
-class Redis:
-    """Where the nodes meet; makes connections, and knows the names of the channels there."""
-
-    def __init__(self, url: str) -> None:
-        self.module = _package("redis")
-        parts = urlsplit(url)
-        query = dict(parse_qsl(parts.query, keep_blank_values=True))
-        self.prefix = query.pop("prefix", "nova") + ":"
-        place = url.partition("://")[2].rpartition("@")[2].partition("?")[0]
-        self.title = f"{parts.scheme}://{place}"  # for the log: no password, not even one with a slash
-        options = {"protocol": 2, "socket_timeout": None, "socket_connect_timeout": 5, "socket_keepalive": True}
-        options |= {"decode_responses": False, "health_check_interval": 0}
-        query = {name: value for name, value in query.items() if name not in options}
-        try:
-            client = self.module.Redis.from_url(parts._replace(query=urlencode(query)).geturl(), **options)
-            self.pool = client.connection_pool
-            self.pool.make_connection()  # not connected yet, but it raises where it does not know an option
-        except (ValueError, TypeError) as error:
-            raise ValueError(f"{self.title} is no URL of a Redis: {error}") from None
-        self.errors = (OSError, self.module.RedisError)
-
-    def connect(self) -> Any:
-        connection = self.pool.make_connection()
-        connection.connect()
-        return connection
-
-    def key(self, kind: str, name: str = "") -> bytes:
-        return f"{self.prefix}{kind}{name}".encode("utf-8", "surrogatepass")
-
-
-@dataclass(eq=False)
-class Node:
-    """What is known of another node."""
-
-    name: str
-    sequence: int
-    members: dict[str, set[int]]  # channel -> serials; no set is ever empty
-    heard: float  # when
-
-
-class Transport:
-    """Two connections to Redis, for as long as they hold; a greenlet reads one, another writes both."""
-
-    def __init__(self, redis: Redis) -> None:
-        self.redis = redis
-        self.reading: Any = None
-        self.writing: Any = None
-        self.run = ""  # which start of the server it is
-        self.commands: list[Any] = []  # for `reading`: SUBSCRIBE and UNSUBSCRIBE
-        self.outbox: deque[tuple[str | None, Any]] = deque()  # for `writing`: (channel of a broadcast, command)
-        self.waiting = 0  # bytes in it
-        self.work = gevent.event.Event()
-
-    def open(self) -> None:
-        self.writing = self.redis.connect()
-        self.writing.send_command("INFO", "server")
-        with suppress(self.redis.module.ResponseError):  # it may not be allowed
-            self.run = b"".join(re.findall(rb"run_id:(\w+)", self.writing.read_response())).decode()
-        self.reading = self.redis.connect()
-
-    def close(self) -> None:
-        for connection in (self.reading, self.writing):
-            if connection is not None:
-                with suppress(*self.redis.errors):
-                    connection.disconnect()
-
-    def command(self, name: str, key: bytes) -> None:
-        self.commands.append((name, key))
-        self.work.set()
-
-    def publish(self, key: bytes, data: bytes, channel: str | None = None) -> None:
-        self.send(("PUBLISH", key, data), channel)
-
-    def send(self, command: tuple[Any, ...], channel: str | None) -> None:
-        """A command whose last argument is the message."""
-        self.outbox.append((channel, command))
-        self.waiting += len(command[-1])
-        self.work.set()
-
-    def write(self) -> None:
-        """Writes what there is, a batch with one round trip."""
-        self.work.clear()
-        if self.commands:
-            commands, self.commands = self.commands, []
-            self.reading.send_packed_command(self.reading.pack_commands(commands))
-        batch: list[Any] = []
-        size = 0
-        for _, command in islice(self.outbox, 1000):
-            batch.append(command)
-            size += len(command[-1])
-            if size > 1_000_000:
-                break
-        if batch:
-            self.writing.send_packed_command(self.writing.pack_commands(batch))
-        for _ in batch:
-            self.writing.read_response()
-            self.waiting -= len(self.outbox.popleft()[1][-1])  # not before: what fails on the way is still here
-        if self.outbox:
-            self.work.set()
-
-
-class Cluster(Adapter):
-    """This node among others; `pubsub.connect` makes it. What it does between waits, it does in the home thread."""
+    A node is always subscribed to the channels that it keeps. A message is delivered here when it returns from Redis.
+    """
 
     def __init__(self, pubsub: PubSub, url: str, name: str) -> None:
-        super().__init__(pubsub)
-        self.id, self.name = os.urandom(8), name
-        self.redis = Redis(url)
-        self.own_key, self.channel_prefix = self.redis.key("node:", self.id.hex()), self.redis.key("channel:")
-        self.codec = Codec(self, self.id)
-        self.nodes: dict[bytes, Node] = {}  # the others
-        self.names = {self.id: name}  # node -> name, after it has left as well: its pids may still be printed
-        self.line: Transport | None = None  # None while there is none
-        self.connected = False  # our hello has been said over this line
-        self.first_connected = gevent.event.Event()  # ... or over an earlier one
-        self.missed = False  # there was a time without a line
-        self.sequence = 0  # of our last delta
-        self.changes: list[Any] = []  # for the next one
-        self.wanted: set[str] = set()  # channels for which the last that we said was SUBSCRIBE
-        self.subscribing: dict[str, int] = {}  # channel -> SUBSCRIBEs that Redis has not confirmed yet
-        self.live: set[str] = set()  # channels that are wanted, with all of them confirmed
-        self.waiters: dict[str, gevent.event.Event] = {}  # channel that is wanted but not live -> who joins waits here
-        self.loading: dict[str, tuple[str, int, list[tuple[float, Message]]]] = {}  # channel -> its history, soon
-        self.in_flight: deque[tuple[Message, Pid | None]] = deque()  # to the history, and not back yet
-        self.lost: set[str] | None = set()  # channels where we have failed to publish; None: there are too many
-        self.watches: dict[Any, tuple[RemotePid, Any]] = {}  # ref -> whom we monitor elsewhere, and who wants to know
-        self.watched: dict[bytes, dict[Any, Process]] = {}  # node -> ref -> whom it monitors here
-        self.dropped = 0  # messages that could not be read
-        self.logged, self.logged_drops = -60.0, 0  # when, and how many
-        self.heard = self.last_beat = self.last_tick = monotonic()  # our own beat came back, was sent; `_tick` came by
-        self.asked: dict[bytes, float] = {}  # node -> when we have asked for its state
-        self.timer = get_hub().loop.timer(TICK, TICK)
-        self.timer.start(self._tick)
-        self.reader = gevent.spawn(self._run)
-
-    def close(self) -> None:
-        """Says bye, and nothing after it: who asks for our state now gets no answer."""
-        self.timer.close()
-        line = self.line
-        if line is not None and self.connected:
-            self.changes.clear()
-            self._say("nodes", "", "bye")
-            self.line = None
-            with gevent.Timeout(1, False):
-                while line.outbox and self.connected:
-                    gevent.sleep(0.001)
-            line.close()
-        self.reader.kill()
-        for id in list(self.nodes):
-            self._forget(id, "this one has left")
-
-    # -- the line
-
-    def _run(self) -> None:
-        """The greenlet that keeps a line and reads from it."""
-        delay, failure = 0.0, ""
-        while True:
-            try:
-                gevent.sleep(delay * random.uniform(0.5, 1))
-                self._read()
-            except Exception as error:
-                if not isinstance(error, self.redis.errors):
-                    log.exception("cluster: this should not have happened")
-                if self.connected or str(error) != failure:
-                    what = "lost" if self.connected else "cannot be reached"
-                    log.warning("cluster: %s %s: %s; trying again", self.redis.title, what, error)
-                delay = FIRST_DELAY if self.connected else min(max(delay, FIRST_DELAY) * 2, LAST_DELAY)
-                failure = str(error)
-            finally:
-                self._on_disconnect()
-
-    def _read(self) -> None:
-        self.heard = monotonic()
-        line = self.line = Transport(self.redis)
-        line.open()
-        line.command("SUBSCRIBE", self.redis.key("nodes"))
-        for channel in {*self.pubsub.channels, *self.pubsub.histories}:
-            self._subscribe(channel)
-        line.command("SUBSCRIBE", self.own_key)  # the last: once it is confirmed, all are
-        writer = gevent.spawn(self._write, line)
-        try:
-            turn = monotonic()
-            while True:
-                self._take(line.reading.read_response())
-                if monotonic() - turn > TIME_SLICE:  # there may be much to read, and others want to work
-                    gevent.sleep(YIELD_DELAY)
-                    turn = monotonic()
-        finally:
-            writer.kill()
-
-    def _write(self, line: Transport) -> None:
-        """The greenlet that writes to the line."""
-        try:
-            while True:
-                line.work.wait()
-                if self.changes:
-                    self.sequence += 1
-                    changes, self.changes = self.changes, []
-                    self._say("nodes", "", "delta", self.sequence, changes)
-                line.write()
-        except Exception as error:
-            self.reader.kill(error, block=False)
-
-    def _on_disconnect(self) -> None:
-        """The line is dead. What it has not carried is lost; who waits for it is let go."""
-        line, self.line, self.connected, self.missed = self.line, None, False, True
-        if line is not None:
-            line.close()
-            for channel, _ in line.outbox:
-                if channel is not None:
-                    self._record_loss(channel)
-        for table in (self.wanted, self.subscribing, self.live, self.changes, self.loading):
-            table.clear()
-        for history in self.pubsub.histories.values():
-            history.forget()  # others go on without us
-        while self.in_flight:  # Redis may have them, but our own members do not
-            self.pubsub.deliver_unrecorded(*self.in_flight.popleft())
-        while self.waiters:
-            self.waiters.popitem()[1].set()
-
-    def _record_loss(self, channel: str) -> None:
-        if self.lost is not None:
-            self.lost.add(channel)
-            if len(self.lost) > MAX_LOST:
-                self.lost = None
-
-    def _tick(self) -> None:
-        """Hub callback: beats, and notices who does not."""
-        now = monotonic()
-        if now - self.last_tick > 4 * TICK:  # it was us who held everything up
-            self.heard = now
-            for node in self.nodes.values():
-                node.heard = now
-        self.last_tick = now
-        if self.connected and now - self.last_beat >= HEARTBEAT_INTERVAL - TICK / 2:
-            self.last_beat = now
-            self._say("nodes", "", "beat", self.sequence)
-        if self.connected and self.line is not None and self.line.waiting < MAX_OUTBOX // 2:
-            self._announce_losses()  # when Redis was too slow
-        if self.line is not None and now - self.heard > TRANSPORT_TIMEOUT:
-            self.heard = now
-            self.reader.kill(TimeoutError(f"no answer for {TRANSPORT_TIMEOUT:.0f} s"), block=False)
-        for id, node in list(self.nodes.items()):
-            if now - node.heard > NODE_TIMEOUT:
-                self._forget(id, f"silent for {now - node.heard:.1f} s")
-        self._log_dropped(now)
-
-    def _log_dropped(self, now: float) -> None:
-        if self.dropped > self.logged_drops and now - self.logged >= 60:
-            log.warning("cluster: %d messages that could not be read were dropped", self.dropped - self.logged_drops)
-            self.logged, self.logged_drops = now, self.dropped
-
-    # -- out
-
-    def _say(self, kind: str, name: str, *body: Any) -> None:
-        if self.line is not None:
-            self.line.publish(self.redis.key(kind, name), self.codec.encode(list(body)))
-
-    def tell(self, node: bytes, *body: Any) -> None:
-        """Says something to one node, from whatever thread. Raises TypeError and ValueError, see Codec."""
-        data = self.codec.encode(list(body))
-        scheduler.run_in_hub(self._publish, self.redis.key("node:", node.hex()), data, None)
-
-    def encode(self, message: Message, exclude: Pid | None) -> bytes:
-        _, _, sender, topic, payload = message
-        return self.codec.encode([sender, topic, payload, exclude])
+        super().__init__(pubsub, url, name)
+        self.in_flight: deque[tuple[Message, Pid | None]] = deque()  # sent to Redis, not returned yet
+        self.loading: dict[str, Any] = {}  # channel -> the arguments of History.load, while `loaded` is on its way
 
     def dispatch(self, message: Message, exclude: Pid | None, data: bytes) -> None:
-        channel = message[1]
-        if channel not in self.pubsub.histories or not self.publish_kept(message, exclude, data):
-            self.pubsub.deliver_unrecorded(message, exclude)
-            self._publish(self.redis.key("channel:", channel), data, channel)
+        channel, transport = message[1], self.transport
+        history = self.pubsub.histories.get(channel)
+        if history is None or not self.subscriptions.is_confirmed(channel) or not transport.accepts_broadcasts():
+            super().dispatch(message, exclude, data)
+            return
+        keys = [self.redis.key(kind, channel) for kind in ("life:", "history:", "channel:")]
+        epoch, seconds = os.urandom(4).hex(), max(1, int(history.seconds))
+        transport.send(channel, "EVAL", KEEP, 3, *keys, epoch, transport.run_id, history.size, seconds, data)
+        self.in_flight.append((message, exclude))
 
     def dispatch_here(self, message: Message) -> None:
-        self.pubsub.deliver(message, None)
-
-    def _publish(self, key: bytes, data: bytes, channel: str | None) -> None:
-        if self.connected and self.line is not None and self.line.waiting < MAX_OUTBOX:
-            self.line.publish(key, data, channel)
-        elif channel is not None:
-            self._record_loss(channel)
-
-    # -- channels that are kept: subscribed to all the time, so that this node knows what Redis keeps
+        self.pubsub.deliver(message, None)  # Redis does not keep it
 
     def on_keep(self, channel: str) -> None:
-        if channel in self.live:
+        if self.subscriptions.is_confirmed(channel):
             gevent.spawn(self._load, channel)
-        else:
-            self._ensure_subscribed(channel)
+        self.subscriptions.ensure_subscribed(channel)
 
-    def publish_kept(self, message: Message, exclude: Pid | None, data: bytes) -> bool:
-        """By way of the history: it is delivered here when it comes back. False if that is not possible now."""
-        channel = message[1]
-        line, history = self.line, self.pubsub.histories[channel]
-        if not self.connected or channel not in self.live or line is None or line.waiting > MAX_OUTBOX:
-            return False
-        keys = self._history_keys(channel), self.redis.key("channel:", channel)
-        life, seconds = os.urandom(4).hex(), max(1, int(history.seconds))
-        line.send(("EVAL", KEEP, 3, *keys[0], keys[1], life, line.run, history.size, seconds, data), channel)
-        self.in_flight.append((message, exclude))
-        return True
+    def on_confirmed(self, channel: str) -> None:
+        super().on_confirmed(channel)
+        if channel in self.pubsub.histories:
+            gevent.spawn(self._load, channel)
 
-    def _history_keys(self, channel: str) -> tuple[bytes, bytes]:
-        return self.redis.key("life:", channel), self.redis.key("history:", channel)
+    def on_disconnect(self) -> None:
+        super().on_disconnect()
+        self.loading.clear()
+        for history in self.pubsub.histories.values():
+            history.forget()  # other nodes continue without this one
+        while self.in_flight:  # Redis may have published them, but the members here did not get them
+            self.pubsub.deliver_unrecorded(*self.in_flight.popleft())
 
     def _load(self, channel: str) -> None:
-        """The greenlet that fetches what Redis has kept."""
-        history, life = self.pubsub.histories[channel], os.urandom(4).hex()
+        """Runs in a greenlet: reads the history from Redis."""
+        history = self.pubsub.histories[channel]
         try:
-            run, connection = self.line.run, self.redis.connect()  # type: ignore[union-attr]
-            try:
-                connection.send_command("EVAL", LOAD, 2, *self._history_keys(channel), life, run)
-                life, number, now, entries = connection.read_response()
-            finally:
-                connection.disconnect()
+            keys = self.redis.key("life:", channel), self.redis.key("history:", channel)
+            response = self.redis.execute("EVAL", LOAD, 2, *keys, os.urandom(4).hex(), self.transport.run_id)
+            epoch, offset, now, entries = response
             aged = [(int(now) - int(fields[1]), fields[3]) for _, fields in entries]
             recent = [(monotonic() - age, data) for age, data in aged if age <= history.seconds]
-            messages = [(at, self._read_kept(channel, data)[0]) for at, data in recent]
-            # Some of them may still be on their way over the line. When this has come over it, all of them have.
-            self.loading[channel] = life.decode(), int(number), messages
-            self._say("node:", self.id.hex(), "loaded", channel)
-        except Exception as error:  # the line is about to fail as well; or a stranger has written there
-            log.warning("cluster: the history of %s cannot be read: %s", channel, error)
+            messages = [(at, self._read_broadcast(channel, *data.split(b" ", 1))[0]) for at, data in recent]
+            # The transport may not have delivered some of them yet. After it has delivered `loaded`, it has.
+            self.loading[channel] = epoch.decode(), int(offset), messages
+            self.publish_control("node:", self.id.hex(), "loaded", channel)
+        except Exception as error:  # the transport fails as well; or a stranger has written there
+            log.warning("cluster: cannot read the history of %s: %s", channel, error)
             history.forget()
 
-    def _read_kept(self, channel: str, data: bytes) -> tuple[Message, Any]:
-        position, _, data = data.partition(b" ")
-        if not data.startswith(MAGIC):
-            raise ValueError("no message of ours")
-        message, exclude = self._read_broadcast(channel, self.codec.decode(data[10:]))
-        message.position = position[1:].decode() or None
-        return message, exclude
-
-    def _on_kept(self, channel: str, data: bytes) -> None:
-        position, _, stamped = data.partition(b" ")
-        if stamped.startswith(MAGIC + self.id) and self.in_flight:  # Redis keeps the order
+    def _on_broadcast(self, channel: str, position: bytes, data: bytes) -> None:
+        if position and self.in_flight and data.startswith(MAGIC + self.id):  # in the order in which they were sent
             message, exclude = self.in_flight.popleft()
             message.position = position[1:].decode() or None
         else:
-            message, exclude = self._read_kept(channel, data)
+            message, exclude = self._read_broadcast(channel, position, data)
         deliver = self.pubsub.deliver_unrecorded if message.position is None else self.pubsub.record_and_deliver
         deliver(message, exclude)
 
-    # -- who is in which channel: here
-
-    def on_join(self, channel: str, process: Process) -> None:
-        if channel in self.live:
-            self._change("join", channel, process)
-        else:
-            self._ensure_subscribed(channel)
-
-    def on_leave(self, channel: str, process: Process) -> None:
-        if channel in self.live:
-            self._change("leave", channel, process)
-        if channel in self.wanted and channel not in self.pubsub.channels and channel not in self.pubsub.histories:
-            self.wanted.discard(channel)
-            self.live.discard(channel)
-            self.line.command("UNSUBSCRIBE", self.redis.key("channel:", channel))  # type: ignore[union-attr]
-            self._wake_joiners(channel)
-
-    def wait_until_subscribed(self, channel: str) -> None:
-        """Until this node hears what is published to the channel, or the line is gone. The hub does not wait."""
-        event = self.waiters.get(channel)
-        if event is not None and get_ident() == scheduler.thread and not isinstance(getcurrent(), Hub):
-            event.wait(JOIN_TIME)
-
-    def _ensure_subscribed(self, channel: str) -> None:
-        """Subscribes, unless that is done; a line that is not open yet will do it once it is."""
-        if channel not in self.wanted and self.line is not None and self.line.reading is not None:
-            self._subscribe(channel)
-
-    def _subscribe(self, channel: str) -> None:
-        self.line.command("SUBSCRIBE", self.redis.key("channel:", channel))  # type: ignore[union-attr]
-        self.wanted.add(channel)
-        self.subscribing[channel] = self.subscribing.get(channel, 0) + 1
-        self.waiters[channel] = gevent.event.Event()
-
-    def _on_subscribed(self, channel: str) -> None:
-        """Redis has done a SUBSCRIBE; an UNSUBSCRIBE and another one may be on their way."""
-        self.subscribing[channel] -= 1
-        if self.subscribing[channel] == 0:
-            del self.subscribing[channel]
-            if channel in self.wanted:
-                self.live.add(channel)
-                for process in self.pubsub.channels.get(channel, ()):
-                    self._change("join", channel, process)
-                if channel in self.pubsub.histories:
-                    gevent.spawn(self._load, channel)
-                self._wake_joiners(channel)
-
-    def _wake_joiners(self, channel: str) -> None:
-        event = self.waiters.pop(channel, None)
-        if event is not None:
-            event.set()
-
-    def _change(self, change: str, channel: str, process: Process) -> None:
-        if self.connected:  # else the hello will tell
-            self.changes.append([change, channel, process.serial])
-            self.line.work.set()  # type: ignore[union-attr]
-
-    def _members(self) -> dict[str, list[int]]:
-        channels = self.pubsub.channels
-        return {channel: [process.serial for process in channels[channel]] for channel in self.live & channels.keys()}
-
-    def _resync(self, channels: Iterable[str]) -> None:
-        """Something may have been missed in these channels: their members had better ask anew."""
-        for channel in channels:
-            for process in self.pubsub.channels.get(channel, ()):
-                process.deliver(("nova_resync", channel))
-
-    # -- who is in which channel: elsewhere
-
-    def get_members(self, channel: str) -> list[Pid]:
-        nodes = self.nodes.items()
-        return [RemotePid(self, id, serial) for id, node in nodes for serial in node.members.get(channel, ())]
-
-    def count_members(self, channel: str) -> int:
-        return sum(len(node.members.get(channel, ())) for node in self.nodes.values())
-
-    def info(self) -> dict[str, Any]:
-        now = monotonic()
-        nodes = [
-            {
-                "name": node.name,
-                "id": id.hex(),
-                "members": sum(map(len, node.members.values())),
-                "silent_seconds": round(now - node.heard, 1),
-            }
-            for id, node in self.nodes.items()
-        ]
-        return {"up": self.connected, "nodes": nodes, "dropped": self.dropped}
-
-    def which_channels(self) -> set[str]:
-        return {channel for node in self.nodes.values() for channel in node.members}
-
-    def _apply_state(self, id: bytes, name: str, sequence: int, members: dict[str, list[int]]) -> None:
-        """The whole state of a node, in the place of what was known of it."""
-        now, known = monotonic(), self.nodes.get(id)
-        if known is not None and sequence < known.sequence:  # as in `_apply`
-            return
-        if known is None:
-            log.info("cluster: node %s %s is here", name, id.hex())
-        self.names[id] = name
-        before = known.members if known is not None else {}
-        after = {channel: set(serials) for channel, serials in members.items() if serials}
-        self.nodes[id] = Node(name, sequence, after, now)
-        self.asked.pop(id, None)
-        for channel in self.pubsub.monitors:
-            old, new = before.get(channel, set()), after.get(channel, set())
-            for change, serials in (("join", new - old), ("leave", old - new)):
-                for serial in serials:
-                    self.pubsub.notify_monitors(channel, change, RemotePid(self, id, serial))
-
-    def _apply_delta(self, id: bytes, sequence: int, changes: list[Any]) -> None:
-        """A delta; one that the state has overtaken is old."""
-        node = self.nodes.get(id)
-        if node is None or sequence > node.sequence + 1:
-            self._request_resync(id)
-            return
-        if sequence <= node.sequence:  # a connection that was given up may still say what a newer one has overtaken
-            return
-        node.sequence = sequence
-        for change, channel, serial in changes:
-            members = node.members.setdefault(channel, set())
-            if (change == "join") != (serial in members):
-                (members.add if change == "join" else members.discard)(serial)
-                self.pubsub.notify_monitors(channel, change, RemotePid(self, id, serial))
-            if not members:
-                del node.members[channel]
-
-    def _request_resync(self, id: bytes) -> None:
-        """A gap in what a node says; or all of it, so far."""
-        self._ask_for_state(id)
-        if id in self.nodes:
-            self._resync(list(self.pubsub.channels))
-
-    def _ask_for_state(self, id: bytes) -> None:
-        """Once a second at most."""
-        now = monotonic()
-        if now - self.asked.get(id, -inf) > 1:
-            if len(self.asked) > 1000:  # strangers
-                self.asked.clear()
-            self.asked[id] = now
-            self._say("node:", id.hex(), "need")
-
-    def _forget(self, id: bytes, why: str) -> None:
-        """A node is gone: its members leave, and who monitors its processes hears of it."""
-        node = self.nodes.pop(id, None)
-        if node is None:
-            return
-        self.names[id] = self.names.pop(id)  # behind those that have left before
-        if len(self.names) > len(self.nodes) + MAX_NAMES:
-            del self.names[next(old for old in self.names if old != self.id and old not in self.nodes)]
-        log.info("cluster: node %s %s is gone: %s", node.name, id.hex(), why)
-        for channel, serials in node.members.items():
-            for serial in serials:
-                self.pubsub.notify_monitors(channel, "leave", RemotePid(self, id, serial))
-        for ref, (pid, watcher) in list(self.watches.items()):
-            if pid.node == id:
-                del self.watches[ref]
-                watcher.down(ref, pid, "noconnection")
-        for ref, process in self.watched.pop(id, {}).items():
-            process.unwatch((id, ref))
-
-    # -- monitors across nodes
-
-    def watch(self, pid: RemotePid, ref: Any, watcher: Any) -> None:
-        if pid.node == self.id or pid.node not in self.nodes:
-            watcher.down(ref, pid, "noproc" if pid.node == self.id else "noconnection")
-        else:
-            self.watches[ref] = (pid, watcher)
-            self.tell(pid.node, "watch", pid.serial, ref)
-
-    def _watch_again(self, node: bytes | None = None) -> None:
-        """What one side has said of a monitor may have been lost."""
-        for ref, (pid, _) in self.watches.items():
-            if node in (None, pid.node):
-                self.tell(pid.node, "watch", pid.serial, ref)
-
-    def _watch_for(self, node: bytes, serial: int, ref: Any) -> None:
-        process = processes.get(serial)
-        if process is None:
-            self._say("node:", node.hex(), "down", serial, ref, "noproc")
-        else:
-            self.watched.setdefault(node, {})[ref] = process
-            process.watch((node, ref), self)
-
-    def down(self, key: tuple[bytes, Any], process: Process, reason: Any) -> None:
-        """A process of ours that another node monitors has ended."""
-        node, ref = key
-        self.watched.get(node, {}).pop(ref, None)
-        self._say("node:", node.hex(), "down", process.serial, ref, self.codec.exit_reason(reason))
-
-    # -- in
-
-    def _take(self, response: Any) -> None:
-        match response:
-            case [b"message", key, data]:
-                if data.startswith(MAGIC + self.id):
-                    self.heard = monotonic()
-                    if key != self.own_key:
-                        return
-                try:
-                    self._on_message(key, data)
-                except Exception as error:  # a stranger's, or another version's: whatever it is, it ends here
-                    self.dropped += 1
-                    log.debug("cluster: dropped %d bytes: %r", len(data), error)
-            case [b"subscribe", key, _] if key == self.own_key:
-                self._on_connected()
-            case [b"subscribe", key, _] if key.startswith(self.channel_prefix):
-                self._on_subscribed(self._channel_of(key))
-
-    def _channel_of(self, key: bytes) -> str:
-        return key[len(self.channel_prefix) :].decode("utf-8", "surrogatepass")
-
-    def _on_connected(self) -> None:
-        """All subscriptions of a new line are live."""
-        again = self.first_connected.is_set()
-        self.connected, self.last_beat = True, monotonic()
-        self.first_connected.set()
-        log.info("cluster: %s is connected to %s%s", self.name, self.redis.title, " again" if again else "")
-        self.sequence += 1  # who has changed while the line was down was told by no delta
-        self._say("nodes", "", "hello", self.name, self.sequence, self._members())
-        self._announce_losses()
-        if self.missed:
-            self.missed = False
-            self._watch_again()
-            self._resync(list(self.pubsub.channels))
-
-    def _announce_losses(self) -> None:
-        if self.lost != set():
-            lost, self.lost = self.lost, set()
-            self._say("nodes", "", "resync", None if lost is None else list(lost))
-
-    def _on_message(self, key: bytes, data: bytes) -> None:
-        """Raises whatever it likes where the bytes are not what they should be."""
-        if not data.startswith((MAGIC, KEPT_MARK)) or len(data) > MAX_PAYLOAD:
-            raise ValueError("no message of ours, or of another version, or too large")
-        if data.startswith(KEPT_MARK):
-            self._on_kept(self._channel_of(key), data)
-            return
-        id, body = data[2:10], self.codec.decode(data[10:])
-        if key.startswith(self.channel_prefix):
-            self.pubsub.deliver_unrecorded(*self._read_broadcast(self._channel_of(key), body))
-            return
-        node = self.nodes.get(id)
-        if node is not None:
-            node.heard = monotonic()
-        if key == self.own_key:
-            self._on_direct(id, body)
-        else:
-            self._on_announcement(id, body)
-
-    def _read_broadcast(self, channel: str, body: Any) -> tuple[Message, Any]:
-        sender, topic, payload, exclude = body
-        if not isinstance(sender, Pid) or not isinstance(topic, str | bytes):
-            raise ValueError("no broadcast")
-        return Message(("nova_pubsub", channel, sender, topic, payload)), exclude
-
-    def _on_announcement(self, id: bytes, body: Any) -> None:
-        """What a node says to all."""
+    def _on_control(self, node_id: bytes, body: Any) -> None:
         match body:
-            case ["hello", str(name), int(sequence), dict(members)]:
-                self._apply_state(id, name, sequence, members)
-                self._say("node:", id.hex(), "state", self.name, self.sequence, self._members())
-                self._watch_again(id)
-            case ["delta", int(sequence), list(changes)]:
-                self._apply_delta(id, sequence, changes)
-            case ["beat", int(sequence)]:
-                if id not in self.nodes or self.nodes[id].sequence < sequence:
-                    self._request_resync(id)
-            case ["resync", None]:
-                self._resync(list(self.pubsub.channels))
-            case ["resync", list(channels)]:
-                self._resync(channels)
-            case ["bye"]:
-                self._forget(id, "it said goodbye")
-            case _:
-                raise ValueError("not understood")
-
-    def _on_direct(self, id: bytes, body: Any) -> None:
-        """What a node says to this one."""
-        match body:
-            case ["send", int(serial), message]:
-                send(_local_pid(serial) or "", message)
-            case ["state", str(name), int(sequence), dict(members)]:
-                self._apply_state(id, name, sequence, members)
-            case ["loaded", str(channel)] if id == self.id and channel in self.loading:
+            case ["loaded", str(channel)] if node_id == self.id and channel in self.loading:
                 self.pubsub.histories[channel].load(*self.loading.pop(channel))
-            case ["need"]:  # it may have forgotten us, and what we monitor there
-                self._say("node:", id.hex(), "state", self.name, self.sequence, self._members())
-                self._watch_again(id)
-            case ["watch", int(serial), ref]:
-                self._watch_for(id, serial, ref)
-            case ["unwatch", int(serial), ref]:
-                process = self.watched.get(id, {}).pop(ref, None)
-                if process is not None:
-                    process.unwatch((id, ref))
-            case ["down", int(serial), ref, reason] if ref in self.watches:
-                pid, watcher = self.watches.pop(ref)
-                watcher.down(ref, pid, reason)
-            case ["exit", int(serial), source, reason] if serial in processes:
-                process = processes[serial]
-                process.kill("killed") if source is None else process.signal(source, reason)
-            case ["down", *_] | ["exit", *_]:
-                pass  # too late
             case _:
-                raise ValueError("not understood")
+                super()._on_control(node_id, body)
 
 
 def _connect(pubsub: PubSub, url: str, name: str | None = None) -> str:
     global _node
     if isinstance(pubsub.adapter, Cluster):
-        raise RuntimeError("this node is in a cluster already")
+        raise RuntimeError("this node is already in a cluster")
     if not gevent.monkey.is_module_patched("socket"):
         raise RuntimeError("a cluster needs a patched library: from gevent import monkey; monkey.patch_all()")
     calling_process()
-    pubsub.adapter = Cluster(pubsub, url, name or _node)
-    _node = pubsub.adapter.name
+    pubsub.adapter = (ReplayCluster if "replay" in rooms else Cluster)(pubsub, url, name or _node)
+    _node = pubsub.adapter.membership.name
     if not pubsub.adapter.first_connected.wait(JOIN_TIME):
-        log.warning("cluster: alone for now")
+        log.warning("cluster: not connected yet, continuing alone")
     return "ok"
 
 
@@ -5107,49 +5117,43 @@ def _disconnect(pubsub: PubSub) -> str:
     return "ok"
 
 
+def publish(url: str, channel: str, topic: str | bytes, payload: Any) -> int:
+    """Broadcasts without being a node. Returns how many nodes have members in the channel.
+
+    Raises OSError or redis.RedisError if Redis cannot be reached, and the errors of `connect` and `broadcast`.
+    """
+    redis, message = Redis(url), pubsub.make_message(channel, topic, payload)
+    data = Codec(None, os.urandom(8)).encode([*message[2:], None])
+    return redis.execute("PUBLISH", redis.key("channel:", channel), data)
+
+
 __all__ += ["publish"]
 rooms["cluster"] = SimpleNamespace(connect=_connect, disconnect=_disconnect)
 
 
-def publish(url: str, channel: str, topic: str | bytes, payload: Any) -> int:
-    """Broadcasts without being a node, and answers how many nodes had members in the channel.
-
-    Raises OSError or redis.RedisError where Redis cannot be reached, and what `connect` and `broadcast` raise.
-    """
-    redis = Redis(url)
-    _, _, sender, topic, payload = pubsub.make_message(channel, topic, payload)
-    key, data = redis.key("channel:", channel), Codec(None, os.urandom(8)).encode([sender, topic, payload, None])
-    connection = redis.connect()
-    try:
-        connection.send_command("PUBLISH", key, data)
-        return connection.read_response()
-    finally:
-        connection.disconnect()
-
-
 # ----- cut here: without board ---------------------------------------------------------------------------------------
-# Lost: app.stats and app.board.
+# Lost: app.stats, app.board.
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Board: what this node is doing, for programs and, as a page, for people.
-# House rule: looks at what the other rooms have, and changes nothing there.
+# Board: figures of this node, as a dict and as a page.
+# Invariant: reads the state of other rooms and never changes it.
 # ---------------------------------------------------------------------------------------------------------------------
 
-BOARD_TIME = 1.0  # seconds between two looks
-BOARD_SIZE = 500  # processes shown at most
+BOARD_TIME = 1.0  # seconds between updates
+BOARD_SIZE = 500  # processes in `stats` at most
 _started = monotonic()
 
 
 def stats() -> dict[str, Any]:
-    """Figures of this node, as a plain dict that JSON can carry; `app.stats()`.
+    """Returns figures of this node, as a dict of JSON values; also `app.stats()`.
 
-    node, version; uptime_seconds, cpu_seconds, memory_bytes (resident; where that cannot be had, its maximum);
+    node, version; uptime_seconds, cpu_seconds, memory_bytes (resident; on systems without /proc the maximum);
     connections (WebSockets and event streams) and max_connections, draining; since the start slow_closed (connections
-    cut since they did not read) and messages_dropped (for such, `on_slow`); process_count, and processes: the
-    BOARD_SIZE with the longest mailboxes, each with pid, name, handler, peer, mailbox (messages that wait), handled
-    (messages), age_seconds, channels (five at most), state (idle, ready, running, waiting, slow); channels: channel,
-    members (on all nodes), local_members, messages (to members here, since it has any); cluster: None, or up, nodes
+    closed for not reading) and messages_dropped (for such connections, see `on_slow`); process_count, and processes:
+    the BOARD_SIZE with the longest mailboxes, each with pid, name, handler, peer, mailbox and handled (messages),
+    age_seconds, channels (five at most), state (idle, ready, running, waiting, slow); channels: channel, members (of
+    all nodes), local_members, messages (sent to members here, since the channel has some); cluster: None, or up, nodes
     (name, id, members, silent_seconds) and dropped (messages that could not be read).
     """
     busiest = nlargest(BOARD_SIZE, processes.values(), key=lambda process: (len(process.mailbox), process.handled))
@@ -5166,13 +5170,13 @@ def stats() -> dict[str, Any]:
         "slow_closed": sum(registry.slow_closed for registry in registries),
         "messages_dropped": sum(registry.dropped for registry in registries),
         "process_count": len(processes),
-        "processes": [_about_process(process, process in ready) for process in busiest],
-        "channels": [_about_channel(channel) for channel in sorted(pubsub.which_channels())],
+        "processes": [_process_info(process, process in ready) for process in busiest],
+        "channels": [_channel_info(channel) for channel in sorted(pubsub.which_channels())],
         "cluster": pubsub.adapter.info(),
     }
 
 
-def _about_process(process: Process, is_ready: bool) -> dict[str, Any]:
+def _process_info(process: Process, is_ready: bool) -> dict[str, Any]:
     states: dict[Any, str] = {enqueue: "idle", _apply_overflow: "slow", None: "ready" if is_ready else "running"}
     return {
         "pid": repr(process),
@@ -5187,7 +5191,7 @@ def _about_process(process: Process, is_ready: bool) -> dict[str, Any]:
     }
 
 
-def _about_channel(channel: str) -> dict[str, Any]:
+def _channel_info(channel: str) -> dict[str, Any]:
     local, remote = len(pubsub.channels.get(channel, ())), pubsub.adapter.count_members(channel)
     messages = pubsub.message_counts.get(channel, 0)
     return {"channel": channel, "members": local + remote, "local_members": local, "messages": messages}
@@ -5196,13 +5200,13 @@ def _about_channel(channel: str) -> dict[str, Any]:
 def _memory() -> int:
     with suppress(OSError, ValueError), open("/proc/self/statm") as file:
         return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-    import resource  # where there is no /proc
+    import resource  # for systems without /proc
 
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 class BoardHandler(WebSocketHandler):
-    """The board's WebSocket. One process looks, for all boards that are open; there is none while none is."""
+    """The board's WebSocket. While a board is open, one process publishes the figures for all boards."""
 
     def init(self, state: Any) -> Any:
         pubsub.join("nova_board")
@@ -5227,12 +5231,12 @@ def _publish_stats() -> None:
 
 
 def board(app: Nova, path: str = "/board", security: Any = False, logout: str = "") -> None:
-    """Adds the board, a page and its WebSocket, to an application; `security` as for any group of routes.
+    """Adds the board, a page and its WebSocket, to an application; `security` as in a group of routes.
 
-    With the path of a `logout` (a POST), the page has a button for it.
+    With `logout`, a path for POST, the page has a button for it.
     """
     page = {"Content-Type": "text/html; charset=utf-8", "Cache-Control": "no-cache"}
-    text = BOARD.replace('action="" hidden', f'action="{bottle.html_escape(logout)}"') if logout else BOARD
+    text = BOARD_PAGE.replace('action="" hidden', f'action="{bottle.html_escape(logout)}"') if logout else BOARD_PAGE
     routes = [
         ("/", lambda _req: ("status", 200, page, text), {"methods": ["get"]}),
         ("/live", BoardHandler, {"protocol": "ws"}),
@@ -5242,7 +5246,7 @@ def board(app: Nova, path: str = "/board", security: Any = False, logout: str = 
 
 rooms["board"] = SimpleNamespace(stats=stats, board=board)
 
-BOARD = """<!doctype html>
+BOARD_PAGE = """<!doctype html>
 <html lang="en">
 <meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
 <title>Board</title><link rel="icon" href="data:,">
@@ -5311,26 +5315,26 @@ const age = time => [[86400, "d"], [3600, "h"], [60, "min"], [1, "s"]].filter(([
 const byText = new Intl.Collator("en", { numeric: true }).compare, SPAN = 60, MOST = 500;  // seconds, rows
 const series = new Map();  // the points of the charts, [uptime, value], by the property or by "#" and the channel
 let now = null, frame = 0, paused = false, tries = 0, timer = 0;
-function element(tag, properties, ...children) {  // what the server tells is only ever text
+function element(tag, properties, ...children) {  // strings from the server are inserted as text, never as HTML
   const node = Object.assign(document.createElement(tag), properties);
   node.append(...children);
   return node;
 }
-function write(node, text, property = "textContent") {  // what has not changed costs nothing
+function write(node, text, property = "textContent") {  // changes the DOM only if the text differs
   if (node["last " + property] !== text) node[property] = node["last " + property] = text;
 }
 function record(name, value) {
   const points = (series.get(name) || []).filter(([at]) => at >= now.uptime_seconds - SPAN);
   series.set(name, [...points, [now.uptime_seconds, value]]);
 }
-function plot(svg, name, least) {  // the newest at the right, the highest (or `least`) at the top; answers the highest
+function plot(svg, name, least) {  // newest at the right, highest (or `least`) at the top; returns the highest
   const points = series.get(name), highest = Math.max(...points.map(point => point[1])), top = Math.max(least, highest);
   const place = ([at, value]) => `${(SPAN + at - now.uptime_seconds).toFixed(1)},${(20 - 20 * value / top).toFixed(1)}`;
   const line = points.map(place).join(" ");
   if (svg.line !== line) svg.firstElementChild.setAttribute("points", svg.line = line);
   return highest;
 }
-const tiles = [  // title, what the chart shows, figure, note, the least at the top of the chart, whether it is an alarm
+const tiles = [  // title, series of the chart, figure, note, least top of the chart, whether above 0 is an alarm
   ["CPU of one core", "cpu", () => `${number(now.cpu)} %`, peak => `peak ${number(peak)} %`, 10],
   ["Memory", "memory_bytes", () => size(now.memory_bytes), peak => `peak ${size(peak)}`, 1],
   ["Connections", "connections", () => number(now.connections), () => `of ${number(now.max_connections)}`, 10],
@@ -5350,8 +5354,8 @@ const tiles = [  // title, what the chart shows, figure, note, the least at the 
 });
 function table(name, key, by, columns) {  // columns: title, property (none: a chart), format (of a number)
   const section = made("table"), find = selector => section.querySelector(selector), filter = find("input");
-  const look = ([, property, format]) => format ? "right" : property || "chart", body = find("tbody"), rows = new Map();
-  const heads = columns.map((column, index) => element("th", { scope: "col", className: look(column) },
+  const kind = ([, property, format]) => format ? "right" : property || "chart", body = find("tbody"), rows = new Map();
+  const heads = columns.map((column, index) => element("th", { scope: "col", className: kind(column) },
     column[1] ? element("button", { textContent: column[0], onclick: () => sort(index) }) : column[0]));
   Object.assign(filter, { ariaLabel: "Filter " + name, oninput: redraw });
   find(".scroll").ariaLabel = find("h2").textContent = name[0].toUpperCase() + name.slice(1);
@@ -5371,12 +5375,12 @@ function table(name, key, by, columns) {  // columns: title, property (none: a c
     return sign * (isNumber ? a - b : byText(a, b)) || byText(one[key], two[key]);
   }
   const newRow = () => element("tr", {}, ...columns.map((column, index) =>
-    element(index ? "td" : "th", { className: look(column) }, ...(column[1] ? [] : [made("chart")]))));
-  return (items, total) => {  // rows are changed and moved, not made again: focus, selection and scrolling stay
+    element(index ? "td" : "th", { className: kind(column) }, ...(column[1] ? [] : [made("chart")]))));
+  return (items, total) => {  // reuses rows, so that focus, selection and scroll position stay
     const words = filter.value.toLowerCase().split(" "), texts = columns.filter(column => column[1] && !column[2]);
     const text = item => [item[key], ...texts.map(column => item[column[1]])].join(" ").toLowerCase();
-    const has = item => { const all = text(item); return words.every(word => all.includes(word)); };
-    const wanted = filter.value ? items.filter(has) : [...items];
+    const matches = item => { const all = text(item); return words.every(word => all.includes(word)); };
+    const wanted = filter.value ? items.filter(matches) : [...items];
     const shown = wanted.sort(compare).slice(0, MOST), ids = new Set(shown.map(item => item[key]));
     for (const [id, row] of rows) if (!ids.has(id) && rows.delete(id)) row.remove();
     let place = body.firstChild;
@@ -5386,7 +5390,7 @@ function table(name, key, by, columns) {  // columns: title, property (none: a c
       columns.forEach(([, name, format = text => text], index) => name
         ? write(row.children[index], format(item[name])) : plot(row.children[index].firstChild, "#" + item[key], 1));
       write(row, item.state || "", "className");
-      const stays = row.value === (row.value = item[columns[by][1]]);  // those that do have kept their order
+      const stays = row.value === (row.value = item[columns[by][1]]);  // their order is unchanged
       for (let other = place; stays && other && other !== row; other = place) {
         place = other.nextSibling;
         other.remove();
@@ -5404,12 +5408,13 @@ const drawChannels = table("channels", "channel", 3, [["Channel", "channel"], ["
 const drawProcesses = table("processes", "pid", 2, [["Process", "title"], ["State", "state"],
   ["Mailbox", "mailbox", number], ["Handled/s", "rate", number], ["Handled", "handled", number],
   ["Age", "age_seconds", age], ["Handler", "handler"], ["Channels", "channels"], ["Peer", "peer"]]);
-function redraw() { frame = frame || requestAnimationFrame(draw); }  // not while nobody sees it
+function redraw() { frame = frame || requestAnimationFrame(draw); }  // a hidden page gets no animation frames
 function draw() {
   frame = 0;
   if (!now) return;
-  const { node, version, cluster } = now, lost = cluster && cluster.dropped ? `, ${number(cluster.dropped)} lost` : "";
-  const state = cluster ? `cluster ${cluster.up ? "up" : "cut off"}${lost}` : "no cluster";
+  const { node, version, cluster } = now;
+  const lost = cluster && cluster.dropped ? `, ${number(cluster.dropped)} dropped` : "";
+  const state = cluster ? `cluster ${cluster.up ? "up" : "disconnected"}${lost}` : "no cluster";
   write($("node"), node);
   write($("about"), `nova_lite ${version}, up ${age(now.uptime_seconds)}, ${state}`);
   for (const tile of tiles) tile.draw();
@@ -5419,7 +5424,7 @@ function draw() {
   drawChannels(now.channels, now.channels.length);
   drawProcesses(now.processes, now.process_count);
 }
-function take(data) {  // what is a rate is the difference from the last time
+function update(data) {  // rates are the difference from the last update
   const same = now && now.node === data.node && now.uptime_seconds <= data.uptime_seconds, was = same ? now : data;
   const time = data.uptime_seconds - was.uptime_seconds, rate = (value, old) => time && Math.max(0, value - old) / time;
   if (same && time < 0.5) return;  // too short for a rate
@@ -5427,7 +5432,7 @@ function take(data) {  // what is a rate is the difference from the last time
     const old = new Map(was[kind].map(item => [item[key], item[total]]));
     for (const item of data[kind]) item.rate = old.has(item[key]) ? rate(item[total], old.get(item[key])) : 0;
   }
-  for (const item of data.processes) {  // a pid of this node is short, as in Erlang
+  for (const item of data.processes) {  // pids of this node are shortened to <0.N>, as in Erlang
     item.title = `${item.name || ""} ${item.pid.replace(`<${data.node}.`, "<0.")}`.trim();
     Object.assign(item, { handler: item.handler || "", peer: item.peer || "", channels: item.channels.join(", ") });
   }
@@ -5435,13 +5440,13 @@ function take(data) {  // what is a rate is the difference from the last time
     rate: data.channels.reduce((sum, item) => sum + item.rate, 0), closing: rate(data.slow_closed, was.slow_closed),
     dropping: rate(data.messages_dropped, was.messages_dropped),
     slow: data.processes.filter(item => item.state === "slow").length });
-  if (!same) series.clear();  // another node, or the same one started again
+  if (!same) series.clear();  // another node, or the same one after a restart
   for (const tile of tiles) record(tile.name, now[tile.name]);
   for (const item of now.channels) record("#" + item.channel, item.rate);
   for (const [name, points] of series) if (points.at(-1)[0] !== now.uptime_seconds) series.delete(name);
   redraw();
 }
-function say(text, good, wait, fn) {  // and what to do if nothing happens for so many seconds
+function showState(text, good, wait, fn) {  // calls `fn` if there is no other state within `wait` seconds
   write($("state"), text);
   $("state").className = good ? "up" : "down";
   clearTimeout(timer);
@@ -5455,19 +5460,19 @@ function connect() {
     socket.onclose = socket.onmessage = null;
     socket.close();
     document.body.className = "old";
-    say(`reconnecting in ${Math.ceil(delay)} s`, false, delay, connect);
+    showState(`reconnecting in ${Math.ceil(delay)} s`, false, delay, connect);
     const show = answer => { $("login").hidden = answer.type !== "opaqueredirect" && answer.status !== 401; };
     fetch(location.pathname, { method: "HEAD", redirect: "manual" }).then(show, () => {});
   }
   socket.onclose = lost;
   socket.onmessage = event => {
-    if (!paused) take(JSON.parse(event.data));
-    say(paused ? "paused" : now.draining ? "draining" : "live", !paused && !now.draining, 10, lost);
+    if (!paused) update(JSON.parse(event.data));
+    showState(paused ? "paused" : now.draining ? "draining" : "live", !paused && !now.draining, 10, lost);
     document.body.className = "";
     $("login").hidden = true;
     tries = 0;
   };
-  say($("state").textContent, false, 10, lost);
+  showState($("state").textContent, false, 10, lost);
 }
 connect();
 $("pause").onclick = event => event.target.ariaPressed = paused = !paused;
