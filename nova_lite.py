@@ -5422,10 +5422,12 @@ $("pause").onclick = event => event.target.ariaPressed = paused = !paused;
 # ---------------------------------------------------------------------------------------------------------------------
 
 import argparse
+import ast
 import hashlib
 import hmac
 import secrets
 import sqlite3
+from itertools import pairwise, takewhile
 
 from gevent.threadpool import ThreadPool
 
@@ -6315,7 +6317,8 @@ def command_line() -> argparse.ArgumentParser:
         prog="nova_lite.py",
         description="Serves the demo: live comments, notes and their notifications. Open the URL in two windows.",
         epilog="HOST and PORT in the environment are the defaults for --host and --port. "
-        "`nova_lite.py broadcast --help`: a message into a running cluster, from a shell or a cron job. "
+        "`nova_lite.py broadcast --help`: send a message into a running cluster, from a shell or a cron job. "
+        "`nova_lite.py vendor --help`: write the copy for your project, without the demo. "
         "To build your own: from nova_lite import Nova, WebSocketHandler, pubsub.",
     )
     env = os.environ
@@ -6378,9 +6381,10 @@ def port_number(text: str) -> int:
 
 
 def main() -> int:
-    """Runs the demo and answers the exit code."""
-    if sys.argv[1:2] == ["broadcast"]:
-        return broadcast_main(sys.argv[2:])
+    """Runs a subcommand or the demo, and returns the exit code."""
+    for name, subcommand in (("broadcast", broadcast_main), ("vendor", vendor_main)):
+        if sys.argv[1:2] == [name]:
+            return subcommand(sys.argv[2:])
     args = serve_options()
     process = "%(process)d " if args.workers > 1 else ""
     logging.basicConfig(level=args.log_level.upper(), format=f"%(asctime)s {process}%(levelname)s %(message)s")
@@ -6416,7 +6420,7 @@ def serve(args: argparse.Namespace) -> int:
 
 
 def broadcast_main(arguments: list[str]) -> int:
-    """`nova_lite.py broadcast`; answers the exit code."""
+    """Runs `nova_lite.py broadcast` and returns the exit code."""
     parser = argparse.ArgumentParser(
         prog="nova_lite.py broadcast",
         description="Sends a message to all members of a channel, on all nodes of a cluster.",
@@ -6438,6 +6442,74 @@ def broadcast_main(arguments: list[str]) -> int:
         return 1
     print(f"{args.channel} {args.topic}: {count} node{'' if count == 1 else 's'} reached")
     return 0
+
+
+def vendor_main(arguments: list[str]) -> int:
+    """Runs `nova_lite.py vendor` and returns the exit code."""
+    parser = argparse.ArgumentParser(
+        prog="nova_lite.py vendor",
+        description="Writes the copy of nova_lite for your project: without the demo, and without the rooms you name.",
+        epilog="You may also copy the file and delete a room by hand, from its cut line to the next one.",
+    )
+    parser.add_argument("--without", metavar="ROOM,...", default="", help="rooms to leave out; see --list")
+    parser.add_argument("-o", "--output", metavar="FILE", help="the file to write (standard output)")
+    parser.add_argument("--list", action="store_true", help="show the rooms: lines, what is lost without them, needs")
+    args = parser.parse_args(arguments)
+    with open(__file__, encoding="utf-8") as file:
+        source = file.read()
+    without = set(re.findall(r"[^\s,]+", args.without))
+    if unknown := ", ".join(sorted(without - set(find_rooms(source)))):
+        parser.error(f"no room {unknown}; the rooms are {', '.join(find_rooms(source))}")
+    try:
+        with open(args.output or 1, "w", encoding="utf-8", closefd=bool(args.output)) as file:  # 1: standard output
+            file.write(list_rooms(source) if args.list else vendor(source, without))
+    except OSError as error:
+        print(f"nova_lite: cannot write {args.output or 'the copy'}: {error.strerror}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def find_rooms(source: str) -> dict[str, slice]:
+    """Returns the detachable rooms, in order: the name, and where its lines are."""
+    cut = re.compile("# -+ (?:cut here: without ([a-z_]+)|delete from here)")
+    cuts = [(number, found[1]) for number, line in enumerate(source.splitlines()) if (found := cut.match(line))]
+    return {name: slice(start, end) for (start, name), (end, _) in pairwise(cuts)}
+
+
+def list_rooms(source: str) -> str:
+    """Returns a table: a room, its lines, and the comment behind its cut line, which says what is lost without it."""
+    lines, rooms = source.splitlines(), find_rooms(source)
+    table = [f"{'core':12}{min(part.start for part in rooms.values()):5} lines"]
+    for name, part in rooms.items():
+        notes = takewhile(bool, lines[part][1:])
+        table.append(f"{name:12}{part.stop - part.start:5} lines  {' '.join(note.strip('# ') for note in notes)}")
+    return "\n".join(table) + "\n"
+
+
+def vendor(source: str, without: Iterable[str] = ()) -> str:
+    """Returns the copy to vendor: `source` without the demo, the rooms `without`, and the imports used only there."""
+    lines, rooms = source.splitlines(keepends=True), find_rooms(source)
+    del lines[max(part.stop for part in rooms.values()) :]
+    for name in reversed(rooms):
+        if name in without:
+            del lines[rooms[name]]
+    kept = ", ".join(name for name in rooms if name not in without) or "none"
+    head = f"# nova_lite {__version__}, written by `nova_lite.py vendor`. Rooms besides the core: {kept}.\n"
+    start = next(number for number, line in enumerate(lines) if line.startswith('"""'))  # after what makes it a program
+    return head + drop_unused_imports("".join(lines[start:])).rstrip() + "\n"
+
+
+def drop_unused_imports(source: str) -> str:
+    tree, lines = ast.parse(source), source.splitlines(keepends=True)
+    used = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
+            used.add(f"{node.value.id}.{node.attr}")  # of `import a.b`
+    for node in reversed(tree.body):
+        if isinstance(node, ast.Import | ast.ImportFrom) and getattr(node, "module", "") != "__future__":
+            node.names = [alias for alias in node.names if (alias.asname or alias.name) in used]
+            lines[node.lineno - 1 : node.end_lineno] = [ast.unparse(node) + "\n"] if node.names else []
+    return "".join(lines)
 
 
 if __name__ == "__main__":
