@@ -4196,6 +4196,7 @@ rooms["launch"] = SimpleNamespace(reload_on_change=reload_on_change, run_workers
 
 # ----- cut here: without cluster -------------------------------------------------------------------------------------
 # Lost: cluster=URL, pubsub.connect, publish: a node is alone.
+# Needs: the packages redis and msgpack, once a cluster is asked for.
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -6500,11 +6501,13 @@ def vendor(source: str, without: Iterable[str] = ()) -> str:
 
 
 def drop_unused_imports(source: str) -> str:
-    tree, lines = ast.parse(source), source.splitlines(keepends=True)
-    used = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
+    tree, used, lines = ast.parse(source), set(), source.splitlines(keepends=True)
     for node in ast.walk(tree):
-        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
-            used.add(f"{node.value.id}.{node.attr}")  # of `import a.b`
+        match node:
+            case ast.Name(id=name, ctx=ast.Load()):
+                used.add(name)
+            case ast.Attribute(value=ast.Name(id=name), attr=attribute):  # of `import a.b`
+                used.add(f"{name}.{attribute}")
     for node in reversed(tree.body):
         if isinstance(node, ast.Import | ast.ImportFrom) and getattr(node, "module", "") != "__future__":
             node.names = [alias for alias in node.names if (alias.asname or alias.name) in used]
