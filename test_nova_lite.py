@@ -6391,6 +6391,14 @@ def test_the_readmes_program_runs_as_printed(tmp_path):
             assert (one.recv(PATIENCE), two.recv(PATIENCE)) == ("hello", "hello")
 
 
+def test_the_readme_names_the_rooms_and_the_packages_of_the_tests():
+    readme = (ROOT / "README.md").read_text()
+    assert re.findall(r"^\| (\w+) \| [\d,]+ \|", readme, re.MULTILINE) == ["core", *ROOMS]
+    header = Path(__file__).read_text().partition("# ///\n")[0]
+    packages = set(re.findall(r"\"([\w\[\]-]+)>=", header)) - {"gevent", "gevent-websocket", "bottle"}
+    assert set(re.findall(r"'([\w\[\]-]+)>=", readme)) == packages
+
+
 def test_the_docstrings_program_is_the_readmes():
     program = re.search(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)[1]
 
