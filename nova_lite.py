@@ -4251,6 +4251,7 @@ rooms["launch"] = SimpleNamespace(reload_on_change=reload_on_change, run_workers
 
 # ----- cut here: without cluster -------------------------------------------------------------------------------------
 # Lost: cluster=URL, pubsub.connect, publish. A node does not connect to others.
+# Needs: the packages redis and msgpack, once a cluster is asked for.
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -5486,27 +5487,30 @@ $("pause").onclick = event => event.target.ariaPressed = paused = !paused;
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Demo: Nova's tutorial, working: echo, live comments, notes with notifications, and their indexer.
-# House rule: uses the public API only, as your program would.
+# Invariant: it uses the public API only, as your program would.
 # ---------------------------------------------------------------------------------------------------------------------
 
 import argparse
+import ast
 import hashlib
 import hmac
 import secrets
 import sqlite3
+from contextlib import closing
+from itertools import pairwise, takewhile
 
 from gevent.threadpool import ThreadPool
 
 
 class Notes:
-    """The store: one SQLite file, one transaction a change. Queries run in a thread of their own, off the hub."""
+    """Stores notes in a SQLite file, with a transaction for each change. Queries run in a thread, not in the hub."""
 
     FIELDS = ("id", "title", "body", "author")
-    ID = "INTEGER PRIMARY KEY AUTOINCREMENT"  # no id twice
+    ID = "INTEGER PRIMARY KEY AUTOINCREMENT"  # an id is never used again
 
     def __init__(self, path: str) -> None:
         self.path = path
-        self.thread = ThreadPool(1)  # one: SQLite has one writer anyway, and commits keep their order
+        self.thread = ThreadPool(1)  # one: SQLite has one writer, and commits keep their order
         self.db: Any = None
         columns = f"id {self.ID}, title TEXT NOT NULL, body TEXT NOT NULL, author TEXT NOT NULL"
         self._query(f"CREATE TABLE IF NOT EXISTS notes ({columns})")
@@ -5514,76 +5518,69 @@ class Notes:
     def open(self) -> Any:
         db = sqlite3.connect(self.path, check_same_thread=False, isolation_level=None)
         db.execute("PRAGMA journal_mode=WAL")
-        db.execute("PRAGMA synchronous=FULL")  # a 201 outlives a crash of the machine
+        db.execute("PRAGMA synchronous=FULL")  # a 201 survives a crash of the machine
         return db
 
     def execute(self, sql: str, values: tuple[Any, ...]) -> list[Any]:
-        """In the thread."""
+        """Returns the rows of a query. Runs in the thread."""
         if self.db is None:
             self.db = self.open()
         return self.db.execute(sql, values).fetchall()
 
     def _query(self, sql: str, *values: Any) -> list[dict[str, Any]]:
-        rows = self._in_thread(self.execute, sql, values)
-        return [dict(zip(self.FIELDS, row, strict=True)) for row in rows]
-
-    def _in_thread(self, fn: Callable[..., Any], *args: Any) -> Any:
-        def guarded_call() -> tuple[Any, Exception | None]:  # gevent prints what a thread raises, even if it is caught
-            try:
-                return fn(*args), None
-            except Exception as error:
-                return None, error
-
-        result, error = self.thread.apply(guarded_call)
+        rows, error = self.thread.apply(self._guarded_execute, (sql, values))
         if error is not None:
             raise error
-        return result
+        return [dict(zip(self.FIELDS, row, strict=True)) for row in rows]
+
+    def _guarded_execute(self, sql: str, values: tuple[Any, ...]) -> tuple[list[Any], Exception | None]:
+        try:
+            return self.execute(sql, values), None
+        except Exception as error:  # returned, since gevent prints what a thread raises, even if the caller catches it
+            return [], error
 
     def close(self) -> None:
         if self.db is not None:
-            self._in_thread(self.db.close)
+            self.thread.apply(self.db.close)
         self.thread.kill()
 
     def all(self) -> list[dict[str, Any]]:
         return self._query("SELECT id, title, body, author FROM notes ORDER BY id")
 
-    def get(self, id: int) -> dict[str, Any] | None:
-        return next(iter(self._query("SELECT id, title, body, author FROM notes WHERE id = ?", id)), None)
+    def get(self, note_id: int) -> dict[str, Any] | None:
+        return next(iter(self._query("SELECT id, title, body, author FROM notes WHERE id = ?", note_id)), None)
 
     def create(self, title: str, body: str, author: str) -> dict[str, Any]:
         sql = "INSERT INTO notes (title, body, author) VALUES (?, ?, ?) RETURNING id, title, body, author"
         return self._query(sql, title, body, author)[0]
 
-    def update(self, id: int, title: str, body: str) -> dict[str, Any] | None:
+    def update(self, note_id: int, title: str, body: str) -> dict[str, Any] | None:
         sql = "UPDATE notes SET title = ?, body = ? WHERE id = ? RETURNING id, title, body, author"
-        return next(iter(self._query(sql, title, body, id)), None)
+        return next(iter(self._query(sql, title, body, note_id)), None)
 
-    def delete(self, id: int) -> bool:
-        return bool(self._query("DELETE FROM notes WHERE id = ? RETURNING id, title, body, author", id))
+    def delete(self, note_id: int) -> bool:
+        return bool(self._query("DELETE FROM notes WHERE id = ? RETURNING id, title, body, author", note_id))
 
 
 class PostgresNotes(Notes):
-    """The same in PostgreSQL, for nodes on several machines. What fails while the server is away is a 500; the next
-    query connects again."""
+    """Stores notes in PostgreSQL, for nodes on several machines. After an error the next query connects again."""
 
     ID = "BIGINT GENERATED ALWAYS AS IDENTITY PRIMARY KEY"
 
     def open(self) -> Any:
-        import psycopg  # only if it is asked for
+        import psycopg  # installed only where it is used
 
         return psycopg.connect(self.path, autocommit=True, connect_timeout=5)
 
     def execute(self, sql: str, values: tuple[Any, ...]) -> list[Any]:
-        if self.db is not None and self.db.closed:
-            self.db = None
-        if self.db is None:
+        if self.db is None or self.db.closed:
             self.db = self.open()
         cursor = self.db.execute(sql.replace("?", "%s"), values)
         return cursor.fetchall() if cursor.description else []
 
 
 def open_notes(db: str) -> Notes:
-    """The notes in a SQLite file, or at a URL of PostgreSQL."""
+    """Opens the notes in a SQLite file or at a PostgreSQL URL. Raises ImportError without the package psycopg."""
     if not db.startswith(("postgresql://", "postgres://")):
         return Notes(db)
     try:
@@ -5592,11 +5589,10 @@ def open_notes(db: str) -> Notes:
         raise ImportError("PostgreSQL needs one more package: pip install 'psycopg[binary]'") from None
 
 
-NOT_FOUND: Any = ("json", 404, {}, {"error": "note not found"})
-
-
 class NotesController:
-    """The REST API. A change is broadcast once it is committed."""
+    """Serves the REST API. Broadcasts each change after its commit."""
+
+    NOT_FOUND: Any = ("json", 404, {}, {"error": "note not found"})
 
     def __init__(self, notes: Notes) -> None:
         self.notes = notes
@@ -5613,53 +5609,53 @@ class NotesController:
         return unprocessable(req, "title", "body", "author")
 
     def show(self, req: Request) -> Any:
-        note = self.notes.get(note_id(req))
-        return ("json", note) if note else NOT_FOUND
+        note = self.notes.get(id_in_path(req))
+        return ("json", note) if note else self.NOT_FOUND
 
     def update(self, req: Request) -> Any:
         match req["params"]:
             case {"title": str(title), "body": str(body)} if is_text(title, body):
-                note = self.notes.update(note_id(req), title, body)
+                note = self.notes.update(id_in_path(req), title, body)
                 if note is None:
-                    return NOT_FOUND
+                    return self.NOT_FOUND
                 pubsub.broadcast("notes", "note_updated", note)
                 return "json", note
         return unprocessable(req, "title", "body")
 
     def delete(self, req: Request) -> Any:
-        id = note_id(req)
-        if not self.notes.delete(id):
-            return NOT_FOUND
-        pubsub.broadcast("notes", "note_deleted", {"id": id})
+        note_id = id_in_path(req)
+        if not self.notes.delete(note_id):
+            return self.NOT_FOUND
+        pubsub.broadcast("notes", "note_deleted", {"id": note_id})
         return "status", 204
 
     def search(self, req: Request) -> Any:
         try:
-            ids = call("note_indexer", ("search", req["qs"].get("q", "")))
+            found = call("note_indexer", ("search", req["qs"].get("q", "")))
         except CallError:
-            return "json", 503, {"Retry-After": "1"}, {"error": "the indexer is being restarted"}
-        return "json", {"notes": [note for id in ids if (note := self.notes.get(id))]}
+            return "json", 503, {"Retry-After": "1"}, {"error": "the index is not available"}
+        return "json", {"notes": [note for note_id in found if (note := self.notes.get(note_id))]}
 
 
 def is_text(*fields: str) -> bool:
-    return all(field and "\0" not in field for field in fields)  # PostgreSQL knows no NUL
+    return all(field and "\0" not in field for field in fields)  # PostgreSQL stores no NUL
 
 
 def unprocessable(req: Request, *names: str) -> Any:
-    """The 422, with what is wrong at which field."""
+    """Returns a 422 that names the missing fields."""
     given = {name: req["params"].get(name) for name in names}
     fields = {name: "is required" for name in names if not isinstance(given[name], str) or not is_text(given[name])}
     return "json", 422, {}, {"error": f"{', '.join(names[:-1])} and {names[-1]} are required", "fields": fields}
 
 
-def note_id(req: Request) -> int:
-    """The id in the path; 0, which no note has, where it is no number that SQLite could hold."""
-    id = req["bindings"]["id"]
-    return int(id) if re.fullmatch(r"[0-9]{1,18}", id) else 0
+def id_in_path(req: Request) -> int:
+    """Returns the id in the path; 0, which no note has, if it is not a number that SQLite can store."""
+    text = req["bindings"]["id"]
+    return int(text) if re.fullmatch(r"[0-9]{1,18}", text) else 0
 
 
 class EchoHandler(WebSocketHandler):
-    def websocket_handle(self, frame: Frame, state: Any) -> Any:
+    def websocket_handle(self, frame: Any, state: Any) -> Any:
         match frame:
             case ("text", text):
                 return "reply", ("text", "Echo: " + text), state
@@ -5671,7 +5667,7 @@ class CommentsHandler(WebSocketHandler):
         pubsub.join("comments")
         return "ok", state
 
-    def websocket_handle(self, frame: Frame, state: Any) -> Any:
+    def websocket_handle(self, frame: Any, state: Any) -> Any:
         match frame:
             case ("text", text):
                 pubsub.broadcast("comments", "new_comment", text)
@@ -5687,7 +5683,7 @@ class CommentsHandler(WebSocketHandler):
 
 
 class NotificationsHandler(WebSocketHandler):
-    """Who asks with `?since=`, empty at first, is told positions, and gets what it has missed when it comes back."""
+    """Sends each change of a note. With `?since=`, empty at first, adds positions and first sends what was missed."""
 
     def init(self, state: Any) -> Any:
         since = state["req"]["since"]
@@ -5695,7 +5691,7 @@ class NotificationsHandler(WebSocketHandler):
         pubsub.join("notes", since=since or None)
         return "ok", state
 
-    def websocket_handle(self, frame: Frame, state: Any) -> Any:
+    def websocket_handle(self, frame: Any, state: Any) -> Any:
         match frame:
             case ("text", "ping"):
                 return "reply", ("text", "pong"), state
@@ -5707,19 +5703,19 @@ class NotificationsHandler(WebSocketHandler):
         match info:
             case ("nova_pubsub", "notes", _sender, _topic, _payload):
                 return "reply", ("text", info.once(self.as_text)), state
-            case ("nova_resync", "notes"):  # something may be missing: the page asks for all notes again
+            case ("nova_resync", "notes"):  # messages may be missing: the page loads all notes again
                 return "reply", ("text", '{"event": "nova_resync", "data": null}'), state
         return "ok", state
 
 
 class PresenceHandler(WebSocketHandler):
-    """Tells how many are in the channel `comments`."""
+    """Sends the number of members of the channel `comments`, whenever it changes."""
 
     def init(self, state: Any) -> Any:
         pubsub.join("presence")
         return "ok", state
 
-    def websocket_handle(self, frame: Frame, state: Any) -> Any:
+    def websocket_handle(self, frame: Any, state: Any) -> Any:
         return ("reply", frame, state) if frame == ("binary", b"") else ("ok", state)
 
     def websocket_info(self, info: Any, state: Any) -> Any:
@@ -5730,19 +5726,19 @@ class PresenceHandler(WebSocketHandler):
 
 
 class Presence(GenServer):
-    """Counts for them; its state is whether it is about to. A thousand who come at once make one message to each."""
+    """Counts these members. Its state is True while a count is due: many changes make one message to each client."""
 
-    PAUSE = 0.25  # seconds in which changes gather
+    PAUSE = 0.25  # seconds between the first change and the count
 
     def init(self, _args: Any) -> Any:
-        for channel in ("comments", "presence"):  # who asks is told, too
+        for channel in ("comments", "presence"):  # a new PresenceHandler waits for a count
             pubsub.monitor(channel)
         return "ok", False
 
     def handle_info(self, info: Any, due: Any) -> Any:
         match info:
             case "count":
-                count = len(pubsub.get_members("comments"))  # of all nodes; each tells its own clients
+                count = len(pubsub.get_members("comments"))  # of all nodes; each node informs its own clients
                 pubsub.local_broadcast("presence", "presence", {"count": count})
                 return "noreply", False
             case (_ref, "join" | "leave", _channel, _pids) if not due:
@@ -5760,11 +5756,11 @@ def as_json_with_position(message: Message) -> str:
 
 
 class NoteIndexer(GenServer):
-    """Which notes have which words; its state is {id: words}. It learns from the channel what the controllers do."""
+    """Finds notes by their words. Its state is {id: words}, kept up to date by what the controllers broadcast."""
 
     def init(self, notes: Notes) -> Any:
         self.notes = notes
-        pubsub.join("notes")  # before reading: what changes meanwhile comes as a message, and may well come twice
+        pubsub.join("notes")  # before reading: a change that comes meanwhile is then a message
         return "ok", self.index()
 
     def index(self) -> dict[int, set[str]]:
@@ -5774,30 +5770,25 @@ class NoteIndexer(GenServer):
         match request:
             case ("search", str(text)):
                 words = tokenize({"title": text, "body": ""})
-                return "reply", sorted(id for id, known in state.items() if words and has(known, words)), state
+                found = [key for key, known in state.items() if words and matches_prefix(known, words)]
+                return "reply", sorted(found), state
         return "reply", ("error", "unknown_request"), state
 
     def handle_info(self, info: Any, state: Any) -> Any:
         match info:
-            case (
-                "nova_pubsub",
-                "notes",
-                _,
-                "note_created" | "note_updated",
-                {"id": int(id), "title": title, "body": _},
-            ):
-                log.info("indexing note %s: %r", id, title)
-                state[id] = tokenize(info[4])
-            case ("nova_pubsub", "notes", _sender, "note_deleted", {"id": int(id)}):
-                log.info("removing note %s from the index", id)
-                state.pop(id, None)
+            case ("nova_pubsub", "notes", _, "note_created" | "note_updated", {"id": int(key), "title": _, "body": _}):
+                log.info("indexing note %s: %r", key, info[4]["title"])
+                state[key] = tokenize(info[4])
+            case ("nova_pubsub", "notes", _, "note_deleted", {"id": int(key)}):
+                log.info("removing note %s from the index", key)
+                state.pop(key, None)
             case ("nova_resync", "notes"):
                 state = self.index()
         return "noreply", state
 
 
-def has(known: set[str], words: set[str]) -> bool:
-    """Whether each of the words begins one that is known: who searches may still be typing."""
+def matches_prefix(known: set[str], words: set[str]) -> bool:
+    """Returns whether each of `words` is the beginning of a known word: the user may still be typing."""
     return all(any(other.startswith(word) for other in known) for word in words)
 
 
@@ -5806,7 +5797,7 @@ def tokenize(note: Mapping[str, Any]) -> set[str]:
 
 
 def start_indexer(notes: Notes) -> Any:
-    """The indexer and the presence, under a supervisor that starts again what crashes."""
+    """Starts the indexer and the presence, under a supervisor that restarts them."""
     return start_supervisor([
         {"id": "note_indexer", "start": (start_link, NoteIndexer, notes, "note_indexer")},
         {"id": "presence", "start": (start_link, Presence, None, "presence")},
@@ -5814,24 +5805,24 @@ def start_indexer(notes: Notes) -> Any:
 
 
 class Login:
-    """One password before some pages: `routes` is the group with /login and /logout, `security` guards other groups.
+    """Protects pages by one password: `routes` is the group with /login and /logout, `security` is for other groups.
 
-    Nothing is kept about who is logged in. The cookie says until when, under a signature whose key comes from the
-    password: so all workers accept it, it outlives a restart, and a new password ends every login.
+    No session is stored. The cookie holds its expiry time and a signature, whose key is derived from the password: all
+    workers accept it, it survives a restart, and a new password ends every login.
     """
 
-    LIFE = 12 * 3600  # seconds that a login lasts
-    TRIES, TRIES_OF_ALL = 5, 30  # wrong passwords a minute: from one address, from all together
+    LIFE = 12 * 3600  # seconds until a login expires
+    TRIES, TRIES_OF_ALL = 5, 30  # wrong passwords a minute, from one address and from all
 
     def __init__(self, password: str, home: str = "/board") -> None:
         self.home = home
-        # Slow by intention: who sees a cookie shall not try passwords by the million until its signature fits.
+        # Slow by intention: with a stolen cookie, passwords must not be guessed by the million.
         self.key = hashlib.scrypt(password.encode(), salt=b"nova_lite login", n=2**14, r=8, p=1)
         self.proof = self.sign("password", password)
-        self.wrong: deque[tuple[float, str]] = deque()  # when and from where: TRIES_OF_ALL at most
+        self.wrong: deque[tuple[float, str]] = deque()  # time, address; at most TRIES_OF_ALL
         post = {"methods": ["post"], "max_body": 4096}
         show = ("/login", self.show, {"methods": ["get"]})
-        self.routes = {"routes": [show, ("/login", self.enter, post), ("/logout", self.leave, post)]}
+        self.routes = {"routes": [show, ("/login", self.log_in, post), ("/logout", self.log_out, post)]}
 
     def sign(self, kind: str, text: str) -> str:
         return hmac.new(self.key, f"{kind}:{text}".encode(), "sha256").hexdigest()
@@ -5850,26 +5841,26 @@ class Login:
     def show(self, req: Request) -> Any:
         return ("redirect", self.home) if self.is_logged_in(req) else self.page(200)
 
-    def enter(self, req: Request) -> Any:
+    def log_in(self, req: Request) -> Any:
         password, address = req["params"].get("password"), req["peer"][0]
         if not req.is_own_origin():
             return self.page(403, "This form was sent from another site.")
-        wait = self.wait(address)  # nobody else gets a turn from here until the try is counted
+        wait = self.wait(address)  # no other greenlet may run between here and the count
         if wait > 0:
             return self.page(429, f"Too many wrong passwords. Wait {wait} seconds.", {"Retry-After": str(wait)})
         given = password if isinstance(password, str) else ""
         if not hmac.compare_digest(self.sign("password", given), self.proof):
             self.wrong.append((monotonic(), address))
-            log.warning("a wrong password at /login from %s", address)
+            log.warning("wrong password at /login from %s", address)
             return self.page(401, "That is not the password.")
         session = f"{int(time.time()) + self.LIFE}.{secrets.token_urlsafe(16)}"
-        return self.go(req, self.home, f"{session}.{self.sign('session', session)}", self.LIFE)
+        return self.redirect(req, self.home, f"{session}.{self.sign('session', session)}", self.LIFE)
 
-    def leave(self, req: Request) -> Any:
-        return self.go(req, "/login", "", 0) if req.is_own_origin() else ("status", 403)
+    def log_out(self, req: Request) -> Any:
+        return self.redirect(req, "/login", "", 0) if req.is_own_origin() else ("status", 403)
 
     def wait(self, address: str) -> int:
-        """Seconds until this address may try again."""
+        """Returns the seconds until this address may try again."""
         now = monotonic()
         while self.wrong and self.wrong[0][0] <= now - 60:
             self.wrong.popleft()
@@ -5877,8 +5868,8 @@ class Login:
         ends = [*own[-self.TRIES :][: len(own) >= self.TRIES], *of_all[: len(of_all) >= self.TRIES_OF_ALL]]
         return int(max(ends) + 60 - now) + 1 if ends else 0
 
-    def go(self, req: Request, path: str, cookie: str, seconds: int) -> Any:
-        # A proxy may speak plain HTTP with us; what the browser speaks, the form's origin tells.
+    def redirect(self, req: Request, path: str, cookie: str, seconds: int) -> Any:
+        # Behind a proxy the request may be plain HTTP; the form's Origin has the scheme that the browser uses.
         https = req.environ["wsgi.url_scheme"] == "https" or req["headers"].get("Origin", "").startswith("https:")
         options = f"Max-Age={seconds}; Path=/; HttpOnly; SameSite=Strict{'; Secure' if https else ''}"
         return "status", 303, {"Location": path, "Set-Cookie": f"nova_login={cookie}; {options}"}
@@ -5891,7 +5882,7 @@ class Login:
 
 
 def choose_password() -> str:
-    """NOVA_PASSWORD; or made up, told in one line, and left in the environment for workers and after a reload."""
+    """Returns NOVA_PASSWORD. If it is not set, logs a random one and sets it, for workers and reloads."""
     if not os.environ.get("NOVA_PASSWORD"):
         os.environ["NOVA_PASSWORD"] = secrets.token_urlsafe(12)
         log.warning("the password of /board is %s (NOVA_PASSWORD sets another)", os.environ["NOVA_PASSWORD"])
@@ -5924,44 +5915,35 @@ LOGIN_PAGE = """<!doctype html>
 
 
 def demo(notes: Notes, password: str | None = None) -> Nova:
-    """The tutorial's application; with a password, and behind it, the board."""
-    app = tutorial(notes)
+    """Returns the tutorial's application; with a password, the board too."""
+    pubsub.keep("notes")
+    api = NotesController(notes)
+    page = {"Content-Type": "text/html; charset=utf-8", "Cache-Control": "no-cache"}
+    script = {"Content-Type": "text/javascript; charset=utf-8", "Cache-Control": "no-cache"}
+    app = Nova([
+        {"routes": [
+            ("/", lambda _req: ("status", 200, page, PAGE), {"methods": ["get"]}),
+            ("/nova.js", lambda _req: ("status", 200, script, CLIENT), {"methods": ["get"]}),
+            ("/heartbeat", heartbeat, {"methods": ["get"]}),
+            ("/ws", EchoHandler, {"protocol": "ws"}),
+            ("/comments", CommentsHandler, {"protocol": "ws"}),
+            ("/notifications", NotificationsHandler, {"protocol": "ws"}),
+            ("/presence", PresenceHandler, {"protocol": "ws"}),
+        ]},
+        {"prefix": "/api/notes", "routes": [
+            ("/", api.index, {"methods": ["get"]}),
+            ("/", api.create, {"methods": ["post"]}),
+            ("/search", api.search, {"methods": ["get"]}),
+            ("/:id", api.show, {"methods": ["get"]}),
+            ("/:id", api.update, {"methods": ["put"]}),
+            ("/:id", api.delete, {"methods": ["delete"]}),
+        ]},
+    ])  # fmt: skip
     if password:
         login = Login(password)
         app.add(login.routes)
         app.board(login.home, security=login.security, logout="/logout")
     return app
-
-
-def tutorial(notes: Notes) -> Nova:
-    pubsub.keep("notes")
-    api = NotesController(notes)
-    page = {"Content-Type": "text/html; charset=utf-8", "Cache-Control": "no-cache"}
-    script = {"Content-Type": "text/javascript; charset=utf-8", "Cache-Control": "no-cache"}
-    return Nova([
-        {
-            "routes": [
-                ("/", lambda _req: ("status", 200, page, PAGE), {"methods": ["get"]}),
-                ("/nova.js", lambda _req: ("status", 200, script, CLIENT), {"methods": ["get"]}),
-                ("/heartbeat", heartbeat, {"methods": ["get"]}),
-                ("/ws", EchoHandler, {"protocol": "ws"}),
-                ("/comments", CommentsHandler, {"protocol": "ws"}),
-                ("/notifications", NotificationsHandler, {"protocol": "ws"}),
-                ("/presence", PresenceHandler, {"protocol": "ws"}),
-            ],
-        },
-        {
-            "prefix": "/api/notes",
-            "routes": [
-                ("/", api.index, {"methods": ["get"]}),
-                ("/", api.create, {"methods": ["post"]}),
-                ("/search", api.search, {"methods": ["get"]}),
-                ("/:id", api.show, {"methods": ["get"]}),
-                ("/:id", api.update, {"methods": ["put"]}),
-                ("/:id", api.delete, {"methods": ["delete"]}),
-            ],
-        },
-    ])  # fmt: skip
 
 
 PAGE = """<!doctype html>
@@ -6030,7 +6012,7 @@ PAGE = """<!doctype html>
 <header>
   <h1><svg viewBox="0 0 24 24" aria-hidden="true"><path d="M12 0q1 11 12 12-11 1-12 12-1-11-12-12 11-1 12-12z"/></svg
     >nova_lite</h1>
-  <p class="dim">What happens here happens in every window.</p>
+  <p class="dim">Changes appear in every open window.</p>
   <div id="line" class="away"><span id="state" role="status">connecting</span><span id="wait" aria-hidden="true"></span
     ><button id="now" class="plain" aria-label="Reconnect now" hidden>now</button></div>
 </header>
@@ -6042,7 +6024,7 @@ PAGE = """<!doctype html>
     <form id="say" class="row">
       <input name="text" aria-label="Your comment" placeholder="Say something" autocomplete="off" maxlength="2000">
       <button class="main">Send</button></form>
-    <p id="hush" class="dim" role="status">Nothing said yet. The first comment shows in every window.</p>
+    <p id="hush" class="dim" role="status">No comments yet. The first appears in every window.</p>
     <div id="comments" class="list" role="log" aria-live="polite" aria-labelledby="comments-title" tabindex="0"></div>
   </section>
   <section aria-labelledby="notes-title">
@@ -6184,7 +6166,7 @@ $("search").onsubmit = event => event.preventDefault();
 
 function show(ids) {
   for (const [id, item] of items) item.hidden = ids !== null && !ids.includes(id);
-  const count = ids ? ids.length : items.size, all = count ? "" : "No notes yet. The first one shows in every window.";
+  const count = ids ? ids.length : items.size, all = count ? "" : "No notes yet. The first appears in every window.";
   $("found").textContent = ids ? `${count || "No"} note${count === 1 ? "" : "s"} found.` : all;
 }
 
@@ -6374,117 +6356,90 @@ class NovaSocket {
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Main: the command line.
+# Main: the command line: the demo, broadcast, vendor.
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def command_line() -> argparse.ArgumentParser:
+def parse_options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="nova_lite.py",
         description="Serves the demo: live comments, notes and their notifications. Open the URL in two windows.",
         epilog="HOST and PORT in the environment are the defaults for --host and --port. "
-        "`nova_lite.py broadcast --help`: a message into a running cluster, from a shell or a cron job. "
+        "`nova_lite.py broadcast --help`: send a message into a running cluster, from a shell or a cron job. "
+        "`nova_lite.py vendor --help`: write the copy for your project, without the demo. "
         "To build your own: from nova_lite import Nova, WebSocketHandler, pubsub.",
     )
-    env = os.environ
-    parser.add_argument("--host", default=env.get("HOST", "127.0.0.1"), help="address to listen on (%(default)s)")
-    parser.add_argument(
-        "--port", type=port_number, default=env.get("PORT", "8080"), help="port, 0 for a free one (%(default)s)"
-    )
-    where = 'the notes: a SQLite file, ":memory:", or postgresql://... (%(default)s)'
-    parser.add_argument("--db", default="notes.db", metavar="DB", help=where)
-    parser.add_argument(
-        "--cluster", metavar="URL", help="redis://...: broadcasts reach all nodes that share this Redis"
-    )
-    parser.add_argument("--name", metavar="NODE", help="this node's name in the cluster and in pids")
-    parser.add_argument(
-        "--workers", type=worker_count, default=1, metavar="N", help="processes on the port; needs --cluster (1)"
-    )
-    parser.add_argument(
-        "--shutdown-delay",
-        type=duration,
-        default=SHUTDOWN_DELAY,
-        metavar="SECONDS",
-        help="after SIGTERM serve on for so long, with a 503 from /heartbeat, before draining (%(default)s)",
-    )
-    parser.add_argument("--certfile", metavar="FILE", help="certificate (PEM): serve https and wss")
-    parser.add_argument("--keyfile", metavar="FILE", help="its key, if it is in a file of its own")
-    parser.add_argument("--reload", action="store_true", help="start again whenever the program changes")
+    env, add = os.environ, parser.add_argument
+    add("--host", default=env.get("HOST", "127.0.0.1"), help="address to listen on (%(default)s)")
+    add("--port", type=between(int, 0, 65535), default=env.get("PORT", "8080"), help="port; 0: any (%(default)s)")
+    add("--db", default="notes.db", help='the notes: a SQLite file, ":memory:", or postgresql://... (%(default)s)')
+    add("--cluster", metavar="URL", help="redis://...: broadcasts reach all nodes that share this Redis")
+    add("--name", metavar="NODE", help="this node's name in the cluster and in pids")
+    add("--workers", type=between(int, 1, 256), default=1, metavar="N", help="processes; needs --cluster (%(default)s)")
+    delay = "time between SIGTERM and draining, in which /heartbeat returns 503 (%(default)s)"
+    add("--shutdown-delay", type=between(float, 0, 10**9), default=0.0, metavar="SECONDS", help=delay)
+    add("--certfile", metavar="FILE", help="certificate (PEM): serve https and wss")
+    add("--keyfile", metavar="FILE", help="private key of the certificate, if it is in another file")
+    add("--reload", action="store_true", help="restart whenever a file of the program changes")
     levels = ["debug", "info", "warning", "error"]
-    parser.add_argument("--log-level", choices=levels, default="info", help="how much to log (%(default)s)")
-    parser.add_argument("--version", action="version", version=f"nova_lite {__version__}")
-    return parser
-
-
-def serve_options() -> argparse.Namespace:
-    parser = command_line()
+    add("--log-level", choices=levels, default="info", help="lowest level to log (%(default)s)")
+    add("--version", action="version", version=f"nova_lite {__version__}")
     args = parser.parse_args()
     if args.workers > 1 and args.cluster is None:
         parser.error("--workers needs --cluster, or a broadcast would reach the clients of one worker only")
     if args.workers > 1 and args.db == ":memory:":
-        parser.error("--workers needs a --db that they can share, not :memory:")
+        parser.error("--workers needs a --db that workers can share, not :memory:")
     return args
 
 
-def worker_count(text: str) -> int:
-    if not 1 <= int(text) <= 256:
-        raise argparse.ArgumentTypeError(f"{text} workers: 1 to 256")
-    return int(text)
+def between(kind: type, low: int, high: int) -> Callable[[str], Any]:
+    """Returns a function that parses a number from `low` to `high`, for argparse."""
 
+    def number(text: str) -> Any:
+        if not low <= kind(text) <= high:
+            raise argparse.ArgumentTypeError(f"expected {low} to {high}, got {text}")
+        return kind(text)
 
-def duration(text: str) -> float:
-    if not 0 <= float(text) < inf:
-        raise argparse.ArgumentTypeError(f"{text} is not a time: 0 or more seconds")
-    return float(text)
-
-
-def port_number(text: str) -> int:
-    port = int(text)
-    if not 0 <= port <= 65535:
-        raise argparse.ArgumentTypeError(f"{text} is no port: 0 to 65535")
-    return port
+    return number
 
 
 def main() -> int:
-    """Runs the demo and answers the exit code."""
-    if sys.argv[1:2] == ["broadcast"]:
-        return broadcast_main(sys.argv[2:])
-    args = serve_options()
+    """Runs a subcommand or the demo, and returns the exit code."""
+    for name, subcommand in (("broadcast", broadcast_main), ("vendor", vendor_main)):
+        if sys.argv[1:2] == [name]:
+            return subcommand(sys.argv[2:])
+    args = parse_options()
     process = "%(process)d " if args.workers > 1 else ""
     logging.basicConfig(level=args.log_level.upper(), format=f"%(asctime)s {process}%(levelname)s %(message)s")
-    choose_password()  # before there are workers, or a child: they shall have the same
+    choose_password()  # before workers or a child are started: they must share it
     try:
         if args.reload:
-            reload_on_change()  # before the database is opened: only the child needs it
+            reload_on_change()  # before the database is opened, which only the child needs
         if args.workers > 1:
-            run_workers(args.workers, args.host, args.port, DRAIN_TIME + args.shutdown_delay)
-        return serve(args)
-    except OSError as error:  # ssl.SSLError is one as well
+            run_workers(args.workers, args.host, args.port, 5.0 + args.shutdown_delay)  # 5.0: how long a server drains
+        return serve(**vars(args))
+    except OSError as error:  # ssl.SSLError is one
         what = str(error.strerror).partition(":")[0]
         print(f"nova_lite: cannot serve {error.filename or f'{args.host}:{args.port}'}: {what}", file=sys.stderr)
-    except (ImportError, ValueError) as error:  # of a cluster
+    except (ImportError, ValueError) as error:  # raised by pubsub.connect
         print(f"nova_lite: {error}", file=sys.stderr)
     return 1
 
 
-def serve(args: argparse.Namespace) -> int:
+def serve(db: str, **options: Any) -> int:
     try:
-        notes = open_notes(args.db)
-    except Exception as error:
-        where = args.db.rpartition("@")[2]  # no password
-        print(f"nova_lite: the database {where} cannot be used: {error}", file=sys.stderr)
+        notes = open_notes(db)
+    except Exception as error:  # sqlite3.Error, psycopg.Error; below, the URL has no password
+        print(f"nova_lite: the database {db.rpartition('@')[2]} cannot be used: {error}", file=sys.stderr)
         return 1
-    try:
+    with closing(notes):
         start_indexer(notes)
-        names = ("cluster", "name", "workers", "shutdown_delay", "reload", "certfile", "keyfile", "log_level")
-        demo(notes, choose_password()).run(args.host, args.port, **{name: getattr(args, name) for name in names})
-    finally:
-        notes.close()
+        demo(notes, choose_password()).run(**options)
     return 0
 
 
 def broadcast_main(arguments: list[str]) -> int:
-    """`nova_lite.py broadcast`; answers the exit code."""
+    """Runs `nova_lite.py broadcast` and returns the exit code."""
     parser = argparse.ArgumentParser(
         prog="nova_lite.py broadcast",
         description="Sends a message to all members of a channel, on all nodes of a cluster.",
@@ -6498,14 +6453,82 @@ def broadcast_main(arguments: list[str]) -> int:
     try:
         payload = args.payload if args.text else json.loads(args.payload)
     except ValueError as error:
-        parser.error(f"the payload is no JSON ({error}); --text sends it as it is")
+        parser.error(f"the payload is not JSON ({error}); --text sends it as it is")
     try:
         count = publish(args.cluster, args.channel, args.topic, payload)
-    except Exception as error:  # whatever the packages of the cluster raise
+    except Exception as error:  # redis and msgpack raise their own
         print(f"nova_lite: nothing was sent: {error}", file=sys.stderr)
         return 1
     print(f"{args.channel} {args.topic}: {count} node{'' if count == 1 else 's'} reached")
     return 0
+
+
+def vendor_main(arguments: list[str]) -> int:
+    """Runs `nova_lite.py vendor` and returns the exit code."""
+    parser = argparse.ArgumentParser(
+        prog="nova_lite.py vendor",
+        description="Writes the copy of nova_lite for your project: without the demo, and without the rooms you name.",
+    )
+    parser.add_argument("--without", metavar="ROOM,...", default="", help="rooms to leave out; see --list")
+    parser.add_argument("-o", "--output", metavar="FILE", help="the file to write (standard output)")
+    parser.add_argument("--list", action="store_true", help="show the rooms: lines, what is lost without them, needs")
+    args = parser.parse_args(arguments)
+    with open(__file__, encoding="utf-8") as file:
+        source = file.read()
+    without = set(re.findall(r"[^\s,]+", args.without))
+    if unknown := ", ".join(sorted(without - set(find_rooms(source)))):
+        parser.error(f"no room {unknown}; the rooms are {', '.join(find_rooms(source))}")
+    text = list_rooms(source) if args.list else vendor(source, without)
+    try:
+        with open(args.output or 1, "w", encoding="utf-8", closefd=bool(args.output)) as file:  # 1: standard output
+            file.write(text)
+    except OSError as error:
+        print(f"nova_lite: cannot write {args.output or 'the copy'}: {error.strerror}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def find_rooms(source: str) -> dict[str, slice]:
+    """Returns the detachable rooms, in order: the name, and where its lines are."""
+    cut = re.compile("# -+ (?:cut here: without ([a-z_]+)|delete from here)")
+    cuts = [(number, found[1]) for number, line in enumerate(source.splitlines()) if (found := cut.match(line))]
+    return {name: slice(start, end) for (start, name), (end, _) in pairwise(cuts)}
+
+
+def list_rooms(source: str) -> str:
+    """Returns a table: a room, its lines, and the comment below its cut line, which says what is lost without it."""
+    lines, rooms = source.splitlines(), find_rooms(source)
+    table = f"{'core':12}{min(part.start for part in rooms.values()):5} lines\n"
+    for name, part in rooms.items():
+        notes = " ".join(line.strip("# ") for line in takewhile(bool, lines[part][1:]))
+        table += f"{name:12}{part.stop - part.start:5} lines  {notes}\n"
+    return table
+
+
+def vendor(source: str, without: Iterable[str] = ()) -> str:
+    """Returns the copy to vendor: `source` without the demo, the rooms `without`, and the imports used only there."""
+    lines, rooms = source.splitlines(keepends=True), find_rooms(source)
+    kept = [name for name in rooms if name not in without]
+    core = lines[: min(part.start for part in rooms.values())]
+    text = "".join(core + [line for name in kept for line in lines[rooms[name]]])
+    besides = ", ".join(kept) or "none"
+    head = f"# nova_lite {__version__}, written by `nova_lite.py vendor`. Rooms besides the core: {besides}.\n"
+    return head + drop_unused_imports(text[text.index('"""') :]).rstrip() + "\n"  # without what makes it a program
+
+
+def drop_unused_imports(source: str) -> str:
+    tree, used, lines = ast.parse(source), set(), source.splitlines(keepends=True)
+    for node in ast.walk(tree):
+        match node:
+            case ast.Name(id=name, ctx=ast.Load()):
+                used.add(name)
+            case ast.Attribute(value=ast.Name(id=name), attr=attribute):  # of `import a.b`
+                used.add(f"{name}.{attribute}")
+    for node in reversed(tree.body):
+        if isinstance(node, ast.Import | ast.ImportFrom) and getattr(node, "module", "") != "__future__":
+            node.names = [alias for alias in node.names if (alias.asname or alias.name) in used]
+            lines[node.lineno - 1 : node.end_lineno] = [ast.unparse(node) + "\n"] if node.names else []
+    return "".join(lines)
 
 
 if __name__ == "__main__":

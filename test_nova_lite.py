@@ -26,6 +26,7 @@ import subprocess
 import sys
 import time
 from array import array
+from bisect import bisect
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from pathlib import Path
 from types import SimpleNamespace
@@ -45,6 +46,7 @@ if __name__ == "__main__":
 
 import _socket
 import ast
+import builtins
 import codecs
 import http.client
 import logging
@@ -52,6 +54,7 @@ import random
 import shutil
 import signal
 import ssl
+import symtable
 import tempfile
 import traceback
 import tracemalloc
@@ -65,7 +68,7 @@ from datetime import datetime, timedelta, timezone
 from functools import partial, reduce
 from http.cookies import SimpleCookie
 from io import BytesIO, StringIO
-from itertools import pairwise
+from itertools import combinations, pairwise
 
 import bottle
 import gevent
@@ -6196,8 +6199,8 @@ def test_help_teaches():
 @pytest.mark.parametrize(
     ("args", "env", "code", "words"),
     [
-        (["--port", "99999"], {}, 2, "99999 is no port"),
-        ([], {"PORT": "http"}, 2, "invalid port_number value: 'http'"),
+        (["--port", "99999"], {}, 2, "expected 0 to 65535, got 99999"),
+        ([], {"PORT": "http"}, 2, "invalid number value: 'http'"),
         (["--db", "/no/such/folder/notes.db"], {}, 1, "the database /no/such/folder/notes.db cannot be used"),
         (["--db", str(PROGRAM), "--port", "0"], {}, 1, "cannot be used"),
         (["--host", "256.0.0.1"], {}, 1, "cannot serve 256.0.0.1:8080"),
@@ -6251,16 +6254,35 @@ def test_a_signal_to_the_reloader_ends_its_child_as_well(tmp_path, number):
 
 PROGRAM_TEXT = PROGRAM.read_text()
 ABOVE, LINE, BELOW = PROGRAM_TEXT.partition("# ----- delete from here when vendoring ")
+BELOW_CODE = BELOW.partition("\n")[2]
+ROOMS = nova_lite.find_rooms(PROGRAM_TEXT)  # those that can be cut off
 
 
 def python(code, cwd):
-    """Runs a program in a fresh interpreter, and answers what it printed."""
+    """Runs a program in a fresh interpreter, and returns what it printed."""
     done = subprocess.run(
-        [sys.executable, "-W", "error", "-c", code], cwd=cwd, capture_output=True, text=True, timeout=30
+        [sys.executable, "-W", "error", "-c", code], cwd=cwd, capture_output=True, text=True, timeout=60
     )
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""
     return done.stdout
+
+
+@contextmanager
+def program_running(code, cwd, modules=ROOT):
+    """Runs a program that serves; yields a server with its `port` and `process`. It must exit with 0 on SIGTERM."""
+    env = {**os.environ, "PYTHONPATH": str(modules)}
+    process = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE, text=True, cwd=cwd, env=env)
+    log = []
+    try:
+        while not (found := re.search(r"serving on http://\S+:(\d+)/", "".join(log))):
+            log.append(process.stderr.readline())
+            assert log[-1], "".join(log)
+        yield SimpleNamespace(port=int(found[1]), process=process, log=log)
+    finally:
+        process.terminate()
+        with process:
+            assert process.wait(2 * PATIENCE) == 0
 
 
 def test_every_public_name_is_there_and_has_a_docstring():
@@ -6283,7 +6305,295 @@ assert "redis" not in sys.modules and "msgpack" not in sys.modules
     assert python(code, ROOT) == ""
 
 
-@pytest.mark.parametrize("text", [PROGRAM_TEXT, ABOVE], ids=["whole", "above the line"])
+def test_functions_are_short():
+    def size(node):
+        return node.end_lineno - node.lineno + 1
+
+    functions = [node for node in ast.walk(ast.parse(PROGRAM_TEXT)) if isinstance(node, ast.FunctionDef)]
+    assert [(node.name, size(node)) for node in functions if size(node) > 45] == []
+
+
+BUDGETS = {**dict.fromkeys(ROOMS, 600), "core": 2900, "cluster": 800, "demo and main": 1050}  # lines, all counted
+
+
+@pytest.mark.parametrize("room", BUDGETS)
+def test_it_stays_lite(room):
+    lines = {name: part.stop - part.start for name, part in ROOMS.items()}
+    lines["core"] = min(part.start for part in ROOMS.values())
+    lines["demo and main"] = BELOW_CODE.count("\n")
+    assert lines[room] <= BUDGETS[room]
+
+
+def test_no_line_is_longer_than_120_characters():
+    assert [line for line in PROGRAM_TEXT.splitlines() if len(line) > 120] == []
+
+
+# -- layers
+
+BANNER = re.compile(r"^# -{100,}\n# (gen_server|pub/sub|[A-Z])([\w/, ]*): ", re.MULTILINE)
+CALLBACKS = {"init", "websocket_init", "websocket_handle", "websocket_info", "terminate"}  # of any handler
+
+
+class Layers:
+    """What the rooms of a source text use of each other. A room is an index into `names`, in the file's order."""
+
+    def __init__(self, source):
+        self.tree = ast.parse(source)
+        banners = [(source.count("\n", 0, found.start()) + 1, found[1] + found[2]) for found in BANNER.finditer(source)]
+        self.starts, self.names = zip((1, "docstring"), *banners, strict=True)
+        cut_off = nova_lite.find_rooms(source).values()
+        first, last = min(part.start for part in cut_off), max(part.stop for part in cut_off)
+        self.detachable = {room for room, line in enumerate(self.starts) if first < line <= last}
+        self.globals = {}  # name -> the room that defines it first
+        self.attributes = {}  # name -> the rooms that define it in a class
+        for node in self.tree.body:
+            for name in self.defined_names(node):
+                self.globals.setdefault(name, self.room(node))
+        for scope in ast.walk(self.tree):
+            if isinstance(scope, ast.ClassDef):
+                names = [name for node in scope.body for name in self.defined_names(node)]
+                for name in names + [name for node in ast.walk(scope) for name in self.stored_attributes(node)]:
+                    self.attributes.setdefault(name, set()).add(self.room(scope))
+
+    def room(self, node):
+        return bisect(self.starts, node.lineno) - 1
+
+    def may_use(self, user, owner, name):
+        if user == owner:
+            return True
+        is_private = name.startswith("_") and not name.endswith("__")
+        is_demo = user > max(self.detachable)
+        return not is_private and owner < user and (is_demo or owner not in self.detachable)
+
+    @staticmethod
+    def defined_names(node):
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            return [node.name]
+        targets = [*getattr(node, "targets", []), getattr(node, "target", None)]
+        parts = [part for target in targets for part in getattr(target, "elts", [target])]
+        return [part.id for part in parts if isinstance(part, ast.Name)]
+
+    @staticmethod
+    def stored_attributes(node):
+        match node:
+            case ast.Attribute(value=ast.Name("self"), attr=name, ctx=ast.Store()):
+                return [name]
+        return []
+
+    def violations(self):
+        """Yields (the node, the room that uses it, the rooms that define it)."""
+        elsewhere = known_attributes() | CALLBACKS
+        for node in ast.walk(self.tree):
+            match node:
+                case ast.Name(id=name) if name in self.globals:
+                    owners = {self.globals[name]}
+                case ast.Attribute(attr=name, ctx=ast.Load()) if name not in elsewhere:
+                    owners = self.attributes.get(name, set())
+                case _:
+                    continue
+            user = self.room(node)
+            if owners and not any(self.may_use(user, owner, name) for owner in owners):
+                yield node, user, owners
+
+    def patches(self):
+        """Yields the same for assignments, outside functions, to an attribute of something in another room."""
+        for node in self.tree.body:
+            for target in getattr(node, "targets", []):
+                match target:
+                    case ast.Attribute(value=ast.Name(id=name)) if self.globals.get(name, 0) != self.room(node):
+                        yield target, self.room(node), {self.globals.get(name, 0)}
+
+    def environ_keys(self):
+        """Yields the same for a WSGI environ key that is spelt out in more than one room."""
+        keys = [node for node in ast.walk(self.tree) if isinstance(node, ast.Constant) and isinstance(node.value, str)]
+        rooms = {}
+        for node in keys:
+            if re.fullmatch(r"nova_lite\.[a-z_]+", node.value):
+                rooms.setdefault(node.value, {}).setdefault(self.room(node), node)
+        for nodes in rooms.values():
+            user = min(nodes)
+            if len(nodes) > 1:
+                yield nodes[user], user, set(nodes) - {user}
+
+    def report(self):
+        found = [*self.violations(), *self.patches(), *self.environ_keys()]
+        return [
+            f"line {node.lineno}: {self.names[user]} uses {ast.unparse(node)} of "
+            + ", ".join(self.names[owner] for owner in sorted(owners))
+            for node, user, owners in sorted(found, key=lambda entry: (entry[0].lineno, entry[0].col_offset))
+        ]
+
+
+def known_attributes():
+    """The attributes of what the file uses of other packages: that a class of ours has such a name too says nothing."""
+    loop = gevent.get_hub().loop
+    things = [
+        "", b"", [], {}, set(), 1, BytesIO, BaseException(), types.FunctionType, os, os.stat_result, zlib.compressobj(),
+        socket.socket, ssl.SSLSocket, gevent, gevent.get_hub(), loop, loop.io(0, 1), gevent.Greenlet(),
+        gevent.event.Event, gevent.pywsgi.WSGIHandler, gevent.pywsgi.WSGIServer, bottle, bottle.Bottle(),
+        bottle.BaseRequest({}), bottle.BaseResponse(),
+    ]  # fmt: skip
+    return {name for thing in things for name in dir(thing)} | {"pid"}  # pid: of a subprocess
+
+
+def test_no_room_uses_a_room_below_it_nor_what_another_keeps_to_itself():
+    found = Layers(PROGRAM_TEXT).report()
+    assert not found, "\n" + "\n".join(found)
+
+
+LAYERED = """
+# {bar}
+# Lower: what all may use.
+# {bar}
+def _secret(): pass
+def shared(thing): return thing.height + later()
+class Thing:
+    def __init__(self): self._own, self.width = 1, 2
+# ----- cut here: without left {bar}
+# {bar}
+# Left: can be cut off.
+# {bar}
+def of_left(thing): return _secret(), thing._own, thing.width, shared(thing)
+Thing.height = 3
+class Left:
+    height = 1
+# ----- cut here: without right {bar}
+# {bar}
+# Right: can be cut off as well.
+# {bar}
+def later(): return of_left(None)
+# ----- delete from here {bar}
+# {bar}
+# Demo: uses all.
+# {bar}
+def demo(thing): return later(), of_left(thing), thing.height, thing._own
+""".format(bar="-" * 110)
+
+
+def test_the_test_of_the_layers_sees_each_kind_of_violation():
+    assert [line.partition(": ")[2] for line in Layers(LAYERED).report()] == [
+        "Lower uses thing.height of Left",
+        "Lower uses later of Right",
+        "Left uses _secret of Lower",
+        "Left uses thing._own of Lower",
+        "Left uses Thing.height of Lower",
+        "Right uses of_left of Left",
+        "Demo uses thing._own of Lower",
+    ]
+
+
+def test_the_demo_uses_the_public_api_only():
+    above = {name for node in ast.parse(ABOVE).body for name in Layers.defined_names(node)}
+    below = ast.parse(BELOW_CODE)
+    own = {name for node in ast.walk(below) for name in Layers.defined_names(node)}
+    used = {node.id for node in ast.walk(below) if isinstance(node, ast.Name)}
+    assert used & above - own - set(nova_lite.__all__) - {"__version__", "log"} == set()
+
+
+# -- vendoring
+
+SETS = [kept for size in range(len(ROOMS) + 1) for kept in combinations(ROOMS, size)]  # of rooms left out
+CHAT = """
+from gevent import monkey; monkey.patch_all()
+from nova_lite import Nova, WebSocketHandler, pubsub
+
+class Chat(WebSocketHandler):
+    def init(self, state):
+        pubsub.join("chat")
+        return "ok", state
+    def websocket_handle(self, frame, state):
+        pubsub.broadcast("chat", "said", frame[1])
+        return "ok", state
+    def websocket_info(self, info, state):
+        return "reply", ("text", info[4]), state
+
+hello = ("/hello/:name", lambda req: ("json", {"hello": req["bindings"]["name"]}))
+Nova([{"routes": [("/chat", Chat, {"protocol": "ws"}), hello]}]).run(port=0)
+"""
+
+
+def vendored(folder, without):
+    """Writes a copy into `folder` and returns its text."""
+    text = nova_lite.vendor(PROGRAM_TEXT, without)
+    (folder / "nova_lite.py").write_text(text)
+    return text
+
+
+def undefined_and_unused(source):
+    """Returns the names that a module uses and does not define, and those that it imports and does not use."""
+
+    def symbols(table):
+        is_module = table.get_type() == "module"
+        for symbol in table.get_symbols():
+            if symbol.is_referenced() and (is_module or symbol.is_global()):
+                yield symbol.get_name()
+        for child in table.get_children():
+            yield from symbols(child)
+
+    lazy = "from __future__ import annotations\n"  # with it, the symbol table leaves out what annotations use
+    module = symtable.symtable(source.replace(lazy, ""), "a copy", "exec")
+    used = set(symbols(module))
+    defined = {symbol.get_name() for symbol in module.get_symbols() if symbol.is_assigned() or symbol.is_imported()}
+    imported = {symbol.get_name() for symbol in module.get_symbols() if symbol.is_imported()}
+    return used - defined - set(dir(builtins)) - {"__file__"}, imported - used
+
+
+def test_every_set_of_rooms_can_be_left_out(tmp_path):
+    for number, without in enumerate(SETS):
+        (tmp_path / f"copy_{number}").mkdir()
+        text = vendored(tmp_path / f"copy_{number}", without)
+        assert undefined_and_unused(text) == (set(), set()), without
+        assert set(nova_lite.find_rooms(text + "# ----- delete from here")) == set(ROOMS) - set(without)
+    code = "for number in range({}): exec(f'from copy_{{number}}.nova_lite import *', {{}})"
+    assert python(code.format(len(SETS)), tmp_path) == ""
+
+
+@pytest.mark.parametrize("without", [*([room] for room in ROOMS), [*ROOMS]], ids="-".join)
+def test_a_chat_runs_on_a_copy_without(without, tmp_path):
+    vendored(tmp_path, without)
+    with program_running(CHAT, tmp_path, modules=tmp_path) as server, ws(server, "/chat") as one:
+        with ws(server, "/chat") as two:
+            one.send("hi ä")
+            assert (one.recv(PATIENCE), two.recv(PATIENCE)) == ("hi ä", "hi ä")
+            assert get_json(server, "/hello/bob") == (200, {"hello": "bob"})
+            server.process.terminate()
+            for client in (one, two):
+                with pytest.raises(ConnectionClosed) as closed:
+                    client.recv(PATIENCE)
+                assert closed.value.rcvd.code == 1001
+            assert server.process.wait(PATIENCE) == 0
+
+
+def test_asking_for_a_room_that_was_cut_off_is_an_error_that_names_it(tmp_path):
+    asked = {
+        'app.run(port=0, cluster="redis://127.0.0.1:1")': "cluster",
+        'app.run(port=0, cluster="redis://127.0.0.1:1", workers=2)': "launch",
+        "app.run(port=0, reload=True)": "launch",
+        'pubsub.connect("redis://127.0.0.1:1")': "cluster",
+        'pubsub.keep("notes")': "replay",
+        "app.board()": "board",
+        "app.stats()": "board",
+    }
+    vendored(tmp_path, ROOMS)
+    code = f"""
+from gevent import monkey; monkey.patch_all()
+import logging
+logging.disable()
+from nova_lite import *
+app = Nova()
+for text in {list(asked)}:
+    try:
+        eval(text)
+    except RuntimeError as error:
+        print(error)
+"""
+    expected = [f"this copy of nova_lite has no room {room!r}" for room in asked.values()]
+    assert python(code, tmp_path).splitlines() == expected
+
+
+@pytest.mark.parametrize(
+    "text", [PROGRAM_TEXT, ABOVE, nova_lite.vendor(PROGRAM_TEXT)], ids=["whole", "above the line", "vendored"]
+)
 def test_a_copy_works_in_a_package_of_another_project(tmp_path, text):
     package = tmp_path / "mypkg"
     package.mkdir()
@@ -6302,53 +6612,72 @@ with Server(Nova([{"routes": [("/", lambda req: ("json", 1))]}]), port=0) as ser
     assert python(code, tmp_path) == "42\nTrue\n"
 
 
-def test_no_room_uses_a_room_below_it():
-    tree = ast.parse(PROGRAM_TEXT)
-    defined = {}
-    for node in tree.body:
-        names = [node.name] if isinstance(node, ast.FunctionDef | ast.ClassDef) else []
-        targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", None)]
-        for name in names + [target.id for target in targets if isinstance(target, ast.Name)]:
-            defined.setdefault(name, node.lineno)
-    banners = [number for number, line in enumerate(PROGRAM_TEXT.splitlines(), 1) if line.startswith("# -----")]
-
-    def room(line):
-        return max(banner for banner in [0, *banners] if banner <= line)
-
-    wrong = [
-        f"line {node.lineno}: {node.id} of line {defined[node.id]}"
-        for node in ast.walk(tree)
-        if isinstance(node, ast.Name) and room(defined.get(node.id, 0)) > room(node.lineno)
-    ]
-    assert wrong == []
+def test_vendor_writes_a_copy_that_says_what_it_is(tmp_path):
+    copy = tmp_path / "nova_lite.py"
+    copy.write_text("an older copy\n" * 10_000)
+    done = run_program("vendor", "--without", "cluster,board", "-o", str(copy))
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    first = f"# nova_lite {nova_lite.__version__}, written by `nova_lite.py vendor`. "
+    assert copy.read_text().startswith(first + 'Rooms besides the core: gen_server, replay, launch.\n"""')
+    assert copy.read_text() == nova_lite.vendor(PROGRAM_TEXT, ["board", "cluster"])
+    assert run_program("vendor", "--without", "board, cluster").stdout == copy.read_text()
+    assert "Rooms besides the core: none.\n" in nova_lite.vendor(PROGRAM_TEXT, ROOMS)
 
 
-def test_the_demo_uses_the_public_api_only():
-    own = {node.name for node in ast.walk(ast.parse(BELOW_CODE)) if isinstance(node, ast.FunctionDef | ast.ClassDef)}
-    above = {
-        name
-        for node in ast.parse(ABOVE).body
-        for name in ([node.name] if isinstance(node, ast.FunctionDef | ast.ClassDef) else [])
-    }
-    used = {node.id for node in ast.walk(ast.parse(BELOW_CODE)) if isinstance(node, ast.Name)}
-    assert used & above - own - set(nova_lite.__all__) == set()
+def test_vendor_drops_the_imports_that_a_copy_does_not_use():
+    source = """\"\"\"Text.\"\"\"
+from __future__ import annotations
+
+import a.b
+import a.c
+import d
+from e import (
+    f,
+    g as h,
+)
+
+def used(x: f) -> None:
+    d = a.c.y
+"""
+    text = source.replace("import a.b\n", "").replace("import d\n", "").replace("(\n    f,\n    g as h,\n)", "f")
+    assert nova_lite.drop_unused_imports(source) == text
 
 
-BELOW_CODE = BELOW.partition("\n")[2]
+def test_vendor_lists_the_rooms_with_their_lines_and_what_is_lost():
+    core, *rooms = run_program("vendor", "--list").stdout.splitlines()
+    assert core.split()[::2] == ["core", "lines"]
+    assert [line.split()[0] for line in rooms] == list(ROOMS)
+    assert all(re.search(r" \d+ lines  Lost: \w", line) for line in rooms)
+    counts = [int(line.split()[1]) for line in (core, *rooms)]
+    assert sum(counts) == ABOVE.count("\n")
 
 
-def test_functions_are_short():
-    def size(node):
-        return node.end_lineno - node.lineno + 1
+@pytest.mark.parametrize(
+    ("args", "code", "words"),
+    [
+        (["--without", "cluster,sever"], 2, f"no room sever; the rooms are {', '.join(ROOMS)}"),
+        (["-o", "/no/such/folder/nova_lite.py"], 1, "cannot write /no/such/folder/nova_lite.py: No such file"),
+        (["-o", "/"], 1, "cannot write /: Is a directory"),
+    ],
+)
+def test_what_vendor_cannot_do_is_told_in_one_line(args, code, words):
+    done = run_program("vendor", *args)
+    assert done.returncode == code
+    assert words in done.stderr.splitlines()[-1]
+    assert "Traceback" not in done.stderr
 
-    functions = [node for node in ast.walk(ast.parse(PROGRAM_TEXT)) if isinstance(node, ast.FunctionDef)]
-    assert [(node.name, size(node)) for node in functions if size(node) > 45] == []
+
+def test_vendor_into_a_pipe_that_is_closed_is_one_line_as_well():
+    process = subprocess.Popen(
+        [sys.executable, str(PROGRAM), "vendor"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    with process:
+        process.stdout.close()
+        assert process.stderr.read() == "nova_lite: cannot write the copy: Broken pipe\n"
+    assert process.returncode == 1
 
 
-def test_it_stays_lite():
-    assert sum(map(bool, map(str.strip, ABOVE.splitlines()))) < 4000  # lines that are not blank
-    assert BELOW.count("\n") < 1100
-
+# -- the patch, and the README's program
 
 PATCH = "from gevent import monkey; monkey.patch_all()\n"
 
@@ -6358,18 +6687,8 @@ PATCH = "from gevent import monkey; monkey.patch_all()\n"
     [(PATCH, []), ("import bottle\n", ["not at all"]), ("import bottle\n" + PATCH, ["too late"])],
 )
 def test_one_warning_says_that_the_patch_is_missing_or_late(tmp_path, first, words):
-    program = tmp_path / "program.py"
-    program.write_text(first + "from nova_lite import Nova\nNova([]).run(port=0)\n")
-    process = subprocess.Popen(
-        [sys.executable, program], stderr=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)}
-    )
-    lines = []
-    while not lines or "serving on" not in lines[-1]:
-        lines.append(process.stderr.readline())
-    process.terminate()
-    assert process.wait(PATIENCE) == 0
-    process.stderr.close()
-    warnings = [line for line in lines if "monkey.patch_all()" in line]
+    with program_running(first + "from nova_lite import Nova\nNova([]).run(port=0)\n", tmp_path) as server:
+        warnings = [line for line in server.log if "monkey.patch_all()" in line]
     assert [word in line for word, line in zip(words, warnings, strict=True)] == [True] * len(words)
 
 
@@ -6417,24 +6736,18 @@ def test_a_server_on_a_library_that_is_not_patched_warns_as_run_does(tmp_path):
 def test_the_readmes_program_runs_as_printed(tmp_path):
     program = re.search(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)[1]
     assert program.count("\n") <= 15
-    (tmp_path / "app.py").write_text(program.replace("port=8080", "port=0"))
-    process = subprocess.Popen(
-        [sys.executable, "app.py"],
-        stderr=subprocess.PIPE,
-        text=True,
-        cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-    )
-    try:
-        line = process.stderr.readline()
-        server = SimpleNamespace(port=int(re.search(r"serving on http://\S+:(\d+)/", line)[1]))
+    with program_running(program.replace("port=8080", "port=0"), tmp_path) as server:
         with ws(server, "/chat") as one, ws(server, "/chat") as two:
             one.send("hello")
             assert (one.recv(PATIENCE), two.recv(PATIENCE)) == ("hello", "hello")
-    finally:
-        process.terminate()
-        assert process.wait(PATIENCE) == 0
-        process.stderr.close()
+
+
+def test_the_readme_names_the_rooms_and_the_packages_of_the_tests():
+    readme = (ROOT / "README.md").read_text()
+    assert re.findall(r"^\| (\w+) \| [\d,]+ \|", readme, re.MULTILINE) == ["core", *ROOMS]
+    header = Path(__file__).read_text().partition("# ///\n")[0]
+    packages = set(re.findall(r"\"([\w\[\]-]+)>=", header)) - {"gevent", "gevent-websocket", "bottle"}
+    assert set(re.findall(r"'([\w\[\]-]+)>=", readme)) == packages
 
 
 def test_the_docstrings_program_is_the_readmes():
@@ -6444,6 +6757,9 @@ def test_the_docstrings_program_is_the_readmes():
         return "".join(text.split())
 
     assert squeeze(program) in squeeze(nova_lite.__doc__)
+
+
+# -- server: what several connections or a program beside it share --------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -8295,7 +8611,7 @@ def test_broadcast_from_a_shell_reaches_the_nodes_and_says_how_many(redis_url, m
         (["broadcast", "c", "t", "1", "--cluster", "http://x"], 1, "http://x is not the URL of a Redis"),
         (["--cluster", "http://x", "--port", "0", "--db", ":memory:"], 1, "http://x is not the URL of a Redis"),
         (["--workers", "2"], 2, "--workers needs --cluster"),
-        (["--workers", "0"], 2, "0 workers: 1 to 256"),
+        (["--workers", "0"], 2, "expected 1 to 256, got 0"),
         (["--workers", "2", "--cluster", "redis://x", "--db", ":memory:"], 2, "they can share, not :memory:"),
         (["--db", "postgresql://u:secret@127.0.0.1:1/db", "--port", "0"], 1, None),
     ],
@@ -9449,7 +9765,6 @@ import platform
 import resource
 import selectors
 import struct
-from bisect import bisect
 from collections import Counter
 from datetime import date
 from importlib import metadata
