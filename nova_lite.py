@@ -326,8 +326,8 @@ class Process(Pid):
             enqueue(self)
 
     def _throw(self, signal: ProcessExit) -> None:
-        # The turn may have ended since `raise_exit`: the process is ready then. Or `receive` has raised the signal
-        # already: raised once more, it would interrupt the process's own `finally`.
+        # The turn may have ended meanwhile, which made the process ready. Or `receive` has raised the signal: raised
+        # again, it would interrupt the process's own `finally`.
         runner = self.runner
         if runner is not None and self.exiting is signal and signal.__traceback__ is None:
             runner.throw(signal)
@@ -367,7 +367,7 @@ class Process(Pid):
 
     def title(self) -> str:
         """Returns what follows the pid in log lines."""
-        return f" {self.name}" if self.name else ""
+        return f" {self.name or self.role()}"
 
     def finish(self, reason: Any) -> None:
         """Ends the process, as nothing else does: releases its name and channels, notifies monitors and links."""
@@ -414,9 +414,6 @@ class FunctionProcess(Process):
 
     def role(self) -> str:
         return getattr(self.fn, "__qualname__", repr(self.fn))
-
-    def title(self) -> str:
-        return super().title() or f" {self.role()}"
 
 
 class GreenletProcess(Process):
@@ -631,15 +628,12 @@ def wait_for(waiter: Waiter, timeout: float | None) -> Any:
     if timeout is None and getcurrent().parent is not None:
         return waiter.get()
     # Without a timer, gevent would raise LoopExit in the main greenlet, though a thread may still send.
-    with get_hub().loop.timer(_FOREVER if timeout is None else max(check_seconds(timeout), 0)) as timer:
-        timer.start(waiter.switch, None, update=True)
-        return waiter.get()
-
-
-def check_seconds(seconds: float) -> float:
+    seconds = _FOREVER if timeout is None else max(timeout, 0)
     if isnan(seconds):
         raise ValueError("expected seconds, got NaN")
-    return seconds
+    with get_hub().loop.timer(seconds) as timer:
+        timer.start(waiter.switch, None, update=True)
+        return waiter.get()
 
 
 def spawn(fn: Callable[..., Any], *args: Any) -> Pid:
@@ -839,7 +833,9 @@ def send_after(seconds: float, target: Pid | str, message: Any) -> Timer:
     A timer to a name is not cancelled. Raises TypeError if `target` is not a pid or a name, ValueError for NaN.
     """
     calling_process(), resolve(target)
-    timer = Timer(scheduler.hub.loop.timer(max(check_seconds(seconds), 0)), monotonic() + seconds)
+    if isnan(seconds):
+        raise ValueError("expected seconds, got NaN")
+    timer = Timer(scheduler.hub.loop.timer(max(seconds, 0)), monotonic() + seconds)
     if isinstance(target, Process):
         if target.mailbox is DEAD_MAILBOX:
             return timer
