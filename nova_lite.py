@@ -163,35 +163,38 @@ class Settings:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Processes: a mailbox, a turn on a runner, and signals, as Erlang has them.
-# House rule: this room knows no sockets.
+# Processes: mailboxes, turns on runners, and signals, as in Erlang.
+# Invariant: this room uses no sockets, and only the hub's thread touches a process.
 #
-# A process waits as a mailbox and a state, nothing more. What reaches an idle one puts it on the ready queue; one hub
-# callback hands the queue to a runner, a greenlet that takes process after process and lets each empty its mailbox. A
-# callback that blocks keeps that runner until it returns; the hub callback carries on with another. Hence:
+# A waiting process is a mailbox and a state, without a greenlet. A message puts it on the ready queue. A hub callback,
+# `serve`, switches to a runner: a greenlet that takes process after process and gives each a turn. A callback that
+# blocks keeps its runner until it returns; `serve` continues with another runner.
 #
-#   * a process is on the queue or on a runner at most once (`wake` is None all the while);
-#   * whatever a turn raises ends that process, never its runner;
-#   * only the hub's own thread touches a process: other threads hand what they want over to the hub.
+#   a process is        from               until
+#   idle (`wake` set)   `reschedule`       a message, or an exit signal: `enqueue`
+#   ready (no `wake`)   `enqueue`          a runner takes it: on the queue or on a runner at most once
+#   running, blocked    `step`             `reschedule`, or an error: this ends the process, never its runner
+#   terminating         `handle_exit`      `cleanup` returns (`exiting` is TERMINATING)
+#   dead                `finish`           (`mailbox` is DEAD_MAILBOX)
 # ---------------------------------------------------------------------------------------------------------------------
 
-TIME_SLICE = 0.003  # seconds that turns may take before sockets and timers get theirs: nothing shall wait for 5 ms
-YIELD_DELAY = 1e-6  # seconds: after sleep(0), gevent runs up to 50 callbacks before it looks at sockets again
+TIME_SLICE = 0.003  # seconds of turns before sockets and timers are looked at: none must wait for 5 ms
+YIELD_DELAY = 1e-6  # seconds: the shortest sleep that polls sockets; after sleep(0) gevent runs 50 callbacks first
 _FOREVER = 1e9  # seconds
-SPARE_RUNNERS = 64  # idle runners kept: a burst of callbacks that block should not cost as many stacks ever after
+SPARE_RUNNERS = 64  # idle runners kept: a burst of blocking callbacks must not keep as many stacks
 
-# Patched, get_ident would tell greenlets apart, not threads.
+# Patched, get_ident would return a greenlet's identifier.
 get_ident: Callable[[], int] = gevent.monkey.get_original("_thread", "get_ident")
 _node = "nova@" + gethostname()
 _serials = count(1)
 refs = count(1)
 processes: dict[int, Process] = {}  # every live process, by its serial
 registered: dict[str, Process] = {}
-exit_hooks: list[Callable[[Process], None]] = []  # what other rooms do when a process has ended
+exit_hooks: list[Callable[[Process], None]] = []  # called by other rooms' choice when a process ends
 
 
 class ProcessExit(gevent.GreenletExit):
-    """Ends the process in which it is raised; `except Exception` does not stop it."""
+    """Ends the process in which it is raised. `except Exception` does not catch it."""
 
     def __init__(self, reason: Any = "normal") -> None:
         super().__init__(reason)
@@ -199,37 +202,32 @@ class ProcessExit(gevent.GreenletExit):
 
 
 class Pid:
-    """The handle of a process that everybody holds: hashable, printed like `<nova@host.42>`."""
+    """The handle of a process, local or remote: hashable, printed like `<nova@host.42>`."""
 
     __slots__ = ("serial",)
     serial: int
 
     def send(self, message: Any) -> None:
-        """Puts `message` into the mailbox. Never fails and never blocks; silent to the dead; from any thread."""
-        raise NotImplementedError
+        """Puts `message` into the mailbox. Never fails and never blocks; works from any thread."""
 
     def watch(self, ref: Any, watcher: Any) -> None:
-        """`watcher.down(ref, self, reason)` once it has ended; at once, with "noproc", if it is dead."""
-        raise NotImplementedError
+        """Calls `watcher.down(ref, self, reason)` when the process ends; immediately, with "noproc", if it has."""
 
     def unwatch(self, ref: Any) -> None:
-        """Ends that."""
-        raise NotImplementedError
+        """Ends `watch`."""
 
     def signal(self, source: Pid, reason: Any) -> None:
-        """An exit signal, from `exit` or along a link."""
-        raise NotImplementedError
+        """Sends an exit signal, by `exit` or along a link."""
 
     def kill(self, reason: Any) -> None:
-        """Ends the process. This cannot be trapped."""
-        raise NotImplementedError
+        """Sends an exit signal that cannot be trapped."""
 
     def __repr__(self) -> str:
         return f"<{_node}.{self.serial}>"
 
 
 class Process(Pid):
-    """A local process. Its kinds say what a turn is: `step`."""
+    """A local process. Subclasses define its turn, `step`."""
 
     __slots__ = (
         "channels", "exiting", "handled", "links", "mailbox", "monitored_by", "name", "owned", "runner",
@@ -238,23 +236,22 @@ class Process(Pid):
 
     def __init__(self) -> None:
         self.serial = next(_serials)
-        self.mailbox: deque[Any] = deque()  # _NOWHERE once it has ended
-        self.wake: Callable[[Any], None] | None = None  # what the next message calls for; None: it is queued or running
+        self.mailbox: deque[Any] = deque()  # DEAD_MAILBOX after the end
+        self.wake: Callable[[Any], None] | None = None  # called when a message arrives; None while ready or running
         self.runner: Runner | None = None  # the greenlet that runs it, or that it blocks
-        self.exiting: ProcessExit | None = None  # a signal that is to end it: no message is received any more
+        self.exiting: ProcessExit | None = None  # the exit signal; while set, no message is received
         self.trapping = False
         self.name: str | None = None
         self.links: Any = ()  # a set once there are some; symmetric
-        self.monitored_by: dict[Any, Any] | None = None  # ref -> who monitors this process
-        self.owned: dict[Any, Any] | None = None  # ref -> a monitor or timer that goes with it, by its `unwatch(ref)`
-        self.channels: Any = ()  # pub/sub's own: a dict once there are some
+        self.monitored_by: dict[Any, Any] | None = None  # ref -> watcher
+        self.owned: dict[Any, Any] | None = None  # ref -> monitor or timer whose `unwatch(ref)` is called at the end
+        self.channels: Any = ()  # of pub/sub; a dict once there are some
         self.started_at = monotonic()
-        self.handled = 0  # messages, in all
+        self.handled = 0  # number of messages received
         processes[self.serial] = self
 
     def step(self) -> None:
-        """One turn, on a runner."""
-        raise NotImplementedError
+        """Runs one turn, on a runner."""
 
     def send(self, message: Any) -> None:
         if get_ident() == scheduler.thread:
@@ -263,42 +260,40 @@ class Process(Pid):
             scheduler.run_in_hub(self.deliver, message)
 
     def deliver(self, message: Any) -> None:
-        """`send` for those who know that they are in the hub's thread."""
+        """Does what `send` does, in the hub's thread only."""
         self.mailbox.append(message)
         wake = self.wake
         if wake is not None:
             wake(self)
 
     def reschedule(self) -> None:
-        """At the end of a turn: waits for the next message, or queues again for those that are there."""
+        """Ends a turn: makes the process ready if messages are waiting, else idle."""
         if self.mailbox or self.exiting is not None:
             enqueue(self)
         else:
             self.wake = enqueue
 
     def before_blocking(self) -> None:
-        """A callback is about to wait; called in its own greenlet, and must not wait itself."""
+        """Hook: a callback is about to block. Runs in its greenlet; must not block."""
 
     def watch(self, ref: Any, watcher: Any) -> None:
         if self.mailbox is DEAD_MAILBOX:
             watcher.down(ref, self, "noproc")
-            return
-        if self.monitored_by is None:
-            self.monitored_by = {}
-        self.monitored_by[ref] = watcher
+        else:
+            self.monitored_by = self.monitored_by or {}
+            self.monitored_by[ref] = watcher
 
     def unwatch(self, ref: Any) -> None:
         if self.monitored_by:
             self.monitored_by.pop(ref, None)
 
     def own(self, ref: Any, thing: Any) -> None:
-        """Calls `thing.unwatch(ref)` at the end of this process."""
-        if self.owned is None:
-            self.owned = {}
+        """Calls `thing.unwatch(ref)` when this process ends."""
+        self.owned = self.owned or {}
         self.owned[ref] = thing
 
     def disown(self, ref: Any) -> Any:
-        """Returns what was owned under `ref`, or None."""
+        """Ends `own`; returns the thing, or None."""
         return self.owned.pop(ref, None) if self.owned else None
 
     # -- signals
@@ -310,62 +305,55 @@ class Process(Pid):
             self.interrupt(reason)
 
     def interrupt(self, reason: Any) -> None:
-        """Ends the process, unless it is ending."""
+        """Ends the process with a signal that is not trapped, unless it is ending already."""
         if self.exiting is None:
-            self._signal_exit(reason)
+            self.raise_exit(reason)
 
     def kill(self, reason: Any) -> None:
-        """Ends the process, even during its final callbacks or after it has caught a signal."""
-        pending = self.exiting is not None and self.exiting is not TERMINATING and self.exiting.__traceback__ is None
+        """Ends the process, even in its final callbacks or after it has caught a signal."""
+        pending = self.exiting not in (None, TERMINATING) and self.exiting.__traceback__ is None
         if self.mailbox is not DEAD_MAILBOX and not pending:  # signals keep their order
-            self._signal_exit(reason)
+            self.raise_exit(reason)
 
-    def _signal_exit(self, reason: Any) -> None:
+    def raise_exit(self, reason: Any) -> None:
         """Raises ProcessExit in the process: immediately if it is the current one, else on the hub's next iteration."""
         self.exiting = signal = ProcessExit(reason)
         if current_process() is self:
             raise signal
-        if self.holder() is not None:
+        if self.runner is not None:
             scheduler.hub.loop.run_callback(self._throw, signal)
         elif self.wake is not None:
             enqueue(self)
 
     def _throw(self, signal: ProcessExit) -> None:
-        # Between `_signal_exit` and this callback the runner may have finished with the process, and then it is queued;
-        # or `receive` has raised the signal already: a second time would end the process's own `finally`.
-        holder = self.holder()
-        if holder is not None and self.exiting is signal and signal.__traceback__ is None:
-            holder.throw(signal)
+        # The turn may have ended meanwhile, which made the process ready. Or `receive` has raised the signal: raised
+        # again, it would interrupt the process's own `finally`.
+        runner = self.runner
+        if runner is not None and self.exiting is signal and signal.__traceback__ is None:
+            runner.throw(signal)
 
-    def holder(self) -> Any:
-        """Returns the greenlet that runs the process or is blocked by it, or None."""
-        return self.runner
-
-    def check_signals(self) -> None:
-        """Raises the exit signal that has come, if any: what was sent after it must not be received."""
-        if self.exiting is not None and self.exiting is not TERMINATING:
-            raise self.exiting
+    # -- the end
 
     def handle_exit(self, error: BaseException) -> None:
-        """A turn was left by `error`, or a signal came between turns: last words, then the end. Never raises."""
+        """Ends the process after `error` left its turn, or after a signal between turns. Never raises."""
         self.exiting = TERMINATING
         try:
             reason = self.cleanup(error)
         except BaseException as failure:
-            reason = self.log_crash(failure, "its last words")
+            reason = self.log_crash(failure, "its final callbacks")
         self.finish(reason)
         if isinstance(error, KeyboardInterrupt | SystemExit):
             get_hub().handle_system_error(type(error), error, error.__traceback__)
 
     def cleanup(self, error: BaseException) -> Any:
-        """Does what is left to do and tells the exit reason."""
+        """Runs the final callbacks and returns the exit reason."""
         return error.reason if isinstance(error, ProcessExit) else self.log_crash(error, "")
 
     def log_crash(self, error: BaseException, where: str) -> Any:
-        """Logs a crash, once, with its traceback; a death by signal is none. Tells the exit reason."""
+        """Logs a crash with its traceback and returns the exit reason. An exit signal is not a crash."""
         if isinstance(error, gevent.GreenletExit):
             return getattr(error, "reason", "killed")
-        known = vars(error)  # what `Message.once` raises in all receivers is logged for the first
+        known = vars(error)  # `Message.once` raises one error in all receivers: it is logged for the first
         if not isinstance(error, KeyboardInterrupt | SystemExit) and not known.get("_is_logged"):
             log.error("%r%s crashed%s", self, self.title(), where and f" in {where}", exc_info=error)
         if "_is_logged" in known:
@@ -374,15 +362,15 @@ class Process(Pid):
         return error
 
     def role(self) -> str:
-        """What it is to people: its handler, server or function."""
+        """Returns the name of its handler, server or function."""
         return type(self).__name__
 
     def title(self) -> str:
-        """What the log says behind the pid."""
-        return f" {self.name}" if self.name else ""
+        """Returns what follows the pid in log lines."""
+        return f" {self.name or self.role()}"
 
     def finish(self, reason: Any) -> None:
-        """The one and only end: name and channels go, monitors and links hear of it."""
+        """Ends the process, as nothing else does: releases its name and channels, notifies monitors and links."""
         if self.mailbox is DEAD_MAILBOX:
             return
         self.mailbox, self.wake, self.exiting = DEAD_MAILBOX, None, TERMINATING
@@ -402,17 +390,17 @@ class Process(Pid):
             other.signal(self, reason)
 
     def down(self, ref: int, process: Pid | str, reason: Any) -> None:
-        """A process that this one monitors has ended."""
+        """Delivers the DOWN of a process that this one monitors."""
         self.disown(ref)
         self.deliver(("DOWN", ref, "process", process, reason))
 
 
-DEAD_MAILBOX: deque[Any] = deque(maxlen=0)  # the mailbox of the dead: takes everything, keeps nothing
-TERMINATING = ProcessExit("ending")  # `exiting` during the final callbacks: only `kill` cuts them short
+DEAD_MAILBOX: deque[Any] = deque(maxlen=0)  # discards everything
+TERMINATING = ProcessExit("terminating")  # `exiting` during the final callbacks: only `kill` interrupts them
 
 
-class Task(Process):
-    """What `spawn` starts: a function that keeps its runner for life, since it waits where it pleases."""
+class FunctionProcess(Process):
+    """What `spawn` starts: a function, which keeps its runner until it returns."""
 
     __slots__ = ("args", "fn")
 
@@ -427,30 +415,25 @@ class Task(Process):
     def role(self) -> str:
         return getattr(self.fn, "__qualname__", repr(self.fn))
 
-    def title(self) -> str:
-        return super().title() or f" {self.role()}"
-
 
 class GreenletProcess(Process):
-    """A greenlet that somebody else has started, and that became a process by asking for its pid."""
+    """A greenlet that became a process by calling self_pid()."""
 
     __slots__ = ("greenlet", "thread")
+    runner = property(lambda self: self.greenlet(), lambda self, _none: None)
 
     def __init__(self, current: greenlet) -> None:
         super().__init__()
         self.thread = get_ident()
-        self.greenlet = weakref.ref(current, self._collected)
+        self.greenlet = weakref.ref(current, lambda _: scheduler.run_in_hub(self.finish, "normal"))
         if isinstance(current, gevent.Greenlet):
             current.rawlink(self._ended)
 
     def _ended(self, done: gevent.Greenlet) -> None:
-        value = done.value if done.successful() else done.exception
-        if isinstance(value, gevent.GreenletExit):
-            value = getattr(value, "reason", "killed")
-        self.finish("normal" if done.successful() and value is done.value else value)
-
-    def _collected(self, _greenlet: Any) -> None:
-        scheduler.run_in_hub(self.finish, "normal")
+        if isinstance(done.value, gevent.GreenletExit):
+            self.finish(getattr(done.value, "reason", "killed"))
+        else:
+            self.finish("normal" if done.successful() else done.exception)
 
     def finish(self, reason: Any) -> None:
         super().finish(self.exiting.reason if self.exiting is not None and reason == "normal" else reason)
@@ -460,25 +443,22 @@ class GreenletProcess(Process):
         if isinstance(target, gevent.Greenlet):
             target.unlink(self._ended)
 
-    def _signal_exit(self, reason: Any) -> None:
+    def raise_exit(self, reason: Any) -> None:
         target = self.greenlet()
         if target is not None and target.parent is None:
-            log.error("%r is the main greenlet and goes on; the exit signal was %r", self, reason)
-        else:
-            if scheduler.thread is None:
-                if get_ident() != self.thread:
-                    raise RuntimeError(f"{self!r} belongs to another thread, and no process was started there")
-                scheduler.bind_thread()
-            super()._signal_exit(reason)
-
-    def holder(self) -> Any:
-        return self.greenlet()
+            log.error("%r is the main greenlet and continues; the exit signal was %r", self, reason)
+            return
+        if scheduler.thread is None:
+            if get_ident() != self.thread:
+                raise RuntimeError(f"{self!r} belongs to another thread, and no process was started there")
+            scheduler.bind_thread()
+        super().raise_exit(reason)
 
 
 class Runner(greenlet):
-    """A greenlet that gives turns to processes; `process` is the one that it runs, or that blocks it."""
+    """A greenlet that runs the turns of processes."""
 
-    process: Process | None = None
+    process: Process | None = None  # the process that it runs, or that blocks it
 
     def run(self) -> None:
         ready = scheduler.ready
@@ -494,102 +474,98 @@ class Runner(greenlet):
                 except BaseException as error:
                     process.handle_exit(error)
                 process.runner = None
-            self.process = process = None  # type: ignore[assignment]  # an idle runner keeps nobody alive
+            self.process = process = None  # type: ignore[assignment]  # an idle runner must not keep a process alive
             if len(scheduler.idle) >= SPARE_RUNNERS:
                 return
             scheduler.idle.append(self)
             try:
-                while self in scheduler.idle:  # else the switch was meant for a callback that is long gone
+                while self in scheduler.idle:  # else the switch was for a callback that has returned
                     scheduler.hub.switch()
-            except BaseException:  # a gevent.Timeout that a callback has left running
+            except BaseException:  # a gevent.Timeout that a callback left running
                 scheduler.idle.remove(self)
                 return
 
     def switch_out(self) -> None:
-        """gevent's hook: this greenlet is about to wait."""
+        """Called by gevent before this greenlet blocks."""
         if self.process is not None:
             self.process.before_blocking()
 
 
 class Scheduler:
-    """The ready queue and its runners. At home in the thread that has started the first process."""
+    """The ready queue and its runners, in the thread that started the first process."""
 
     def __init__(self) -> None:
         self.thread: int | None = None
         self.hub: Any = None
         self.ready: deque[Process] = deque()
         self.idle: list[Runner] = []
-        self.deadline = 0.0
-        self.called = False  # `serve` is among the hub's callbacks
-        self.again: Any = None  # the timer that calls it after a slice
-        self.iteration = -1  # of the hub's loop, in which the slice of those that may yield began; libuv has no number
-        self.slice_end = 0.0  # end of that slice
-        self.yielded: deque[Waiter] = deque()  # of greenlets that go on in this order
-        self.resume_timer: Any = None  # the timer that resumes them
-        self.detached: deque[tuple[Callable[..., Any], tuple[Any, ...]]] = deque()  # by other threads, to be called
-        self.alarm: Any = None  # the watcher that other threads wake the hub with
+        self.deadline = 0.0  # end of the time slice of `serve`
+        self.scheduled = False  # whether `serve` is about to be called
+        self.serve_timer: Any = None
+        self.yielded: deque[Waiter] = deque()  # of greenlets that yielded, in their order
+        self.resume_timer: Any = None
+        self.iteration = -1  # number of the loop's iteration in which `slice_end` was set; libuv's has none
+        self.slice_end = 0.0  # end of the time slice of greenlets that may yield
+        self.detached: deque[tuple[Callable[..., Any], tuple[Any, ...]]] = deque()  # calls from other threads
+        self.alarm: Any = None  # the async watcher by which other threads wake the hub
 
     def enqueue(self, process: Process) -> None:
         process.wake = None
         self.ready.append(process)
-        if not self.called:
-            self.called = True
+        if not self.scheduled:
+            self.scheduled = True
             self.hub.loop.run_callback(self.serve)
 
     def serve(self) -> None:
-        """Hub callback: runners take turns until the queue is empty or the time slice is over."""
+        """Hub callback: runs the ready processes until the queue is empty or the time slice is over."""
         self.deadline = monotonic() + TIME_SLICE
         while self.ready and monotonic() < self.deadline:
             runner = self.idle.pop() if self.idle else Runner(parent=self.hub)
-            runner.switch()  # comes back when it is idle, or when a callback blocks it
-        self.called = bool(self.ready)
-        if self.called:  # by a timer: gevent runs 50 callbacks before it looks at sockets again
-            self.again.start(self.serve)
+            runner.switch()  # returns when the runner is idle, or when a callback blocks it
+        self.scheduled = bool(self.ready)
+        if self.scheduled:  # by a timer: gevent would run 50 callbacks before it polls sockets
+            self.serve_timer.start(self.serve)
 
     def yield_after_slice(self) -> None:
-        """Lets sockets, timers and others that yield have their turn once a time slice is over."""
+        """Lets sockets, timers and other greenlets that yield take their turns, once a time slice is over."""
         iteration = self.hub.loop.iteration
         if iteration != self.iteration:
             self.iteration, self.slice_end = iteration, monotonic() + TIME_SLICE
         elif monotonic() > self.slice_end and not isinstance(getcurrent(), Hub):
-            self._yield()
+            if get_ident() != self.thread:
+                gevent.sleep(YIELD_DELAY)
+                return
+            waiter = Waiter()
+            self.yielded.append(waiter)
+            self.resume_timer.start(self._resume)
+            waiter.get()
 
-    def _yield(self) -> None:
-        if get_ident() != self.thread:
-            gevent.sleep(YIELD_DELAY)
-            return
-        waiter = Waiter()
-        self.yielded.append(waiter)
-        self.resume_timer.start(self.resume)
-        waiter.get()
-
-    def resume(self) -> None:
-        """Timer callback: resumes greenlets that have yielded, until the queue is empty or the time slice is over."""
+    def _resume(self) -> None:
+        """Timer callback: resumes greenlets that yielded, until the queue is empty or the time slice is over."""
         self.iteration, self.slice_end = self.hub.loop.iteration, monotonic() + TIME_SLICE
         while self.yielded and monotonic() < self.slice_end:
             self.yielded.popleft().switch(None)
         if self.yielded:
-            self.resume_timer.start(self.resume)
+            self.resume_timer.start(self._resume)
 
     def bind_thread(self) -> None:
-        """Makes this thread and its hub the home of all processes, unless there is one."""
+        """Binds all processes to this thread and its hub, unless they are bound."""
         if self.thread is None:
             self.hub = get_hub()
-            self.again, self.resume_timer = self.hub.loop.timer(0), self.hub.loop.timer(0)
+            self.serve_timer, self.resume_timer = self.hub.loop.timer(0), self.hub.loop.timer(0)
             self.alarm = self.hub.loop.async_(ref=False)
-            self.alarm.start(self.call_handed_over)
-            self.thread = get_ident()  # the last: other threads look at this
+            self.alarm.start(self._call_detached)
+            self.thread = get_ident()  # last: other threads read it
 
     def run_in_hub(self, fn: Callable[..., Any], *args: Any) -> None:
-        """Calls `fn` in the home thread: at once if this is it, else as a callback of its hub, in order."""
+        """Calls `fn` in the hub's thread: immediately if this is it, else in a callback of the hub, in order."""
         if self.thread is None or self.thread == get_ident():
             fn(*args)
         else:  # not by `run_callback_threadsafe`: it corrupts the loop's count of references (gevent's issue 2212)
             self.detached.append((fn, args))
             self.alarm.send()
 
-    def call_handed_over(self) -> None:
-        """Hub callback: calls what other threads have handed over, for a time slice."""
+    def _call_detached(self) -> None:
         end = monotonic() + TIME_SLICE
         while self.detached:
             fn, args = self.detached.popleft()
@@ -608,28 +584,21 @@ _adopted: weakref.WeakKeyDictionary[greenlet, Process] = weakref.WeakKeyDictiona
 
 
 def current_process() -> Process | None:
-    """The process that the current greenlet runs, if it is one."""
+    """Returns the process that the current greenlet runs, or None."""
     current = getcurrent()
     return current.process if type(current) is Runner else _adopted.get(current)
 
 
 def self_pid() -> Pid:
-    """The pid of the calling process. Any greenlet becomes a process by asking (erlang:self/0)."""
-    return current_process() or _adopt(getcurrent())
-
-
-def _adopt(current: greenlet) -> Process:
-    process = GreenletProcess(current)
-    if scheduler.thread not in (None, get_ident()) or isinstance(current, Hub):
-        process.finish("noproc")  # in another thread, or a callback of the hub: a sender without a mailbox
-    _adopted[current] = process
+    """Returns the pid of the calling process; any greenlet becomes one by this call (erlang:self/0)."""
+    process = current_process()
+    if process is None:
+        current = getcurrent()
+        process = GreenletProcess(current)
+        if scheduler.thread not in (None, get_ident()) or isinstance(current, Hub):
+            process.finish("noproc")  # in another thread, or a callback of the hub: a sender without a mailbox
+        _adopted[current] = process
     return process
-
-
-def calling_process() -> Process:
-    """Returns the calling process. Raises RuntimeError in a thread that is not the hub's: it has no mailbox."""
-    check_thread()
-    return self_pid()  # type: ignore[return-value]
 
 
 def check_thread() -> None:
@@ -639,39 +608,46 @@ def check_thread() -> None:
         raise RuntimeError("only send, broadcast and exit work from a thread other than the hub's")
 
 
+def calling_process() -> Process:
+    """Returns the calling process. Raises RuntimeError in a thread that is not the hub's: it has no mailbox."""
+    check_thread()
+    return self_pid()  # type: ignore[return-value]
+
+
 def resolve(target: Pid | str) -> Any:
-    """A pid, or the process that has this name, or None. Raises TypeError for anything else."""
+    """Returns a pid itself, a name's process or None. Raises TypeError for anything else."""
     if isinstance(target, str):
         return registered.get(target)
     if isinstance(target, Pid):
         return target
-    raise TypeError(f"a pid or a registered name is needed, not {target!r}")
+    raise TypeError(f"expected a pid or a registered name, got {target!r}")
 
 
 def wait_for(waiter: Waiter, timeout: float | None) -> Any:
-    """What `waiter` is given, or None after `timeout` seconds."""
+    """Returns what `waiter` is given, or None after `timeout` seconds. Raises ValueError for NaN."""
     if timeout is None and getcurrent().parent is not None:
         return waiter.get()
-    if timeout is not None and isnan(timeout):
+    # Without a timer, gevent would raise LoopExit in the main greenlet, though a thread may still send.
+    seconds = _FOREVER if timeout is None else max(timeout, 0)
+    if isnan(seconds):
         raise ValueError("expected seconds, got NaN")
-    # Without a timer, gevent would raise LoopExit in the main greenlet, though a thread may send yet.
-    with get_hub().loop.timer(_FOREVER if timeout is None else max(timeout, 0)) as timer:
+    with get_hub().loop.timer(seconds) as timer:
         timer.start(waiter.switch, None, update=True)
         return waiter.get()
 
 
 def spawn(fn: Callable[..., Any], *args: Any) -> Pid:
-    """Starts a process that runs `fn(*args)` in a greenlet of its own (erlang:spawn/1)."""
+    """Starts a process that runs `fn(*args)` in its own greenlet, and returns its pid (erlang:spawn/1)."""
     if not callable(fn):
-        raise TypeError(f"spawn needs a function, not {fn!r}")
+        raise TypeError(f"spawn expects a function, got {fn!r}")
     scheduler.bind_thread()
-    task = Task(fn, args)
-    scheduler.run_in_hub(enqueue, task)
-    return task
+    process = FunctionProcess(fn, args)
+    scheduler.run_in_hub(enqueue, process)
+    return process
 
 
 def send(target: Pid | str, message: Any) -> Any:
-    """Sends to a pid or a registered name, and answers the message (erlang:send/2). Silent where nobody listens."""
+    """Sends to a pid or a registered name, and returns the message (erlang:send/2). Silent if there is no process."""
     process = resolve(target)
     if process is not None:
         process.send(message)
@@ -679,22 +655,21 @@ def send(target: Pid | str, message: Any) -> Any:
 
 
 def receive(timeout: float | None = None, match: Callable[[Any], Any] | None = None) -> Any:
-    """The first message that `match` accepts, or None after `timeout` seconds; the others stay, in their order."""
+    """Returns the first message `match` accepts, or None after `timeout` seconds; others stay in order."""
     me = calling_process()
     deadline = None if timeout is None else monotonic() + timeout
-    seen = 0  # messages that `match` has refused
+    refused = 0  # messages at the front that `match` has refused
     mailbox = me.mailbox
     if mailbox or timeout == 0:
         scheduler.yield_after_slice()
     while True:
-        if me.exiting is not None:
-            me.check_signals()
+        if me.exiting is not None and me.exiting is not TERMINATING:
+            raise me.exiting
         if match is not None:
-            seen = _count_refused(me, match, seen)
-            me.check_signals()  # `match` may have waited
-        if seen < len(mailbox):
-            message = mailbox[seen]
-            del mailbox[seen]
+            refused = _count_refused(me, match, refused)
+        if refused < len(mailbox):
+            message = mailbox[refused]
+            del mailbox[refused]
             me.handled += 1
             return message
         if deadline is not None and monotonic() >= deadline:
@@ -702,27 +677,24 @@ def receive(timeout: float | None = None, match: Callable[[Any], Any] | None = N
         _await_message(me, None if deadline is None else deadline - monotonic())
 
 
-def _count_refused(me: Process, match: Callable[[Any], Any], seen: int) -> int:
-    """Returns how many messages come before the first that `match` accepts; all, if it accepts none."""
+def _count_refused(me: Process, match: Callable[[Any], Any], refused: int) -> int:
+    """Returns how many messages precede the first that `match` accepts."""
     mailbox, handled = me.mailbox, me.handled
-    messages = islice(mailbox, seen, None)
-    while True:
-        try:
-            message = next(messages)
-        except StopIteration:
-            return seen
-        except RuntimeError:  # the mailbox has changed: `match` has sent to this process, or waited
-            messages = islice(mailbox, seen, None)
-            continue
-        accepted = match(message)
-        if me.handled != handled:  # `match` has received: the others have moved up
-            seen, handled, messages = 0, me.handled, islice(mailbox, 0, None)
-        elif accepted:
-            return seen
-        else:
-            seen += 1
-            if not seen % 16:
+    while refused < len(mailbox):
+        # Copies, since `match` may send to this process; of growing size, so that the cost stays linear.
+        for message in list(islice(mailbox, refused, 2 * refused + 16)):
+            accepted = match(message)
+            if me.exiting is not None and me.exiting is not TERMINATING:  # `match` has blocked
+                raise me.exiting
+            if me.handled != handled:  # `match` has received a message, which moved the others
+                refused, handled = 0, me.handled
+                break
+            if accepted:
+                return refused
+            refused += 1
+            if not refused % 16:
                 scheduler.yield_after_slice()
+    return refused
 
 
 def _await_message(me: Process, timeout: float | None) -> None:
@@ -741,26 +713,29 @@ def _await_message(me: Process, timeout: float | None) -> None:
 
 def check_name(name: str) -> str:
     if not isinstance(name, str) or not name:
-        raise ValueError(f"a name is a string that is not empty, not {name!r}")
+        raise ValueError(f"expected a name, a string that is not empty, got {name!r}")
     return name
 
 
 def register(name: str, pid: Pid) -> None:
-    """Gives a process a name (erlang:register/2). Raises ValueError where either has one already, or is dead."""
+    """Gives a process a name (erlang:register/2). Raises ValueError if either has one already, or `pid` is dead."""
     if not isinstance(pid, Process) or pid.mailbox is DEAD_MAILBOX:
-        raise ValueError(f"{pid!r} is no live process of this node")
+        raise ValueError(f"{pid!r} is not a live process of this node")
     if check_name(name) in registered or pid.name is not None:
         raise ValueError(f"{name!r} or {pid!r} is registered already")
     registered[name], pid.name = pid, name
 
 
 def whereis(name: str) -> Pid | None:
-    """The process of that name (erlang:whereis/1)."""
+    """Returns the process registered as `name`, or None (erlang:whereis/1)."""
     return registered.get(name)
 
 
 def monitor(target: Pid | str) -> int:
-    """From now on one ("DOWN", ref, "process", pid, reason) when `target` ends; at once, "noproc", if it is dead."""
+    """Sends one ("DOWN", ref, "process", pid, reason) to the caller when `target` ends; returns ref.
+
+    Immediately, with "noproc", if it is dead (erlang:monitor/2).
+    """
     me, process, ref = calling_process(), resolve(target), next(refs)
     if process is None:
         me.down(ref, target, "noproc")
@@ -771,9 +746,8 @@ def monitor(target: Pid | str) -> int:
 
 
 def demonitor(ref: int, flush: bool = False) -> bool:
-    """Ends a monitor; tells whether there was one. With `flush`, a DOWN that has come already goes too."""
-    me = calling_process()
-    target = me.disown(ref)
+    """Ends a monitor; returns whether it was active. With `flush`, removes a DOWN that has arrived already."""
+    target = calling_process().disown(ref)
     if target is not None:
         target.unwatch(ref)
     elif flush:
@@ -782,41 +756,40 @@ def demonitor(ref: int, flush: bool = False) -> bool:
 
 
 def is_down(ref: int) -> Callable[[Any], bool]:
-    """Accepts the DOWN of this monitor, and nothing else."""
+    """Returns a predicate that accepts the DOWN of this monitor only."""
     return lambda message: isinstance(message, tuple) and message[:2] == ("DOWN", ref)
 
 
 def link(pid: Pid) -> bool:
-    """Ties the calling process and `pid`: if one ends abnormally, so does the other (erlang:link/1).
+    """Links the caller and `pid`: if one ends abnormally, so does the other (erlang:link/1).
 
-    TypeError for a process of another node.
+    Raises TypeError for a process of another node.
     """
     me, other = calling_process(), resolve(pid)
     if other is me:
         return True
     if other is not None and not isinstance(other, Process):
-        raise TypeError(f"a link stays on its node, {other!r} is elsewhere: monitor it")
+        raise TypeError(f"{other!r} is a process of another node: monitor it, links do not cross nodes")
     if other is None or other.mailbox is DEAD_MAILBOX:
         me.signal(pid if other is None else other, "noproc")
         return True
-    for one, two in ((me, other), (other, me)):
-        if not one.links:
-            one.links = set()
-        one.links.add(two)
+    me.links, other.links = me.links or set(), other.links or set()
+    me.links.add(other)
+    other.links.add(me)
     return True
 
 
 def unlink(pid: Pid) -> bool:
-    """Unties them (erlang:unlink/1)."""
+    """Removes the link between the caller and `pid` (erlang:unlink/1)."""
     me, other = calling_process(), resolve(pid)
-    if me.links and other in me.links:
+    if other in me.links:
         me.links.discard(other)
         other.links.discard(me)
     return True
 
 
 def exit(pid: Pid | str, reason: Any) -> bool:
-    """Sends an exit signal (erlang:exit/2). "normal" is ignored but by oneself; "kill" cannot be trapped."""
+    """Sends an exit signal (erlang:exit/2). "normal" is ignored by all but the caller; "kill" cannot be trapped."""
     process = resolve(pid)
     if process is not None and reason == "kill":
         scheduler.run_in_hub(process.kill, "killed")
@@ -826,9 +799,9 @@ def exit(pid: Pid | str, reason: Any) -> bool:
 
 
 def process_flag(flag: str, value: bool) -> bool:
-    """Sets "trap_exit" of the calling process and answers what it was. Raises ValueError for any other flag."""
+    """Sets "trap_exit" of the caller and returns its old value. Raises ValueError for any other flag."""
     if flag != "trap_exit":
-        raise ValueError(f"the only flag is 'trap_exit', not {flag!r}")
+        raise ValueError(f"the only flag is 'trap_exit', got {flag!r}")
     me = calling_process()
     old, me.trapping = me.trapping, bool(value)
     return old
@@ -836,18 +809,18 @@ def process_flag(flag: str, value: bool) -> bool:
 
 @dataclass(eq=False)
 class Timer:
-    """What `send_after` answers; for `cancel_timer`."""
+    """What `send_after` returns; for `cancel_timer`."""
 
     watcher: Any
     due: float
-    owner: Process | None = None  # the process that it goes with; None once it is over
+    owner: Process | None = None  # the process whose end cancels it; None for a name, or once it is over
 
     def fire(self, target: Pid | str, message: Any) -> None:
         self.unwatch(self)
         send(target, message)
 
     def unwatch(self, _ref: Any) -> None:
-        """Ends it, and keeps nothing."""
+        """Stops the timer and releases the message."""
         self.watcher.close()
         owner, self.owner = self.owner, None
         if owner is not None:
@@ -855,9 +828,9 @@ class Timer:
 
 
 def send_after(seconds: float, target: Pid | str, message: Any) -> Timer:
-    """Sends `message` in so many seconds, unless the process has ended by then (erlang:send_after/3).
+    """Sends `message` after so many seconds, unless the process has ended by then (erlang:send_after/3).
 
-    A timer to a name stays. Raises TypeError where `target` is no pid or name, ValueError where `seconds` is NaN.
+    A timer to a name is not cancelled. Raises TypeError if `target` is not a pid or a name, ValueError for NaN.
     """
     calling_process(), resolve(target)
     if isnan(seconds):
@@ -873,14 +846,14 @@ def send_after(seconds: float, target: Pid | str, message: Any) -> Timer:
 
 
 def cancel_timer(timer: Timer) -> float | bool:
-    """Cancels it: the seconds that were left, or False if it had fired or was cancelled (erlang:cancel_timer/1)."""
+    """Cancels a timer; returns the seconds left, or False if it has fired or was cancelled (erlang:cancel_timer/1)."""
     left = max(timer.due - monotonic(), 0.0) if timer.watcher.active else False
     timer.unwatch(timer)
     return left
 
 
 class Alias(Pid):
-    """An address for one answer, as OTP's process aliases: once nobody waits any more, it is deaf."""
+    """A one-shot reply address (OTP's process alias); messages after the wait are discarded."""
 
     __slots__ = ("__weakref__", "waiter")
 
@@ -895,7 +868,7 @@ class Alias(Pid):
 
 
 def send_and_wait(process: Pid, alias: Alias, timeout: float | None, request: Any = None) -> Any:
-    """What `process` sends to `alias`, ("DOWN", reason) if it ends before, or None after `timeout` seconds."""
+    """Returns what `process` sends to `alias`, ("DOWN", reason) if it ends first, None after `timeout` seconds."""
     ref = next(refs)
     process.watch(ref, alias)
     try:
@@ -907,12 +880,12 @@ def send_and_wait(process: Pid, alias: Alias, timeout: float | None, request: An
 
 
 def is_normal(reason: Any) -> bool:
-    """Whether OTP takes this exit reason for an orderly end."""
+    """Returns whether OTP considers the exit reason normal: "normal", "shutdown", ("shutdown", ...)."""
     return reason in ("normal", "shutdown") or (isinstance(reason, tuple) and reason[:1] == ("shutdown",))
 
 
 def failing_callback(error: BaseException) -> str:
-    """The callback in which `error` was raised: the frame below the last one of this file."""
+    """Returns the name of the callback that raised `error`: the first frame after the last one of this file."""
     names = [(frame.f_code.co_filename, frame.f_code.co_name) for frame, _ in traceback.walk_tb(error.__traceback__)]
     own = [at for at, (filename, _) in enumerate(names) if filename == __file__]
     foreign = names[own[-1] + 1 :] if own else names
@@ -920,15 +893,15 @@ def failing_callback(error: BaseException) -> str:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# pub/sub: who is in which channel, and broadcast.
-# House rule: knows Pids, not what they do.
+# pub/sub: channels, their members, and broadcast.
+# Invariant: a member is a Pid; this room neither runs callbacks nor uses sockets.
 # ---------------------------------------------------------------------------------------------------------------------
 
 
 class Message(tuple):
     """What members receive: ("nova_pubsub", channel, sender, topic, payload)."""
 
-    position: str | None = None  # in the history of a channel that is kept; for `join(since=...)`
+    position: str | None = None  # in the history of a kept channel, for `join(since=...)`
     _memo: dict[Any, Any] | None = None
 
     def once(self, fn: Callable[[Message], Any]) -> Any:
@@ -965,13 +938,13 @@ def _is_shareable(fn: Callable[..., Any]) -> bool:
     return not getattr(fn, "__closure__", None) and (owner is None or isinstance(owner, ModuleType))
 
 
-NO_POSITION = "0"  # of no history: a client that comes back with it gets a resync
+NO_POSITION = "0"  # of no history: a client that returns with it gets a resync
 
 
 class Adapter:
-    """What pub/sub asks of the other nodes. This one is for a node that is alone.
+    """What a cluster has to offer to pub/sub. This one is for a node that is alone.
 
-    The law: a broadcast reaches every member on every node once. `dispatch` sends it to the members here, by pub/sub's
+    The law: a broadcast reaches every member on every node once. `dispatch` sends it to the local members, by pub/sub's
     own methods, and to the other nodes. All methods but `encode` and `wait_until_subscribed` run in the hub's thread.
     """
 
@@ -981,7 +954,7 @@ class Adapter:
         self.pubsub = pubsub
 
     def encode(self, message: Message, exclude: Pid | None) -> Any:
-        """Returns what `dispatch` needs besides. Raises TypeError or ValueError for what cannot cross to a node."""
+        """Returns the data for `dispatch`. Raises TypeError or ValueError for what cannot cross to another node."""
 
     def dispatch(self, message: Message, exclude: Pid | None, _data: Any) -> None:
         self.pubsub.record_and_deliver(message, exclude)
@@ -990,13 +963,13 @@ class Adapter:
         self.pubsub.record_and_deliver(message, None)
 
     def on_join(self, channel: str, process: Process) -> None:
-        """A process of this node has joined."""
+        """Called when a process of this node has joined."""
 
     def on_leave(self, channel: str, process: Process) -> None:
-        """It has left. The channel may be empty now."""
+        """Called when a process of this node has left. The channel may be empty."""
 
     def on_keep(self, channel: str) -> None:
-        """The channel is kept from now on."""
+        """Called when this node starts to keep the channel."""
 
     def wait_until_subscribed(self, channel: str) -> None:
         """Returns when this node receives what other nodes send to the channel."""
@@ -1021,42 +994,42 @@ class PubSub:
     """Channels and their members (nova_pubsub, on OTP's pg). The one instance is `pubsub`."""
 
     def __init__(self) -> None:
-        self.adapter: Any = Adapter(self)  # the cluster's, once `connect` has been called
-        self.channels: dict[str, set[Process]] = {}  # no set is ever empty
-        self.monitors: dict[str, dict[int, Process]] = {}  # channel -> ref -> the process to be informed
-        self.histories: dict[str, Any] = {}  # channel -> what the room replay keeps of it
-        self.message_counts: dict[str, int] = {}  # channel with members here -> messages sent to them
+        self.adapter: Any = Adapter(self)  # the cluster's after `connect`
+        self.channels: dict[str, set[Process]] = {}  # channel -> local members; no set is empty
+        self.monitors: dict[str, dict[int, Process]] = {}  # channel -> ref -> the process to notify; no dict is empty
+        self.histories: dict[str, Any] = {}  # channel -> its history, of the room replay
+        self.message_counts: dict[str, int] = {}  # channel with local members -> messages sent to them
         self._monitored: dict[int, str] = {}  # ref -> channel
         exit_hooks.append(self._on_exit)
 
     def connect(self, url: str, name: str | None = None) -> str:
-        """Makes this node one of a cluster, over the Redis (or Valkey) at `url`, and returns "ok".
+        """Joins a cluster over the Redis (or Valkey) at `url`, with `name` for this node, and returns "ok".
 
-        `redis://[user:password@]host[:port][/database][?prefix=...]`, or `rediss://` for TLS; a prefix keeps
-        applications apart. Waits at most 5 seconds for the connection. Without one the node continues alone and goes on
+        `redis://[user:password@]host[:port][/database][?prefix=...]`, or `rediss://` for TLS; a prefix separates
+        applications. Waits at most 5 seconds for the connection. Without one, the node continues alone and keeps
         trying. Raises ValueError for a bad URL, ImportError without the packages `redis` and `msgpack`, RuntimeError if
         the node is connected already, if nothing is patched, or if this copy has no room `cluster`.
         """
         return room("cluster").connect(self, url, name)
 
     def disconnect(self) -> str:
-        """Leaves the cluster: "ok", or "not_connected"."""
+        """Leaves the cluster and returns "ok", or "not_connected"."""
         return room("cluster").disconnect(self)
 
     def join(self, channel: str, pid: Pid | None = None, since: str | None = None) -> str:
-        """Makes `pid`, or the caller, a member: "ok". Joining twice is joining once; the dead do not stay.
+        """Makes `pid`, or the caller, a member and returns "ok". A dead process does not become one.
 
-        With `since`, a position in a channel that is kept, the member first gets what it has missed, in order and
-        without gap or duplicate; or ("nova_resync", channel), if that cannot be had. In a cluster `join` waits until
-        this node hears what is published to the channel, unless Redis is away.
+        With `since`, a position in a kept channel, the member first receives the messages after it, in order and
+        without gap or duplicate, or ("nova_resync", channel) if they are not available. In a cluster, waits until this
+        node receives what other nodes publish to the channel, unless Redis is not connected.
         """
-        self._join(check_channel(channel), self._local(pid), since)
+        self._join(check_channel(channel), _local_process(pid), since)
         self.adapter.wait_until_subscribed(channel)
         return "ok"
 
     def leave(self, channel: str, pid: Pid | None = None) -> str:
-        """Ends a membership: "ok", or "not_joined"."""
-        process = self._local(pid)
+        """Ends a membership and returns "ok", or "not_joined"."""
+        process = _local_process(pid)
         if process not in self.channels.get(check_channel(channel), ()):
             return "not_joined"
         process.channels.pop(channel, None)
@@ -1064,48 +1037,51 @@ class PubSub:
         return "ok"
 
     def keep(self, channel: str, size: int = 100, seconds: float = 300) -> str:
-        """Keeps the channel's last messages for `join(since=...)`: so many, and no older than that. "ok".
+        """Keeps the channel's last `size` messages of the last `seconds` for `join(since=...)`, and returns "ok".
 
-        In a cluster each node keeps the channel, and Redis does; messages then come by way of Redis, to the members on
-        this node as well, which wait for it while it hangs. Raises RuntimeError if this copy has no room `replay`.
+        In a cluster each node keeps the channel, and Redis does. All messages to it then pass through Redis, those to
+        local members as well: these wait while Redis hangs. Raises RuntimeError if this copy has no room `replay`.
         """
         return room("replay").keep(self, channel, size, seconds)
 
     def get_position(self, channel: str) -> str | None:
-        """The position of the last message of a channel that is kept, or None; a message has its own, `position`."""
+        """Returns the position of a kept channel's last message, or None. A message's own is `message.position`."""
         history = self.histories.get(check_channel(channel))
         return history.position if history is not None else None
 
     def broadcast(self, channel: str, topic: str | bytes, payload: Any) -> str:
-        """Sends to every member on every node, the caller included if it is one: "ok".
+        """Sends to every member on every node, the caller included if it is one, and returns "ok".
 
-        In a cluster, TypeError for a payload that cannot cross it, and ValueError for one that is too large.
+        In a cluster, raises TypeError for a payload that cannot cross to another node, ValueError for one too large.
         """
-        return self._broadcast(self.make_message(channel, topic, payload), None)
+        return self.broadcast_from(None, channel, topic, payload)
 
     def local_broadcast(self, channel: str, topic: str | bytes, payload: Any) -> str:
-        """Sends to every member on this node: "ok"."""
+        """Sends to every member on this node and returns "ok"."""
         scheduler.run_in_hub(self.adapter.dispatch_here, self.make_message(channel, topic, payload))
         return "ok"
 
-    def broadcast_from(self, pid: Pid, channel: str, topic: str | bytes, payload: Any) -> str:
-        """As `broadcast`, to all but `pid`."""
-        return self._broadcast(self.make_message(channel, topic, payload), pid)
+    def broadcast_from(self, pid: Pid | None, channel: str, topic: str | bytes, payload: Any) -> str:
+        """Does what `broadcast` does, for all members but `pid`."""
+        message, adapter = self.make_message(channel, topic, payload), self.adapter
+        data = adapter.encode(message, pid)  # may raise, before any member has received the message
+        scheduler.run_in_hub(adapter.dispatch, message, pid, data)
+        return "ok"
 
     def get_members(self, channel: str) -> list[Pid]:
-        """The members on all nodes, as far as this one has heard."""
+        """Returns the members on all nodes. Changes on other nodes arrive with a delay."""
         return self.get_local_members(channel) + self.adapter.get_members(channel)
 
     def get_local_members(self, channel: str) -> list[Pid]:
-        """The members on this node."""
+        """Returns the members on this node."""
         return list(self.channels.get(check_channel(channel), ()))
 
     def which_channels(self) -> list[str]:
-        """The channels that have members, on whatever node (pg:which_groups/1)."""
+        """Returns the channels that have members on any node (pg:which_groups/1)."""
         return list({*self.channels, *self.adapter.which_channels()})
 
     def monitor(self, channel: str) -> tuple[int, list[Pid]]:
-        """(ref, members), and from now on (ref, "join" | "leave", channel, [pid]) for each change (pg:monitor/2)."""
+        """Returns (ref, members) and sends (ref, "join" | "leave", channel, [pid]) for each change (pg:monitor/2)."""
         ref, me = next(refs), calling_process()
         self.monitors.setdefault(check_channel(channel), {})[ref] = me
         self._monitored[ref] = channel
@@ -1113,7 +1089,7 @@ class PubSub:
         return ref, self.get_members(channel)
 
     def demonitor(self, ref: int) -> bool:
-        """Ends such a monitor; tells whether there was one (pg:demonitor/2)."""
+        """Ends a monitor of a channel and returns whether there was one (pg:demonitor/2)."""
         channel = self._monitored.pop(ref, None)
         if channel is None:
             return False
@@ -1126,7 +1102,7 @@ class PubSub:
 
     # -- in the hub's thread
 
-    def _join(self, channel: str, process: Process, since: str | None = None) -> None:
+    def _join(self, channel: str, process: Process, since: str | None) -> None:
         members = self.channels.get(channel, ())
         if process in members or process.mailbox is DEAD_MAILBOX:
             return
@@ -1139,8 +1115,7 @@ class PubSub:
         if not members:
             self.channels[channel], self.message_counts[channel] = set(), 0
         self.channels[channel].add(process)
-        if not process.channels:
-            process.channels = {}
+        process.channels = process.channels or {}
         process.channels[channel] = position
         self.adapter.on_join(channel, process)
         self.notify_monitors(channel, "join", process)
@@ -1163,12 +1138,6 @@ class PubSub:
         for channel in process.channels:
             self._leave(channel, process)
 
-    def _broadcast(self, message: Message, exclude: Pid | None) -> str:
-        adapter = self.adapter
-        data = adapter.encode(message, exclude)  # may raise, before anyone has received it
-        scheduler.run_in_hub(adapter.dispatch, message, exclude, data)
-        return "ok"
-
     def record_and_deliver(self, message: Message, exclude: Pid | None) -> None:
         history = self.histories.get(message[1])
         if history is not None:
@@ -1176,7 +1145,7 @@ class PubSub:
         self.deliver(message, exclude)
 
     def deliver_unrecorded(self, message: Message, exclude: Pid | None) -> None:
-        """Delivers what a history has missed: no position before it is valid any more."""
+        """Delivers a message that is missing in the history, whose earlier positions become invalid."""
         history = self.histories.get(message[1])
         if history is not None:
             history.forget()
@@ -1187,8 +1156,7 @@ class PubSub:
         if members is None:
             return
         self.message_counts[message[1]] += 1
-        # No callback runs in here, nor anything that joins or leaves: `deliver` only queues.
-        for process in members:
+        for process in members:  # does not change meanwhile: `deliver` only queues
             if process is not exclude:
                 process.deliver(message)
 
@@ -1197,19 +1165,20 @@ class PubSub:
             raise TypeError(f"expected a topic, a string or bytes, got {topic!r}")
         return Message(("nova_pubsub", check_channel(channel), self_pid(), topic, payload))
 
-    def _local(self, pid: Pid | None) -> Process:
-        check_thread()
-        process = self_pid() if pid is None else pid
-        if not isinstance(process, Process):
-            raise TypeError(f"only a process of this node can join, not {pid!r}")
-        return process
+
+def _local_process(pid: Pid | None) -> Process:
+    check_thread()
+    process = self_pid() if pid is None else pid
+    if not isinstance(process, Process):
+        raise TypeError(f"expected a process of this node, got {pid!r}")
+    return process
 
 
 def check_channel(channel: str) -> str:
     if not isinstance(channel, str):
-        raise TypeError(f"a channel is a string, not {channel!r}")
+        raise TypeError(f"expected a channel, a string, got {channel!r}")
     if not channel:
-        raise ValueError("a channel needs a name")
+        raise ValueError("expected a channel, got an empty string")
     return channel
 
 
