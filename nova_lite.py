@@ -527,18 +527,28 @@ class Scheduler:
             self.serve_timer.start(self.serve)
 
     def yield_after_slice(self) -> None:
-        """Lets sockets, timers and other greenlets that yield take their turns, once a time slice is over."""
-        iteration = self.hub.loop.iteration
+        """Waits until others have had their turns, once the calling greenlet has used up its time slice.
+
+        Greenlets that never wait share one slice per iteration of the loop, in their order. One that has waited gets a
+        little of its own, so that a short request is not queued behind a flood.
+        """
+        caller, now, iteration = getcurrent(), monotonic(), self.hub.loop.iteration
         if iteration != self.iteration:
-            self.iteration, self.slice_end = iteration, monotonic() + TIME_SLICE
-        elif monotonic() > self.slice_end and not isinstance(getcurrent(), Hub):
-            if get_ident() != self.thread:
-                gevent.sleep(YIELD_DELAY)
-                return
-            waiter = Waiter()
-            self.yielded.append(waiter)
-            self.resume_timer.start(self._resume)
-            waiter.get()
+            self.iteration, self.slice_end = iteration, now + TIME_SLICE
+        if getattr(caller, "iteration", None) != iteration:
+            caller.iteration, caller.slice_end = iteration, max(self.slice_end, now + TIME_SLICE / 10)
+        elif now > caller.slice_end and not isinstance(caller, Hub):
+            self._yield(caller)
+
+    def _yield(self, caller: Any) -> None:
+        if get_ident() != self.thread:
+            gevent.sleep(YIELD_DELAY)
+            return
+        waiter = Waiter()
+        self.yielded.append(waiter)
+        self.resume_timer.start(self._resume)
+        waiter.get()
+        caller.iteration, caller.slice_end = self.iteration, self.slice_end
 
     def _resume(self) -> None:
         """Timer callback: resumes greenlets that yielded, until the queue is empty or the time slice is over."""
@@ -6019,24 +6029,24 @@ PAGE = """<!doctype html>
 "use strict";
 const $ = id => document.getElementById(id);
 
-function element(tag, className, ...children) {  // text is only ever text: what people write cannot become markup
+function element(tag, className, ...children) {  // children are text: user input cannot become markup
   const node = Object.assign(document.createElement(tag), { className });
   node.append(...children);
   return node;
 }
 
 let unseen = 0;
-function arrived(node) {  // it glows for a moment, and so does the star; in the background, the title counts
+function arrived(node) {  // highlights the node and the star; counts in the title of a hidden page
   for (const it of [node, document.querySelector("svg")]) {
     it.classList.remove("new");
-    void it.clientTop;  // or the motion would not begin again
+    void it.clientTop;  // restarts the animation
     it.classList.add("new");
   }
   if (document.hidden) document.title = `(${++unseen}) nova_lite`;
 }
 document.onvisibilitychange = () => { unseen = 0; document.title = "nova_lite"; };
 
-// The lines, and who is here.
+// The connections, and the number of visitors.
 const comments = new NovaSocket("/comments"), events = new NovaSocket("/notifications?since=");
 const presence = new NovaSocket("/presence"), lines = [comments, events, presence];
 let word = "connecting", ticking;
@@ -6045,7 +6055,7 @@ function report() {
   const wait = Math.min(...away.filter(line => line.state !== "connecting").map(line => line.retryAt - Date.now()));
   if (!away.length) word = "connected";
   else if (word !== "connecting") word = navigator.onLine ? "reconnecting" : "offline";
-  if ($("state").textContent !== word) $("state").textContent = word;  // only what is new is read out
+  if ($("state").textContent !== word) $("state").textContent = word;  // a screen reader reads changes only
   $("wait").textContent = word !== "offline" && wait < Infinity ? `in ${Math.max(1, Math.ceil(wait / 1000))} s` : "";
   $("now").hidden = !away.length || (word === "connecting" && wait === Infinity);
   $("here").hidden = presence.state !== "open";
@@ -6056,7 +6066,7 @@ function report() {
   if (away.length) ticking = setTimeout(report, 250);
 }
 const now = $("now").onclick = () => lines.forEach(line => line.now());
-for (const line of lines) line.on("state", report).on("open", now);  // where one comes through, all do
+for (const line of lines) line.on("state", report).on("open", now);  // when one connects, all try again
 
 presence.on("presence", ({ count }) => {
   while ($("dots").children.length > count) $("dots").lastChild.remove();
@@ -6064,13 +6074,13 @@ presence.on("presence", ({ count }) => {
   $("count").textContent = count > 1 ? `${count} are here` : "Only you are here.";
   $("second").hidden = count > 1;
 });
-$("second").onclick = event => {  // beside this one, where there is room
+$("second").onclick = event => {  // beside this window, if there is room
   const half = screen.availWidth >> 1, place = `popup,left=${half},top=0,width=${half},height=${screen.availHeight}`;
   if (half > 500 && window.open("/", "_blank", place)) event.preventDefault();
 };
 
 // Comments.
-const mine = [];  // sent, and not come back yet
+const mine = [];  // sent, and not received yet
 comments.on("message", text => {
   const own = mine.indexOf(text), time = new Date().toLocaleTimeString([], { timeStyle: "short" });
   const comment = element("p", own < 0 ? "" : "mine", text, element("time", "", time));
@@ -6087,11 +6097,11 @@ $("say").onsubmit = event => {
   report();
 };
 
-// Notes: the page changes when the event comes, here as in all other windows.
+// Notes: the page changes when the event arrives, in this window as in all others.
 const items = new Map(), query = $("search").elements[0];  // id -> its <li>
 let loading = null, searching;
 
-async function api(method, path, data) {  // [whether it went well, the answer]
+async function api(method, path, data) {  // returns [ok, body]
   const options = { method, headers: { "Content-Type": "application/json" }, cache: "no-store" };
   try {
     const answer = await fetch("/api/notes" + path, { ...options, body: data && JSON.stringify(data) });
@@ -6099,9 +6109,9 @@ async function api(method, path, data) {  // [whether it went well, the answer]
   } catch { return [false, { error: "The server cannot be reached." }]; }
 }
 
-async function load() {  // all notes; what has changed meanwhile is done once more
+async function load() {  // all notes; changes that arrive meanwhile are applied again
   const changes = loading = [], first = !items.size, [ok, { notes }] = await api("GET", "");
-  if (loading !== changes) return;  // another one is on its way
+  if (loading !== changes) return;  // a newer load has started
   loading = null;
   if (!ok) return void setTimeout(load, 2000);
   for (const id of items.keys()) if (!notes.some(note => note.id === id)) drop({ id });
@@ -6180,7 +6190,7 @@ function fill(item) {
   if (!editing) draft = [title.value, body.value];
   editing = item;
   [title.value, body.value] = item ? [item.note.title, item.note.body] : draft;
-  author.closest("div").hidden = item !== null;  // who has written it stays
+  author.closest("div").hidden = item !== null;  // the author cannot be changed
   add.firstElementChild.textContent = item ? `Edit “${item.note.title}”` : "New note";
   for (const field of [title, body, author]) fault(field);
   $("error").textContent = "";
@@ -6222,23 +6232,23 @@ function fault(field, text) {
 """
 
 
-CLIENT = """/* A WebSocket that comes back. Copy it.
+CLIENT = """/* A WebSocket that reconnects. Copy it.
 
-     const notes = new NovaSocket("/notifications?since=");  // and what was missed comes, where the server keeps it
-     notes.on("open", load).on("nova_resync", load);  // the first time, and whenever something may have been missed
+     const notes = new NovaSocket("/notifications?since=");  // replays what was missed, if the server keeps it
+     notes.on("open", load).on("nova_resync", load);  // at first, and whenever messages may be missing
      notes.on("note_created", note => ...);           // {"event": "note_created", "data": ...}
-     notes.on("message", text => ...);                // any message, as it came
+     notes.on("message", text => ...);                // any message, as received
      notes.on("state", socket => ...);                // connecting, open, waiting (until `retryAt`), offline or closed
-     notes.send("text");                              // false if it can be neither sent nor, while away, kept
+     notes.send("text");                              // false if it can neither be sent nor queued
 
-   What is sent into a line that breaks may be lost. The heartbeat is an empty binary message, answered with the same
-   (`case ("binary", b""): return "reply", frame, state`); where it never is, dead lines are left to the browser. */
+   A message sent while the connection breaks may be lost. The heartbeat is an empty binary message that the server
+   returns (`case ("binary", b""): return "reply", frame, state`). If not, only the browser detects dead connections. */
 "use strict";
 class NovaSocket {
-  static OWN = ["open", "message", "state"];  // what the server says cannot pass for these
-  static LIMIT = 100;  // messages that are kept while away
-  static BEAT = 20000; static ANSWER = 5000; static CONNECT = 10000;  // ms: silence before a beat; patience
-  static delay(tries, random = Math.random()) {  // seconds: 0.5 to 1, then twice as long, in the end 15 to 30
+  static OWN = ["open", "message", "state"];  // the server cannot send events of these names
+  static LIMIT = 100;  // messages queued while disconnected
+  static BEAT = 20000; static ANSWER = 5000; static CONNECT = 10000;  // ms: silence before a heartbeat; timeouts
+  static delay(tries, random = Math.random()) {  // seconds: 0.5 to 1, doubled each time, at most 15 to 30
     return Math.min(30, 2 ** tries) * (1 + random) / 2;
   }
 
@@ -6261,12 +6271,12 @@ class NovaSocket {
     return true;
   }
   close() { this.end.abort(); this.leave("closed"); }
-  now() {  // connects at once, or looks at once whether the line is alive
+  now() {  // connects, or checks the connection, immediately
     if (this.state === "open") this.beat();
     else if (["waiting", "offline"].includes(this.state)) this.connect();
   }
 
-  // The rest is its own business. There is one timer: for what comes next unless something else comes first.
+  // The rest is private. There is one timer: for the next step, unless something else happens first.
   emit(event, data) {
     for (const fn of this.listeners.get(event) ?? []) try { fn(data); } catch (error) { console.error(error); }
   }
@@ -6301,16 +6311,16 @@ class NovaSocket {
     this.after(NovaSocket.ANSWER, () => this.answers ? this.lost() : this.after(NovaSocket.BEAT, this.beat));
   }
   received(data) {
-    this.after(NovaSocket.BEAT, this.beat);  // whatever comes is a sign of life
+    this.after(NovaSocket.BEAT, this.beat);  // the connection is alive
     if (data.byteLength === 0) return void (this.answers = true);
     this.emit("message", data);
     let json = {};
-    if (data[0] === "{") try { json = JSON.parse(data); } catch { /* then it is no JSON */ }
+    if (data[0] === "{") try { json = JSON.parse(data); } catch { /* not JSON */ }
     if (json.position !== undefined) this.position = json.position;
     if (!NovaSocket.OWN.includes(json.event)) this.emit(json.event, json.data);
   }
   lost() {
-    if (this.state === "open" && Date.now() - this.since > 5000) this.tries = 0;  // not if it opens only to close
+    if (this.state === "open" && Date.now() - this.since > 5000) this.tries = 0;  // not if it is closed after opening
     const wait = NovaSocket.delay(this.tries++) * 1000;
     this.retryAt = Date.now() + wait;
     this.leave(navigator.onLine ? "waiting" : "offline", wait, this.connect);

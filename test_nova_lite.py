@@ -8612,7 +8612,11 @@ def test_broadcast_from_a_shell_reaches_the_nodes_and_says_how_many(redis_url, m
         (["--cluster", "http://x", "--port", "0", "--db", ":memory:"], 1, "http://x is not the URL of a Redis"),
         (["--workers", "2"], 2, "--workers needs --cluster"),
         (["--workers", "0"], 2, "expected 1 to 256, got 0"),
-        (["--workers", "2", "--cluster", "redis://x", "--db", ":memory:"], 2, "they can share, not :memory:"),
+        (
+            ["--workers", "2", "--cluster", "redis://x", "--db", ":memory:"],
+            2,
+            "a --db that workers can share, not :memory:",
+        ),
         (["--db", "postgresql://u:secret@127.0.0.1:1/db", "--port", "0"], 1, None),
     ],
 )
