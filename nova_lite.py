@@ -1387,7 +1387,8 @@ def read_body(environ: dict[str, Any], limit: int) -> bytes:
     chunked = "chunked" in environ.get("HTTP_TRANSFER_ENCODING", "").lower()
     try:
         length = int(environ.get("CONTENT_LENGTH") or 0)
-        body = file.read(limit + 1 if chunked else length) if 0 < length <= limit or chunked else b""  # type: ignore[union-attr]
+        is_wanted = chunked or 0 < length <= limit
+        body = file.read(limit + 1 if chunked else length) if is_wanted else b""  # type: ignore[union-attr]
     except HTTPError:
         raise
     except (AttributeError, OSError, ValueError):
@@ -1792,6 +1793,7 @@ def _decode(body: bytes, what: str) -> str:
 
 STARTING, OPEN, CLOSING, CLOSED = "starting", "open", "closing", "closed"
 READ_SIZE = 65536  # bytes per read or send, so that one client's flood leaves room for the others
+SMALL_READ = 4096  # bytes per read of a client whose bytes take long to parse: tiny frames, or compressed ones
 TURN_TIME = 0.01  # seconds after which a turn ends; 64 broadcasts to 1,000 take 5 ms, and are cheaper in one piece
 LINGER = 5.0  # seconds that a closed connection waits for the client to close as well
 CACHED_FRAMES, CACHED_BYTES = 256, 1_000_000  # of broadcasts: a flood on 64 channels still finds its frames
@@ -1849,7 +1851,7 @@ class Stream(Process):
 
     __slots__ = (
         "excess", "handler", "idle_for", "inbox", "inbox_bytes", "init_waiter", "input_over", "outgoing", "phase",
-        "reader", "registry", "req", "settings", "sock", "stalled_for", "state", "write_buffer", "writer",
+        "read_size", "reader", "registry", "req", "settings", "sock", "stalled_for", "state", "write_buffer", "writer",
     )  # fmt: skip
     STATUS = 200  # of the response after which the server calls `open`
     window_bits: Any = None  # of a WebSocket's compression, 0 without any
@@ -1863,6 +1865,7 @@ class Stream(Process):
         self.init_waiter: Alias | None = None  # the caller of `start`; None after `init`
         self.sock: Any = None  # non-blocking
         self.reader: Any = None  # watcher; active unless reading is paused
+        self.read_size = SMALL_READ  # bytes per read
         self.writer: Any = None  # watcher; None while `write_buffer` is empty
         self.write_buffer: Any = b""  # bytes that the socket has not taken yet
         self.outgoing: list[bytes] = []  # frames of this turn
@@ -2018,17 +2021,20 @@ class Stream(Process):
 
     def readable(self) -> None:
         """Hub callback."""
-        try:  # compressed, a read is many times its size
-            data = self.sock.recv(READ_SIZE // 16 if self.window_bits else READ_SIZE)
+        try:
+            data = self.sock.recv(self.read_size)
         except BlockingIOError:
             return
         except OSError:
             data = b""
         self.idle_for = 0.0
         if self.phase is OPEN:
+            start = monotonic() if len(data) >= SMALL_READ else inf
             self._receive_bytes(data)
             if self.wake is enqueue:
                 enqueue(self)
+            is_slow = self.window_bits or monotonic() - start > TIME_SLICE / 3
+            self.read_size = SMALL_READ if is_slow else READ_SIZE
         elif not data:
             self.abort()
         else:
