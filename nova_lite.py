@@ -185,7 +185,6 @@ SPARE_RUNNERS = 64  # idle runners kept: a burst of blocking callbacks must not 
 
 # Patched, get_ident would return a greenlet's identifier.
 get_ident: Callable[[], int] = gevent.monkey.get_original("_thread", "get_ident")
-_node = "nova@" + gethostname()
 _serials = count(1)
 refs = count(1)
 processes: dict[int, Process] = {}  # every live process, by its serial
@@ -223,7 +222,7 @@ class Pid:
         """Sends an exit signal that cannot be trapped."""
 
     def __repr__(self) -> str:
-        return f"<{_node}.{self.serial}>"
+        return f"<{scheduler.node}.{self.serial}>"
 
 
 class Process(Pid):
@@ -495,6 +494,7 @@ class Scheduler:
     """The ready queue and its runners, in the thread that started the first process."""
 
     def __init__(self) -> None:
+        self.node = "nova@" + gethostname()  # the name in pids
         self.thread: int | None = None
         self.hub: Any = None
         self.ready: deque[Process] = deque()
@@ -1000,6 +1000,33 @@ class Adapter:
         return None
 
 
+class Recorder:
+    """What pub/sub and a cluster ask of a kept channel. The room `replay` has the implementation."""
+
+    size: int  # messages
+    seconds: float
+
+    @property
+    def position(self) -> str:
+        """Returns the position of the last message."""
+        raise NotImplementedError
+
+    def resize(self, size: int, seconds: float) -> None:
+        """Sets how many messages are kept, and for how long."""
+
+    def add(self, message: Message) -> None:
+        """Records the next message and sets its position, unless it has one."""
+
+    def since(self, position: Any) -> list[Message] | None:
+        """Returns the messages after `position`, or None if it is too old or unknown."""
+
+    def forget(self) -> None:
+        """Invalidates all positions: messages were lost."""
+
+    def load(self, epoch: str, offset: int, messages: list[tuple[float, Message]]) -> None:
+        """Replaces the messages by those that are kept elsewhere."""
+
+
 class PubSub:
     """Channels and their members (nova_pubsub, on OTP's pg). The one instance is `pubsub`."""
 
@@ -1007,7 +1034,7 @@ class PubSub:
         self.adapter: Any = Adapter(self)  # the cluster's after `connect`
         self.channels: dict[str, set[Process]] = {}  # channel -> local members; no set is empty
         self.monitors: dict[str, dict[int, Process]] = {}  # channel -> ref -> the process to notify; no dict is empty
-        self.histories: dict[str, Any] = {}  # channel -> its history, of the room replay
+        self.histories: dict[str, Recorder] = {}  # channel -> its history, of the room replay
         self.message_counts: dict[str, int] = {}  # channel with local members -> messages sent to them
         self._monitored: dict[int, str] = {}  # ref -> channel
         exit_hooks.append(self._on_exit)
@@ -1791,6 +1818,7 @@ def _decode(body: bytes, what: str) -> str:
 #   CLOSED    no socket; `terminate` may still run
 # ---------------------------------------------------------------------------------------------------------------------
 
+REGISTRY_KEY, UPGRADING_KEY = "nova_lite.registry", "nova_lite.upgrading"  # of WSGI's environ
 STARTING, OPEN, CLOSING, CLOSED = "starting", "open", "closing", "closed"
 READ_SIZE = 65536  # bytes per read or send, so that one client's flood leaves room for the others
 SMALL_READ = 4096  # bytes per read of a client whose bytes take long to parse: tiny frames, or compressed ones
@@ -2535,7 +2563,7 @@ class _WebSocketEndpoint(_Endpoint):
 
     def __call__(self, **bindings: Any) -> HTTPResponse:
         environ, settings = bottle.request.environ, self.settings
-        if "nova_lite.registry" not in environ:
+        if REGISTRY_KEY not in environ:
             log.error("%s needs nova_lite's own server: app.run() or Server(app)", name_of(self.controller))
             return HTTPError(501, "this server does not do WebSockets")
         req = Request(environ, bindings, settings)
@@ -2559,13 +2587,13 @@ class _WebSocketEndpoint(_Endpoint):
 
     def accept_connection(self, kind: Any, req: Request, headers: dict[str, str]) -> HTTPResponse:
         """Runs `init`. If it accepts, the server sends this response and detaches the socket."""
-        registry: ConnectionRegistry = req.environ["nova_lite.registry"]
+        registry: ConnectionRegistry = req.environ[REGISTRY_KEY]
         if len(registry.connections) >= registry.limit:
             return HTTPError(503, "there are too many connections", Retry_After="5")
         connection = kind(self.controller, req, self.settings, registry)
         if not connection.start():
             return HTTPError(503 if registry.draining else 500)
-        req.environ["nova_lite.upgrading"].append(connection)
+        req.environ[UPGRADING_KEY].append(connection)
         return HTTPResponse(b"", connection.STATUS, headers)
 
 
@@ -2645,7 +2673,7 @@ def heartbeat(req: Request) -> Any:
 
     With `?cluster` in the request, 503 also while this node is not connected to the cluster.
     """
-    registry = req.environ.get("nova_lite.registry")
+    registry = req.environ.get(REGISTRY_KEY)
     if registry is not None and (registry.leaving or registry.draining):
         return "status", 503, {"Retry-After": "5"}
     if "cluster" in req["qs"] and not pubsub.adapter.connected:
@@ -3087,7 +3115,7 @@ class RequestHandler(UpgradeHandler):
 
     def run_application(self) -> None:
         upgrading: list[Connection] = []
-        self.environ["nova_lite.upgrading"], self.environ["nova_lite.registry"] = upgrading, self.server.registry
+        self.environ[UPGRADING_KEY], self.environ[REGISTRY_KEY] = upgrading, self.server.registry
         try:
             gevent.pywsgi.WSGIHandler.run_application(self)
             if upgrading and self.agreed:
@@ -3131,7 +3159,7 @@ class RequestHandler(UpgradeHandler):
 
     def start_response(self, status: str, headers: list[tuple[str, str]], exc_info: Any = None) -> Any:
         """Raises ValueError for what would break the framing of this response or the next (RFC 9112 §6)."""
-        if not _STATUS.fullmatch(status) and not (status[:3] == "101" and self.environ["nova_lite.upgrading"]):
+        if not _STATUS.fullmatch(status) and not (status[:3] == "101" and self.environ[UPGRADING_KEY]):
             raise ValueError(f"not a status of a response: {status!r}")
         lengths = [value for name, value in headers if name.lower() == "content-length"]
         if len(lengths) > 1 or not all(re.fullmatch("[0-9]{1,18}", length) for length in lengths):
@@ -3146,7 +3174,7 @@ class RequestHandler(UpgradeHandler):
         return super().start_response(status, headers, exc_info)
 
     def process_result(self) -> None:
-        upgrading = self.environ["nova_lite.upgrading"]
+        upgrading = self.environ[UPGRADING_KEY]
         # Otherwise nothing is upgrading, or a hook or a plugin has replaced the response.
         self.agreed = bool(upgrading) and self._is_response_of(upgrading[0])
         if not self.agreed:
@@ -3345,7 +3373,7 @@ class Server(gevent.pywsgi.WSGIServer):
         self.short_of_descriptors = -60.0  # when it was last logged
         tls = {"ssl_context": _tls_context(certfile, keyfile)} if certfile else {}
         if reuse_port:
-            self.get_listener = lambda _address, backlog, _family: _bound_socket(host, port, backlog)
+            self.get_listener = lambda _address, backlog, _family: bound_socket(host, port, backlog)
         super().__init__((host, port), app, BACKLOG, log=None, error_log=log, handler_class=RequestHandler, **tls)
 
     def __enter__(self) -> Server:
@@ -3424,7 +3452,7 @@ class Server(gevent.pywsgi.WSGIServer):
         return sum(handler.busy for handler in self.handlers) + len(self.registry.connections)
 
 
-def _bound_socket(host: str, port: int, backlog: int | None) -> Any:
+def bound_socket(host: str, port: int, backlog: int | None) -> Any:
     """Returns a socket on a port that may be shared. It listens if there is a backlog."""
     sock = gevent.socket.socket(gevent.socket.AF_INET6 if ":" in host else gevent.socket.AF_INET)
     sock.setsockopt(gevent.socket.SOL_SOCKET, gevent.socket.SO_REUSEPORT, 1)
@@ -3482,7 +3510,7 @@ def run(
         if cluster is None:
             raise ValueError("workers need a cluster: without one a broadcast would reach one worker's clients only")
         number, port = room("launch").run_workers(workers, host, port, drain_time + shutdown_delay)
-        options["reuse_port"], name = True, f"{name or _node}-{number}"
+        options["reuse_port"], name = True, f"{name or scheduler.node}-{number}"
     _raise_descriptor_limit()
     if reload:
         drain_time, shutdown_delay = min(drain_time, 0.3), 0.0
@@ -4012,7 +4040,7 @@ __all__ += [
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-class History:
+class History(Recorder):
     """The last messages of a channel. A position is "epoch.offset", and the offsets of an epoch have no gap."""
 
     def __init__(self, size: int, seconds: float) -> None:
@@ -4143,7 +4171,7 @@ def run_workers(count: int, host: str, port: int, drain_time: float = DRAIN_TIME
     if _WORKER in os.environ:
         number, port, _ = map(int, os.environ[_WORKER].split(":"))
         return number, port
-    reserved = _bound_socket(host, port, None)  # so that all workers get the same port if it is 0
+    reserved = bound_socket(host, port, None)  # so that all workers get the same port if it is 0
     sys.exit(Workers(reserved.getsockname()[1], drain_time).run(count))
 
 
@@ -5081,14 +5109,13 @@ class ReplayCluster(Cluster):
 
 
 def _connect(pubsub: PubSub, url: str, name: str | None = None) -> str:
-    global _node
     if isinstance(pubsub.adapter, Cluster):
         raise RuntimeError("this node is already in a cluster")
     if not gevent.monkey.is_module_patched("socket"):
         raise RuntimeError("a cluster needs a patched library: from gevent import monkey; monkey.patch_all()")
     calling_process()
-    pubsub.adapter = (ReplayCluster if "replay" in rooms else Cluster)(pubsub, url, name or _node)
-    _node = pubsub.adapter.membership.name
+    pubsub.adapter = (ReplayCluster if "replay" in rooms else Cluster)(pubsub, url, name or scheduler.node)
+    scheduler.node = pubsub.adapter.membership.name
     if not pubsub.adapter.first_connected.wait(JOIN_TIME):
         log.warning("cluster: not connected yet, continuing alone")
     return "ok"
@@ -5145,7 +5172,7 @@ def stats() -> dict[str, Any]:
     busiest = nlargest(BOARD_SIZE, processes.values(), key=lambda process: (len(process.mailbox), process.handled))
     ready = set(scheduler.ready)
     return {
-        "node": _node,
+        "node": scheduler.node,
         "version": __version__,
         "uptime_seconds": round(monotonic() - _started, 3),
         "cpu_seconds": round(time.process_time(), 3),
@@ -5163,7 +5190,7 @@ def stats() -> dict[str, Any]:
 
 
 def _process_info(process: Process, is_ready: bool) -> dict[str, Any]:
-    states: dict[Any, str] = {enqueue: "idle", _apply_overflow: "slow", None: "ready" if is_ready else "running"}
+    states: dict[Any, str] = {enqueue: "idle", None: "ready" if is_ready else "running"}
     return {
         "pid": repr(process),
         "name": process.name,
@@ -5173,7 +5200,7 @@ def _process_info(process: Process, is_ready: bool) -> dict[str, Any]:
         "handled": process.handled,
         "age_seconds": round(monotonic() - process.started_at, 1),
         "channels": sorted(islice(process.channels, 5)),
-        "state": states.get(process.wake, "waiting"),
+        "state": "slow" if getattr(process, "write_buffer", b"") else states.get(process.wake, "waiting"),
     }
 
 

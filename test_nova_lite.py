@@ -6428,8 +6428,8 @@ def known_attributes():
     """The attributes of what the file uses of other packages: that a class of ours has such a name too says nothing."""
     loop = gevent.get_hub().loop
     things = [
-        "", b"", [], {}, set(), 1, BytesIO, BaseException(), types.FunctionType, os, os.stat_result, zlib.compressobj(),
-        socket.socket, ssl.SSLSocket, gevent, gevent.get_hub(), loop, loop.io(0, 1), gevent.Greenlet(),
+        "", b"", [], {}, set(), 1, re.compile(""), BytesIO, BaseException(), types.FunctionType, os, os.stat_result,
+        zlib.compressobj(), socket.socket, ssl.SSLSocket, gevent, gevent.get_hub(), loop, loop.io(0, 1), gevent.Greenlet(),
         gevent.event.Event, gevent.pywsgi.WSGIHandler, gevent.pywsgi.WSGIServer, bottle, bottle.Bottle(),
         bottle.BaseRequest({}), bottle.BaseResponse(),
     ]  # fmt: skip
@@ -7409,7 +7409,7 @@ class Proxy:
 @pytest.fixture
 def node(request, monkeypatch):
     """node(): one more node in this process, in the test's own cluster; node(url=None): a registry that is alone."""
-    monkeypatch.setattr(nova_lite, "_node", nova_lite._node)  # `connect` changes it
+    monkeypatch.setattr(nova_lite.scheduler, "node", nova_lite.scheduler.node)  # `connect` changes it
     registries, prefix = [], random.randbytes(6).hex()
 
     def node(url="", name=None):
