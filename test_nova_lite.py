@@ -9100,7 +9100,7 @@ def test_a_note_is_made_changed_and_deleted_without_a_mouse(stage):
     page.keyboard.type("Shopping")
     page.keyboard.press("Enter")
     stage.sees(page, TITLES, [re.compile("Shopping")])
-    assert "Shopping" in page.evaluate("document.activeElement.getAttribute('aria-label')")
+    page.wait_for_function("document.activeElement.getAttribute('aria-label')?.includes('Shopping')")
     page.keyboard.press("Enter")
     page.keyboard.press("Escape")
     page.keyboard.press("Tab")
