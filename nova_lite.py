@@ -3513,12 +3513,13 @@ def run(
     """
     process = "%(process)d " if workers > 1 else ""
     logging.basicConfig(level=log_level.upper(), format=f"%(asctime)s {process}%(levelname)s %(name)s: %(message)s")
-    if reload:
-        room("launch").reload_on_change()
-    if workers > 1:
+    launch = room("launch") if reload or workers > 1 else None
+    if launch and reload:
+        launch.reload_on_change()
+    if launch and workers > 1:
         if cluster is None:
             raise ValueError("workers need a cluster: without one a broadcast would reach one worker's clients only")
-        number, port = room("launch").run_workers(workers, host, port, drain_time + shutdown_delay)
+        number, port = launch.run_workers(workers, host, port, drain_time + shutdown_delay)
         options["reuse_port"], name = True, f"{name or scheduler.node}-{number}"
     _raise_descriptor_limit()
     if reload:
