@@ -30,6 +30,7 @@ The map. A room uses only the rooms above it. Those after a cut line can be dele
     connections             a WebSocket's or event stream's process: its loop, its writer, its limits
     Nova                    routes as data, security, the checks before the 101
     server                  HTTP, detaching sockets, draining
+    views                   templates and files
     gen_server              servers with calls; supervisors            (cut line; so have all rooms below)
     replay                  channels that keep their last messages
     launch                  reloading, workers
@@ -1227,33 +1228,39 @@ pubsub = PubSub()
 # Invariant: no sockets. WSGI's environ comes in, a bottle response goes out.
 # ---------------------------------------------------------------------------------------------------------------------
 
+MAX_FIELDS = 10_000  # of a form
+_ESCAPE = re.compile(r"\\(?:([0-3][0-7]{2})|(.))")  # in a cookie's value between quotes
+_ORIGIN = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://([A-Za-z0-9._~-]+|\[[0-9A-Fa-f:.]+\])(?::([0-9]{1,5}))?")
+_SUSPECT = re.compile(r"\\u|[0-9][eE]|[0-9]{300}|NaN|Infinity")  # a lone surrogate, or a number that JSON lacks?
+_json_encoder = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+
 
 class Request(Mapping[str, Any]):
     """What a controller takes: a read-only mapping, computed lazily, that `match` takes apart.
 
     `method`, `path`, `bindings` (from the route), `params` (the JSON object or form of the body), `json` (any JSON),
-    `body` (bytes), `qs` (the query), `headers` (in any case), `cookies`, `peer` (address, port), `auth_data` (what
-    `security` returned), `subprotocol` (of a WebSocket: the chosen one, or None), `since` (the last position that the
-    client has received of a kept channel: its Last-Event-ID, `since` in the query, or None). `body`, `json` and
-    `params` may raise an HTTPError: 400, 408 or 413.
+    `body` (bytes), `qs` or `parsed_qs` (the query), `headers` (in any case), `cookies`, `peer` (address, port),
+    `auth_data` (what `security` returned), `subprotocol` (of a WebSocket: the chosen one, or None), `since` (the last
+    position that the client has received of a kept channel: its Last-Event-ID, `since` in the query, or None). `body`,
+    `json` and `params` may raise an HTTPError: 400, 408 or 413.
     """
 
     __slots__ = ("_known", "environ", "settings")
 
     def __init__(self, environ: dict[str, Any], bindings: dict[str, Any], settings: Settings = Settings()) -> None:
         self.environ, self.settings = environ, settings
-        self._known: dict[str, Any] = {"bindings": bindings, "auth_data": None}
+        self._known: dict[str, Any] = {"bindings": bindings, "auth_data": None, "subprotocol": None}
 
     def __getitem__(self, key: str) -> Any:
         if key not in self._known:
-            self._known[key] = _REQUEST_KEYS[key](self)
+            self._known[key] = _LAZY_KEYS[key](self)
         return self._known[key]
 
     def __iter__(self) -> Iterator[str]:
-        return iter(_REQUEST_KEYS)
+        return iter({**self._known, **_LAZY_KEYS})
 
     def __len__(self) -> int:
-        return len(_REQUEST_KEYS)
+        return len({**self._known, **_LAZY_KEYS})
 
     def __repr__(self) -> str:
         return f"<Request {self['method']} {printable(self['path'])}>"
@@ -1267,8 +1274,21 @@ class Request(Mapping[str, Any]):
         self.environ = {key: value for key, value in self.environ.items() if type(value) is str}
 
     def is_own_origin(self) -> bool:
-        """Returns whether the request comes from a page of this application or of `origins`, or from no page at all."""
-        return is_own_origin(self.environ, self.settings)
+        """Returns whether the Origin, if any, is allowed. Only browsers have to send one (RFC 6455 §10.2)."""
+        origin, allowed = self.environ.get("HTTP_ORIGIN"), self.settings.origins
+        if origin is None or allowed == "*":
+            return True
+        if allowed is None:
+            scheme = self._forwarded("PROTO") or self.environ["wsgi.url_scheme"]
+            host = self._forwarded("HOST") or self.environ.get("HTTP_HOST", "")
+            allowed = [re.sub("^ws", "http", f"{scheme}://{host}")]  # some proxies forward wss
+        return parse_origin(origin) in {parse_origin(text) for text in allowed} - {None}
+
+    def _forwarded(self, name: str) -> str:
+        """Returns what the farthest of `trust_proxy` proxies wrote, or "". Each appends to the list or begins one."""
+        values = [part.strip() for part in self.environ.get(f"HTTP_X_FORWARDED_{name}", "").split(",")]
+        hops = self.settings.trust_proxy
+        return next(iter([value for value in values if value][-hops:]), "") if hops else ""
 
     def content_type(self) -> str:
         return self.environ.get("CONTENT_TYPE", "").partition(";")[0].strip().lower()
@@ -1285,9 +1305,6 @@ def printable(text: Any) -> str:
     """Returns a client's text for a line of the log. What could end, erase or forge a line is escaped (CWE-117, -150):
     all that is not printable, backslashes and double quotes."""
     return repr(str(text))[1:-1].replace('"', '\\"')
-
-
-MAX_FIELDS = 10_000  # of a form
 
 
 class _SlicedBytes(BytesIO):
@@ -1311,22 +1328,14 @@ def _params(req: Request) -> Mapping[str, Any]:
             text = req["body"].decode("utf-8", "replace")
             return dict(parse_qsl(text, keep_blank_values=True, max_num_fields=MAX_FIELDS))
         if req.content_type() == "multipart/form-data":
-            return _multipart(req)
-    except (
-        LookupError,
-        TypeError,
-        ValueError,
-    ):  # an unknown charset; a part without a name; too many fields, and so on
+            body = _SlicedBytes(req["body"])  # first, since it changes what the environ says of the body
+            own = {key: value for key, value in req.environ.items() if not key.startswith("bottle.")}
+            form = dict(bottle.BaseRequest({**own, "wsgi.input": body}).forms.decode())
+            "".join([*form, *form.values()]).encode()  # some charsets make lone surrogates
+            return form
+    except (LookupError, TypeError, ValueError):  # an unknown charset, a part without a name, too many fields
         raise HTTPError(400, "the form cannot be read")
     return {}
-
-
-def _multipart(req: Request) -> dict[str, str]:
-    body = _SlicedBytes(req["body"])  # first, since it changes what the environ says of the body
-    own = {key: value for key, value in req.environ.items() if not key.startswith("bottle.")}
-    form = dict(bottle.BaseRequest({**own, "wsgi.input": body}).forms.decode())
-    "".join([*form, *form.values()]).encode()  # some charsets make lone surrogates
-    return form
 
 
 def _cookies(req: Request) -> dict[str, str]:
@@ -1338,54 +1347,24 @@ def _cookies(req: Request) -> dict[str, str]:
         if len(value) > 1 and value[0] == value[-1] == '"':  # as http.cookies writes it
             value = _ESCAPE.sub(lambda found: found[2] or chr(int(found[1], 8)), value[1:-1])
         if equals and name:
-            cookies[_as_utf8(name)] = _as_utf8(value)
+            name, value = (text.encode("latin-1").decode(errors="replace") for text in (name, value))
+            cookies[name] = value
     return cookies
 
 
-_ESCAPE = re.compile(r"\\(?:([0-3][0-7]{2})|(.))")
-
-
-def _as_utf8(text: str) -> str:
-    return text.encode("latin-1").decode(errors="replace")
-
-
-_REQUEST_KEYS: dict[str, Callable[[Request], Any]] = {
+_LAZY_KEYS: dict[str, Callable[[Request], Any]] = {
     "method": lambda req: req.environ["REQUEST_METHOD"].upper(),
     "path": lambda req: req.environ.get("SCRIPT_NAME", "") + req.environ["PATH_INFO"],
-    "bindings": lambda req: {},
     "params": _params,
     "json": _json,
     "body": lambda req: read_body(req.environ, req.settings.max_body),
     "qs": lambda req: dict(parse_qsl(req.environ.get("QUERY_STRING", ""), keep_blank_values=True)),
+    "parsed_qs": lambda req: req["qs"],
     "headers": lambda req: RequestHeaders(req.environ),
     "cookies": _cookies,
     "peer": lambda req: (req.environ.get("REMOTE_ADDR", ""), int(req.environ.get("REMOTE_PORT") or 0)),
-    "auth_data": lambda req: None,
-    "subprotocol": lambda req: None,
     "since": lambda req: req.environ.get("HTTP_LAST_EVENT_ID") or req["qs"].get("since"),
 }
-
-
-def is_own_origin(environ: Mapping[str, Any], settings: Settings) -> bool:
-    """Returns whether a page of this Origin may connect. Only browsers have to send one (RFC 6455 §10.2)."""
-    origin, allowed = environ.get("HTTP_ORIGIN"), settings.origins
-    if origin is None or allowed == "*":
-        return True
-    if allowed is None:
-        scheme = _forwarded(environ, "PROTO", settings.trust_proxy) or environ["wsgi.url_scheme"]
-        host = _forwarded(environ, "HOST", settings.trust_proxy) or environ.get("HTTP_HOST", "")
-        allowed = [re.sub("^ws", "http", f"{scheme}://{host}")]  # some proxies forward wss
-    parsed = parse_origin(origin)
-    return parsed is not None and parsed in map(parse_origin, allowed)
-
-
-def _forwarded(environ: Mapping[str, Any], name: str, proxies: int) -> str:
-    """Returns the value of the farthest of so many proxies, or "". Each one appends to the list or starts a new one."""
-    values = [part.strip() for part in environ.get(f"HTTP_X_FORWARDED_{name}", "").split(",")]
-    return next(iter([value for value in values if value][-proxies:]), "") if proxies else ""
-
-
-_ORIGIN = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://([A-Za-z0-9._~-]+|\[[0-9A-Fa-f:.]+\])(?::([0-9]{1,5}))?")
 
 
 def parse_origin(text: Any) -> tuple[str, str, int] | None:
@@ -1420,8 +1399,9 @@ def read_body(environ: dict[str, Any], limit: int) -> bytes:
         raise
     except (AttributeError, OSError, ValueError):
         raise HTTPError(400, "the body could not be read")
-    if max(length, len(body)) > limit:
-        environ["CONTENT_LENGTH"] = str(max(length, len(body)))  # so that the next reader gets the same answer
+    size = max(length, len(body))
+    if size > limit:
+        environ["CONTENT_LENGTH"] = str(size)  # so that the next reader gets the same answer
         raise HTTPError(413, f"the body is larger than {limit} bytes")
     if len(body) < length or length < 0:
         raise HTTPError(400, "the body was cut off")
@@ -1432,20 +1412,11 @@ def read_body(environ: dict[str, Any], limit: int) -> bytes:
     return body
 
 
-def _not_json(constant: str) -> NoReturn:
-    raise ValueError(f"{constant} is not JSON")
-
-
-_json_decoder = json.JSONDecoder(parse_constant=_not_json)
-_json_encoder = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":"))
-_SUSPECT = re.compile(r"\\u|[0-9][eE]|[0-9]{300}")  # may be a lone surrogate, or a number that no float can hold
-
-
 def parse_json(body: bytes) -> Any:
     """Returns the value of a JSON text (RFC 8259). Raises HTTPError 400 for one that could not be encoded again."""
     try:
         text = body.decode("utf-8")
-        value = _json_decoder.decode(text)
+        value = json.loads(text)
         if _SUSPECT.search(text):
             _json_encoder.encode(value).encode()
         return value
@@ -1457,75 +1428,43 @@ def parse_json(body: bytes) -> Any:
 def to_response(result: Any, method: str = "GET", name: str = "") -> HTTPResponse:
     """Returns a controller's result as a response; `name` is the default view. Raises ValueError for any other value.
 
-    A status of 400 or more without a body becomes bottle's HTTPError, so that error pages apply, as in Nova.
+    A trailing request is accepted, as in Nova. The room `views` makes responses of templates and files.
     """
     match result:
         case HTTPResponse():
             return result
+        case (*form, Request()):
+            return to_response(tuple(form), method, name)
         case ("json", data):
-            return _json_response(201 if method == "POST" else 200, {}, data)
-        case ("json", status, headers, data) if _is_head(status, headers):
-            return _json_response(status, headers, data)
-        case ("status", status) if _is_head(status, {}):
-            return to_response(("status", status, {}))
-        case ("status", status, headers) if _is_head(status, headers):
-            response = HTTPError(status) if status >= 400 else HTTPResponse(b"", status)
-            response.headers.update(headers)
-            return response
-        case ("status", status, headers, dict() as data) if _is_head(status, headers):
-            return _json_response(status, headers, data)
-        case ("status", status, headers, str() | bytes() as body) if _is_head(status, headers):
-            return HTTPResponse(body, status, headers)
-        case ("ok" | "view", Mapping() as variables):
-            return _view(name, variables, {})
-        case ("ok" | "view", Mapping() as variables, Mapping() as options):
-            return _view(options.get("view", name), variables, options)
+            return json_response(201 if method == "POST" else 200, {}, data)
+        case ("json", status, headers, data) | ("status", status, headers, dict() as data):
+            return json_response(status, headers, data)
+        case ("status", status, *headers) if len(headers) < 2:
+            return make_response(status, *(headers or [{}]))
+        case ("status", status, headers, str() | bytes() as body):
+            return make_response(status, headers, body)
         case ("redirect", str(url)):
-            return HTTPResponse(b"", 302, {"Location": url})
-        case ("sendfile", status, headers, (int(at), int() | None as size, path), str(mime)) if _is_head(
-            status, headers
-        ):
-            return _file(status, headers, at, size, path, mime)
+            return make_response(302, {"Location": url})
+        case ("ok" | "view" | "sendfile", *_):
+            return room("views").to_response(result, name)
     raise ValueError(f"not a response: {result!r}")
 
 
-def _is_head(status: Any, headers: Any) -> bool:
-    """Returns whether a final response may begin with these (100 to 199 belong to the server)."""
-    return isinstance(status, int) and 200 <= status <= 999 and isinstance(headers, Mapping)
+def make_response(status: Any, headers: Any, body: Any = None) -> HTTPResponse:
+    """Returns a response. Raises ValueError unless a final one may begin like this: 100 to 199 belong to the server.
 
-
-def _json_response(status: int, headers: Mapping[str, str], data: Any) -> HTTPResponse:
-    response = HTTPResponse(_json_encoder.encode(data).encode(), status, dict(headers))
-    response.headers.setdefault("Content-Type", "application/json")
+    A status of 400 or more without a body becomes bottle's HTTPError, so that error pages apply, as in Nova.
+    """
+    if not (isinstance(status, int) and 200 <= status <= 999 and isinstance(headers, Mapping)):
+        raise ValueError(f"expected a status from 200 to 999 and a dict of headers, got {status!r}, {headers!r}")
+    response = HTTPError(status) if body is None and status >= 400 else HTTPResponse(body or b"", status)
+    response.headers.update(headers)
     return response
 
 
-def _view(name: str, variables: Mapping[str, Any], options: Mapping[str, Any]) -> HTTPResponse:
-    body = bottle.template(name, **variables)
-    return HTTPResponse(body, options.get("status_code", 200), dict(options.get("headers", {})))
-
-
-def _file(
-    status: int, headers: Mapping[str, str], offset: int, length: int | None, path: Any, mime: str
-) -> HTTPResponse:
-    """Sends a file, or `length` bytes of it from `offset` on. Raises HTTPError 404 if it does not exist."""
-    if offset < 0:
-        raise ValueError(f"expected an offset of 0 or more, got {offset}")
-    if not os.path.isfile(path):
-        raise HTTPError(404, "there is no such file")
-    size = os.stat(path).st_size - offset
-    length = max(0, size if length is None else min(length, size))
-
-    def chunks(left: int) -> Iterator[bytes]:
-        with open(path, "rb") as file:
-            file.seek(offset)
-            while left > 0 and (chunk := file.read(min(left, 65536))):
-                left -= len(chunk)
-                yield chunk
-
-    response = HTTPResponse(chunks(length), status, dict(headers))
-    response.headers.setdefault("Content-Type", mime)
-    response.headers["Content-Length"] = str(length)
+def json_response(status: Any, headers: Any, data: Any) -> HTTPResponse:
+    response = make_response(status, headers, _json_encoder.encode(data).encode())
+    response.headers.setdefault("Content-Type", "application/json")
     return response
 
 
@@ -1840,7 +1779,7 @@ class WebSocketHandler:
     """
 
     def init(self, state: Any) -> Any:
-        """Runs before the 101; `state` is {"req": req}. Anything but ("ok", state) refuses with a 500."""
+        """Runs before the 101; `state` has "req" and "auth_data". Anything but ("ok", state) refuses with a 500."""
         return "ok", state
 
     def websocket_handle(self, frame: Frame, state: Any) -> Any:
@@ -1889,7 +1828,7 @@ class Stream(Process):
         super().__init__()
         self.req, self.settings, self.registry = req, settings, registry
         self.phase = STARTING
-        self.state: Any = {"req": req}
+        self.state: Any = {"req": req, "auth_data": req["auth_data"]}
         self.init_waiter: Alias | None = None  # the caller of `start`; None after `init`
         self.sock: Any = None  # non-blocking
         self.reader: Any = None  # watcher; active unless reading is paused
@@ -2365,20 +2304,24 @@ class ConnectionRegistry:
 # Invariant: a route is data, and is checked when the application is made.
 # ---------------------------------------------------------------------------------------------------------------------
 
+EVENT_STREAM = {"Content-Type": "text/event-stream", "Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
+_BOTTLES_FORM = vars(bottle.BaseRequest)["POST"].getter.__code__
+_REST = "rest_of_the_path"  # bottle's name for the binding "..."
+
 
 class Nova(bottle.Bottle):
     """An application made of groups of routes. It is a `bottle.Bottle`, with everything that one can do.
 
     A group is {"routes": [(path, controller[, options])], "prefix", "security", "plugins"}. A controller is a function
     of `req`, or, with {"protocol": "ws"}, a handler: a class, a module or any object with the callbacks. Options are
-    "methods" (a list), "protocol" ("http" or "ws"), and the names in `Settings`, which `Nova` takes for all routes.
-    Raises ValueError for unknown keys and options.
+    "methods" (a list; "_" is any), "protocol" ("http" or "ws"), and the names in `Settings`, which `Nova` takes for all
+    routes. Raises ValueError for unknown keys and options.
     """
 
     def __init__(self, groups: Iterable[Mapping[str, Any]] = (), **settings: Any) -> None:
         super().__init__()
         self.settings = _settings(Settings(), settings)
-        self.plugins.insert(0, _Outermost())
+        self.plugins.insert(0, SimpleNamespace(apply=lambda *args: partial(_call_outermost, *args)))
         for group in [groups] if isinstance(groups, Mapping) else groups:
             self.add(group)
 
@@ -2390,24 +2333,20 @@ class Nova(bottle.Bottle):
         security = group.get("security", False)
         if security is not False and not callable(security):
             raise ValueError(f"security is False or a function of req, not {security!r}")
-        for path, controller, *options in group.get("routes", ()):
-            rule = _rule(group.get("prefix", ""), path)
-            self._add(rule, controller, security, options[0] if options else {}, group.get("plugins", []))
+        for route in group.get("routes", ()):
+            self._add(group, *route)
 
-    def _add(self, rule: str, controller: Any, security: Any, options: Mapping[str, Any], plugins: list[Any]) -> None:
-        options = dict(options)
+    def _add(self, group: Mapping[str, Any], path: str, controller: Any, options: Any = ()) -> None:
+        rule, options = _rule(group.get("prefix", ""), path), dict(options)
         methods, protocol = options.pop("methods", None), options.pop("protocol", "http")
         if isinstance(methods, str):
             raise ValueError(f"{rule}: methods is a list")
-        settings = _settings(self.settings, options)
-        endpoint: _Endpoint
-        if protocol == "ws":
-            endpoint, methods = _WebSocketEndpoint(controller, security, settings), ["get"]
-        elif protocol == "http" and callable(controller):
-            endpoint = _Endpoint(controller, security, settings)
-        else:
+        if protocol not in ("http", "ws") or (protocol == "http" and not callable(controller)):
             raise ValueError(f"{rule}: {controller!r} cannot serve the protocol {protocol!r}")
-        self.route(rule, [method.upper() for method in methods or ["ANY"]], endpoint, apply=plugins)
+        kind, methods = (_WebSocketEndpoint, ["get"]) if protocol == "ws" else (_Endpoint, methods or ["_"])
+        endpoint = kind(controller, group.get("security", False), _settings(self.settings, options))
+        names = ["ANY" if method == "_" else method.upper() for method in methods]
+        self.route(rule, names, endpoint, apply=group.get("plugins", []))
 
     def run(self, host: str = "127.0.0.1", port: int = 8080, **options: Any) -> None:
         """Serves the application until SIGINT or SIGTERM; `options` are those of the function `run`."""
@@ -2423,18 +2362,15 @@ class Nova(bottle.Bottle):
 
     def _cast(self, out: Any, peek: Any = None) -> Any:
         """Logs what bottle turns into a 500 without a word: a generator's first step, a body that cannot be encoded."""
-        is_silent = isinstance(out, HTTPError) and out.exception and "bottle.exc_info" not in bottle.request.environ
-        if is_silent and out.status_code >= 500:
-            self._log_crash(out.exception)
+        is_error = isinstance(out, HTTPError) and out.status_code >= 500
         try:
+            if is_error and out.exception and "bottle.exc_info" not in bottle.request.environ:
+                raise out.exception
             return super()._cast(out, peek)
         except Exception as error:
-            self._log_crash(error)
-            return super()._cast(HTTPError(500), peek)
-
-    def _log_crash(self, error: BaseException) -> None:
-        where = bottle.request.method, printable(bottle.request.path)
-        log.error("the response to %s %s crashed", *where, exc_info=error)
+            where = bottle.request.method, printable(bottle.request.path)
+            log.error("the response to %s %s crashed", *where, exc_info=error)
+            return super()._cast(HTTPError(500, exception=error), peek)
 
     def default_error_handler(self, res: HTTPError) -> bytes:
         accept = bottle.request.environ.get("HTTP_ACCEPT", "")
@@ -2464,7 +2400,8 @@ def _settings(settings: Settings, options: Mapping[str, Any]) -> Settings:
 def _rule(prefix: str, path: str) -> str:
     """Returns Nova's path as a rule of bottle: `:id` is `<id>`, and a prefix alone needs no slash behind it."""
     segments = [part for part in (prefix.strip("/"), path.lstrip("/")) if part]
-    return re.sub(r"(?<=/):(\w+)", r"<\1>", "/" + "/".join(segments))
+    rule = re.sub(r"(?<=/):(\w+)", r"<\1>", "/" + "/".join(segments))
+    return re.sub(r"(?<=/)\[\.\.\.\]$", f"<{_REST}:re:.*>", rule)
 
 
 def name_of(controller: Any) -> str:
@@ -2478,14 +2415,18 @@ class _Endpoint:
         self.controller, self.security, self.settings = controller, security, settings
 
     def __call__(self, **bindings: Any) -> HTTPResponse:
-        req = Request(bottle.request.environ, bindings, self.settings)
+        req = self.make_request(bindings)
         return self.answer(self.check_security(req) or self.guarded_call(self.controller, req), req)
+
+    def make_request(self, bindings: dict[str, Any]) -> Request:
+        if _REST in bindings:
+            bindings["..."] = bindings.pop(_REST)
+        return Request(bottle.request.environ, bindings, self.settings)
 
     def check_security(self, req: Request) -> Any:
         """Returns the refusal, or None. Anything but True or (True, data) refuses."""
-        if self.security is False:
-            return None
-        match self.guarded_call(self.security, req):
+        answer = self.security is False or self.guarded_call(self.security, req)
+        match answer:
             case True:
                 return None
             case (True, auth_data):
@@ -2493,9 +2434,9 @@ class _Endpoint:
                 return None
             case (False, Mapping() as headers):
                 return "status", 401, headers
-            case (False, int(status), Mapping() as headers, *body) if len(body) < 2:
-                return "status", status, headers, *body
-            case ("redirect", _) | HTTPResponse() as answer:
+            case (False, int(), Mapping(), *body) if len(body) < 2:
+                return "status", *answer[1:]
+            case ("redirect", _) | HTTPResponse():
                 return answer
         return "status", 401
 
@@ -2527,38 +2468,17 @@ class _Endpoint:
             return HTTPError(500)
 
 
-class _Outermost:
-    """A bottle plugin around all others: they may return what a controller may."""
-
-    def apply(self, callback: Any, route: bottle.Route) -> Any:
-        endpoint = route.callback
-        if not isinstance(endpoint, _Endpoint):
-            return _refusing_bad_forms(callback)
-
-        def answer(**bindings: Any) -> Any:
-            result = callback(**bindings)
-            if not isinstance(result, tuple):
-                return result
-            return endpoint.answer(result, Request(bottle.request.environ, bindings, endpoint.settings))
-
-        return answer
-
-
-def _refusing_bad_forms(callback: Any) -> Any:
-    """Wraps a callback of bottle's own kind: a form that bottle cannot read is a 400, not a 500."""
-
-    def guarded(*args: Any, **bindings: Any) -> Any:
-        try:
-            return callback(*args, **bindings)
-        except (LookupError, TypeError, ValueError) as error:
-            if any(frame.f_code is _BOTTLES_FORM for frame, _ in traceback.walk_tb(error.__traceback__)):
-                raise HTTPError(400, "the form cannot be read")
-            raise
-
-    return guarded
-
-
-_BOTTLES_FORM = vars(bottle.BaseRequest)["POST"].getter.__code__
+def _call_outermost(callback: Any, route: bottle.Route, **bindings: Any) -> Any:
+    """Calls a route with its plugins, which may return what a controller may. A form that cannot be read is a 400."""
+    try:
+        result = callback(**bindings)
+    except (LookupError, TypeError, ValueError) as error:
+        if any(frame.f_code is _BOTTLES_FORM for frame, _ in traceback.walk_tb(error.__traceback__)):
+            raise HTTPError(400, "the form cannot be read")
+        raise
+    if isinstance(result, tuple) and isinstance(route.callback, _Endpoint):
+        return route.callback.answer(result, route.callback.make_request(bindings))
+    return result
 
 
 class _WebSocketEndpoint(_Endpoint):
@@ -2571,21 +2491,21 @@ class _WebSocketEndpoint(_Endpoint):
         super().__init__(handler, security, settings)
 
     def __call__(self, **bindings: Any) -> HTTPResponse:
-        environ, settings = bottle.request.environ, self.settings
-        if REGISTRY_KEY not in environ:
+        req = self.make_request(bindings)
+        if REGISTRY_KEY not in req.environ:
             log.error("%s needs nova_lite's own server: app.run() or Server(app)", name_of(self.controller))
             return HTTPError(501, "this server does not do WebSockets")
-        req = Request(environ, bindings, settings)
-        if asks_for_events(environ):
-            refusal = check_no_body(environ) or check_origin(environ, settings) or self.check_security(req)
-            return self.answer(refusal or self.accept_connection(EventStream, req, dict(EVENT_STREAM)), req)
-        refusal = check_handshake(environ, settings) or self.check_security(req)
-        return self.answer(refusal or self.upgrade(req), req)
+        wants_events = asks_for_events(req.environ)
+        answer = None if wants_events else check_handshake(req.environ)
+        answer = answer or check_opening(req) or self.check_security(req)
+        if answer is None and wants_events:
+            answer = self.accept_connection(EventStream, req, dict(EVENT_STREAM))
+        return self.answer(answer or self.upgrade(req), req)
 
     def upgrade(self, req: Request) -> HTTPResponse:
         environ, headers = req.environ, {}
-        offered = environ.get("HTTP_SEC_WEBSOCKET_PROTOCOL", "")
-        req.set("subprotocol", choose_subprotocol(offered, self.settings.subprotocols))
+        offered = map(str.strip, environ.get("HTTP_SEC_WEBSOCKET_PROTOCOL", "").split(","))  # the first wins, §4.2.2
+        req.set("subprotocol", next((name for name in offered if name in self.settings.subprotocols), None))
         if req["subprotocol"]:
             headers["Sec-WebSocket-Protocol"] = req["subprotocol"]
         bits = choose_window(environ.get("HTTP_SEC_WEBSOCKET_EXTENSIONS", "")) if self.settings.compress else 0
@@ -2606,9 +2526,6 @@ class _WebSocketEndpoint(_Endpoint):
         return HTTPResponse(b"", connection.STATUS, headers)
 
 
-EVENT_STREAM = {"Content-Type": "text/event-stream", "Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
-
-
 def asks_for_events(environ: Mapping[str, Any]) -> bool:
     """Returns whether a GET asks for server-sent events rather than a WebSocket."""
     accepted = [part.partition(";")[0].strip() for part in environ.get("HTTP_ACCEPT", "").lower().split(",")]
@@ -2618,11 +2535,6 @@ def asks_for_events(environ: Mapping[str, Any]) -> bool:
 # Neither side keeps a window between messages: a broadcast is compressed once, and an idle connection holds no window.
 # A server may demand both, whatever the client offers (RFC 7692 §7.1.1).
 NO_TAKEOVER = "; server_no_context_takeover; client_no_context_takeover"
-
-
-def choose_subprotocol(offered: str, spoken: Iterable[str]) -> str | None:
-    """Returns the first of the client's subprotocols that the handler supports (RFC 6455 §4.2.2)."""
-    return next((name for name in map(str.strip, offered.split(",")) if name in spoken), None)
 
 
 def choose_window(offered: str) -> int:
@@ -2649,32 +2561,26 @@ _DEFLATE_PARAMETERS = {
 }
 
 
-def check_handshake(environ: Mapping[str, Any], settings: Settings = Settings()) -> HTTPResponse | None:
-    """Returns the refusal of a request that is not an opening handshake (RFC 6455 §4.2.1) or has a foreign origin."""
+def check_handshake(environ: Mapping[str, Any]) -> HTTPResponse | None:
+    """Returns the refusal of a request that is not an opening handshake (RFC 6455 §4.2.1)."""
     connection = [token.strip() for token in environ.get("HTTP_CONNECTION", "").lower().split(",")]
     if environ.get("HTTP_UPGRADE", "").lower() != "websocket":
         return HTTPError(426, "a WebSocket is served here", Upgrade="websocket", Connection="Upgrade")
-    if environ["SERVER_PROTOCOL"] != "HTTP/1.1" or environ["REQUEST_METHOD"] != "GET" or "upgrade" not in connection:
-        return HTTPError(400, "a WebSocket handshake is a GET of HTTP/1.1 with Connection: Upgrade")
-    if check_no_body(environ) or not environ.get("HTTP_HOST"):
-        return HTTPError(400, "a WebSocket handshake has a Host and no body")
+    is_get = (environ["REQUEST_METHOD"], environ["SERVER_PROTOCOL"]) == ("GET", "HTTP/1.1")
+    if not is_get or "upgrade" not in connection or not environ.get("HTTP_HOST"):
+        return HTTPError(400, "a WebSocket handshake is a GET of HTTP/1.1 with Connection: Upgrade and a Host")
     if environ.get("HTTP_SEC_WEBSOCKET_VERSION") != "13":
         return HTTPError(426, "only version 13 is served here", Sec_WebSocket_Version="13")
     if not re.fullmatch(r"[A-Za-z0-9+/]{22}==", environ.get("HTTP_SEC_WEBSOCKET_KEY", "")):
         return HTTPError(400, "Sec-WebSocket-Key is missing or no 16 bytes in base64")
-    return check_origin(environ, settings)
-
-
-def check_no_body(environ: Mapping[str, Any]) -> HTTPResponse | None:
-    """Returns the refusal of a request with a body, which could be taken for the client's first frames."""
-    if environ.get("CONTENT_LENGTH", "0") != "0" or "HTTP_TRANSFER_ENCODING" in environ:
-        return HTTPError(400, "a request for events has no body")
     return None
 
 
-def check_origin(environ: Mapping[str, Any], settings: Settings) -> HTTPResponse | None:
-    """Returns the refusal of a page of another origin."""
-    return None if is_own_origin(environ, settings) else HTTPError(403, "this origin may not connect")
+def check_opening(req: Request) -> HTTPResponse | None:
+    """Returns the refusal of a foreign origin, or of a body, which could be taken for the client's first frames."""
+    if req.environ.get("CONTENT_LENGTH", "0") != "0" or "HTTP_TRANSFER_ENCODING" in req.environ:
+        return HTTPError(400, "a request for a WebSocket or for events has no body")
+    return None if req.is_own_origin() else HTTPError(403, "this origin may not connect")
 
 
 def heartbeat(req: Request) -> Any:
@@ -2683,11 +2589,9 @@ def heartbeat(req: Request) -> Any:
     With `?cluster` in the request, 503 also while this node is not connected to the cluster.
     """
     registry = req.environ.get(REGISTRY_KEY)
-    if registry is not None and (registry.leaving or registry.draining):
-        return "status", 503, {"Retry-After": "5"}
-    if "cluster" in req["qs"] and not pubsub.adapter.connected:
-        return "status", 503, {"Retry-After": "5"}
-    return "status", 200
+    is_stopping = registry is not None and (registry.leaving or registry.draining)
+    is_cut_off = "cluster" in req["qs"] and not pubsub.adapter.connected
+    return ("status", 503, {"Retry-After": "5"}) if is_stopping or is_cut_off else ("status", 200)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -3624,6 +3528,122 @@ def _raise_descriptor_limit() -> None:
 
         _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+
+# ----- cut here: without views ---------------------------------------------------------------------------------------
+# Lost: templates and files: ("ok", variables), ("view", variables), ("sendfile", ...), static.
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Views: templates and files, which bottle renders and sends.
+# Invariant: as in requests and responses, no sockets; a bottle response goes out. No path leads out of a static folder.
+# ---------------------------------------------------------------------------------------------------------------------
+
+__all__ += ["static"]
+
+
+def _to_response(result: Any, name: str) -> HTTPResponse:
+    match result:
+        case ("ok" | "view", Mapping() | list() as variables):
+            return _view(name, dict(variables), {})
+        case ("ok" | "view", Mapping() | list() as variables, Mapping() as options):
+            return _view(name, dict(variables), options)
+        case ("sendfile", status, headers, (int(at), int() | None as size, path), str(mime)):
+            return _file(status, headers, at, size, path, mime)
+    raise ValueError(f"not a response: {result!r}")
+
+
+def _view(name: str, variables: dict[str, Any], options: Mapping[str, Any]) -> HTTPResponse:
+    """Renders a template. Raises ValueError for an unknown option, and with the folders if there is no template."""
+    unknown = set(options) - {"view", "headers", "status_code"}
+    if unknown:
+        raise ValueError(f"a view has no option {', '.join(sorted(unknown))}; it has view, headers and status_code")
+    try:
+        body = bottle.template(options.get("view", name), variables)
+    except bottle.TemplateError as error:
+        folders = " and ".join(map(os.path.abspath, bottle.TEMPLATE_PATH))
+        endings = ", .".join(bottle.SimpleTemplate.extensions)
+        raise ValueError(f"{error} The folders searched, for .{endings}, are {folders} (bottle.TEMPLATE_PATH).")
+    return make_response(options.get("status_code", 200), options.get("headers", {}), body)
+
+
+def _file(
+    status: int, headers: Mapping[str, str], offset: int, length: int | None, path: Any, mime: str
+) -> HTTPResponse:
+    """Sends a file, or `length` bytes of it from `offset` on. Raises HTTPError 404 if it does not exist."""
+    if offset < 0:
+        raise ValueError(f"expected an offset of 0 or more, got {offset}")
+    if not os.path.isfile(path):
+        raise HTTPError(404, "there is no such file")
+    size = os.stat(path).st_size - offset
+    length = max(0, size if length is None else min(length, size))
+
+    def chunks(left: int) -> Iterator[bytes]:
+        with open(path, "rb") as file:
+            file.seek(offset)
+            while left > 0 and (chunk := file.read(min(left, 65536))):
+                left -= len(chunk)
+                yield chunk
+
+    response = make_response(status, headers, chunks(length))
+    response.headers.setdefault("Content-Type", mime)
+    response.headers["Content-Length"] = str(length)
+    return response
+
+
+def static(folder: str | os.PathLike[str]) -> Callable[[Request], Any]:
+    """Returns a controller that serves the files of `folder`, for a route that ends in "[...]".
+
+    It serves ranges, ETag and Last-Modified (RFC 9110 §8.8, §13, §14), and a folder's index.html. A path that leads out
+    of the folder, also by a symbolic link, is a 404. Raises ValueError if there is no such folder.
+    """
+    root = os.path.realpath(folder)
+    if not os.path.isdir(root):
+        raise ValueError(f"there is no folder {root}")
+    return partial(_serve_static, root)
+
+
+def _serve_static(root: str, req: Request) -> Any:
+    path = req["bindings"].get("...")
+    if path is None:
+        raise ValueError('the path of a static route must end in "[...]"')
+    if req["method"] not in ("GET", "HEAD"):
+        return "status", 405, {"Allow": "GET, HEAD"}
+    file = _find_file(root, path + "index.html" if path.endswith("/") or not path else path)
+    if file is not None and os.path.isdir(file):  # relative links in its index.html need the slash
+        return "redirect", f"./{bottle.urlquote(os.path.basename(path))}/"
+    if file is None or not os.path.isfile(file):
+        return "status", 404
+    etag = _make_etag(os.stat(file))
+    _normalize_conditions(req.environ, etag)
+    return bottle.static_file(os.path.relpath(file, root), root, etag=etag)
+
+
+def _find_file(root: str, path: str) -> str | None:
+    """Returns the real path, or None for one outside of `root`."""
+    try:
+        file = os.path.realpath(os.path.join(root, path.lstrip("/")))
+    except (OSError, ValueError):  # too long, or with a NUL
+        return None
+    return file if os.path.commonpath([root, file]) == root else None
+
+
+def _make_etag(stat: os.stat_result) -> str:
+    return f'"{stat.st_mtime_ns:x}-{stat.st_size:x}"'
+
+
+def _normalize_conditions(environ: dict[str, Any], etag: str) -> None:
+    """Reduces the conditions of a request to what bottle understands: one ETag, compared as a string."""
+    known = environ.get("HTTP_IF_NONE_MATCH")
+    if known is not None:
+        environ.pop("HTTP_IF_MODIFIED_SINCE", None)  # RFC 9110 §13.1.3
+        environ["HTTP_IF_NONE_MATCH"] = etag if etag in known or known == "*" else known  # a list; W/ of a proxy
+    is_current = environ.get("HTTP_IF_RANGE", etag) == etag
+    if not is_current or not environ.get("HTTP_RANGE", "").startswith("bytes="):
+        environ.pop("HTTP_RANGE", None)  # RFC 9110 §13.1.5, §14.2
+
+
+rooms["views"] = SimpleNamespace(to_response=_to_response)
 
 
 # ----- cut here: without gen_server ----------------------------------------------------------------------------------

@@ -112,12 +112,12 @@ from nova_lite import (
     cancel_timer,
     cast,
     check_handshake,
+    check_opening,
     close_frame,
     demonitor,
     encode_frame,
     error_body,
     exit,
-    is_own_origin,
     link,
     monitor,
     printable,
@@ -1519,6 +1519,7 @@ KEYS = [
     "json",
     "body",
     "qs",
+    "parsed_qs",
     "headers",
     "cookies",
     "peer",
@@ -1571,6 +1572,7 @@ def limited():
         ("method", {"REQUEST_METHOD": "patch"}, "PATCH"),
         ("path", {"SCRIPT_NAME": "/app", "PATH_INFO": "/a/b"}, "/app/a/b"),
         ("qs", {"QUERY_STRING": "q=a+b&empty=&u=%C3%BC"}, {"q": "a b", "empty": "", "u": "ü"}), ("qs", {}, {}),
+        ("parsed_qs", {"QUERY_STRING": "q=a+b"}, {"q": "a b"}),
         ("cookies", {"HTTP_COOKIE": 'a=1; b="x y"'}, {"a": "1", "b": "x y"}), ("cookies", {}, {}),
         ("peer", {"REMOTE_ADDR": "192.0.2.1", "REMOTE_PORT": "4711"}, ("192.0.2.1", 4711)), ("peer", {}, ("", 0)),
         ("body", {}, b""), ("json", {}, None), ("params", {}, {}), ("auth_data", {}, None),
@@ -1973,6 +1975,21 @@ def test_a_controllers_value_is_a_response(value, method, status, headers, body)
     assert dict(response.headerlist).items() >= headers.items()
 
 
+@pytest.mark.parametrize(
+    ("value", "status", "body"),
+    [
+        (("json", 200, {}, DATA), 200, ENCODED), (("json", DATA), 200, ENCODED), (("status", 404), 404, None),
+        (("status", 200, {}, "text"), 200, "text"), (("redirect", "/login"), 302, b""),
+        (("ok", {"who": "you"}), 200, "the you view"), (("view", [("who", "you")], {}), 200, "the you view"),
+    ],
+)  # fmt: skip
+def test_a_request_behind_a_controllers_value_is_taken_as_in_nova(value, status, body):
+    response = to_response((*value, a_request()), "GET", "the {{who}} view")
+    assert (response.status_code, response.body) == (status, body)
+    with pytest.raises(ValueError, match="not a response"):
+        to_response((a_request(),))
+
+
 def test_a_status_that_tells_of_an_error_is_one_of_bottles_so_that_error_pages_apply():
     assert isinstance(to_response(("status", 404)), HTTPError)
     assert not isinstance(to_response(("status", 404, {}, "not here")), HTTPError)
@@ -2006,55 +2023,6 @@ def test_a_controllers_content_type_wins_whatever_its_case(value):
 def test_anything_else_is_no_response(value):
     with pytest.raises((ValueError, TypeError, bottle.TemplateError)):
         to_response(value)
-
-
-@pytest.fixture
-def digits(tmp_path):
-    path = tmp_path / "digits.txt"
-    path.write_bytes(b"0123456789")
-    return path
-
-
-@pytest.mark.parametrize(
-    ("offset", "length", "body"),
-    [
-        (0, None, b"0123456789"), (0, 10, b"0123456789"), (2, 3, b"234"), (8, 100, b"89"), (10, 5, b""),
-        (50, None, b""), (0, 0, b""), (0, -1, b""),
-    ],
-)  # fmt: skip
-def test_a_file_is_sent_whole_or_in_part(digits, offset, length, body):
-    response = to_response(("sendfile", 206, {"X-A": "1"}, (offset, length, digits), "text/plain"))
-    assert (response.status_code, b"".join(response.body)) == (206, body)
-    headers = {"Content-Type": "text/plain", "Content-Length": str(len(body)), "X-A": "1"}
-    assert dict(response.headerlist) == headers
-
-
-@pytest.mark.parametrize(
-    "name",
-    ["nothing.txt", ""],
-)
-def test_a_file_that_is_not_there_is_a_404(tmp_path, name):
-    with pytest.raises(HTTPError) as caught:
-        to_response(("sendfile", 200, {}, (0, None, tmp_path / name), "text/plain"))
-    assert caught.value.status_code == 404
-
-
-def test_a_large_file_arrives_over_a_socket(tmp_path):
-    path = tmp_path / "large"
-    path.write_bytes(bytes(range(256)) * 2000)
-    with serving(("/", lambda _req: ("sendfile", 200, {}, (1, None, path), "application/octet-stream"))) as server:
-        status, headers, body = http_request(server, "GET", "/")
-    assert (status, headers["Content-Length"], body) == (200, "511999", path.read_bytes()[1:])
-
-
-def test_the_view_that_goes_without_saying_is_named_after_the_controller(tmp_path, monkeypatch):
-    (tmp_path / "a_nova_lite_view.tpl").write_text("Hello {{who}}")
-    monkeypatch.setattr(bottle, "TEMPLATE_PATH", [str(tmp_path)])
-
-    def a_nova_lite_view(_req):
-        return "ok", {"who": "<you>"}
-
-    assert ask(one_route(a_nova_lite_view))[2] == b"Hello &lt;you&gt;"
 
 
 @pytest.mark.parametrize("value", ["gibberish", ("status", 200, {"X": "a\r\nSet-Cookie: b"}), ("json", {"x": {1, 2}})])
@@ -3471,8 +3439,10 @@ def test_methods_are_those_listed_and_all_others_a_405_with_allow():
     assert (status, set(headers["Allow"].split(",")) - {"HEAD"}) == (405, {"GET", "POST", "PUT"})
 
 
-def test_a_route_without_methods_takes_all():
-    assert {ask(one_route(shown("method")), method)[0] for method in ("GET", "DELETE", "PATCH", "OPTIONS")} == {200}
+@pytest.mark.parametrize("options", [{}, {"methods": ["_"]}, {"methods": ["get", "_"]}])
+def test_a_route_without_methods_or_with_the_method_that_is_any_takes_all(options):
+    app = one_route(shown("method"), **options)
+    assert {ask(app, method)[0] for method in ("GET", "DELETE", "PATCH", "OPTIONS")} == {200}
 
 
 def test_head_is_get_without_the_body():
@@ -3487,6 +3457,8 @@ def test_head_is_get_without_the_body():
     [
         ("/n/:id", "/n/7", {"id": "7"}), ("/n/<id>", "/n/7", {"id": "7"}), ("/n/<id:int>", "/n/7", {"id": 7}),
         ("/n/<id:int>", "/n/x", None), ("/n/:id", "/n/7/8", None), ("/:a/x/:b_c", "/1/x/2", {"a": "1", "b_c": "2"}),
+        ("/a/[...]", "/a/b/c.js", {"...": "b/c.js"}), ("/a/[...]", "/a/", {"...": ""}), ("/a/[...]", "/a", None),
+        ("/:id/[...]", "/1/2/3/", {"id": "1", "...": "2/3/"}), ("/[...]", "/", {"...": ""}),
         ("/<path:path>", "/a/b/c", {"path": "a/b/c"}), ("/n/:id", "/n/a%20%C3%BC", {"id": "a ü"}),
     ],
 )  # fmt: skip
@@ -3668,7 +3640,8 @@ def test_what_security_refuses_is_refused_before_a_controller_and_before_a_101(
 def test_who_passes_security_is_known_to_the_controller_and_to_the_handler(answer, auth_data):
     class WhoAmI(WebSocketHandler):
         def websocket_handle(self, frame, state):
-            return "reply", ("text", json.dumps(state["req"]["auth_data"])), state
+            assert state["auth_data"] is state["req"]["auth_data"]
+            return "reply", ("text", json.dumps(state["auth_data"])), state
 
     routes = [("/", shown("auth_data")), ("/ws", WhoAmI, {"protocol": "ws"})]
     with serving(*routes, security=lambda req: req["headers"].get("X-Token") == "t" and answer) as server:
@@ -3707,8 +3680,9 @@ def test_a_websocket_route_answers_a_plain_get_with_426_and_what_to_upgrade_to()
     ],
 )  # fmt: skip
 def test_an_opening_handshake_is_checked(changes, status):
-    check_security = check_handshake(environ(**{**UPGRADE, **changes}))
-    assert (check_security and check_security.status_code) == status
+    req = a_request(**{**UPGRADE, **changes})
+    refusal = check_handshake(req.environ) or check_opening(req)
+    assert (refusal and refusal.status_code) == status
 
 
 @pytest.mark.parametrize(
@@ -3835,7 +3809,7 @@ def proxied(proto=None, host=None):
     ],
 )  # fmt: skip
 def test_an_origin_is_the_requests_own_or_a_listed_one(origin, request_, settings, own):
-    assert is_own_origin(environ(HTTP_ORIGIN=origin, **request_), Settings(**settings)) is own
+    assert Request(environ(HTTP_ORIGIN=origin, **request_), {}, Settings(**settings)).is_own_origin() is own
 
 
 @pytest.mark.parametrize("kind", ["websocket", "events", "form"])
@@ -3888,7 +3862,10 @@ def test_an_entry_of_origins_that_is_none_is_told_when_the_application_is_made(e
     ],
 )  # fmt: skip
 def test_the_clients_order_decides_on_the_subprotocol(offered, spoken, chosen):
-    assert nova_lite.choose_subprotocol(offered, spoken) == chosen
+    with serving(("/ws", Parrot, {"protocol": "ws", "subprotocols": spoken})) as server:
+        with bare(server, handshake(Sec_WebSocket_Protocol=offered)) as sock:
+            found = re.search(rb"(?i)\r\nSec-WebSocket-Protocol: (.*)\r\n", sock.recv(1000))
+    assert (found and found[1].decode()) == chosen
 
 
 @pytest.mark.parametrize(
@@ -5797,6 +5774,217 @@ def test_what_crosses_a_cluster_is_what_was_sent_and_what_is_mutated_is_read_or_
         with suppress(Exception):
             repr(codec.decode(header + data))
         assert time.process_time() - start < 1, data
+
+
+# -- views ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("value", "status", "headers", "body"),
+    [
+        (("ok", [("who", "<you>")]), 200, {}, "the &lt;you&gt; view"), (("view", []), 500, None, None),
+        (("ok", [("who", "a"), ("who", "b")]), 200, {}, "the b view"),
+        (("ok", [("who", "you")], {"view": "another for {{who}}"}), 200, {}, "another for you"),
+        (("ok", {"who": "you"}, {"status_code": 404}), 404, {}, "the you view"),
+        (("view", [("who", "you")], {"headers": {"X-A": "1"}, "status_code": 202}), 202, {"X-A": "1"}, "the you view"),
+        (("ok", {"who": "you"}, {"status_code": "202"}), 500, None, None), (("ok", "you"), 500, None, None),
+        (("ok", {"who": "you"}, {"headers": {"X": "a\r\nb"}}), 500, None, None), (("ok", [5]), 500, None, None),
+        (("ok", {}, {}, {}), 500, None, None), (("ok", {"who": "you"}, []), 500, None, None),
+    ],
+)  # fmt: skip
+def test_a_view_takes_variables_and_options_as_novas_does(value, status, headers, body):
+    def controller(_req):
+        return value
+
+    controller.__name__ = "the {{who}} view"
+    given, given_headers, given_body = ask(one_route(controller))
+    assert given == status
+    if body is not None:
+        assert (given_body.decode(), {name: given_headers[name] for name in headers}) == (body, headers)
+
+
+def test_a_view_that_is_not_found_says_where_it_was_looked_for(tmp_path, monkeypatch):
+    monkeypatch.setattr(bottle, "TEMPLATE_PATH", [str(tmp_path), str(tmp_path / "views")])
+    with pytest.raises(ValueError, match=r"'no_such_view' not found.*\.tpl, \.html") as raised:
+        to_response(("ok", [], {"view": "no_such_view"}))
+    assert f"{tmp_path} and {tmp_path / 'views'}" in str(raised.value)
+
+
+def test_an_option_that_a_view_does_not_have_is_named():
+    with pytest.raises(ValueError, match="a view has no option status; it has view, headers and status_code"):
+        to_response(("ok", {}, {"status": 404}), "GET", "a view {{!''}}")
+
+
+@pytest.fixture
+def assets(tmp_path):
+    """A folder with files, and secrets around it."""
+    folder = tmp_path / "assets"
+    (folder / "sub" / "empty").mkdir(parents=True)
+    (tmp_path / "assets_too").mkdir()
+    (tmp_path / "secret.txt").write_text("secret")
+    (tmp_path / "assets_too" / "index.html").write_text("secret")
+    (folder / "app.js").write_text("0123456789")
+    (folder / "a b\u00fc.txt").write_text("blank")
+    (folder / "index.html").write_text("home")
+    (folder / "sub" / "index.html").write_text("sub")
+    (folder / "out.txt").symlink_to(tmp_path / "secret.txt")
+    (folder / "out").symlink_to(tmp_path)
+    (folder / "in.js").symlink_to(folder / "app.js")
+    os.mkfifo(folder / "pipe")
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("path", "status", "body"),
+    [
+        ("app.js", 200, b"0123456789"), ("in.js", 200, b"0123456789"), ("a%20b%C3%BC.txt", 200, b"blank"),
+        ("", 200, b"home"), ("index.html", 200, b"home"), ("sub/", 200, b"sub"), ("sub/../app.js", 200, b"0123456789"),
+        ("nothing", 404, None), ("app.js/", 404, None), ("sub/empty/", 404, None), ("pipe", 404, None),
+        *[
+            (path, 404, None)
+            for path in (
+                "../secret.txt", "..%2fsecret.txt", "%2e%2e/secret.txt", "..%2f..%2f..%2f..%2fetc/passwd",
+                "sub/../../secret.txt", "sub%2f..%2f..%2fsecret.txt", "/etc/passwd", "%2fetc%2fpasswd", "//etc/passwd",
+                "..%5csecret.txt", "app.js%00", "%00", "%00/../../secret.txt", "out.txt", "out/secret.txt", "out",
+                "out/", "../assets_too/", "..%2fassets_too", "..", "../", "%2e%2e%2f", "a" * 5000,
+            )
+        ],
+    ],
+)  # fmt: skip
+def test_a_static_folder_serves_its_files_and_no_others(assets, path, status, body):
+    with serving(("/assets/[...]", nova_lite.static(assets))) as server:
+        given, _, given_body = http_request(server, "GET", f"/assets/{path}")
+    assert given == status
+    assert b"secret" not in given_body
+    assert body is None or given_body == body
+
+
+def test_a_folder_without_its_slash_is_redirected_there_and_nowhere_else(assets):
+    with serving(("/[...]", nova_lite.static(assets))) as server:
+        for path, location in (("/sub", "./sub/"), ("//evil.example/..", "./../"), ("/sub?a=b", "./sub/")):
+            status, headers, _ = http_request(server, "GET", path)
+            assert (status, headers["Location"]) == (302, location)
+        assert http_request(server, "GET", "/")[2] == b"home"
+
+
+def test_a_static_file_has_its_type_and_is_not_sent_again_to_whoever_has_it(assets):
+    with serving(("/[...]", nova_lite.static(str(assets)))) as server:
+        status, headers, _ = http_request(server, "GET", "/app.js")
+        etag, modified = headers["ETag"], headers["Last-Modified"]
+        assert (status, headers["Content-Type"].partition(";")[0]) in ((200, "text/javascript"),
+                                                                       (200, "application/javascript"))  # fmt: skip
+        assert re.fullmatch(r'"[0-9a-f-]+"', etag)
+        head = http_request(server, "HEAD", "/app.js")
+        assert (head[0], head[1]["Content-Length"], head[2]) == (200, "10", b"")
+        later = {"If-Modified-Since": modified}
+        for known, expected in (
+            ({"If-None-Match": etag}, 304), ({"If-None-Match": f'"x", W/{etag}'}, 304), ({"If-None-Match": "*"}, 304),
+            (later, 304), ({"If-None-Match": '"x"'}, 200), ({**later, "If-None-Match": '"x"'}, 200),
+        ):  # fmt: skip
+            assert http_request(server, "GET", "/app.js", headers=known)[0] == expected, known
+        (assets / "app.js").write_text("changed")
+        assert http_request(server, "GET", "/app.js", headers={"If-None-Match": etag})[2] == b"changed"
+        status, headers, _ = http_request(server, "POST", "/app.js")
+        assert (status, headers["Allow"]) == (405, "GET, HEAD")
+
+
+@pytest.mark.parametrize(
+    ("asked", "status", "content_range", "body"),
+    [
+        ("bytes=2-4", 206, "bytes 2-4/10", b"234"), ("bytes=8-", 206, "bytes 8-9/10", b"89"),
+        ("bytes=-3", 206, "bytes 7-9/10", b"789"), ("bytes=8-99", 206, "bytes 8-9/10", b"89"),
+        ("bytes=10-", 416, None, None), ("lines=1-2", 200, None, b"0123456789"),
+    ],
+)  # fmt: skip
+def test_a_static_file_is_sent_in_part(assets, asked, status, content_range, body):
+    with serving(("/[...]", nova_lite.static(assets))) as server:
+        given, headers, given_body = http_request(server, "GET", "/app.js", headers={"Range": asked})
+    assert (given, headers.get("Content-Range")) == (status, content_range)
+    assert body is None or given_body == body
+
+
+def test_a_part_of_a_file_that_has_changed_is_the_whole_file(assets):
+    with serving(("/[...]", nova_lite.static(assets))) as server:
+        etag = http_request(server, "HEAD", "/app.js")[1]["ETag"]
+        for known, status in ((etag, 206), ('"other"', 200)):
+            headers = {"Range": "bytes=2-4", "If-Range": known}
+            assert http_request(server, "GET", "/app.js", headers=headers)[0] == status
+
+
+def test_a_static_folder_that_is_not_there_is_told_when_the_application_is_made(tmp_path):
+    with pytest.raises(ValueError, match=f"there is no folder {tmp_path}/nothing"):
+        nova_lite.static(tmp_path / "nothing")
+
+
+def test_a_static_route_without_the_rest_of_its_path_is_a_500_that_says_so(assets, caplog):
+    assert ask(one_route(nova_lite.static(assets), "/assets"), "GET", "/assets")[0] == 500
+    assert 'must end in "[...]"' in caplog.text
+
+
+@pytest.fixture
+def digits(tmp_path):
+    path = tmp_path / "digits.txt"
+    path.write_bytes(b"0123456789")
+    return path
+
+
+@pytest.mark.parametrize(
+    ("offset", "length", "body"),
+    [
+        (0, None, b"0123456789"), (0, 10, b"0123456789"), (2, 3, b"234"), (8, 100, b"89"), (10, 5, b""),
+        (50, None, b""), (0, 0, b""), (0, -1, b""),
+    ],
+)  # fmt: skip
+def test_a_file_is_sent_whole_or_in_part(digits, offset, length, body):
+    response = to_response(("sendfile", 206, {"X-A": "1"}, (offset, length, digits), "text/plain"))
+    assert (response.status_code, b"".join(response.body)) == (206, body)
+    headers = {"Content-Type": "text/plain", "Content-Length": str(len(body)), "X-A": "1"}
+    assert dict(response.headerlist) == headers
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["nothing.txt", ""],
+)
+def test_a_file_that_is_not_there_is_a_404(tmp_path, name):
+    with pytest.raises(HTTPError) as caught:
+        to_response(("sendfile", 200, {}, (0, None, tmp_path / name), "text/plain"))
+    assert caught.value.status_code == 404
+
+
+def test_a_large_file_arrives_over_a_socket(tmp_path):
+    path = tmp_path / "large"
+    path.write_bytes(bytes(range(256)) * 2000)
+    with serving(("/", lambda _req: ("sendfile", 200, {}, (1, None, path), "application/octet-stream"))) as server:
+        status, headers, body = http_request(server, "GET", "/")
+    assert (status, headers["Content-Length"], body) == (200, "511999", path.read_bytes()[1:])
+
+
+def test_the_view_that_goes_without_saying_is_named_after_the_controller(tmp_path, monkeypatch):
+    (tmp_path / "a_nova_lite_view.tpl").write_text("Hello {{who}}")
+    monkeypatch.setattr(bottle, "TEMPLATE_PATH", [str(tmp_path)])
+
+    def a_nova_lite_view(_req):
+        return "ok", {"who": "<you>"}
+
+    assert ask(one_route(a_nova_lite_view))[2] == b"Hello &lt;you&gt;"
+
+
+def test_without_the_room_views_its_results_are_a_500_that_names_it(tmp_path):
+    vendored(tmp_path, ["views"])
+    code = """
+import bottle, logging
+logging.basicConfig(format="%(message)s")
+from nova_lite import Nova
+results = ("ok", {}), ("view", [], {"view": "a"}), ("sendfile", 200, {}, (0, 1, "a"), "a/b")
+for result in results:
+    app = Nova([{"routes": [("/", lambda req: result)]}])
+    environ = {"REQUEST_METHOD": "GET", "PATH_INFO": "/"}
+    app(environ, lambda status, headers, *_: print(status))
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    assert done.stdout.splitlines() == ["500 Internal Server Error"] * 3
+    assert done.stderr.count("RuntimeError: this copy of nova_lite has no room 'views'") == 3
 
 
 # -- gen_server -------------------------------------------------------------------------------------------------------
@@ -8677,7 +8865,8 @@ def test_vendor_writes_a_copy_that_says_what_it_is(tmp_path):
     done = run_program("vendor", "--without", "cluster,board", "-o", str(copy))
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
     first = f"# nova_lite {nova_lite.__version__}, written by `nova_lite.py vendor`. "
-    assert copy.read_text().startswith(first + 'Rooms besides the core: gen_server, replay, launch.\n"""')
+    others = ", ".join(room for room in ROOMS if room not in ("cluster", "board"))
+    assert copy.read_text().startswith(f'{first}Rooms besides the core: {others}.\n"""')
     assert copy.read_text() == nova_lite.vendor(PROGRAM_TEXT, ["board", "cluster"])
     assert run_program("vendor", "--without", "board, cluster").stdout == copy.read_text()
     assert "Rooms besides the core: none.\n" in nova_lite.vendor(PROGRAM_TEXT, ROOMS)
