@@ -2939,7 +2939,7 @@ def test_a_request_that_is_given_up_while_init_runs_leaves_no_process(me):
 
 
 def test_a_client_that_is_gone_before_the_hand_over_leaves_no_process(recorder):
-    class Reset(nova_lite.RequestHandler):
+    class Reset(nova_lite.StrictRequestHandler):
         def _detach(self, connection):
             raise ConnectionResetError(104, "as the first read may say")
 
@@ -4042,7 +4042,7 @@ HELLO = ("/hello", hello, {"methods": ["get"]})
 def test_a_response_leaves_in_one_packet_and_the_connection_is_kept():
     sizes = []
 
-    class Counts(nova_lite.RequestHandler):
+    class Counts(nova_lite.StrictRequestHandler):
         def _sendall(self, data):
             sizes.append(len(data))
             super()._sendall(data)
@@ -8659,7 +8659,7 @@ def test_vendor_writes_a_copy_that_says_what_it_is(tmp_path):
     done = run_program("vendor", "--without", "cluster,board", "-o", str(copy))
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
     first = f"# nova_lite {nova_lite.__version__}, written by `nova_lite.py vendor`. "
-    assert copy.read_text().startswith(first + 'Rooms besides the core: gen_server, replay, launch.\n"""')
+    assert copy.read_text().startswith(first + 'Rooms besides the core: http, gen_server, replay, launch.\n"""')
     assert copy.read_text() == nova_lite.vendor(PROGRAM_TEXT, ["board", "cluster"])
     assert run_program("vendor", "--without", "board, cluster").stdout == copy.read_text()
     assert "Rooms besides the core: none.\n" in nova_lite.vendor(PROGRAM_TEXT, ROOMS)
