@@ -3520,17 +3520,20 @@ class StrictRequestHandler(RequestHandler):
         """Raises ValueError for what would break the framing of this response or the next (RFC 9112 §6)."""
         if not _STATUS.fullmatch(status) and not (status[:3] == "101" and self.environ[UPGRADING_KEY]):
             raise ValueError(f"not a status of a response: {status!r}")
-        lengths = [value for name, value in headers if name.lower() == "content-length"]
-        if len(lengths) > 1 or not all(re.fullmatch("[0-9]{1,18}", length) for length in lengths):
-            raise ValueError(f"not a Content-Length: {lengths}")
+        unwanted = ["transfer-encoding", "keep-alive"]  # hop-by-hop: up to the server (PEP 3333)
+        if status[:3] in ("204", "304"):
+            unwanted.append("content-length")
+        lengths, kept = [], []
         for name, value in headers:
             if not _is_token(name) or _CONTROL.search(value):
                 raise ValueError(f"not a header: {name!r}: {value!r}")
-        unwanted = ("transfer-encoding", "keep-alive")  # hop-by-hop: up to the server (PEP 3333)
-        if status[:3] in ("204", "304"):
-            unwanted += ("content-length",)  # type: ignore[assignment]
-        headers = [header for header in headers if header[0].lower() not in unwanted]
-        return super().start_response(status, headers, exc_info)
+            if name.lower() == "content-length":
+                lengths.append(value)
+            if name.lower() not in unwanted:
+                kept.append((name, value))
+        if len(lengths) > 1 or (lengths and not re.fullmatch("[0-9]{1,18}", lengths[0])):
+            raise ValueError(f"not a Content-Length: {lengths}")
+        return super().start_response(status, kept, exc_info)
 
     def process_result(self) -> None:
         super().process_result()
