@@ -30,8 +30,9 @@ The map. A room uses only the rooms above it. Those after a cut line can be dele
     connections             a WebSocket's or event stream's process: its loop, its writer, its limits
     Nova                    routes as data, security, the checks before the 101
     server                  HTTP, detaching sockets, draining
+    http                    strict HTTP: limits, framing               (cut line; so have all rooms below)
     views                   templates and files
-    gen_server              servers with calls; supervisors            (cut line; so have all rooms below)
+    gen_server              servers with calls; supervisors
     replay                  channels that keep their last messages
     launch                  reloading, workers
     cluster                 other nodes, through Redis
@@ -2601,231 +2602,7 @@ def heartbeat(req: Request) -> Any:
 
 DRAIN_TIME = 5.0  # seconds that a stopping server gives requests and clients to finish
 SHUTDOWN_DELAY = 0.0  # seconds between the signal and the drain; the heartbeat already returns 503
-MAX_HEADERS = 16_384  # bytes
-MAX_LINE = 8192  # bytes of a request line, 414 beyond
-READ_AHEAD = 8192  # bytes of a client's buffer
-MAX_UPLOAD = 1024 * 1024 * 1024  # bytes of a body, however it is read; controllers have `max_body`
-DISCARD_SIZE, DISCARD_TIME = 8 * 1024 * 1024, 2.0  # bytes and seconds spent on what the application does not read
 BACKLOG = 2048  # connections that may wait to be accepted: after a restart all clients come at once
-
-
-class Headers(dict[str, str]):
-    """The headers of a request, by lower-case name, as strict as RFC 9112 §5 demands.
-
-    Replaces the standard library's e-mail parser, which is several times slower and accepts what allows request
-    smuggling. Raises ValueError, or HTTPError 431 over MAX_HEADERS bytes.
-    """
-
-    def __init__(self, file: Any) -> None:
-        left = MAX_HEADERS
-        while (line := file.readline(left + 1)) not in (b"\r\n", b"\n"):
-            left -= len(line)
-            if left < 0:
-                raise HTTPError(431, "the headers are too long")
-            match = _HEADER.fullmatch(line.decode("latin-1"))
-            if match is None:
-                raise ValueError(f"not a header: {line!r}")
-            name, value = match[1].lower(), match[2].strip(" \t")
-            if name in self and name in ("content-length", "host", "transfer-encoding"):
-                raise ValueError(f"{name} comes twice")
-            self[name] = f"{self[name]}{'; ' if name == 'cookie' else ', '}{value}" if name in self else value
-        if not re.fullmatch("[0-9]{1,18}", self.get("content-length", "0")):
-            raise ValueError("Content-Length is not a number")
-        if "transfer-encoding" in self and (self["transfer-encoding"].lower() != "chunked" or "content-length" in self):
-            raise ValueError("only chunked is supported as Transfer-Encoding, without a Content-Length")
-
-    def get(self, name: str, default: Any = None) -> Any:
-        return super().get(name.lower(), default)
-
-    getheader = get  # the names that pywsgi uses
-
-    @property
-    def typeheader(self) -> str | None:
-        return self.get("content-type")
-
-
-_HEADER = re.compile(r"([!#$%&'*+.^_`|~0-9A-Za-z-]+):([^\x00-\x08\x0a-\x1f\x7f]*)\r?\n")  # cannot backtrack
-
-
-@lru_cache(maxsize=256)
-def _environ_key(name: str) -> str | None:
-    """Returns a header's key in WSGI's environ (PEP 3333), or None if it has none or one of its own."""
-    if "_" in name or name in ("content-type", "content-length"):
-        return None
-    return "HTTP_" + name.replace("-", "_").upper()
-
-
-@lru_cache(maxsize=1)
-def _date(second: int) -> bytes:
-    return gevent.pywsgi.format_date_time(second)
-
-
-_REQUEST_LINE = re.compile(r"([!#$%&'*+.^_`|~0-9A-Za-z-]+) ([^\x00-\x20\x7f#]+) (HTTP/1\.[01])\r?\n")
-_TARGET = re.compile(r"(?:https?://([^/?]+))?(|[/?].*)", re.IGNORECASE)
-_HOST = re.compile(r"(?:\[[0-9A-Fa-f:.]+\]|[0-9A-Za-z._~%!$&'()*+;=-]*)(?::[0-9]{0,5})?")
-
-
-def split_target(method: str, target: str) -> tuple[str | None, str]:
-    """Returns the authority, or None, and the path with its query (RFC 9112 §3.2).
-
-    Raises ValueError if the target is neither in origin nor in absolute form, or if the path is not UTF-8.
-    """
-    if target == "*" and method == "OPTIONS":
-        return None, "*"
-    match = _TARGET.fullmatch(target)
-    if match is None or (match[1] is None and not target.startswith("/")):
-        raise ValueError("not the target of a request")
-    authority, path = match[1], match[2] if match[2].startswith("/") else "/" + match[2]
-    if "%" in path or not path.isascii():
-        unquote_to_bytes(path.partition("?")[0].encode("latin-1")).decode()
-    return authority, path
-
-
-class ClientStream(io.RawIOBase):
-    """Reads a client's socket. Raises TimeoutError after `deadline`, and yields once a time slice is over."""
-
-    def __init__(self, sock: Any) -> None:
-        self.sock = sock
-        self.deadline: float | None = None  # on the clock of monotonic(); None: never waits
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any) -> int:
-        scheduler.yield_after_slice()
-        left = 0.0 if self.deadline is None else self.deadline - monotonic()
-        if left <= 0 and self.deadline is not None:  # even if bytes have arrived: a client may never stop sending
-            raise TimeoutError("the client takes too long")
-        self.sock.settimeout(left)
-        return self.sock.recv_into(buffer)
-
-
-class Body(io.RawIOBase):
-    """Reads the body of a request up to its end (RFC 9112 §6.2, §7.1). Raises BadBody."""
-
-    def __init__(self, file: Any, length: int | None, before: Callable[[], None]) -> None:
-        self.file = file
-        self.chunked = length is None
-        self.left = length or 0  # bytes to come, of the chunk if it is chunked
-        self.ended = length == 0
-        self.before: Callable[[], None] | None = before  # called before the first read
-        self.failure: BadBody | None = None
-        self.in_chunk = False  # the CRLF behind a chunk has not been read yet
-        self.extras = 0  # bytes of chunk extensions and trailers, MAX_HEADERS at most
-        self.taken = 0  # bytes read, framing included
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any) -> int:
-        if self.failure is not None:
-            raise self.failure
-        try:
-            if self.before is not None:
-                before, self.before = self.before, None
-                before()
-            return self._read(memoryview(buffer))
-        except BadBody as error:
-            self.failure = error
-            raise
-        except OSError as error:
-            late = isinstance(error, TimeoutError)
-            self._fail("the body took too long" if late else "the body was cut off", 408 if late else 400)
-
-    def _read(self, buffer: memoryview) -> int:
-        if self.chunked and not self.left and not self.ended:
-            self._next_chunk()
-        if self.ended:
-            return 0
-        if self.taken + self.left > MAX_UPLOAD:
-            self._fail(f"the body is larger than {MAX_UPLOAD} bytes", 413)
-        size = self.file.readinto1(buffer[: self.left])
-        if not size:
-            self._fail("the body was cut off")
-        self.left -= size
-        self.taken += size
-        self.ended = not self.left and not self.chunked
-        return size
-
-    def _next_chunk(self) -> None:
-        scheduler.yield_after_slice()  # a buffer of one-byte chunks takes 10 ms
-        if self.in_chunk and self._line() != b"\r\n":
-            self._fail("a chunk does not end where it should")
-        match = _CHUNK.fullmatch(self._line())
-        if match is None:
-            self._fail("this is not the beginning of a chunk")
-        self.left, self.in_chunk = int(match[1], 16), True
-        self._count_extra(match[2])
-        while not self.left and not self.ended:
-            line = self._line()
-            self.ended = line == b"\r\n"
-            self._count_extra(line)
-            if not self.ended and not _HEADER.fullmatch(line.decode("latin-1")):
-                self._fail("this is not a trailer")
-
-    def _line(self) -> bytes:
-        line = self.file.readline(MAX_HEADERS)
-        if not line.endswith(b"\r\n"):
-            self._fail("a line of the chunked body is too long, or does not end with CRLF")
-        self.taken += len(line)
-        return line
-
-    def _count_extra(self, extra: bytes) -> None:
-        self.extras += len(extra)
-        if self.extras > MAX_HEADERS:
-            self._fail("there are too many chunk extensions or trailers")
-
-    def _fail(self, text: str, status: int = 400) -> NoReturn:
-        self.failure = BadBody(status, text)
-        raise self.failure
-
-    def _discard(self) -> None:
-        """Does nothing: pywsgi calls it too early."""
-
-    def discard(self) -> None:
-        """Reads up to the next request, within DISCARD_SIZE bytes."""
-        self.before, buffer = None, memoryview(bytearray(65536))
-        with suppress(OSError, RuntimeError):  # RuntimeError: a greenlet of the application is still reading
-            while self.taken < DISCARD_SIZE and self.readinto(buffer):
-                pass
-
-
-_TOKEN = rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+"
-_QUOTED = rb'"(?:[^"\\\x00-\x08\x0a-\x1f\x7f]|\\[\t\x20-\x7e\x80-\xff])*"'
-_CHUNK = re.compile(
-    rb"([0-9A-Fa-f]{1,16})((?:[ \t]*;[ \t]*%b(?:[ \t]*=[ \t]*(?:%b|%b))?)*)\r\n" % (_TOKEN, _TOKEN, _QUOTED)
-)
-_NO_BODY = Body(None, 0, lambda: None)
-
-
-class SpooledBody:
-    """A chunked body for `bottle.request`, which would decode the chunks a second time: a file, filled at first use."""
-
-    def __init__(self, body: Any) -> None:
-        self._body = body
-        self._file: Any = None
-
-    @property
-    def is_unread(self) -> bool:
-        return self._file is None
-
-    def __getattr__(self, name: str) -> Any:
-        scheduler.yield_after_slice()  # bottle reads a form piece by piece
-        if self._file is None:
-            file = tempfile.SpooledTemporaryFile(bottle.BaseRequest.MEMFILE_MAX)  # noqa: SIM115
-            shutil.copyfileobj(self._body, file)
-            file.seek(0)
-            self._file = file
-        return getattr(self._file, name)
-
-    def __iter__(self) -> Iterator[bytes]:
-        return iter(self.readline, b"")
-
-    def __enter__(self) -> SpooledBody:
-        return self
-
-    def __exit__(self, *_: Any) -> None:
-        self.close()
 
 
 class TLS:
@@ -2864,25 +2641,18 @@ class RequestHandler(UpgradeHandler):
     """An HTTP connection. gevent-websocket's upgrade runs once the application has returned a 101."""
 
     busy = False  # between a request's first line and the end of its response
+    agreed = False  # the response is that of the connection that is upgrading
+    detached = False  # the socket belongs to a connection's process
+    client_address: Any
     response_headers: list[tuple[bytes, bytes]]
     environ: dict[str, Any]
-    path: Any
+    rfile: Any
     socket: Any
     websocket: Any
     code: Any
     provided_date: Any
     provided_content_length: Any
-    wsgi_input: Any = _NO_BODY
     logger = log  # gevent-websocket would set up one of its own
-    body_left: int | None = None  # bytes of the response that Content-Length still allows; None: no limit
-    agreed = False  # the response is that of the connection that is upgrading
-    expects_continue = False  # the client waits for a 100 before it sends its body
-    detached = False  # the socket belongs to a connection's process
-
-    def __init__(self, sock: Any, address: Any, server: Any) -> None:
-        self.socket, self.client_address, self.server = sock, address, server
-        self.stream = ClientStream(sock)
-        self.rfile = io.BufferedReader(self.stream, READ_AHEAD)
 
     def handle(self) -> None:
         if self.server.registry.draining:  # accepted just before the listener closed
@@ -2896,113 +2666,32 @@ class RequestHandler(UpgradeHandler):
     # -- the request
 
     def handle_one_request(self) -> Any:
-        try:
-            result = super().handle_one_request()
-        except HTTPError as error:  # of the request line
-            self._handle_client_error(error)
-            result = None
-        if result is None and self.socket is not None:
-            self._end_tls()
-        return result
-
-    def read_requestline(self) -> str:
-        self.stream.deadline = monotonic() + self.server.KEEP_ALIVE
-        self.rfile.peek(1)
         scheduler.yield_after_slice()  # a client may pipeline many requests
-        self.stream.deadline = monotonic() + self.server.HEAD_TIME
-        try:
-            line = self.rfile.readline(MAX_LINE + 1)
-            if line in (b"\r\n", b"\n"):  # an empty one is no harm (RFC 9112 §2.2)
-                line = self.rfile.readline(MAX_LINE + 1)
-        except TimeoutError as error:
-            raise HTTPError(408, str(error)) from None
-        self.requestline = line.decode("latin-1").rstrip("\r\n")
-        if len(line) > MAX_LINE:
-            raise HTTPError(414, "the request line is too long")
-        return line.decode("latin-1")
+        result = super().handle_one_request()
+        if result is None and self.socket is not None:
+            self.end_tls()
+        return result
 
     def read_request(self, raw_requestline: str) -> bool:
         self.busy = True
-        self.requestline = raw_requestline.rstrip("\r\n")
-        match = _REQUEST_LINE.fullmatch(raw_requestline)
-        if match is None:
-            raise ValueError("not a request line of HTTP/1.1 or 1.0")
-        self.command, target, self.request_version = match.groups()
-        headers = self.headers = Headers(self.rfile)
-        authority, self.path = split_target(self.command, target)
-        if authority is not None:
-            headers["host"] = authority
-        is_old = self.request_version == "HTTP/1.0"
-        if not _HOST.fullmatch(headers.get("host", "" if is_old else "/")):
-            raise ValueError("the Host is missing or malformed")
-        if is_old and "transfer-encoding" in headers:
-            raise ValueError("HTTP/1.0 has no Transfer-Encoding")
-        self.content_length = int(headers.get("content-length", "0"))
-        options = _tokens(headers.get("connection", ""))
-        self.close_connection = "close" in options or (is_old and "keep-alive" not in options)
-        return True
+        return super().read_request(raw_requestline)
 
-    def _handle_client_error(self, ex: Exception) -> None:
-        """Refuses a request that cannot be read, and closes: the start of the next one is unknown."""
+    def _handle_client_error(self, ex: Exception) -> Any:
+        """Returns the refusal of a request that cannot be read. pywsgi closes: the start of the next one is unknown."""
         late = "408 Request Timeout" if isinstance(ex, TimeoutError) else "400 Bad Request"
         status, reason = getattr(ex, "status_line", late), printable(getattr(ex, "body", None) or ex)
-        log.info('%s "%s" refused: %s (%s)', self._peer(), printable(self.requestline or ""), status, reason)
+        log.info('%s "%s" refused: %s (%s)', self.peer(), printable(self.requestline or ""), status, reason)
+        self._orig_status = status
         kind, body = error_body(status, status[4:], "")
         head = f"HTTP/1.1 {status}\r\nContent-Type: {kind}\r\nContent-Length: {len(body)}\r\nConnection: close\r\n\r\n"
-        with suppress(OSError):
-            self._sendall(head.encode() + body)
-        self.stream.deadline = monotonic() + DISCARD_TIME
-        self._await_close()
+        return status[:3], head.encode() + body
 
-    def _await_close(self) -> None:
-        """Shuts down writing and reads until `deadline`: closing with unread bytes would reset the connection, and the
-        client could lose its response (RFC 9112 §9.6)."""
-        left = DISCARD_SIZE
-        with suppress(OSError, RuntimeError):  # RuntimeError: a greenlet of the application is still reading
-            self._end_tls()
-            self.socket.shutdown(_socket.SHUT_WR)
-            while left > 0 and (part := self.rfile.read1(READ_AHEAD)):
-                left -= len(part)
-
-    def _end_tls(self) -> None:
+    def end_tls(self) -> None:
         """Sends close_notify: without it a complete response looks truncated (RFC 9112 §9.8)."""
         if self.server.ssl_enabled:
             self.socket.settimeout(0)  # does not wait for the client's
             with suppress(OSError, ValueError):
                 self.socket.unwrap()
-
-    def _connection_upgrade_requested(self) -> bool:
-        return False  # otherwise pywsgi ignores the body, and takes it for the next request
-
-    def _headers(self) -> Iterator[tuple[str, str]]:
-        for name, value in self.headers.items():
-            key = _environ_key(name)
-            if key is not None:
-                yield key, value
-
-    def get_environ(self) -> dict[str, Any]:
-        environ = super().get_environ()
-        chunked = "transfer-encoding" in self.headers
-        if not chunked and not self.content_length:
-            self.wsgi_input, environ["wsgi.input"], self.expects_continue = _NO_BODY, BytesIO(), False
-            return environ
-        expect = self.headers.get("expect", "").lower()
-        self.expects_continue = expect == "100-continue" and self.request_version == "HTTP/1.1"
-        body = Body(self.rfile, None if chunked else self.content_length, self._begin_body)
-        self.wsgi_input, environ["wsgi.input"] = body, io.BufferedReader(body)
-        if chunked:
-            environ["bottle.request.body"] = SpooledBody(environ["wsgi.input"])
-        return environ
-
-    def _begin_body(self) -> None:
-        """Runs before the first read: sends the 100 that the client may expect (RFC 9110 §10.1.1)."""
-        self.stream.deadline = monotonic() + self.server.BODY_TIME
-        if self.expects_continue:
-            if self.headers_sent:
-                raise BadBody(400, "no 100 can be sent once the response has begun")
-            self.expects_continue = False
-            self.socket.settimeout(self.server.WRITE_TIME)
-            self.socket.sendall(b"HTTP/1.1 100 Continue\r\n\r\n")
 
     # -- the application
 
@@ -3014,17 +2703,6 @@ class RequestHandler(UpgradeHandler):
             process = current_process()
             if process is not None:  # a request that asked for its pid
                 process.finish("normal")
-        if not self.wsgi_input.ended:
-            self._skip_body(self.wsgi_input)
-
-    def _skip_body(self, body: Body) -> None:
-        self.stream.deadline = monotonic() + DISCARD_TIME
-        if not self.close_connection:
-            body.discard()
-        body.failure = BadBody(400, "the request is over")  # a greenlet of the application may still read
-        if not body.ended:
-            self.close_connection = True
-            self._await_close()
 
     def run_application(self) -> None:
         upgrading: list[Connection] = []
@@ -3049,9 +2727,8 @@ class RequestHandler(UpgradeHandler):
             super().handle_error(kind, error, tb)
         else:
             if not isinstance(error, gevent.GreenletExit):
-                log.error(
-                    '%s "%s" crashed', self._peer(), printable(self.requestline or ""), exc_info=(kind, error, tb)
-                )
+                line = printable(self.requestline or "")
+                log.error('%s "%s" crashed', self.peer(), line, exc_info=(kind, error, tb))
             self._refuse(500)
 
     def _send_error_response_if_possible(self, error_code: int) -> None:
@@ -3070,31 +2747,12 @@ class RequestHandler(UpgradeHandler):
 
     # -- the response
 
-    def start_response(self, status: str, headers: list[tuple[str, str]], exc_info: Any = None) -> Any:
-        """Raises ValueError for what would break the framing of this response or the next (RFC 9112 §6)."""
-        if not _STATUS.fullmatch(status) and not (status[:3] == "101" and self.environ[UPGRADING_KEY]):
-            raise ValueError(f"not a status of a response: {status!r}")
-        lengths = [value for name, value in headers if name.lower() == "content-length"]
-        if len(lengths) > 1 or not all(re.fullmatch("[0-9]{1,18}", length) for length in lengths):
-            raise ValueError(f"not a Content-Length: {lengths}")
-        for name, value in headers:
-            if not _is_token(name) or _CONTROL.search(value):
-                raise ValueError(f"not a header: {name!r}: {value!r}")
-        unwanted = ("transfer-encoding", "keep-alive")  # hop-by-hop: up to the server (PEP 3333)
-        if status[:3] in ("204", "304"):
-            unwanted += ("content-length",)  # type: ignore[assignment]
-        headers = [header for header in headers if header[0].lower() not in unwanted]
-        return super().start_response(status, headers, exc_info)
-
     def process_result(self) -> None:
         upgrading = self.environ[UPGRADING_KEY]
         # Otherwise nothing is upgrading, or a hook or a plugin has replaced the response.
         self.agreed = bool(upgrading) and self._is_response_of(upgrading[0])
         if not self.agreed:
             super().process_result()
-            if self.body_left:
-                self.close_connection = True
-                log.error('"%s": Content-Length was %d bytes too large', printable(self.requestline), self.body_left)
             return
         headers = [header for header in self.response_headers if header[0] != b"Content-Length"]  # bottle's 0
         if self.code == 101:
@@ -3102,6 +2760,7 @@ class RequestHandler(UpgradeHandler):
             self._disarm(self.environ.pop("wsgi.websocket"))
             headers = self.response_headers + [header for header in headers if header[0] != b"Content-Type"]
         self.response_headers, self.close_connection = headers, True
+        self.provided_content_length = False  # pywsgi adds none
         self.write(b"")
 
     def _is_response_of(self, connection: Connection) -> bool:
@@ -3109,28 +2768,17 @@ class RequestHandler(UpgradeHandler):
         is_stream = connection.STATUS == 101 or kinds == [b"text/event-stream"]
         return self.code == connection.STATUS and is_stream and not self.result
 
-    def write(self, data: Any) -> None:
-        if not isinstance(data, bytes | bytearray | memoryview):
-            raise TypeError(f"a WSGI application must yield bytes (PEP 3333), got {data!r:.100}")
-        if self.headers_sent:
-            scheduler.yield_after_slice()
-            self._write(self._clip(data))
-        elif not self.status:
-            raise self.ApplicationError("The application did not call start_response()")
-        else:
-            self._write_with_headers(data)
-
-    def _clip(self, data: Any) -> Any:
-        """Returns what may still be sent of the body."""
-        if self.body_left is not None:
-            data = data[: self.body_left]
-            self.body_left -= len(data)
-        return data
+    def finalize_headers(self) -> None:
+        super().finalize_headers()
+        if self.server.registry.draining:
+            self.close_connection = True
+        if self.close_connection and self.code != 101:
+            headers = [header for header in self.response_headers if header[0].lower() != b"connection"]
+            self.response_headers = [*headers, (b"Connection", b"close")]
 
     def _write_with_headers(self, data: Any) -> None:
         """Sends head and body in one packet: with two, a client's delayed ACK holds the second one back for 40 ms."""
         self.finalize_headers()
-        data = self._clip(data)
         self.headers_sent = True  # not earlier: a failure above must still become a 500
         lines = [b"HTTP/1.1 " + self.status, *(b"%b: %b" % header for header in self.response_headers), b"\r\n"]
         head = b"\r\n".join(lines)
@@ -3139,63 +2787,6 @@ class RequestHandler(UpgradeHandler):
             self._write(data)
         else:
             self._sendall(head + data)
-
-    def finalize_headers(self) -> None:
-        if not self.provided_date:
-            self.provided_date = True
-            self.response_headers.append((b"Date", _date(int(time.time()))))
-        if not self.agreed:
-            self._frame_response()
-        if self.code != 101:
-            self._finalize_connection()
-
-    def _frame_response(self) -> None:
-        """Decides how the end of the body is marked (RFC 9112 §6.3)."""
-        self.body_left, self.response_use_chunked = None, False
-        if self.command == "HEAD" or self.code in (204, 304):
-            self.body_left = 0
-        elif self.provided_content_length is not None:
-            self.body_left = int(self.provided_content_length)
-        elif isinstance(self.result, list | tuple):
-            self.body_left = sum(map(len, self.result))
-            self.response_headers.append((b"Content-Length", b"%d" % self.body_left))
-        elif self.request_version == "HTTP/1.1":
-            self.response_use_chunked = True
-            self.response_headers.append((b"Transfer-Encoding", b"chunked"))
-        else:
-            self.close_connection = True
-
-    def _finalize_connection(self) -> None:
-        """Merges the application's Connection header with whether the connection closes."""
-        options = []
-        for header in [header for header in self.response_headers if header[0].lower() == b"connection"]:
-            options += _tokens(header[1].decode("latin-1"))
-            self.response_headers.remove(header)
-        # After an unanswered Expect, the next bytes may be the body or the next request.
-        in_doubt = self.expects_continue or self.wsgi_input.failure is not None
-        if "close" in options or in_doubt or self.server.registry.draining:
-            self.close_connection = True
-        options = [option for option in options if option not in ("close", "keep-alive")]
-        if self.close_connection:
-            options.append("close")
-        elif self.request_version == "HTTP/1.0":
-            options.append("keep-alive")
-        if options:
-            self.response_headers.append((b"Connection", ", ".join(options).encode("latin-1")))
-
-    def _sendall(self, data: bytes) -> None:
-        """Sends in 64 KiB pieces, each with its own time limit."""
-        left = memoryview(data)
-        try:
-            while left:
-                self.socket.settimeout(self.server.WRITE_TIME)
-                left = left[self.socket.send(left[:65536]) :]
-                if left:
-                    scheduler.yield_after_slice()
-        except OSError:
-            self.code = -abs(self.code or 500)  # pywsgi's mark for what could not be sent
-            raise
-        self.response_length += len(data)
 
     # -- detaching
 
@@ -3208,12 +2799,12 @@ class RequestHandler(UpgradeHandler):
     def _detach(self, connection: Connection) -> None:
         """Moves the socket to the connection's process. pywsgi's handler, buffers and greenlet are freed."""
         sock, early = self.socket, b""
-        self.stream.deadline = None
+        sock.settimeout(0)
         with suppress(OSError):  # there are none, or the client is gone, which `open` will notice
-            early = self.rfile.peek()  # frames right behind the handshake
+            early = self.rfile.peek()  # frames right after the handshake
+        self.rfile.close()
         raw: Any
         if self.server.ssl_enabled:
-            sock.setblocking(False)
             with suppress(OSError):
                 early += sock.recv(sock.pending()) if sock.pending() else b""
             raw = TLS(sock)
@@ -3233,27 +2824,10 @@ class RequestHandler(UpgradeHandler):
             milliseconds = (self.time_finish - self.time_start) * 1000
             status = (self._orig_status or "000").split()[0]
             line = printable(self.requestline or ""), status, self.response_length, milliseconds
-            log.info('%s "%s" %s %d %.1f ms', self._peer(), *line)
+            log.info('%s "%s" %s %d %.1f ms', self.peer(), *line)
 
-    def _peer(self) -> str:
+    def peer(self) -> str:
         return "{}:{}".format(*self.client_address[:2])
-
-    def log_error(self, msg: str, *args: Any) -> None:
-        log.info("bad request: " + printable(msg), *map(printable, map(str, args)))  # noqa: G003
-
-
-_STATUS = re.compile(r"[2-9][0-9]{2} [^\x00-\x1f\x7f]*")
-_CONTROL = re.compile(r"[\x00-\x08\x0a-\x1f\x7f]")
-
-
-@lru_cache(maxsize=256)
-def _is_token(name: str) -> bool:
-    return re.fullmatch("[!#$%&'*+.^_`|~0-9A-Za-z-]+", name) is not None
-
-
-def _tokens(value: str) -> list[str]:
-    """Returns the options of a Connection header, in lower case (RFC 9110 §7.6.1)."""
-    return [token for token in re.split(r"[ \t,]+", value.lower()) if token]
 
 
 class Server(gevent.pywsgi.WSGIServer):
@@ -3287,7 +2861,8 @@ class Server(gevent.pywsgi.WSGIServer):
         tls = {"ssl_context": _tls_context(certfile, keyfile)} if certfile else {}
         if reuse_port:
             self.get_listener = lambda _address, backlog, _family: bound_socket(host, port, backlog)
-        super().__init__((host, port), app, BACKLOG, log=None, error_log=log, handler_class=RequestHandler, **tls)
+        handler = rooms["http"].handler if "http" in rooms else RequestHandler
+        super().__init__((host, port), app, BACKLOG, log=None, error_log=log, handler_class=handler, **tls)
 
     def __enter__(self) -> Server:
         self.start()
@@ -3471,47 +3046,19 @@ def _on_signal(asked_to_stop: gevent.event.Event) -> None:
 def _check_patch() -> None:
     """Warns if the standard library is not patched. What bottle keeps per thread is then kept per greenlet: otherwise
     one client's response could carry another's cookies."""
-    is_shared = _is_seen_elsewhere(bottle.request)
-    if is_shared:
-        for kind in (bottle.LocalRequest, bottle.LocalResponse):
-            _keep_per_greenlet(kind)
-    if is_shared or not gevent.monkey.is_module_patched("socket"):
+    kinds = vars(bottle.LocalRequest), vars(bottle.LocalResponse)
+    kept: list[Any] = [value for kind in kinds for value in kind.values() if isinstance(value, property)]
+    cells = [value.fget.__closure__[0] for value in kept]  # each holds a threading.local
+    shared = [cell for cell in cells if not isinstance(cell.cell_contents, gevent.local.local)]
+    for cell in shared:  # bottle was imported before the patch
+        cell.cell_contents = gevent.local.local()
+    if shared or not gevent.monkey.is_module_patched("socket"):
         when = "too late" if gevent.monkey.is_module_patched("threading") else "not at all"
         log.warning(
             "the standard library is patched %s: a call that blocks will block every connection. "
             "Make this the first line of your program: from gevent import monkey; monkey.patch_all()",
             when,
         )
-
-
-def _is_seen_elsewhere(request: Any) -> bool:
-    """Returns whether greenlets share the request, as they do if bottle was imported before the patch."""
-    seen: list[Any] = []
-
-    def look() -> None:
-        with suppress(RuntimeError):  # "Request context not initialized"
-            seen.append(request.environ)
-
-    request.bind({})
-    greenlet(look).switch()
-    return bool(seen)
-
-
-def _keep_per_greenlet(kind: type) -> None:
-    """Replaces the attributes that bottle keeps per thread."""
-    values = gevent.local.local()
-
-    def property_of(name: str) -> property:
-        def read(_: Any) -> Any:
-            try:
-                return getattr(values, name)
-            except AttributeError:
-                raise RuntimeError("Request context not initialized.")  # as bottle does
-
-        return property(read, lambda _, value: setattr(values, name, value), lambda _: delattr(values, name))
-
-    for name in [name for name, value in vars(kind).items() if isinstance(value, property)]:
-        setattr(kind, name, property_of(name))
 
 
 def _descriptor_limit() -> int:
@@ -3530,6 +3077,452 @@ def _raise_descriptor_limit() -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
+# ----- cut here: without http ----------------------------------------------------------------------------------------
+# Lost: strict HTTP (limits of size and time, framing checks, 100-continue, chunked bodies for bottle). What remains is
+# pywsgi's, for use behind a proxy that is strict.
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# HTTP: reads requests strictly, within limits of size and time, and checks the framing of responses (RFC 9112).
+# Invariant: a message whose end is in doubt is the last one of its connection.
+# ---------------------------------------------------------------------------------------------------------------------
+
+MAX_HEADERS = 16_384  # bytes
+MAX_LINE = 8192  # bytes of a request line, 414 beyond
+READ_AHEAD = 8192  # bytes of a client's buffer
+MAX_UPLOAD = 1024 * 1024 * 1024  # bytes of a body, however it is read; controllers have `max_body`
+DISCARD_SIZE, DISCARD_TIME = 8 * 1024 * 1024, 2.0  # bytes and seconds spent on what the application does not read
+
+
+class Headers(dict[str, str]):
+    """The headers of a request, by lower-case name, as strict as RFC 9112 §5 demands.
+
+    Replaces the standard library's e-mail parser, which is several times slower and accepts what allows request
+    smuggling. Raises ValueError, or HTTPError 431 over MAX_HEADERS bytes.
+    """
+
+    def __init__(self, file: Any) -> None:
+        left = MAX_HEADERS
+        while (line := file.readline(left + 1)) not in (b"\r\n", b"\n"):
+            left -= len(line)
+            if left < 0:
+                raise HTTPError(431, "the headers are too long")
+            match = _HEADER.fullmatch(line.decode("latin-1"))
+            if match is None:
+                raise ValueError(f"not a header: {line!r}")
+            name, value = match[1].lower(), match[2].strip(" \t")
+            if name in self and name in ("content-length", "host", "transfer-encoding"):
+                raise ValueError(f"{name} comes twice")
+            self[name] = f"{self[name]}{'; ' if name == 'cookie' else ', '}{value}" if name in self else value
+        if not re.fullmatch("[0-9]{1,18}", self.get("content-length", "0")):
+            raise ValueError("Content-Length is not a number")
+        if "transfer-encoding" in self and (self["transfer-encoding"].lower() != "chunked" or "content-length" in self):
+            raise ValueError("only chunked is supported as Transfer-Encoding, without a Content-Length")
+
+    def get(self, name: str, default: Any = None) -> Any:
+        return super().get(name.lower(), default)
+
+    getheader = get  # the names that pywsgi uses
+
+    @property
+    def typeheader(self) -> str | None:
+        return self.get("content-type")
+
+
+_TOKEN = r"[!#$%&'*+.^_`|~0-9A-Za-z-]+"  # RFC 9110 §5.6.2
+_HEADER = re.compile(rf"({_TOKEN}):([^\x00-\x08\x0a-\x1f\x7f]*)\r?\n")  # cannot backtrack
+
+
+@lru_cache(maxsize=256)
+def _environ_key(name: str) -> str | None:
+    """Returns a header's key in WSGI's environ (PEP 3333), or None if it has none or one of its own."""
+    if "_" in name or name in ("content-type", "content-length"):
+        return None
+    return "HTTP_" + name.replace("-", "_").upper()
+
+
+_REQUEST_LINE = re.compile(rf"({_TOKEN}) ([^\x00-\x20\x7f#]+) (HTTP/1\.[01])\r?\n")
+_TARGET = re.compile(r"(?:https?://([^/?]+))?(|[/?].*)", re.IGNORECASE)
+_HOST = re.compile(r"(?:\[[0-9A-Fa-f:.]+\]|[0-9A-Za-z._~%!$&'()*+;=-]*)(?::[0-9]{0,5})?")
+
+
+def split_target(method: str, target: str) -> tuple[str | None, str]:
+    """Returns the authority, or None, and the path with its query (RFC 9112 §3.2).
+
+    Raises ValueError if the target is neither in origin nor in absolute form, or if the path is not UTF-8.
+    """
+    if target == "*" and method == "OPTIONS":
+        return None, "*"
+    match = _TARGET.fullmatch(target)
+    if match is None or (match[1] is None and not target.startswith("/")):
+        raise ValueError("not the target of a request")
+    authority, path = match[1], match[2] if match[2].startswith("/") else "/" + match[2]
+    if "%" in path or not path.isascii():
+        unquote_to_bytes(path.partition("?")[0].encode("latin-1")).decode()
+    return authority, path
+
+
+class ClientStream(io.RawIOBase):
+    """Reads a client's socket. Raises TimeoutError after `deadline`, and yields once a time slice is over."""
+
+    def __init__(self, sock: Any) -> None:
+        self.sock = sock
+        self.deadline: float | None = None  # on the clock of monotonic(); None: the socket's own timeout applies
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        scheduler.yield_after_slice()
+        if self.deadline is not None:
+            left = self.deadline - monotonic()
+            if left <= 0:  # even if bytes have arrived: a client may never stop sending
+                raise TimeoutError("the client takes too long")
+            self.sock.settimeout(left)
+        return self.sock.recv_into(buffer)
+
+
+class Body(io.RawIOBase):
+    """Reads the body of a request up to its end (RFC 9112 §6.2, §7.1). Raises BadBody."""
+
+    def __init__(self, file: Any, length: int | None, before: Callable[[], None]) -> None:
+        self.file = file
+        self.chunked = length is None
+        self.left = length or 0  # bytes to come, of the chunk if it is chunked
+        self.ended = length == 0
+        self.before: Callable[[], None] | None = before  # called before the first read
+        self.failure: BadBody | None = None
+        self.in_chunk = False  # the CRLF behind a chunk has not been read yet
+        self.extras = 0  # bytes of chunk extensions and trailers, MAX_HEADERS at most
+        self.taken = 0  # bytes read, framing included
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        if self.failure is not None:
+            raise self.failure
+        try:
+            if self.before is not None:
+                before, self.before = self.before, None
+                before()
+            return self._read(memoryview(buffer))
+        except BadBody as error:
+            self.failure = error
+            raise
+        except OSError as error:
+            late = isinstance(error, TimeoutError)
+            self._fail("the body took too long" if late else "the body was cut off", 408 if late else 400)
+
+    def _read(self, buffer: memoryview) -> int:
+        if self.chunked and not self.left and not self.ended:
+            self._next_chunk()
+        if self.ended:
+            return 0
+        if self.taken + self.left > MAX_UPLOAD:
+            self._fail(f"the body is larger than {MAX_UPLOAD} bytes", 413)
+        size = self.file.readinto1(buffer[: self.left])
+        if not size:
+            self._fail("the body was cut off")
+        self.left -= size
+        self.taken += size
+        self.ended = not self.left and not self.chunked
+        return size
+
+    def _next_chunk(self) -> None:
+        scheduler.yield_after_slice()  # a buffer of one-byte chunks takes 10 ms
+        if self.in_chunk and self._line() != b"\r\n":
+            self._fail("a chunk does not end where it should")
+        match = _CHUNK.fullmatch(self._line())
+        if match is None:
+            self._fail("this is not the beginning of a chunk")
+        self.left, self.in_chunk = int(match[1], 16), True
+        self._count_extra(match[2])
+        while not self.left and not self.ended:
+            line = self._line()
+            self.ended = line == b"\r\n"
+            self._count_extra(line)
+            if not self.ended and not _HEADER.fullmatch(line.decode("latin-1")):
+                self._fail("this is not a trailer")
+
+    def _line(self) -> bytes:
+        line = self.file.readline(MAX_HEADERS)
+        if not line.endswith(b"\r\n"):
+            self._fail("a line of the chunked body is too long, or does not end with CRLF")
+        self.taken += len(line)
+        return line
+
+    def _count_extra(self, extra: bytes) -> None:
+        self.extras += len(extra)
+        if self.extras > MAX_HEADERS:
+            self._fail("there are too many chunk extensions or trailers")
+
+    def _fail(self, text: str, status: int = 400) -> NoReturn:
+        self.failure = BadBody(status, text)
+        raise self.failure
+
+    def _discard(self) -> None:
+        """Does nothing: pywsgi calls it too early."""
+
+    def discard(self) -> None:
+        """Reads up to the next request, within DISCARD_SIZE bytes."""
+        self.before, buffer = None, memoryview(bytearray(65536))
+        with suppress(OSError, RuntimeError):  # RuntimeError: a greenlet of the application is still reading
+            while self.taken < DISCARD_SIZE and self.readinto(buffer):
+                pass
+
+
+_QUOTED = r'"(?:[^"\\\x00-\x08\x0a-\x1f\x7f]|\\[\t\x20-\x7e\x80-\xff])*"'
+_EXTENSION = rf"[ \t]*;[ \t]*{_TOKEN}(?:[ \t]*=[ \t]*(?:{_TOKEN}|{_QUOTED}))?"
+_CHUNK = re.compile(rf"([0-9A-Fa-f]{{1,16}})((?:{_EXTENSION})*)\r\n".encode())
+_NO_BODY = Body(None, 0, lambda: None)
+
+
+class SpooledBody:
+    """A chunked body for `bottle.request`, which would decode the chunks a second time: a file, filled at first use."""
+
+    def __init__(self, body: Any) -> None:
+        self._body, self.is_unread = body, True
+        self._file = tempfile.SpooledTemporaryFile(bottle.BaseRequest.MEMFILE_MAX)  # noqa: SIM115
+
+    def __getattr__(self, name: str) -> Any:
+        scheduler.yield_after_slice()  # bottle reads a form piece by piece
+        if self.is_unread:
+            shutil.copyfileobj(self._body, self._file)
+            self._file.seek(0)
+            self.is_unread = False
+        return getattr(self._file, name)
+
+    def __iter__(self) -> Iterator[bytes]:
+        return iter(self.readline, b"")
+
+    def __enter__(self) -> SpooledBody:
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self.close()
+
+
+class StrictRequestHandler(RequestHandler):
+    """Reads requests within limits of size and time, and checks the framing of both messages (RFC 9112)."""
+
+    path: Any
+    wsgi_input: Any = _NO_BODY
+    body_left: int | None = None  # bytes of the response that Content-Length still allows; None: no limit
+    expects_continue = False  # the client waits for a 100 before it sends its body
+
+    def __init__(self, sock: Any, address: Any, server: Any) -> None:
+        self.socket, self.client_address, self.server = sock, address, server
+        self.stream = ClientStream(sock)
+        self.rfile = io.BufferedReader(self.stream, READ_AHEAD)
+
+    # -- the request
+
+    def read_requestline(self) -> str:
+        """Returns the request line, or "" if there is none, or if it has been refused."""
+        self.stream.deadline = monotonic() + self.server.KEEP_ALIVE
+        self.rfile.peek(1)
+        self.stream.deadline = monotonic() + self.server.HEAD_TIME
+        try:
+            line = self.rfile.readline(MAX_LINE + 1)
+            if line in (b"\r\n", b"\n"):  # an empty one is no harm (RFC 9112 §2.2)
+                line = self.rfile.readline(MAX_LINE + 1)
+            self.requestline = line.decode("latin-1").rstrip("\r\n")
+            if len(line) > MAX_LINE:
+                raise HTTPError(414, "the request line is too long")
+        except (HTTPError, TimeoutError) as error:
+            self._handle_client_error(error)
+            return ""
+        return line.decode("latin-1")
+
+    def read_request(self, raw_requestline: str) -> bool:
+        self.busy = True
+        self.requestline = raw_requestline.rstrip("\r\n")
+        match = _REQUEST_LINE.fullmatch(raw_requestline)
+        if match is None:
+            raise ValueError("not a request line of HTTP/1.1 or 1.0")
+        self.command, target, self.request_version = match.groups()
+        headers = self.headers = Headers(self.rfile)
+        authority, self.path = split_target(self.command, target)
+        if authority is not None:
+            headers["host"] = authority
+        is_old = self.request_version == "HTTP/1.0"
+        if not _HOST.fullmatch(headers.get("host", "" if is_old else "/")):
+            raise ValueError("the Host is missing or malformed")
+        if is_old and "transfer-encoding" in headers:
+            raise ValueError("HTTP/1.0 has no Transfer-Encoding")
+        self.content_length = int(headers.get("content-length", "0"))
+        options = _tokens(headers.get("connection", ""))
+        self.close_connection = "close" in options or (is_old and "keep-alive" not in options)
+        self.stream.deadline = None  # a body sets its own
+        return True
+
+    def _handle_client_error(self, ex: Exception) -> None:
+        _, response = super()._handle_client_error(ex)
+        with suppress(OSError):
+            self._sendall(response)
+        self.stream.deadline = monotonic() + DISCARD_TIME
+        self._await_close()
+
+    def _await_close(self) -> None:
+        """Shuts down writing and reads until `deadline`: closing with unread bytes would reset the connection, and the
+        client could lose its response (RFC 9112 §9.6)."""
+        left = DISCARD_SIZE
+        with suppress(OSError, RuntimeError):  # RuntimeError: a greenlet of the application is still reading
+            self.end_tls()
+            self.socket.shutdown(_socket.SHUT_WR)
+            while left > 0 and (part := self.rfile.read1(READ_AHEAD)):
+                left -= len(part)
+
+    def _connection_upgrade_requested(self) -> bool:
+        return False  # otherwise pywsgi ignores the body, and takes it for the next request
+
+    def _headers(self) -> Iterator[tuple[str, str]]:
+        return ((key, value) for name, value in self.headers.items() if (key := _environ_key(name)))
+
+    def get_environ(self) -> dict[str, Any]:
+        environ = super().get_environ()
+        chunked = "transfer-encoding" in self.headers
+        if not chunked and not self.content_length:
+            self.wsgi_input, environ["wsgi.input"], self.expects_continue = _NO_BODY, BytesIO(), False
+            return environ
+        expect = self.headers.get("expect", "").lower()
+        self.expects_continue = expect == "100-continue" and self.request_version == "HTTP/1.1"
+        body = Body(self.rfile, None if chunked else self.content_length, self._begin_body)
+        self.wsgi_input, environ["wsgi.input"] = body, io.BufferedReader(body)
+        if chunked:
+            environ["bottle.request.body"] = SpooledBody(environ["wsgi.input"])
+        return environ
+
+    def _begin_body(self) -> None:
+        """Runs before the first read: sends the 100 that the client may expect (RFC 9110 §10.1.1)."""
+        self.stream.deadline = monotonic() + self.server.BODY_TIME
+        if self.expects_continue:
+            if self.headers_sent:
+                raise BadBody(400, "no 100 can be sent once the response has begun")
+            self.expects_continue = False
+            self.socket.settimeout(self.server.WRITE_TIME)
+            self.socket.sendall(b"HTTP/1.1 100 Continue\r\n\r\n")
+
+    # -- the response
+
+    def handle_one_response(self) -> None:
+        super().handle_one_response()
+        if not self.wsgi_input.ended:
+            self._skip_body(self.wsgi_input)
+
+    def _skip_body(self, body: Body) -> None:
+        self.stream.deadline = monotonic() + DISCARD_TIME
+        if not self.close_connection:
+            body.discard()
+        body.failure = BadBody(400, "the request is over")  # a greenlet of the application may still read
+        if not body.ended:
+            self.close_connection = True
+            self._await_close()
+
+    def start_response(self, status: str, headers: list[tuple[str, str]], exc_info: Any = None) -> Any:
+        """Raises ValueError for what would break the framing of this response or the next (RFC 9112 §6)."""
+        if not _STATUS.fullmatch(status) and not (status[:3] == "101" and self.environ[UPGRADING_KEY]):
+            raise ValueError(f"not a status of a response: {status!r}")
+        unwanted = ["transfer-encoding", "keep-alive"]  # hop-by-hop: up to the server (PEP 3333)
+        if status[:3] in ("204", "304"):
+            unwanted.append("content-length")
+        lengths, kept = [], []
+        for name, value in headers:
+            if not _is_token(name) or _CONTROL.search(value):
+                raise ValueError(f"not a header: {name!r}: {value!r}")
+            if name.lower() == "content-length":
+                lengths.append(value)
+            if name.lower() not in unwanted:
+                kept.append((name, value))
+        if len(lengths) > 1 or (lengths and not re.fullmatch("[0-9]{1,18}", lengths[0])):
+            raise ValueError(f"not a Content-Length: {lengths}")
+        return super().start_response(status, kept, exc_info)
+
+    def process_result(self) -> None:
+        super().process_result()
+        if self.body_left:
+            self.close_connection = True
+            log.error('"%s": Content-Length was %d bytes too large', printable(self.requestline), self.body_left)
+
+    def write(self, data: Any) -> None:
+        if not isinstance(data, bytes | bytearray | memoryview):
+            raise TypeError(f"a WSGI application must yield bytes (PEP 3333), got {data!r:.100}")
+        if self.headers_sent:
+            scheduler.yield_after_slice()
+        elif self.status and not self.agreed:
+            self._frame_response()
+        if self.body_left is not None:
+            data = data[: self.body_left]
+            self.body_left -= len(data)
+        super().write(data)
+
+    def _frame_response(self) -> None:
+        """Decides how the end of the body is marked (RFC 9112 §6.3)."""
+        self.body_left, self.response_use_chunked = None, False
+        if self.command == "HEAD" or self.code in (204, 304):
+            self.body_left = 0
+        elif self.provided_content_length is not None:
+            self.body_left = int(self.provided_content_length)
+        elif isinstance(self.result, list | tuple):
+            self.body_left = sum(map(len, self.result))
+            self.response_headers.append((b"Content-Length", b"%d" % self.body_left))
+        elif self.request_version == "HTTP/1.1":
+            self.response_use_chunked = True
+            self.response_headers.append((b"Transfer-Encoding", b"chunked"))
+        else:
+            self.close_connection = True
+
+    def finalize_headers(self) -> None:
+        """Adds Date, and merges the application's Connection header with whether the connection closes."""
+        if not self.provided_date:
+            self.provided_date = True
+            self.response_headers.append((b"Date", _date(int(time.time()))))
+        if self.code == 101:
+            return
+        options = []
+        for header in [header for header in self.response_headers if header[0].lower() == b"connection"]:
+            options += _tokens(header[1].decode("latin-1"))
+            self.response_headers.remove(header)
+        # After an unanswered Expect, the next bytes may be the body or the next request.
+        in_doubt = self.expects_continue or self.wsgi_input.failure is not None
+        if "close" in options or in_doubt or self.server.registry.draining:
+            self.close_connection = True
+        options = [option for option in options if option not in ("close", "keep-alive")]
+        if self.close_connection:
+            options.append("close")
+        elif self.request_version == "HTTP/1.0":
+            options.append("keep-alive")
+        if options:
+            self.response_headers.append((b"Connection", ", ".join(options).encode("latin-1")))
+
+    def _sendall(self, data: bytes) -> None:
+        """Sends in 64 KiB pieces, each with its own time limit."""
+        left = memoryview(data)
+        try:
+            while left:
+                self.socket.settimeout(self.server.WRITE_TIME)
+                left = left[self.socket.send(left[:65536]) :]
+                if left:
+                    scheduler.yield_after_slice()
+        except OSError:
+            self.code = -abs(self.code or 500)  # pywsgi's mark for what could not be sent
+            raise
+        self.response_length += len(data)
+
+
+_STATUS = re.compile(r"[2-9][0-9]{2} [^\x00-\x1f\x7f]*")
+_CONTROL = re.compile(r"[\x00-\x08\x0a-\x1f\x7f]")
+_is_token = lru_cache(maxsize=256)(re.compile(_TOKEN).fullmatch)
+_date = lru_cache(maxsize=1)(gevent.pywsgi.format_date_time)
+
+
+def _tokens(value: str) -> list[str]:
+    """Returns the options of a Connection header, in lower case (RFC 9110 §7.6.1)."""
+    return [token for token in re.split(r"[ \t,]+", value.lower()) if token]
+
+
+rooms["http"] = SimpleNamespace(handler=StrictRequestHandler)
 # ----- cut here: without views ---------------------------------------------------------------------------------------
 # Lost: templates and files: ("ok", variables), ("view", variables), ("sendfile", ...), static.
 

@@ -2914,11 +2914,12 @@ def test_a_request_that_is_given_up_while_init_runs_leaves_no_process(me):
 
 
 def test_a_client_that_is_gone_before_the_hand_over_leaves_no_process(recorder):
-    class Reset(nova_lite.RequestHandler):
-        def _detach(self, connection):
-            raise ConnectionResetError(104, "as the first read may say")
-
     with serving(on(recorder, lambda frame, state: ("ok", state))) as server:
+
+        class Reset(server.handler_class):
+            def _detach(self, connection):
+                raise ConnectionResetError(104, "as the first read may say")
+
         server.handler_class = Reset
         with bare(server, handshake()) as sock:
             read_to_end(sock)
@@ -4026,15 +4027,26 @@ def hello(_req):
 HELLO = ("/hello", hello, {"methods": ["get"]})
 
 
+@pytest.fixture(params=["strict", "pywsgi"])
+def either_http(request, monkeypatch):
+    """With the room http, and without it."""
+    if request.param == "pywsgi":
+        monkeypatch.delitem(nova_lite.rooms, "http")
+
+
+with_either_http = pytest.mark.usefixtures("either_http")
+
+
+@with_either_http
 def test_a_response_leaves_in_one_packet_and_the_connection_is_kept():
     sizes = []
-
-    class Counts(nova_lite.RequestHandler):
-        def _sendall(self, data):
-            sizes.append(len(data))
-            super()._sendall(data)
-
     with serving(HELLO) as server, bare(server) as sock:
+
+        class Counts(server.handler_class):
+            def _sendall(self, data):
+                sizes.append(len(data))
+                super()._sendall(data)
+
         server.handler_class = Counts
         for _ in range(3):
             sock.sendall(b"GET /hello HTTP/1.1\r\nHost: x\r\n\r\n")
@@ -4042,6 +4054,7 @@ def test_a_response_leaves_in_one_packet_and_the_connection_is_kept():
     assert len(sizes) == 3
 
 
+@with_either_http
 def test_a_websocket_may_follow_an_ordinary_request_on_the_same_connection(recorder):
     with serving(HELLO, on(recorder, lambda frame, state: ("reply", frame, state))) as server:
         with bare(server, b"GET /hello HTTP/1.1\r\nHost: x\r\n\r\n") as sock:
@@ -4055,6 +4068,7 @@ def tells_its_pid(me):
     return "/", lambda _req: send(me, self_pid()) and ("status", 200)
 
 
+@with_either_http
 def test_a_request_is_a_process_for_as_long_as_it_lasts(me):
     with serving(tells_its_pid(me)) as server, bare(server) as sock:
         for _ in range(2):
@@ -4066,6 +4080,7 @@ def test_a_request_is_a_process_for_as_long_as_it_lasts(me):
         assert expect()[4] == "noproc"
 
 
+@with_either_http
 def test_a_kept_alive_connection_does_not_collect_the_processes_of_its_requests():
     def adopted():
         gc.collect()
@@ -4079,6 +4094,7 @@ def test_a_kept_alive_connection_does_not_collect_the_processes_of_its_requests(
         assert adopted() <= before + 1
 
 
+@with_either_http
 def test_an_exit_signal_to_a_request_that_is_over_does_not_hit_the_next(me):
     with serving(tells_its_pid(me)) as server, bare(server) as sock:
         for _ in range(3):
@@ -4219,6 +4235,7 @@ def test_500_half_open_requests_do_not_stop_the_501st():
             sock.close()
 
 
+@with_either_http
 def test_when_descriptors_run_out_clients_wait_and_nothing_crashes(monkeypatch, caplog):
     short = [True]
     accept = nova_lite.gevent.pywsgi.WSGIServer.do_read
@@ -4236,6 +4253,7 @@ def test_when_descriptors_run_out_clients_wait_and_nothing_crashes(monkeypatch, 
     assert caplog.text.count("no descriptors are left") == 1
 
 
+@with_either_http
 def test_a_hook_that_replaces_the_101_ends_the_process_that_waited_for_it(recorder):
     with serving(on(recorder, lambda frame, state: ("ok", state))) as server:
 
@@ -4248,6 +4266,7 @@ def test_a_hook_that_replaces_the_101_ends_the_process_that_waited_for_it(record
         ended(("error", "closed"))
 
 
+@with_either_http
 def test_what_hooks_and_security_put_into_the_headers_is_in_the_101(recorder):
     with serving(on(recorder, lambda frame, state: ("ok", state))) as server:
 
@@ -4260,6 +4279,7 @@ def test_what_hooks_and_security_put_into_the_headers_is_in_the_101(recorder):
             assert "Content-Type" not in client.response.headers
 
 
+@with_either_http
 def test_each_request_is_one_line_in_the_log(caplog):
     caplog.set_level("INFO", "nova_lite")
     with serving(HELLO) as server:
@@ -4268,6 +4288,7 @@ def test_each_request_is_one_line_in_the_log(caplog):
     assert re.fullmatch(r'127.0.0.1:\d+ "GET /hello HTTP/1.1" 200 \d+ [\d.]+ ms', line)
 
 
+@with_either_http
 def test_stopping_lets_requests_finish_and_closes_websockets_with_1001(recorder, me):
     def slow(_req):
         me.send(("working", self_pid()))
@@ -4290,6 +4311,7 @@ def test_stopping_lets_requests_finish_and_closes_websockets_with_1001(recorder,
             assert idle.recv(1) == b""
 
 
+@with_either_http
 def test_stopping_takes_no_longer_than_the_drain_time(me):
     def stuck(_req):
         me.send(self_pid())
@@ -4303,6 +4325,7 @@ def test_stopping_takes_no_longer_than_the_drain_time(me):
         request.send("go on")
 
 
+@with_either_http
 def test_a_burst_of_handshakes_does_not_overrun_the_limit(me):
     class Slow(WebSocketHandler):
         def init(self, state):
@@ -4321,6 +4344,7 @@ def test_a_burst_of_handshakes_does_not_overrun_the_limit(me):
             sock.close()
 
 
+@with_either_http
 def test_the_heartbeat_is_a_503_while_the_server_drains(me):
     def slow(_req):
         me.send(self_pid())
@@ -4366,6 +4390,7 @@ def test_many_websockets_are_not_closed_all_at_once(recorder):
         stopping.get(timeout=PATIENCE)
 
 
+@with_either_http
 def test_tls_serves_https_and_wss_with_the_same_guarantees(recorder, tmp_path):
     authority, pem = trustme.CA(), tmp_path / "server.pem"
     authority.issue_cert("localhost").private_key_and_cert_chain_pem.write_to_path(pem)
@@ -8755,7 +8780,8 @@ class Chat(WebSocketHandler):
         return "reply", ("text", info[4]), state
 
 hello = ("/hello/:name", lambda req: ("json", {"hello": req["bindings"]["name"]}))
-Nova([{"routes": [("/chat", Chat, {"protocol": "ws"}), hello]}]).run(port=0)
+echo = ("/echo", lambda req: ("json", req["params"]), {"methods": ["post"]})
+Nova([{"routes": [("/chat", Chat, {"protocol": "ws"}), hello, echo]}]).run(port=0)
 """
 
 
@@ -8798,11 +8824,16 @@ def test_every_set_of_rooms_can_be_left_out(tmp_path):
 @pytest.mark.parametrize("without", [*([room] for room in ROOMS), [*ROOMS]], ids="-".join)
 def test_a_chat_runs_on_a_copy_without(without, tmp_path):
     vendored(tmp_path, without)
+    as_json, as_page = {"Content-Type": "application/json"}, {"Accept": "text/html"}
     with program_running(CHAT, tmp_path, modules=tmp_path) as server, ws(server, "/chat") as one:
         with ws(server, "/chat") as two:
-            one.send("hi ä")
-            assert (one.recv(PATIENCE), two.recv(PATIENCE)) == ("hi ä", "hi ä")
+            with events(server, "/chat") as (listener, _):
+                one.send("hi ä")
+                assert (one.recv(PATIENCE), two.recv(PATIENCE)) == ("hi ä", "hi ä")
+                assert read_until(listener, b"\n\n") == "data: hi ä\n\n".encode()
             assert get_json(server, "/hello/bob") == (200, {"hello": "bob"})
+            assert http_request(server, "POST", "/echo", b'{"a": [1]}', as_json)[::2] == (201, b'{"a":[1]}')
+            assert b"<h1>" in http_request(server, "GET", "/nothing", headers=as_page)[2]
             server.process.terminate()
             for client in (one, two):
                 with pytest.raises(ConnectionClosed) as closed:
