@@ -98,6 +98,7 @@ from nova_lite import (
     CallError,
     CallTimeout,
     GenServer,
+    InflatingParser,
     Message,
     NoProc,
     Nova,
@@ -135,7 +136,6 @@ from nova_lite import (
     stop,
     to_response,
     unlink,
-    unmask,
     whereis,
 )  # fmt: skip
 
@@ -2183,10 +2183,42 @@ def test_a_close_frame_fits_a_control_frame_and_is_cut_at_a_character(code, reas
     assert close_frame(code, reason) == bytes([0x88, len(body)]) + body
 
 
-@pytest.mark.parametrize("size", [0, 1, 2, 3, 4, 5, 999, 1000, 1001, 1002, 1003, 5000])
-def test_unmasking_is_xor_on_both_sides_of_the_threshold(size):
-    data, mask = bytes(i % 256 for i in range(size)), b"\x01\x80\xff\x00"
-    assert unmask(data, mask) == bytes(byte ^ mask[i % 4] for i, byte in enumerate(data))
+# The modules with a routine in C, the fastest first, and by which of them frames are unmasked without those before it.
+ACCELERATORS = ["websockets.speedups", "numpy", "wsaccel.xormask", "pure Python"]
+
+
+@pytest.fixture
+def accelerator(request, monkeypatch):
+    """The module that frames are to be unmasked by: those before it are missing. Afterwards all is as it was."""
+    name = request.param
+    if name != "pure Python":
+        pytest.importorskip(name)
+    for earlier in ACCELERATORS[: ACCELERATORS.index(name)]:
+        monkeypatch.setitem(sys.modules, earlier, None)
+    monkeypatch.setattr(nova_lite, "unmask", nova_lite.unmask_in_python)
+    nova_lite.accelerate.cache_clear()
+    return name
+
+
+@pytest.mark.parametrize("accelerator", ACCELERATORS, indirect=True)
+def test_unmasking_is_xor_whatever_does_it(accelerator):
+    nova_lite.accelerate()
+    assert (nova_lite.unmask is nova_lite.unmask_in_python) == (accelerator == "pure Python")
+    for size in [0, 1, 2, 3, 4, 5, 999, 1000, 1001, 1002, 1003, 5000, 65536]:
+        data, mask = bytes(i % 256 for i in range(size)), b"\x01\x80\xff\x00"
+        unmasked = nova_lite.unmask(data, mask)
+        assert (type(unmasked), unmasked) == (bytes, bytes(byte ^ mask[i % 4] for i, byte in enumerate(data)))
+
+
+@pytest.mark.parametrize("accelerator", ACCELERATORS, indirect=True)
+def test_the_first_server_chooses_what_unmasks_frames_and_logs_it_once(accelerator, caplog):
+    caplog.set_level(logging.DEBUG, "nova_lite")
+    for _ in range(2):
+        with serving(("/ws", Parrot, {"protocol": "ws"})) as server, ws(server) as client:
+            for message in ("ä" * 10, "ä" * 50_000, bytes(range(256)) * 300):
+                client.send(message)
+                assert client.recv(PATIENCE) == message
+    assert [line for line in caplog.messages if "unmasked" in line] == [f"frames are unmasked by {accelerator}"]
 
 
 @pytest.mark.parametrize("step", [None, 1, 3])
@@ -2301,7 +2333,7 @@ def test_a_message_may_be_as_large_as_the_limit_fragments_counted(step):
 def test_a_message_over_the_limit_is_refused_by_its_head_before_its_bytes_are_held(data):
     parser = Parser(100)
     assert apart(parser.feed(data[:-4]))[1] == 1009
-    assert (parser.message, parser.done) == (None, True)
+    assert (parser.message, parser.done) == (b"", True)
 
 
 def test_ten_thousand_empty_fragments_hold_nothing():
@@ -3082,8 +3114,8 @@ def test_compression_is_off_unless_the_route_and_the_client_want_it(recorder):
 
 def test_a_broadcast_is_compressed_once_for_all(recorder, monkeypatch):
     calls = []
-    encode = nova_lite.encode_frame
-    monkeypatch.setattr(nova_lite, "encode_frame", lambda *args: calls.append(args) or encode(*args))
+    compress = nova_lite.compress_frame
+    monkeypatch.setattr(nova_lite, "compress_frame", lambda *args: calls.append(args) or compress(*args))
     with serving(compressing(recorder)) as server, ws(server) as one, ws(server) as two:
         pids = [expect(is_a("init"))[1] for _ in range(2)]
         text = "the same for all " * 100
@@ -3101,7 +3133,7 @@ def squeezed(data):
 def test_a_zip_bomb_costs_no_more_memory_than_the_limit(recorder):
     bomb = squeezed(bytes(900_000_000))
     assert len(bomb) < 1_000_000
-    parser = Parser(1_000_000, compressed=True)
+    parser = InflatingParser(1_000_000)
     tracemalloc.start()
     assert apart(parser.feed(masked(0x42, bomb))) == ([], 1009)
     peak = tracemalloc.get_traced_memory()[1]
@@ -3137,7 +3169,7 @@ DEFLATE = {"Sec_WebSocket_Extensions": "permessage-deflate"}
 )
 @pytest.mark.parametrize("portion", [1, 3, 1000])
 def test_what_a_parser_makes_of_compressed_frames(frames, result, portion):
-    parser, data, out = Parser(1000, compressed=True), b"".join(frames), []
+    parser, data, out = InflatingParser(1000), b"".join(frames), []
     for at in range(0, len(data), portion):
         out += parser.feed(data[at : at + portion])
     frames, code = apart(out)
@@ -8614,6 +8646,7 @@ def test_asking_for_a_room_that_was_cut_off_is_an_error_that_names_it(tmp_path):
         'pubsub.keep("notes")': "replay",
         "app.board()": "board",
         "app.stats()": "board",
+        'Nova([{"routes": [("/ws", WebSocketHandler, {"protocol": "ws", "compress": True})]}])': "deflate",
     }
     vendored(tmp_path, ROOMS)
     code = f"""
@@ -8659,7 +8692,7 @@ def test_vendor_writes_a_copy_that_says_what_it_is(tmp_path):
     done = run_program("vendor", "--without", "cluster,board", "-o", str(copy))
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
     first = f"# nova_lite {nova_lite.__version__}, written by `nova_lite.py vendor`. "
-    assert copy.read_text().startswith(first + 'Rooms besides the core: gen_server, replay, launch.\n"""')
+    assert copy.read_text().startswith(first + 'Rooms besides the core: deflate, gen_server, replay, launch.\n"""')
     assert copy.read_text() == nova_lite.vendor(PROGRAM_TEXT, ["board", "cluster"])
     assert run_program("vendor", "--without", "board, cluster").stdout == copy.read_text()
     assert "Rooms besides the core: none.\n" in nova_lite.vendor(PROGRAM_TEXT, ROOMS)
