@@ -1924,13 +1924,8 @@ class Stream(Process):
             info = mailbox.popleft()
             result = callback(info, self.state)
             # A single frame is queued here, by type and not by pattern: a flood costs a fifth less.
-            if (
-                type(result) is tuple
-                and len(result) == 3
-                and result[0] == "reply"
-                and type(result[1]) is tuple
-                and shared is not None
-            ):
+            is_reply = type(result) is tuple and len(result) == 3 and result[0] == "reply"
+            if is_reply and type(result[1]) is tuple and shared is not None:
                 _, frame, self.state = result
                 try:
                     data = shared[frame]
@@ -2048,16 +2043,13 @@ class Stream(Process):
 
     def flush(self) -> None:
         """Writes the turn's frames with one send. What the socket does not take waits in `write_buffer`."""
-        outgoing = self.outgoing
-        if not outgoing:
+        if not self.outgoing:
             return
-        data = b"".join(outgoing)  # not a copy if there is one
-        outgoing.clear()
+        data = b"".join(self.outgoing)  # not a copy if there is one
+        self.outgoing.clear()
         if self.write_buffer:
             self.write_buffer = bytes(self.write_buffer) + data
-            return
-        sent = self._send(data)
-        if sent < len(data):
+        elif (sent := self._send(data)) < len(data):
             self.write_buffer, self.stalled_for = memoryview(data)[sent:], 0.0
             self.writer = scheduler.hub.loop.io(self.sock.fileno(), 2)
             self.writer.start(self.writable)
@@ -2072,8 +2064,7 @@ class Stream(Process):
 
     def writable(self) -> None:
         """Hub callback."""
-        sent = self._send(self.write_buffer)
-        if sent:
+        if sent := self._send(self.write_buffer):
             self.write_buffer, self.stalled_for = self.write_buffer[sent:], 0.0
         if self.write_buffer:
             return
@@ -2091,11 +2082,13 @@ class Stream(Process):
         settings = self.settings
         paused = not self.reader.active and not self.input_over  # by ourselves: the client is not to blame
         before, self.idle_for = self.idle_for, 0.0 if paused else self.idle_for + seconds
+        excess, self.excess = self.excess, len(self.mailbox) - settings.mailbox_limit if self.write_buffer else 0
+        is_falling_behind = 0 < excess < self.excess  # at two checks in a row, and growing: one burst is fine
         self.stalled_for += seconds
         if self.phase is CLOSING:
             if self.stalled_for > LINGER:
                 self.abort()
-        elif self.write_buffer and (self.stalled_for > settings.send_timeout or self._is_falling_behind()):
+        elif self.write_buffer and (self.stalled_for > settings.send_timeout or is_falling_behind):
             self.registry.slow_closed += 1
             self.interrupt(SLOW)
         elif self.idle_for > settings.idle_timeout:
@@ -2103,11 +2096,6 @@ class Stream(Process):
         elif before // settings.ping_interval < self.idle_for // settings.ping_interval:
             self.outgoing.append(self.encode("ping"))  # between turns: a busy process keeps its client, too
             self.flush()
-
-    def _is_falling_behind(self) -> bool:
-        """Returns whether the mailbox is over its limit at two checks in a row and growing; one burst is fine."""
-        before, self.excess = self.excess, max(0, len(self.mailbox) - self.settings.mailbox_limit)
-        return 0 < before < self.excess
 
     # -- closing
 
@@ -2169,7 +2157,7 @@ class Stream(Process):
             self.write_buffer = b""  # whoever keeps the pid keeps this object
         self.phase = CLOSED
         if self.mailbox is DEAD_MAILBOX:
-            self.registry.remove(self)
+            self.registry.connections.discard(self)
 
     def finish(self, reason: Any) -> None:
         super().finish(reason)
@@ -2183,6 +2171,7 @@ class Connection(Stream):
     __slots__ = ("parser",)
     STATUS = 101
     shared = FrameCache()
+    encode = staticmethod(encode_frame)
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
@@ -2193,9 +2182,6 @@ class Connection(Stream):
         self.inbox_bytes += len(data)
         self.input_over = self.parser.done
         return frames
-
-    def encode(self, frame: Any) -> bytes:
-        return encode_frame(frame)
 
     def _start_close(self, close: Close) -> None:
         if close.code is not None:
@@ -2303,9 +2289,6 @@ class ConnectionRegistry:
         self.connections.add(connection)
         if self.timer is None:
             self._start_timer()
-
-    def remove(self, connection: Stream) -> None:
-        self.connections.discard(connection)
 
     def _start_timer(self) -> None:
         self.timer = scheduler.hub.loop.timer(self.interval) if self.connections else None
