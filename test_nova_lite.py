@@ -80,6 +80,7 @@ from bottle import HTTPError, HTTPResponse
 from gevent import monkey
 from hypothesis import given, settings, strategies as st
 from websockets.exceptions import ConnectionClosed, InvalidStatus
+from websockets.extensions.permessage_deflate import ClientPerMessageDeflateFactory
 from websockets.frames import Close
 from websockets.protocol import Protocol, Side
 from websockets.sync.client import connect
@@ -2126,6 +2127,13 @@ def apart(found):
     return [frame for frame in found if isinstance(frame, tuple)], *(codes or [None])
 
 
+def squeezed(data):
+    compressor = zlib.compressobj(wbits=-15)
+    return (compressor.compress(data) + compressor.flush(zlib.Z_SYNC_FLUSH)).removesuffix(b"\0\0\xff\xff")
+
+
+DEFLATE = {"Sec_WebSocket_Extensions": "permessage-deflate"}
+
 LENGTHS = [
     (0, "00"), (1, "01"), (125, "7d"), (126, "7e007e"), (127, "7e007f"), (65535, "7effff"),
     (65536, "7f0000000000010000"),
@@ -3085,102 +3093,6 @@ def test_2000_connections_that_come_talk_and_vanish_in_every_way_leave_nothing_b
         logging.disable(logging.NOTSET)
 
 
-# -- compression
-
-
-def compressing(recorder):
-    recorder.on = staticmethod(
-        lambda what, state: ("reply", what if isinstance(what, tuple) else ("text", what), state)
-    )
-    return ("/ws", recorder, {"protocol": "ws", "compress": True, "max_message_size": 1_000_000})
-
-
-@pytest.mark.parametrize("message", ["short", "long " * 1000, b"\0" * 100_000, "ä☃" * 10_000])
-def test_a_compressed_message_comes_back(recorder, message):
-    with serving(compressing(recorder)) as server, ws(server) as client:
-        assert "permessage-deflate" in client.response.headers["Sec-WebSocket-Extensions"]
-        client.send(message)
-        assert client.recv(PATIENCE) == message
-        client.send([message[:2], message[2:]])
-        assert client.recv(PATIENCE) == message
-
-
-def test_compression_is_off_unless_the_route_and_the_client_want_it(recorder):
-    with serving(on(recorder, lambda frame, state: ("ok", state))) as server, ws(server) as client:
-        assert "Sec-WebSocket-Extensions" not in client.response.headers
-    with serving(compressing(recorder)) as server, ws(server, compression=None) as client:
-        assert "Sec-WebSocket-Extensions" not in client.response.headers
-
-
-def test_a_broadcast_is_compressed_once_for_all(recorder, monkeypatch):
-    calls = []
-    compress = nova_lite.compress_frame
-    monkeypatch.setattr(nova_lite, "compress_frame", lambda *args: calls.append(args) or compress(*args))
-    with serving(compressing(recorder)) as server, ws(server) as one, ws(server) as two:
-        pids = [expect(is_a("init"))[1] for _ in range(2)]
-        text = "the same for all " * 100
-        for pid in pids:
-            pid.send(text)
-        assert (one.recv(PATIENCE), two.recv(PATIENCE)) == (text, text)
-    assert len(calls) == 1
-
-
-def squeezed(data):
-    compressor = zlib.compressobj(wbits=-15)
-    return (compressor.compress(data) + compressor.flush(zlib.Z_SYNC_FLUSH)).removesuffix(b"\0\0\xff\xff")
-
-
-def test_a_zip_bomb_costs_no_more_memory_than_the_limit(recorder):
-    bomb = squeezed(bytes(900_000_000))
-    assert len(bomb) < 1_000_000
-    parser = InflatingParser(1_000_000)
-    tracemalloc.start()
-    assert apart(parser.feed(masked(0x42, bomb))) == ([], 1009)
-    peak = tracemalloc.get_traced_memory()[1]
-    tracemalloc.stop()
-    assert peak < 8_000_000
-    with serving(compressing(recorder)) as server, upgraded(server, **DEFLATE) as sock:
-        sock.sendall(masked(0x42, bomb))
-        assert close_code(sock) == 1009
-        ended(("error", "badsize"))
-
-
-DEFLATE = {"Sec_WebSocket_Extensions": "permessage-deflate"}
-
-
-@pytest.mark.parametrize(
-    ("frames", "result"),
-    [
-        ([masked(0x41, squeezed(b"hello"))], [("text", "hello")]),
-        ([masked(1, b"plain")], [("text", "plain")]),
-        ([masked(0x41, squeezed(b"hello")[:3], fin=False), masked(0, squeezed(b"hello")[3:])], [("text", "hello")]),
-        ([masked(0x41, squeezed(b"a"), fin=False), masked(9, b"p"), masked(0)], [("ping", b"p"), ("text", "a")]),
-        ([masked(0x42, squeezed(b"")), masked(0x42, squeezed(b"b"))], [("binary", b""), ("binary", b"b")]),
-        ([masked(0x41, b"\x07nonsense")], 1007),
-        ([masked(0x41, b"\x00\x0a\x00\xf5\xff" + b"abc")], 1007),
-        ([masked(0x41, squeezed(b"hello hello hello")[:-3])], 1007),
-        ([masked(0x41, b"\xf3\x48\xcd\xc9\xc9\x07\x00\x00")], [("text", "Hello")]),
-        ([masked(0x41, b"\xf3\x48\xcd\xc9\xc9\x07\x00", fin=False), masked(0, bytes(100))], 1007),
-        ([masked(0x41, squeezed(b"\xff"))], 1007),
-        ([masked(1, b"a", fin=False), masked(0x40, b"b")], 1002),
-        ([masked(0x49)], 1002),
-        ([masked(0x21, b"a")], 1002),
-    ],
-)
-@pytest.mark.parametrize("portion", [1, 3, 1000])
-def test_what_a_parser_makes_of_compressed_frames(frames, result, portion):
-    parser, data, out = InflatingParser(1000), b"".join(frames), []
-    for at in range(0, len(data), portion):
-        out += parser.feed(data[at : at + portion])
-    frames, code = apart(out)
-    assert (code or frames) == result
-
-
-def test_a_compressed_frame_that_was_not_agreed_on_is_a_protocol_error():
-    parser = Parser(1000)
-    assert apart(parser.feed(masked(0x41, squeezed(b"hello")))) == ([], 1002)
-
-
 def test_init_joins_before_the_101_so_nothing_is_missed_after_it():
     class Joins(WebSocketHandler):
         def init(self, state):
@@ -3911,24 +3823,6 @@ def test_an_entry_of_origins_that_is_none_is_told_when_the_application_is_made(e
 )  # fmt: skip
 def test_the_clients_order_decides_on_the_subprotocol(offered, spoken, chosen):
     assert nova_lite.choose_subprotocol(offered, spoken) == chosen
-
-
-@pytest.mark.parametrize(
-    ("offered", "bits"),
-    [
-        ("", 0), ("permessage-deflate", 15), ("x-webkit-deflate-frame", 0), ("permessage-deflate; unknown", 0),
-        ("permessage-deflate; client_max_window_bits", 15), ("permessage-deflate; client_max_window_bits=8", 15),
-        ("permessage-deflate; client_max_window_bits=7", 0), ("permessage-deflate; client_max_window_bits=16", 0),
-        ("permessage-deflate; server_max_window_bits=10", 10), ('permessage-deflate; server_max_window_bits="10"', 10),
-        ("permessage-deflate; server_max_window_bits=8", 0), ("permessage-deflate; server_max_window_bits", 0),
-        ("permessage-deflate; server_max_window_bits=010", 0), ("permessage-deflate; server_no_context_takeover=1", 0),
-        ("permessage-deflate; server_no_context_takeover; client_no_context_takeover", 15),
-        ("permessage-deflate; server_no_context_takeover; server_no_context_takeover", 0),
-        ("permessage-deflate; server_max_window_bits=8, permessage-deflate", 15), ("foo, permessage-deflate", 15),
-    ],
-)  # fmt: skip
-def test_the_first_offer_of_compression_that_can_be_met_is_taken(offered, bits):
-    assert nova_lite.choose_window(offered) == bits
 
 
 def test_the_handler_finds_the_subprotocol_and_the_client_is_told(me):
@@ -5819,6 +5713,132 @@ def test_what_crosses_a_cluster_is_what_was_sent_and_what_is_mutated_is_read_or_
         with suppress(Exception):
             repr(codec.decode(header + data))
         assert time.process_time() - start < 1, data
+
+
+# -- deflate ---------------------------------------------------------------------------------------------------------
+
+
+def compressing(recorder):
+    recorder.on = staticmethod(
+        lambda what, state: ("reply", what if isinstance(what, tuple) else ("text", what), state)
+    )
+    return ("/ws", recorder, {"protocol": "ws", "compress": True, "max_message_size": 1_000_000})
+
+
+@pytest.mark.parametrize("message", ["short", "long " * 1000, b"\0" * 100_000, "ä☃" * 10_000])
+def test_a_compressed_message_comes_back(recorder, message):
+    with serving(compressing(recorder)) as server, ws(server) as client:
+        assert "permessage-deflate" in client.response.headers["Sec-WebSocket-Extensions"]
+        client.send(message)
+        assert client.recv(PATIENCE) == message
+        client.send([message[:2], message[2:]])
+        assert client.recv(PATIENCE) == message
+
+
+def test_compression_is_off_unless_the_route_and_the_client_want_it(recorder):
+    with serving(on(recorder, lambda frame, state: ("ok", state))) as server, ws(server) as client:
+        assert "Sec-WebSocket-Extensions" not in client.response.headers
+    with serving(compressing(recorder)) as server, ws(server, compression=None) as client:
+        assert "Sec-WebSocket-Extensions" not in client.response.headers
+
+
+def test_a_broadcast_is_compressed_once_for_all_clients_with_the_same_window(recorder, monkeypatch):
+    windows = []
+    compress = nova_lite.compress_frame
+    monkeypatch.setattr(nova_lite, "compress_frame", lambda *args: windows.append(args[1]) or compress(*args))
+    narrow = {"compression": None, "extensions": [ClientPerMessageDeflateFactory(server_max_window_bits=10)]}
+    with serving(compressing(recorder)) as server, ExitStack() as stack:
+        clients = [stack.enter_context(ws(server, **options)) for options in ({}, {}, narrow, narrow)]
+        clients.append(stack.enter_context(ws(server, compression=None)))
+        pids = [expect(is_a("init"))[1] for _ in clients]
+        text = "the same for all " * 100
+        for pid in pids:
+            pid.send(text)
+        assert [client.recv(PATIENCE) for client in clients] == [text] * 5
+    assert sorted(windows) == [10, 15]
+
+
+@pytest.mark.parametrize(
+    ("frame", "is_compressed"),
+    [
+        (("text", "x" * 127), False), (("text", "x" * 128), True), (("binary", b"x" * 65535), True),
+        (("binary", bytes(65536)), True), (("ping", b"x" * 125), False), ("close", False),
+    ],
+)  # fmt: skip
+def test_a_frame_is_compressed_if_that_may_save_something(frame, is_compressed):
+    plain = encode_frame(frame)
+    data = nova_lite.compress_frame(plain, 15)
+    assert (data != plain) == is_compressed
+    if is_compressed:
+        assert data[0] == plain[0] | 0x40
+        body = data[2 if data[1] < 126 else 4 :] + b"\0\0\xff\xff"
+        assert zlib.decompressobj(-15).decompress(body) == (frame[1].encode() if frame[0] == "text" else frame[1])
+
+
+def test_a_zip_bomb_costs_no_more_memory_than_the_limit(recorder):
+    bomb = squeezed(bytes(900_000_000))
+    assert len(bomb) < 1_000_000
+    parser = InflatingParser(1_000_000)
+    tracemalloc.start()
+    assert apart(parser.feed(masked(0x42, bomb))) == ([], 1009)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 8_000_000
+    with serving(compressing(recorder)) as server, upgraded(server, **DEFLATE) as sock:
+        sock.sendall(masked(0x42, bomb))
+        assert close_code(sock) == 1009
+        ended(("error", "badsize"))
+
+
+@pytest.mark.parametrize(
+    ("frames", "result"),
+    [
+        ([masked(0x41, squeezed(b"hello"))], [("text", "hello")]),
+        ([masked(1, b"plain")], [("text", "plain")]),
+        ([masked(0x41, squeezed(b"hello")[:3], fin=False), masked(0, squeezed(b"hello")[3:])], [("text", "hello")]),
+        ([masked(0x41, squeezed(b"a"), fin=False), masked(9, b"p"), masked(0)], [("ping", b"p"), ("text", "a")]),
+        ([masked(0x42, squeezed(b"")), masked(0x42, squeezed(b"b"))], [("binary", b""), ("binary", b"b")]),
+        ([masked(0x41, b"\x07nonsense")], 1007),
+        ([masked(0x41, b"\x00\x0a\x00\xf5\xff" + b"abc")], 1007),
+        ([masked(0x41, squeezed(b"hello hello hello")[:-3])], 1007),
+        ([masked(0x41, b"\xf3\x48\xcd\xc9\xc9\x07\x00\x00")], [("text", "Hello")]),
+        ([masked(0x41, b"\xf3\x48\xcd\xc9\xc9\x07\x00", fin=False), masked(0, bytes(100))], 1007),
+        ([masked(0x41, squeezed(b"\xff"))], 1007),
+        ([masked(1, b"a", fin=False), masked(0x40, b"b")], 1002),
+        ([masked(0x49)], 1002),
+        ([masked(0x21, b"a")], 1002),
+    ],
+)
+@pytest.mark.parametrize("portion", [1, 3, 1000])
+def test_what_a_parser_makes_of_compressed_frames(frames, result, portion):
+    parser, data, out = InflatingParser(1000), b"".join(frames), []
+    for at in range(0, len(data), portion):
+        out += parser.feed(data[at : at + portion])
+    frames, code = apart(out)
+    assert (code or frames) == result
+
+
+def test_a_compressed_frame_that_was_not_agreed_on_is_a_protocol_error():
+    parser = Parser(1000)
+    assert apart(parser.feed(masked(0x41, squeezed(b"hello")))) == ([], 1002)
+
+
+@pytest.mark.parametrize(
+    ("offered", "bits"),
+    [
+        ("", 0), ("permessage-deflate", 15), ("x-webkit-deflate-frame", 0), ("permessage-deflate; unknown", 0),
+        ("permessage-deflate; client_max_window_bits", 15), ("permessage-deflate; client_max_window_bits=8", 15),
+        ("permessage-deflate; client_max_window_bits=7", 0), ("permessage-deflate; client_max_window_bits=16", 0),
+        ("permessage-deflate; server_max_window_bits=10", 10), ('permessage-deflate; server_max_window_bits="10"', 10),
+        ("permessage-deflate; server_max_window_bits=8", 0), ("permessage-deflate; server_max_window_bits", 0),
+        ("permessage-deflate; server_max_window_bits=010", 0), ("permessage-deflate; server_no_context_takeover=1", 0),
+        ("permessage-deflate; server_no_context_takeover; client_no_context_takeover", 15),
+        ("permessage-deflate; server_no_context_takeover; server_no_context_takeover", 0),
+        ("permessage-deflate; server_max_window_bits=8, permessage-deflate", 15), ("foo, permessage-deflate", 15),
+    ],
+)  # fmt: skip
+def test_the_first_offer_of_compression_that_can_be_met_is_taken(offered, bits):
+    assert nova_lite.choose_window(offered) == bits
 
 
 # -- gen_server -------------------------------------------------------------------------------------------------------
