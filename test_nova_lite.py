@@ -80,6 +80,7 @@ from bottle import HTTPError, HTTPResponse
 from gevent import monkey
 from hypothesis import given, settings, strategies as st
 from websockets.exceptions import ConnectionClosed, InvalidStatus
+from websockets.extensions.permessage_deflate import ClientPerMessageDeflateFactory
 from websockets.frames import Close
 from websockets.protocol import Protocol, Side
 from websockets.sync.client import connect
@@ -98,6 +99,7 @@ from nova_lite import (
     CallError,
     CallTimeout,
     GenServer,
+    InflatingParser,
     Message,
     NoProc,
     Nova,
@@ -135,7 +137,6 @@ from nova_lite import (
     stop,
     to_response,
     unlink,
-    unmask,
     whereis,
 )  # fmt: skip
 
@@ -2101,6 +2102,13 @@ def apart(found):
     return [frame for frame in found if isinstance(frame, tuple)], *(codes or [None])
 
 
+def squeezed(data):
+    compressor = zlib.compressobj(wbits=-15)
+    return (compressor.compress(data) + compressor.flush(zlib.Z_SYNC_FLUSH)).removesuffix(b"\0\0\xff\xff")
+
+
+DEFLATE = {"Sec_WebSocket_Extensions": "permessage-deflate"}
+
 LENGTHS = [
     (0, "00"), (1, "01"), (125, "7d"), (126, "7e007e"), (127, "7e007f"), (65535, "7effff"),
     (65536, "7f0000000000010000"),
@@ -2158,10 +2166,42 @@ def test_a_close_frame_fits_a_control_frame_and_is_cut_at_a_character(code, reas
     assert close_frame(code, reason) == bytes([0x88, len(body)]) + body
 
 
-@pytest.mark.parametrize("size", [0, 1, 2, 3, 4, 5, 999, 1000, 1001, 1002, 1003, 5000])
-def test_unmasking_is_xor_on_both_sides_of_the_threshold(size):
-    data, mask = bytes(i % 256 for i in range(size)), b"\x01\x80\xff\x00"
-    assert unmask(data, mask) == bytes(byte ^ mask[i % 4] for i, byte in enumerate(data))
+# The modules with a routine in C, the fastest first, and by which of them frames are unmasked without those before it.
+ACCELERATORS = ["websockets.speedups", "numpy", "wsaccel.xormask", "pure Python"]
+
+
+@pytest.fixture
+def accelerator(request, monkeypatch):
+    """The module that frames are to be unmasked by: those before it are missing. Afterwards all is as it was."""
+    name = request.param
+    if name != "pure Python":
+        pytest.importorskip(name)
+    for earlier in ACCELERATORS[: ACCELERATORS.index(name)]:
+        monkeypatch.setitem(sys.modules, earlier, None)
+    monkeypatch.setattr(nova_lite, "unmask", nova_lite.unmask_in_python)
+    nova_lite.accelerate.cache_clear()
+    return name
+
+
+@pytest.mark.parametrize("accelerator", ACCELERATORS, indirect=True)
+def test_unmasking_is_xor_whatever_does_it(accelerator):
+    nova_lite.accelerate()
+    assert (nova_lite.unmask is nova_lite.unmask_in_python) == (accelerator == "pure Python")
+    for size in [0, 1, 2, 3, 4, 5, 999, 1000, 1001, 1002, 1003, 5000, 65536]:
+        data, mask = bytes(i % 256 for i in range(size)), b"\x01\x80\xff\x00"
+        unmasked = nova_lite.unmask(data, mask)
+        assert (type(unmasked), unmasked) == (bytes, bytes(byte ^ mask[i % 4] for i, byte in enumerate(data)))
+
+
+@pytest.mark.parametrize("accelerator", ACCELERATORS, indirect=True)
+def test_the_first_server_chooses_what_unmasks_frames_and_logs_it_once(accelerator, caplog):
+    caplog.set_level(logging.DEBUG, "nova_lite")
+    for _ in range(2):
+        with serving(("/ws", Parrot, {"protocol": "ws"})) as server, ws(server) as client:
+            for message in ("ä" * 10, "ä" * 50_000, bytes(range(256)) * 300):
+                client.send(message)
+                assert client.recv(PATIENCE) == message
+    assert [line for line in caplog.messages if "unmasked" in line] == [f"frames are unmasked by {accelerator}"]
 
 
 @pytest.mark.parametrize("step", [None, 1, 3])
@@ -2276,7 +2316,7 @@ def test_a_message_may_be_as_large_as_the_limit_fragments_counted(step):
 def test_a_message_over_the_limit_is_refused_by_its_head_before_its_bytes_are_held(data):
     parser = Parser(100)
     assert apart(parser.feed(data[:-4]))[1] == 1009
-    assert (parser.message, parser.done) == (None, True)
+    assert (parser.message, parser.done) == (b"", True)
 
 
 def test_ten_thousand_empty_fragments_hold_nothing():
@@ -3029,105 +3069,6 @@ def test_2000_connections_that_come_talk_and_vanish_in_every_way_leave_nothing_b
         logging.disable(logging.NOTSET)
 
 
-# -- compression
-
-
-def compressing(recorder):
-    recorder.on = staticmethod(
-        lambda what, state: ("reply", what if isinstance(what, tuple) else ("text", what), state)
-    )
-    return ("/ws", recorder, {"protocol": "ws", "compress": True, "max_message_size": 1_000_000})
-
-
-@pytest.mark.parametrize("message", ["short", "long " * 1000, b"\0" * 100_000, "ä☃" * 10_000])
-def test_a_compressed_message_comes_back(recorder, message):
-    with serving(compressing(recorder)) as server, ws(server) as client:
-        assert "permessage-deflate" in client.response.headers["Sec-WebSocket-Extensions"]
-        client.send(message)
-        assert client.recv(PATIENCE) == message
-        client.send([message[:2], message[2:]])
-        assert client.recv(PATIENCE) == message
-
-
-def test_compression_is_off_unless_the_route_and_the_client_want_it(recorder):
-    with serving(on(recorder, lambda frame, state: ("ok", state))) as server, ws(server) as client:
-        assert "Sec-WebSocket-Extensions" not in client.response.headers
-    with serving(compressing(recorder)) as server, ws(server, compression=None) as client:
-        assert "Sec-WebSocket-Extensions" not in client.response.headers
-
-
-def test_a_broadcast_is_compressed_once_for_all(recorder, monkeypatch):
-    calls = []
-    encode = nova_lite.encode_frame
-    monkeypatch.setattr(nova_lite, "encode_frame", lambda *args: calls.append(args) or encode(*args))
-    with serving(compressing(recorder)) as server, ws(server) as one, ws(server) as two:
-        pids = [expect(is_a("init"))[1] for _ in range(2)]
-        text = "the same for all " * 100
-        for pid in pids:
-            pid.send(text)
-        assert (one.recv(PATIENCE), two.recv(PATIENCE)) == (text, text)
-    assert len(calls) == 1
-
-
-def squeezed(data):
-    compressor = zlib.compressobj(wbits=-15)
-    return (compressor.compress(data) + compressor.flush(zlib.Z_SYNC_FLUSH)).removesuffix(b"\0\0\xff\xff")
-
-
-def test_a_zip_bomb_costs_no_more_memory_than_the_limit(recorder):
-    compressor = zlib.compressobj(wbits=-15)
-    million = compressor.compress(bytes(1_000_000)) + compressor.flush(zlib.Z_FULL_FLUSH)  # looks back at nothing
-    bomb = 900 * million
-    assert zlib.decompressobj(wbits=-15).decompress(2 * million) == bytes(2_000_000)
-    assert len(bomb) < 1_000_000
-    parser = Parser(1_000_000, compressed=True)
-    tracemalloc.start()
-    assert apart(parser.feed(masked(0x42, bomb))) == ([], 1009)
-    peak = tracemalloc.get_traced_memory()[1]
-    tracemalloc.stop()
-    assert peak < 8_000_000
-    with serving(compressing(recorder)) as server, upgraded(server, **DEFLATE) as sock:
-        sock.sendall(masked(0x42, bomb))
-        assert close_code(sock) == 1009
-        ended(("error", "badsize"))
-
-
-DEFLATE = {"Sec_WebSocket_Extensions": "permessage-deflate"}
-
-
-@pytest.mark.parametrize(
-    ("frames", "result"),
-    [
-        ([masked(0x41, squeezed(b"hello"))], [("text", "hello")]),
-        ([masked(1, b"plain")], [("text", "plain")]),
-        ([masked(0x41, squeezed(b"hello")[:3], fin=False), masked(0, squeezed(b"hello")[3:])], [("text", "hello")]),
-        ([masked(0x41, squeezed(b"a"), fin=False), masked(9, b"p"), masked(0)], [("ping", b"p"), ("text", "a")]),
-        ([masked(0x42, squeezed(b"")), masked(0x42, squeezed(b"b"))], [("binary", b""), ("binary", b"b")]),
-        ([masked(0x41, b"\x07nonsense")], 1007),
-        ([masked(0x41, b"\x00\x0a\x00\xf5\xff" + b"abc")], 1007),
-        ([masked(0x41, squeezed(b"hello hello hello")[:-3])], 1007),
-        ([masked(0x41, b"\xf3\x48\xcd\xc9\xc9\x07\x00\x00")], [("text", "Hello")]),
-        ([masked(0x41, b"\xf3\x48\xcd\xc9\xc9\x07\x00", fin=False), masked(0, bytes(100))], 1007),
-        ([masked(0x41, squeezed(b"\xff"))], 1007),
-        ([masked(1, b"a", fin=False), masked(0x40, b"b")], 1002),
-        ([masked(0x49)], 1002),
-        ([masked(0x21, b"a")], 1002),
-    ],
-)
-@pytest.mark.parametrize("portion", [1, 3, 1000])
-def test_what_a_parser_makes_of_compressed_frames(frames, result, portion):
-    parser, data, out = Parser(1000, compressed=True), b"".join(frames), []
-    for at in range(0, len(data), portion):
-        out += parser.feed(data[at : at + portion])
-    frames, code = apart(out)
-    assert (code or frames) == result
-
-
-def test_a_compressed_frame_that_was_not_agreed_on_is_a_protocol_error():
-    parser = Parser(1000)
-    assert apart(parser.feed(masked(0x41, squeezed(b"hello")))) == ([], 1002)
-
-
 def test_init_joins_before_the_101_so_nothing_is_missed_after_it():
     class Joins(WebSocketHandler):
         def init(self, state):
@@ -3867,24 +3808,6 @@ def test_the_clients_order_decides_on_the_subprotocol(offered, spoken, chosen):
         with bare(server, handshake(Sec_WebSocket_Protocol=offered)) as sock:
             found = re.search(rb"(?i)\r\nSec-WebSocket-Protocol: (.*)\r\n", sock.recv(1000))
     assert (found and found[1].decode()) == chosen
-
-
-@pytest.mark.parametrize(
-    ("offered", "bits"),
-    [
-        ("", 0), ("permessage-deflate", 15), ("x-webkit-deflate-frame", 0), ("permessage-deflate; unknown", 0),
-        ("permessage-deflate; client_max_window_bits", 15), ("permessage-deflate; client_max_window_bits=8", 15),
-        ("permessage-deflate; client_max_window_bits=7", 0), ("permessage-deflate; client_max_window_bits=16", 0),
-        ("permessage-deflate; server_max_window_bits=10", 10), ('permessage-deflate; server_max_window_bits="10"', 10),
-        ("permessage-deflate; server_max_window_bits=8", 0), ("permessage-deflate; server_max_window_bits", 0),
-        ("permessage-deflate; server_max_window_bits=010", 0), ("permessage-deflate; server_no_context_takeover=1", 0),
-        ("permessage-deflate; server_no_context_takeover; client_no_context_takeover", 15),
-        ("permessage-deflate; server_no_context_takeover; server_no_context_takeover", 0),
-        ("permessage-deflate; server_max_window_bits=8, permessage-deflate", 15), ("foo, permessage-deflate", 15),
-    ],
-)  # fmt: skip
-def test_the_first_offer_of_compression_that_can_be_met_is_taken(offered, bits):
-    assert nova_lite.choose_window(offered) == bits
 
 
 def test_the_handler_finds_the_subprotocol_and_the_client_is_told(me):
@@ -6010,6 +5933,135 @@ for result in results:
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=60)
     assert done.stdout.splitlines() == ["500 Internal Server Error"] * 3
     assert done.stderr.count("RuntimeError: this copy of nova_lite has no room 'views'") == 3
+
+
+# -- deflate ---------------------------------------------------------------------------------------------------------
+
+
+def compressing(recorder):
+    recorder.on = staticmethod(
+        lambda what, state: ("reply", what if isinstance(what, tuple) else ("text", what), state)
+    )
+    return ("/ws", recorder, {"protocol": "ws", "compress": True, "max_message_size": 1_000_000})
+
+
+@pytest.mark.parametrize("message", ["short", "long " * 1000, b"\0" * 100_000, "ä☃" * 10_000])
+def test_a_compressed_message_comes_back(recorder, message):
+    with serving(compressing(recorder)) as server, ws(server) as client:
+        assert "permessage-deflate" in client.response.headers["Sec-WebSocket-Extensions"]
+        client.send(message)
+        assert client.recv(PATIENCE) == message
+        client.send([message[:2], message[2:]])
+        assert client.recv(PATIENCE) == message
+
+
+def test_compression_is_off_unless_the_route_and_the_client_want_it(recorder):
+    with serving(on(recorder, lambda frame, state: ("ok", state))) as server, ws(server) as client:
+        assert "Sec-WebSocket-Extensions" not in client.response.headers
+    with serving(compressing(recorder)) as server, ws(server, compression=None) as client:
+        assert "Sec-WebSocket-Extensions" not in client.response.headers
+
+
+def test_a_broadcast_is_compressed_once_for_all_clients_with_the_same_window(recorder, monkeypatch):
+    windows = []
+    compress = nova_lite.compress_frame
+    monkeypatch.setattr(nova_lite, "compress_frame", lambda *args: windows.append(args[1]) or compress(*args))
+    narrow = {"compression": None, "extensions": [ClientPerMessageDeflateFactory(server_max_window_bits=10)]}
+    with serving(compressing(recorder)) as server, ExitStack() as stack:
+        clients = [stack.enter_context(ws(server, **options)) for options in ({}, {}, narrow, narrow)]
+        clients.append(stack.enter_context(ws(server, compression=None)))
+        pids = [expect(is_a("init"))[1] for _ in clients]
+        text = "the same for all " * 100
+        for pid in pids:
+            pid.send(text)
+        assert [client.recv(PATIENCE) for client in clients] == [text] * 5
+    assert sorted(windows) == [10, 15]
+
+
+@pytest.mark.parametrize(
+    ("frame", "is_compressed"),
+    [
+        (("text", "x" * 127), False), (("text", "x" * 128), True), (("binary", b"x" * 65535), True),
+        (("binary", bytes(65536)), True), (("ping", b"x" * 125), False), ("close", False),
+    ],
+)  # fmt: skip
+def test_a_frame_is_compressed_if_that_may_save_something(frame, is_compressed):
+    plain = encode_frame(frame)
+    data = nova_lite.compress_frame(plain, 15)
+    assert (data != plain) == is_compressed
+    if is_compressed:
+        assert data[0] == plain[0] | 0x40
+        body = data[2 if data[1] < 126 else 4 :] + b"\0\0\xff\xff"
+        assert zlib.decompressobj(-15).decompress(body) == (frame[1].encode() if frame[0] == "text" else frame[1])
+
+
+def test_a_zip_bomb_costs_no_more_memory_than_the_limit(recorder):
+    compressor = zlib.compressobj(wbits=-15)
+    million = compressor.compress(bytes(1_000_000)) + compressor.flush(zlib.Z_FULL_FLUSH)  # looks back at nothing
+    bomb = 900 * million
+    assert zlib.decompressobj(wbits=-15).decompress(2 * million) == bytes(2_000_000)
+    assert len(bomb) < 1_000_000
+    parser = InflatingParser(1_000_000)
+    tracemalloc.start()
+    assert apart(parser.feed(masked(0x42, bomb))) == ([], 1009)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 8_000_000
+    with serving(compressing(recorder)) as server, upgraded(server, **DEFLATE) as sock:
+        sock.sendall(masked(0x42, bomb))
+        assert close_code(sock) == 1009
+        ended(("error", "badsize"))
+
+
+@pytest.mark.parametrize(
+    ("frames", "result"),
+    [
+        ([masked(0x41, squeezed(b"hello"))], [("text", "hello")]),
+        ([masked(1, b"plain")], [("text", "plain")]),
+        ([masked(0x41, squeezed(b"hello")[:3], fin=False), masked(0, squeezed(b"hello")[3:])], [("text", "hello")]),
+        ([masked(0x41, squeezed(b"a"), fin=False), masked(9, b"p"), masked(0)], [("ping", b"p"), ("text", "a")]),
+        ([masked(0x42, squeezed(b"")), masked(0x42, squeezed(b"b"))], [("binary", b""), ("binary", b"b")]),
+        ([masked(0x41, b"\x07nonsense")], 1007),
+        ([masked(0x41, b"\x00\x0a\x00\xf5\xff" + b"abc")], 1007),
+        ([masked(0x41, squeezed(b"hello hello hello")[:-3])], 1007),
+        ([masked(0x41, b"\xf3\x48\xcd\xc9\xc9\x07\x00\x00")], [("text", "Hello")]),
+        ([masked(0x41, b"\xf3\x48\xcd\xc9\xc9\x07\x00", fin=False), masked(0, bytes(100))], 1007),
+        ([masked(0x41, squeezed(b"\xff"))], 1007),
+        ([masked(1, b"a", fin=False), masked(0x40, b"b")], 1002),
+        ([masked(0x49)], 1002),
+        ([masked(0x21, b"a")], 1002),
+    ],
+)
+@pytest.mark.parametrize("portion", [1, 3, 1000])
+def test_what_a_parser_makes_of_compressed_frames(frames, result, portion):
+    parser, data, out = InflatingParser(1000), b"".join(frames), []
+    for at in range(0, len(data), portion):
+        out += parser.feed(data[at : at + portion])
+    frames, code = apart(out)
+    assert (code or frames) == result
+
+
+def test_a_compressed_frame_that_was_not_agreed_on_is_a_protocol_error():
+    parser = Parser(1000)
+    assert apart(parser.feed(masked(0x41, squeezed(b"hello")))) == ([], 1002)
+
+
+@pytest.mark.parametrize(
+    ("offered", "bits"),
+    [
+        ("", 0), ("permessage-deflate", 15), ("x-webkit-deflate-frame", 0), ("permessage-deflate; unknown", 0),
+        ("permessage-deflate; client_max_window_bits", 15), ("permessage-deflate; client_max_window_bits=8", 15),
+        ("permessage-deflate; client_max_window_bits=7", 0), ("permessage-deflate; client_max_window_bits=16", 0),
+        ("permessage-deflate; server_max_window_bits=10", 10), ('permessage-deflate; server_max_window_bits="10"', 10),
+        ("permessage-deflate; server_max_window_bits=8", 0), ("permessage-deflate; server_max_window_bits", 0),
+        ("permessage-deflate; server_max_window_bits=010", 0), ("permessage-deflate; server_no_context_takeover=1", 0),
+        ("permessage-deflate; server_no_context_takeover; client_no_context_takeover", 15),
+        ("permessage-deflate; server_no_context_takeover; server_no_context_takeover", 0),
+        ("permessage-deflate; server_max_window_bits=8, permessage-deflate", 15), ("foo, permessage-deflate", 15),
+    ],
+)  # fmt: skip
+def test_the_first_offer_of_compression_that_can_be_met_is_taken(offered, bits):
+    assert nova_lite.choose_window(offered) == bits
 
 
 # -- gen_server -------------------------------------------------------------------------------------------------------
@@ -8851,6 +8903,7 @@ def test_asking_for_a_room_that_was_cut_off_is_an_error_that_names_it(tmp_path):
         'pubsub.keep("notes")': "replay",
         "app.board()": "board",
         "app.stats()": "board",
+        'Nova([{"routes": [("/ws", WebSocketHandler, {"protocol": "ws", "compress": True})]}])': "deflate",
     }
     vendored(tmp_path, ROOMS)
     code = f"""
