@@ -39,26 +39,7 @@ The map. A room uses only the rooms above it. Those after a cut line can be dele
 
 Erlang's terms, here. An atom is a string, a tuple a tuple, a pid a `Pid`; `Pid ! Msg` is `pid.send(msg)`, `self()` is
 `self_pid()`, `receive ... after` is `receive(timeout, match)`, a behaviour is a class (or any object) with the
-callbacks. A callback's result means what it means in OTP, in Nova and in Cowboy.
-
-What differs from Erlang:
-
-  * A callback that computes blocks every other process; one that waits on I/O blocks none.
-  * Payloads are shared, not copied: do not modify one after sending it.
-  * `receive` returns the first message that its predicate accepts, or None after its timeout.
-  * Membership is a set: joining twice is joining once (pg counts).
-  * A greenlet becomes a process by calling self_pid(), and ends as a process when the greenlet ends, or its request.
-    The main greenlet cannot be killed: an exit signal that it does not trap is logged.
-  * Callbacks share greenlets: a gevent.Timeout or a context variable that a callback leaves behind may affect another
-    process. Close what you open (`with gevent.Timeout(...)`).
-  * Another OS thread may call `send`, `broadcast` and `exit`; it has no mailbox.
-  * Sending to a name that is not registered is silent, as sending to a dead process is.
-  * Across nodes, delivery is at most once; ("nova_resync", channel) says that messages may be missing. A payload may
-    hold what MessagePack can, tuples, pids and datetimes. Links do not cross nodes.
-  * `init` of a WebSocket handler runs in the connection's own process, so joining there works over HTTP/1.1 as well.
-  * `terminate` of a WebSocket handler always runs, even after `exit(pid, "kill")`.
-  * During `terminate`, only `exit(pid, "kill")` has an effect; messages sent after other exit signals are received.
-  * The default view of ("ok", variables) is named after the controller function, not after its module.
+callbacks. The README lists what differs from Erlang: payloads are shared, and a callback that computes blocks all.
 """
 
 from __future__ import annotations
@@ -133,7 +114,6 @@ __all__ = [  # the rooms after the core add their own
 ]  # fmt: skip
 
 log = logging.getLogger("nova_lite" if __name__ == "__main__" else __name__)
-
 rooms: dict[str, SimpleNamespace] = {}  # what a room offers to those above it, by the room's name
 
 
@@ -201,25 +181,16 @@ class ProcessExit(gevent.GreenletExit):
 
 
 class Pid:
-    """The handle of a process, local or remote: hashable, printed like `<nova@host.42>`."""
+    """The handle of a process, local or remote: hashable, printed like `<nova@host.42>`.
+
+    Every kind of process also has `watch`, `unwatch`, `signal` and `kill`, as `Process` documents them.
+    """
 
     __slots__ = ("serial",)
     serial: int
 
     def send(self, message: Any) -> None:
         """Puts `message` into the mailbox. Never fails and never blocks; works from any thread."""
-
-    def watch(self, ref: Any, watcher: Any) -> None:
-        """Calls `watcher.down(ref, self, reason)` when the process ends; immediately, with "noproc", if it has."""
-
-    def unwatch(self, ref: Any) -> None:
-        """Ends `watch`."""
-
-    def signal(self, source: Pid, reason: Any) -> None:
-        """Sends an exit signal, by `exit` or along a link."""
-
-    def kill(self, reason: Any) -> None:
-        """Sends an exit signal that cannot be trapped."""
 
     def __repr__(self) -> str:
         return f"<{scheduler.node}.{self.serial}>"
@@ -276,6 +247,7 @@ class Process(Pid):
         """Hook: a callback is about to block. Runs in its greenlet; must not block."""
 
     def watch(self, ref: Any, watcher: Any) -> None:
+        """Calls `watcher.down(ref, self, reason)` when the process ends; immediately, with "noproc", if it has."""
         if self.mailbox is DEAD_MAILBOX:
             watcher.down(ref, self, "noproc")
         else:
@@ -298,6 +270,7 @@ class Process(Pid):
     # -- signals
 
     def signal(self, source: Pid, reason: Any) -> None:
+        """Handles an exit signal, sent by `exit` or along a link."""
         if self.trapping:
             self.deliver(("EXIT", source, reason))
         elif reason != "normal" or source is self:
@@ -306,16 +279,19 @@ class Process(Pid):
     def interrupt(self, reason: Any) -> None:
         """Ends the process with a signal that is not trapped, unless it is ending already."""
         if self.exiting is None:
-            self.raise_exit(reason)
+            self.kill(reason)
 
     def kill(self, reason: Any) -> None:
-        """Ends the process, even in its final callbacks or after it has caught a signal."""
-        pending = self.exiting not in (None, TERMINATING) and self.exiting.__traceback__ is None
-        if self.mailbox is not DEAD_MAILBOX and not pending:  # signals keep their order
-            self.raise_exit(reason)
+        """Raises ProcessExit in the process, even in its final callbacks or after it has caught a signal.
 
-    def raise_exit(self, reason: Any) -> None:
-        """Raises ProcessExit in the process: immediately if it is the current one, else on the hub's next iteration."""
+        Immediately if it is the current process, else on the hub's next iteration.
+        """
+        pending = self.exiting not in (None, TERMINATING) and self.exiting.__traceback__ is None
+        if pending or self.mailbox is DEAD_MAILBOX:  # signals keep their order
+            return
+        if self.runner is not None and self.runner.parent is None:
+            log.error("%r is the main greenlet and continues; the exit signal was %r", self, reason)
+            return
         self.exiting = signal = ProcessExit(reason)
         if current_process() is self:
             raise signal
@@ -372,6 +348,8 @@ class Process(Pid):
         """Ends the process, as nothing else does: releases its name and channels, notifies monitors and links."""
         if self.mailbox is DEAD_MAILBOX:
             return
+        if reason == "normal" and self.exiting not in (None, TERMINATING):
+            reason = self.exiting.reason  # it has caught the signal
         self.mailbox, self.wake, self.exiting = DEAD_MAILBOX, None, TERMINATING
         processes.pop(self.serial, None)
         if self.name is not None:
@@ -409,7 +387,7 @@ class FunctionProcess(Process):
 
     def step(self) -> None:
         self.fn(*self.args)
-        self.finish("normal" if self.exiting is None else self.exiting.reason)
+        self.finish("normal")
 
     def role(self) -> str:
         return getattr(self.fn, "__qualname__", repr(self.fn))
@@ -435,35 +413,30 @@ class GreenletProcess(Process):
             self.finish("normal" if done.successful() else done.exception)
 
     def finish(self, reason: Any) -> None:
-        super().finish(self.exiting.reason if self.exiting is not None and reason == "normal" else reason)
+        super().finish(reason)
         target = self.greenlet()
         if target is not None:
-            _adopted.pop(target, None)
+            target.nova_process = None
         if isinstance(target, gevent.Greenlet):
             target.unlink(self._ended)
 
-    def raise_exit(self, reason: Any) -> None:
-        target = self.greenlet()
-        if target is not None and target.parent is None:
-            log.error("%r is the main greenlet and continues; the exit signal was %r", self, reason)
-            return
-        if scheduler.thread is None:
-            if get_ident() != self.thread:
-                raise RuntimeError(f"{self!r} belongs to another thread, and no process was started there")
-            scheduler.bind_thread()
-        super().raise_exit(reason)
+    def kill(self, reason: Any) -> None:
+        if scheduler.thread is None and get_ident() != self.thread:
+            raise RuntimeError(f"{self!r} belongs to another thread, and no process was started there")
+        scheduler.bind_thread()
+        super().kill(reason)
 
 
 class Runner(greenlet):
     """A greenlet that runs the turns of processes."""
 
-    process: Process | None = None  # the process that it runs, or that blocks it
+    nova_process: Process | None = None  # the process that it runs, or that blocks it
 
     def run(self) -> None:
         ready = scheduler.ready
         while True:
             while ready and monotonic() < scheduler.deadline:
-                process = self.process = ready.popleft()
+                process = self.nova_process = ready.popleft()
                 process.runner = self
                 try:
                     if process.exiting is None:
@@ -473,7 +446,7 @@ class Runner(greenlet):
                 except BaseException as error:
                     process.handle_exit(error)
                 process.runner = None
-            self.process = process = None  # type: ignore[assignment]  # an idle runner must not keep a process alive
+            self.nova_process = process = None  # type: ignore[assignment]  # an idle runner must not keep a process
             if len(scheduler.idle) >= SPARE_RUNNERS:
                 return
             scheduler.idle.append(self)
@@ -486,8 +459,8 @@ class Runner(greenlet):
 
     def switch_out(self) -> None:
         """Called by gevent before this greenlet blocks."""
-        if self.process is not None:
-            self.process.before_blocking()
+        if self.nova_process is not None:
+            self.nova_process.before_blocking()
 
 
 class Scheduler:
@@ -500,10 +473,9 @@ class Scheduler:
         self.ready: deque[Process] = deque()
         self.idle: list[Runner] = []
         self.deadline = 0.0  # end of the time slice of `serve`
-        self.scheduled = False  # whether `serve` is about to be called
-        self.serve_timer: Any = None
         self.yielded: deque[Waiter] = deque()  # of greenlets that yielded, in their order
-        self.resume_timer: Any = None
+        self.scheduled = False  # whether `serve` is about to be called
+        self.timer: Any = None  # calls `serve`
         self.iteration = -1  # number of the loop's iteration in which `slice_end` was set; libuv's has none
         self.slice_end = 0.0  # end of the time slice of greenlets that may yield
         self.detached: deque[tuple[Callable[..., Any], tuple[Any, ...]]] = deque()  # calls from other threads
@@ -517,14 +489,20 @@ class Scheduler:
             self.hub.loop.run_callback(self.serve)
 
     def serve(self) -> None:
-        """Hub callback: runs the ready processes until the queue is empty or the time slice is over."""
-        self.deadline = monotonic() + TIME_SLICE
-        while self.ready and monotonic() < self.deadline:
+        """Hub callback: resumes greenlets that yielded and runs ready processes, until the time slice is over."""
+        end = monotonic() + TIME_SLICE
+        if self.yielded:
+            self.iteration, self.slice_end = self.hub.loop.iteration, end - TIME_SLICE / 2 if self.ready else end
+            while self.yielded and monotonic() < self.slice_end:
+                self.yielded.popleft().switch(None)
+            end = max(end, monotonic() + TIME_SLICE / 10)
+        self.deadline = end
+        while self.ready and monotonic() < end:
             runner = self.idle.pop() if self.idle else Runner(parent=self.hub)
             runner.switch()  # returns when the runner is idle, or when a callback blocks it
-        self.scheduled = bool(self.ready)
+        self.scheduled = bool(self.ready or self.yielded)
         if self.scheduled:  # by a timer: gevent would run 50 callbacks before it polls sockets
-            self.serve_timer.start(self.serve)
+            self.timer.start(self.serve)
 
     def yield_after_slice(self) -> None:
         """Waits until others have had their turns, once the calling greenlet has used up its time slice.
@@ -538,31 +516,25 @@ class Scheduler:
         if getattr(caller, "iteration", None) != iteration:
             caller.iteration, caller.slice_end = iteration, max(self.slice_end, now + TIME_SLICE / 10)
         elif now > caller.slice_end and not isinstance(caller, Hub):
-            self._yield(caller)
+            self._yield()
+            caller.iteration, caller.slice_end = self.iteration, self.slice_end
 
-    def _yield(self, caller: Any) -> None:
+    def _yield(self) -> None:
         if get_ident() != self.thread:
             gevent.sleep(YIELD_DELAY)
             return
         waiter = Waiter()
         self.yielded.append(waiter)
-        self.resume_timer.start(self._resume)
+        if not self.scheduled:
+            self.scheduled = True
+            self.timer.start(self.serve)
         waiter.get()
-        caller.iteration, caller.slice_end = self.iteration, self.slice_end
-
-    def _resume(self) -> None:
-        """Timer callback: resumes greenlets that yielded, until the queue is empty or the time slice is over."""
-        self.iteration, self.slice_end = self.hub.loop.iteration, monotonic() + TIME_SLICE
-        while self.yielded and monotonic() < self.slice_end:
-            self.yielded.popleft().switch(None)
-        if self.yielded:
-            self.resume_timer.start(self._resume)
 
     def bind_thread(self) -> None:
         """Binds all processes to this thread and its hub, unless they are bound."""
         if self.thread is None:
             self.hub = get_hub()
-            self.serve_timer, self.resume_timer = self.hub.loop.timer(0), self.hub.loop.timer(0)
+            self.timer = self.hub.loop.timer(0)
             self.alarm = self.hub.loop.async_(ref=False)
             self.alarm.start(self._call_detached)
             self.thread = get_ident()  # last: other threads read it
@@ -590,13 +562,11 @@ class Scheduler:
 
 scheduler = Scheduler()
 enqueue = scheduler.enqueue
-_adopted: weakref.WeakKeyDictionary[greenlet, Process] = weakref.WeakKeyDictionary()
 
 
 def current_process() -> Process | None:
     """Returns the process that the current greenlet runs, or None."""
-    current = getcurrent()
-    return current.process if type(current) is Runner else _adopted.get(current)
+    return getattr(getcurrent(), "nova_process", None)
 
 
 def self_pid() -> Pid:
@@ -607,7 +577,7 @@ def self_pid() -> Pid:
         process = GreenletProcess(current)
         if scheduler.thread not in (None, get_ident()) or isinstance(current, Hub):
             process.finish("noproc")  # in another thread, or a callback of the hub: a sender without a mailbox
-        _adopted[current] = process
+        current.nova_process = process
     return process
 
 
@@ -877,7 +847,7 @@ class Alias(Pid):
         self.send(("DOWN", reason))
 
 
-def send_and_wait(process: Pid, alias: Alias, timeout: float | None, request: Any = None) -> Any:
+def send_and_wait(process: Any, alias: Alias, timeout: float | None, request: Any = None) -> Any:
     """Returns what `process` sends to `alias`, ("DOWN", reason) if it ends first, None after `timeout` seconds."""
     ref = next(refs)
     process.watch(ref, alias)
