@@ -108,9 +108,10 @@ from greenlet import getcurrent, greenlet
 
 __version__ = "0.1.0"
 __all__ = [  # the rooms after the core add their own
-    "Message", "Nova", "Pid", "Request", "Server", "Settings", "WebSocketHandler", "cancel_timer", "demonitor", "exit",
-    "heartbeat", "link", "monitor", "process_flag", "pubsub", "receive", "register", "run", "self_pid", "send",
-    "send_after", "spawn", "unlink", "whereis",
+    "Message", "Nova", "Pid", "ProcessExit", "Request", "Server", "Settings", "WebSocketHandler", "cancel_timer",
+    "demonitor", "exit", "heartbeat", "is_process_alive", "link", "monitor", "process_flag", "pubsub", "read_timer",
+    "receive", "register", "run", "self_pid", "send", "send_after", "send_interval", "spawn", "spawn_link",
+    "spawn_monitor", "unlink", "unregister", "whereis",
 ]  # fmt: skip
 
 log = logging.getLogger("nova_lite" if __name__ == "__main__" else __name__)
@@ -161,6 +162,7 @@ class Settings:
 TIME_SLICE = 0.003  # seconds of turns before sockets and timers are looked at: none must wait for 5 ms
 YIELD_DELAY = 1e-6  # seconds: the shortest sleep that polls sockets; after sleep(0) gevent runs 50 callbacks first
 _FOREVER = 1e9  # seconds
+HOLD_LIMIT = 0.1  # seconds of one turn; what holds the hub longer, and so keeps all others waiting, is logged
 SPARE_RUNNERS = 64  # idle runners kept: a burst of blocking callbacks must not keep as many stacks
 
 # Patched, get_ident would return a greenlet's identifier.
@@ -173,7 +175,7 @@ exit_hooks: list[Callable[[Process], None]] = []  # called by other rooms' choic
 
 
 class ProcessExit(gevent.GreenletExit):
-    """Ends the process in which it is raised. `except Exception` does not catch it."""
+    """Ends the process in which it is raised, for `reason` (erlang:exit/1). `except Exception` does not catch it."""
 
     def __init__(self, reason: Any = "normal") -> None:
         super().__init__(reason)
@@ -181,10 +183,7 @@ class ProcessExit(gevent.GreenletExit):
 
 
 class Pid:
-    """The handle of a process, local or remote: hashable, printed like `<nova@host.42>`.
-
-    Every kind of process also has `watch`, `unwatch`, `signal` and `kill`, as `Process` documents them.
-    """
+    """The handle of a process, local or remote: hashable, printed like `<nova@host.42>`."""
 
     __slots__ = ("serial",)
     serial: int
@@ -197,7 +196,7 @@ class Pid:
 
 
 class Process(Pid):
-    """A local process. Subclasses define its turn, `step`."""
+    """A local process. Subclasses define its turn, `step`. A remote one has `watch`, `unwatch`, `signal`, `kill`."""
 
     __slots__ = (
         "channels", "exiting", "handled", "links", "mailbox", "monitored_by", "name", "owned", "runner",
@@ -282,10 +281,7 @@ class Process(Pid):
             self.kill(reason)
 
     def kill(self, reason: Any) -> None:
-        """Raises ProcessExit in the process, even in its final callbacks or after it has caught a signal.
-
-        Immediately if it is the current process, else on the hub's next iteration.
-        """
+        """Raises ProcessExit in the process, even in its final callbacks or after it has caught a signal."""
         pending = self.exiting not in (None, TERMINATING) and self.exiting.__traceback__ is None
         if pending or self.mailbox is DEAD_MAILBOX:  # signals keep their order
             return
@@ -439,13 +435,14 @@ class Runner(greenlet):
                 process = self.nova_process = ready.popleft()
                 process.runner = self
                 try:
-                    if process.exiting is None:
-                        process.step()
-                    else:
-                        process.handle_exit(process.exiting)
+                    if process.exiting is not None:
+                        raise process.exiting
+                    process.step()
                 except BaseException as error:
                     process.handle_exit(error)
                 process.runner = None
+            if scheduler.runner is self:
+                scheduler.last = self.nova_process
             self.nova_process = process = None  # type: ignore[assignment]  # an idle runner must not keep a process
             if len(scheduler.idle) >= SPARE_RUNNERS:
                 return
@@ -476,6 +473,9 @@ class Scheduler:
         self.yielded: deque[Waiter] = deque()  # of greenlets that yielded, in their order
         self.scheduled = False  # whether `serve` is about to be called
         self.timer: Any = None  # calls `serve`
+        self.runner: Runner | None = None  # that `serve` has switched to
+        self.last: Process | None = None  # that this runner has run, once it is idle
+        self.next_warning = 0.0  # time before which no turn is logged for its length
         self.iteration = -1  # number of the loop's iteration in which `slice_end` was set; libuv's has none
         self.slice_end = 0.0  # end of the time slice of greenlets that may yield
         self.detached: deque[tuple[Callable[..., Any], tuple[Any, ...]]] = deque()  # calls from other threads
@@ -496,10 +496,16 @@ class Scheduler:
             while self.yielded and monotonic() < self.slice_end:
                 self.yielded.popleft().switch(None)
             end = max(end, monotonic() + TIME_SLICE / 10)
-        self.deadline = end
-        while self.ready and monotonic() < end:
-            runner = self.idle.pop() if self.idle else Runner(parent=self.hub)
+        self.deadline, now = end, monotonic()
+        while self.ready and now < end:
+            runner = self.runner = self.idle.pop() if self.idle else Runner(parent=self.hub)
             runner.switch()  # returns when the runner is idle, or when a callback blocks it
+            before, now, process = now, monotonic(), runner.nova_process or self.last
+            if now - before > HOLD_LIMIT and now >= self.next_warning and process is not None:
+                self.next_warning = now + 60
+                name, milliseconds = f"{process!r}{process.title()}", (now - before) * 1000
+                log.warning("%s: a callback of %s held the hub for %d ms", name, process.role(), milliseconds)
+            self.runner = self.last = None
         self.scheduled = bool(self.ready or self.yielded)
         if self.scheduled:  # by a timer: gevent would run 50 callbacks before it polls sockets
             self.timer.start(self.serve)
@@ -626,6 +632,31 @@ def spawn(fn: Callable[..., Any], *args: Any) -> Pid:
     return process
 
 
+def spawn_link(fn: Callable[..., Any], *args: Any) -> Pid:
+    """Does what `spawn` does, and links the process to the caller before it runs (erlang:spawn_link/1)."""
+    check_thread()
+    process = spawn(fn, *args)
+    link(process)
+    return process
+
+
+def spawn_monitor(fn: Callable[..., Any], *args: Any) -> tuple[Pid, int]:
+    """Returns (pid, ref) of a process that is monitored before it runs (erlang:spawn_monitor/1)."""
+    check_thread()
+    process = spawn(fn, *args)
+    return process, monitor(process)
+
+
+def is_process_alive(pid: Pid) -> bool:
+    """Returns whether a process has not ended, nor been sent an exit signal (erlang:is_process_alive/1).
+
+    Raises TypeError for what is not a process of this node.
+    """
+    if not isinstance(pid, Process):
+        raise TypeError(f"expected a process of this node, got {pid!r}")
+    return pid.mailbox is not DEAD_MAILBOX and pid.exiting in (None, TERMINATING)
+
+
 def send(target: Pid | str, message: Any) -> Any:
     """Sends to a pid or a registered name, and returns the message (erlang:send/2). Silent if there is no process."""
     process = resolve(target)
@@ -704,6 +735,13 @@ def register(name: str, pid: Pid) -> None:
     if check_name(name) in registered or pid.name is not None:
         raise ValueError(f"{name!r} or {pid!r} is registered already")
     registered[name], pid.name = pid, name
+
+
+def unregister(name: str) -> None:
+    """Takes a name from its process (erlang:unregister/1). Raises ValueError if no process has it."""
+    if name not in registered:
+        raise ValueError(f"{name!r} is not registered")
+    registered.pop(name).name = None
 
 
 def whereis(name: str) -> Pid | None:
@@ -787,24 +825,36 @@ def process_flag(flag: str, value: bool) -> bool:
     return old
 
 
-@dataclass(eq=False)
 class Timer:
-    """What `send_after` returns; for `cancel_timer`."""
+    """What `send_after` and `send_interval` return; for `cancel_timer` and `read_timer`."""
 
-    watcher: Any
-    due: float
-    owner: Process | None = None  # the process whose end cancels it; None for a name, or once it is over
+    def __init__(self, target: Any, message: Any, seconds: float, interval: float = 0.0) -> None:
+        calling_process(), resolve(target)
+        if isnan(seconds):
+            raise ValueError("expected seconds, got NaN")
+        self.target, self.message, self.interval = target, message, interval
+        self.due, self.ref = monotonic() + seconds, next(refs)
+        self.watcher = scheduler.hub.loop.timer(max(seconds, 0), interval)
+        self.watcher.start(self._fire, update=True)
+        if isinstance(target, Process) or (interval and isinstance(target, Pid)):
+            target.watch(self.ref, self)  # type: ignore[attr-defined]
 
-    def fire(self, target: Pid | str, message: Any) -> None:
-        self.unwatch(self)
+    def _fire(self) -> None:
+        target, message = self.target, self.message
+        self.due = max(self.due + self.interval, monotonic())  # as libev, which does not let intervals drift
+        if not self.interval:
+            self.stop()
         send(target, message)
 
-    def unwatch(self, _ref: Any) -> None:
+    def stop(self) -> None:
         """Stops the timer and releases the message."""
         self.watcher.close()
-        owner, self.owner = self.owner, None
-        if owner is not None:
-            owner.disown(self)
+        if isinstance(self.target, Pid):
+            self.target.unwatch(self.ref)  # type: ignore[attr-defined]
+        self.target = self.message = None
+
+    def down(self, _ref: int, _process: Pid, _reason: Any) -> None:
+        self.stop()
 
 
 def send_after(seconds: float, target: Pid | str, message: Any) -> Timer:
@@ -812,23 +862,28 @@ def send_after(seconds: float, target: Pid | str, message: Any) -> Timer:
 
     A timer to a name is not cancelled. Raises TypeError if `target` is not a pid or a name, ValueError for NaN.
     """
-    calling_process(), resolve(target)
-    if isnan(seconds):
-        raise ValueError("expected seconds, got NaN")
-    timer = Timer(scheduler.hub.loop.timer(max(seconds, 0)), monotonic() + seconds)
-    if isinstance(target, Process):
-        if target.mailbox is DEAD_MAILBOX:
-            return timer
-        timer.owner = target
-        target.own(timer, timer)
-    timer.watcher.start(timer.fire, target, message, update=True)
-    return timer
+    return Timer(target, message, seconds)
+
+
+def send_interval(seconds: float, target: Pid | str, message: Any) -> Timer:
+    """Sends `message` every so many seconds, until the process ends or the timer is cancelled (timer:send_interval/3).
+
+    Raises what `send_after` does, and ValueError for an interval that is not above 0 seconds.
+    """
+    if not seconds > 0:
+        raise ValueError(f"expected an interval above 0 seconds, got {seconds!r}")
+    return Timer(target, message, seconds, seconds)
+
+
+def read_timer(timer: Timer) -> float | bool:
+    """Returns the seconds until a timer fires, or False if it has fired or was cancelled (erlang:read_timer/1)."""
+    return max(timer.due - monotonic(), 0.0) if timer.target is not None else False
 
 
 def cancel_timer(timer: Timer) -> float | bool:
-    """Cancels a timer; returns the seconds left, or False if it has fired or was cancelled (erlang:cancel_timer/1)."""
-    left = max(timer.due - monotonic(), 0.0) if timer.watcher.active else False
-    timer.unwatch(timer)
+    """Cancels a timer; returns what `read_timer` would have returned (erlang:cancel_timer/1)."""
+    left = read_timer(timer)
+    timer.stop()
     return left
 
 
@@ -897,28 +952,24 @@ class Message(tuple):
         else:
             key = id(fn) if _is_shareable(fn) else getattr(fn, "__qualname__", None)
         if key not in self._memo:
-            self._memo[key] = fn, *self._compute(fn)  # with `fn`, since an id is unique only while its object exists
-        _, value, error, origin = self._memo[key]
-        if error is not None:
-            raise error.with_traceback(origin)  # else it would gather the frames of all receivers
+            value, failure = None, None
+            try:
+                if not _is_shareable(fn):
+                    raise ValueError(f"once expects a function of the message, not a bound method or a closure: {fn!r}")
+                value = fn(self)
+            except Exception as error:
+                vars(error)["_is_logged"] = False  # for `log_crash`, which logs it for one receiver
+                failure = error, error.__traceback__
+            self._memo[key] = fn, value, failure  # with `fn`, since an id is unique only while its object exists
+        _, value, failure = self._memo[key]
+        if failure is not None:
+            raise failure[0].with_traceback(failure[1])  # else it would gather the frames of all receivers
         return value
-
-    def _compute(self, fn: Callable[[Message], Any]) -> tuple[Any, Exception | None, Any]:
-        try:
-            if not _is_shareable(fn):
-                raise ValueError(f"once expects a function of the message, not a bound method or a closure: {fn!r}")
-            return fn(self), None, None
-        except Exception as error:
-            vars(error)["_is_logged"] = False  # for `log_crash`, which logs it for one receiver
-            return None, error, error.__traceback__
 
 
 def _is_shareable(fn: Callable[..., Any]) -> bool:
     owner = getattr(fn, "__self__", None)
     return not getattr(fn, "__closure__", None) and (owner is None or isinstance(owner, ModuleType))
-
-
-NO_POSITION = "0"  # of no history: a client that returns with it gets a resync
 
 
 class Adapter:
@@ -975,26 +1026,12 @@ class Recorder:
 
     size: int  # messages
     seconds: float
-
-    @property
-    def position(self) -> str:
-        """Returns the position of the last message."""
-        raise NotImplementedError
-
-    def resize(self, size: int, seconds: float) -> None:
-        """Sets how many messages are kept, and for how long."""
-
-    def add(self, message: Message) -> None:
-        """Records the next message and sets its position, unless it has one."""
-
-    def since(self, position: Any) -> list[Message] | None:
-        """Returns the messages after `position`, or None if it is too old or unknown."""
-
-    def forget(self) -> None:
-        """Invalidates all positions: messages were lost."""
-
-    def load(self, epoch: str, offset: int, messages: list[tuple[float, Message]]) -> None:
-        """Replaces the messages by those that are kept elsewhere."""
+    position: Any  # of the last message, a string
+    resize: Callable[[int, float], None]  # sets `size` and `seconds`
+    add: Callable[[Message], None]  # records the next message and sets its position, unless it has one
+    since: Callable[[Any], list[Message] | None]  # the messages after a position, None if it is too old or unknown
+    forget: Callable[[], None]  # invalidates all positions: messages were lost
+    load: Callable[[str, int, list[tuple[float, Message]]], None]  # replaces the messages by those kept elsewhere
 
 
 class PubSub:
@@ -1037,9 +1074,8 @@ class PubSub:
     def leave(self, channel: str, pid: Pid | None = None) -> str:
         """Ends a membership and returns "ok", or "not_joined"."""
         process = _local_process(pid)
-        if process not in self.channels.get(check_channel(channel), ()):
+        if check_channel(channel) not in process.channels:
             return "not_joined"
-        process.channels.pop(channel, None)
         self._leave(channel, process)
         return "ok"
 
@@ -1053,8 +1089,8 @@ class PubSub:
 
     def get_position(self, channel: str) -> str | None:
         """Returns the position of a kept channel's last message, or None. A message's own is `message.position`."""
-        history = self.histories.get(check_channel(channel))
-        return history.position if history is not None else None
+        check_channel(channel)
+        return self.histories[channel].position if channel in self.histories else None
 
     def broadcast(self, channel: str, topic: str | bytes, payload: Any) -> str:
         """Sends to every member on every node, the caller included if it is one, and returns "ok".
@@ -1110,16 +1146,15 @@ class PubSub:
     # -- in the hub's thread
 
     def _join(self, channel: str, process: Process, since: str | None) -> None:
-        members = self.channels.get(channel, ())
-        if process in members or process.mailbox is DEAD_MAILBOX:
+        if channel in process.channels or process.mailbox is DEAD_MAILBOX:
             return
         position = self.get_position(channel)
         if since is not None:
             missed = self.histories[channel].since(since) if channel in self.histories else None
-            position = NO_POSITION if missed is None else since
+            position = "0" if missed is None else since  # 0 is no position: who returns with it gets a resync
             for message in [("nova_resync", channel)] if missed is None else missed:
                 process.deliver(message)
-        if not members:
+        if channel not in self.channels:
             self.channels[channel], self.message_counts[channel] = set(), 0
         self.channels[channel].add(process)
         process.channels = process.channels or {}
@@ -1128,11 +1163,9 @@ class PubSub:
         self.notify_monitors(channel, "join", process)
 
     def _leave(self, channel: str, process: Process) -> None:
-        members = self.channels.get(channel, set())
-        if process not in members:
-            return
-        members.remove(process)
-        if not members:
+        del process.channels[channel]
+        self.channels[channel].remove(process)
+        if not self.channels[channel]:
             del self.channels[channel], self.message_counts[channel]
         self.adapter.on_leave(channel, process)
         self.notify_monitors(channel, "leave", process)
@@ -1142,20 +1175,18 @@ class PubSub:
             monitoring.deliver((ref, change, channel, [process]))
 
     def _on_exit(self, process: Process) -> None:
-        for channel in process.channels:
+        for channel in list(process.channels):
             self._leave(channel, process)
 
     def record_and_deliver(self, message: Message, exclude: Pid | None) -> None:
-        history = self.histories.get(message[1])
-        if history is not None:
-            history.add(message)
+        if message[1] in self.histories:
+            self.histories[message[1]].add(message)
         self.deliver(message, exclude)
 
     def deliver_unrecorded(self, message: Message, exclude: Pid | None) -> None:
         """Delivers a message that is missing in the history, whose earlier positions become invalid."""
-        history = self.histories.get(message[1])
-        if history is not None:
-            history.forget()
+        if message[1] in self.histories:
+            self.histories[message[1]].forget()
         self.deliver(message, exclude)
 
     def deliver(self, message: Message, exclude: Pid | None) -> None:
