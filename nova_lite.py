@@ -191,12 +191,24 @@ class Pid:
     def send(self, message: Any) -> None:
         """Puts `message` into the mailbox. Never fails and never blocks; works from any thread."""
 
+    def watch(self, ref: Any, watcher: Any) -> None:
+        """Calls `watcher.down(ref, self, reason)` when the process ends; immediately, with "noproc", if it has."""
+
+    def unwatch(self, ref: Any) -> None:
+        """Ends `watch`."""
+
+    def signal(self, source: Pid, reason: Any) -> None:
+        """Sends an exit signal, by `exit` or along a link."""
+
+    def kill(self, reason: Any) -> None:
+        """Sends an exit signal that cannot be trapped."""
+
     def __repr__(self) -> str:
         return f"<{scheduler.node}.{self.serial}>"
 
 
 class Process(Pid):
-    """A local process. Subclasses define its turn, `step`. A remote one has `watch`, `unwatch`, `signal`, `kill`."""
+    """A local process. Subclasses define its turn, `step`."""
 
     __slots__ = (
         "channels", "exiting", "handled", "links", "mailbox", "monitored_by", "name", "owned", "runner",
@@ -246,7 +258,6 @@ class Process(Pid):
         """Hook: a callback is about to block. Runs in its greenlet; must not block."""
 
     def watch(self, ref: Any, watcher: Any) -> None:
-        """Calls `watcher.down(ref, self, reason)` when the process ends; immediately, with "noproc", if it has."""
         if self.mailbox is DEAD_MAILBOX:
             watcher.down(ref, self, "noproc")
         else:
@@ -269,7 +280,6 @@ class Process(Pid):
     # -- signals
 
     def signal(self, source: Pid, reason: Any) -> None:
-        """Handles an exit signal, sent by `exit` or along a link."""
         if self.trapping:
             self.deliver(("EXIT", source, reason))
         elif reason != "normal" or source is self:
@@ -406,7 +416,7 @@ class GreenletProcess(Process):
         if isinstance(done.value, gevent.GreenletExit):
             self.finish(getattr(done.value, "reason", "killed"))
         else:
-            self.finish("normal" if done.successful() else done.exception)
+            self.finish(done.exception or "normal")
 
     def finish(self, reason: Any) -> None:
         super().finish(reason)
@@ -837,7 +847,7 @@ class Timer:
         self.watcher = scheduler.hub.loop.timer(max(seconds, 0), interval)
         self.watcher.start(self._fire, update=True)
         if isinstance(target, Process) or (interval and isinstance(target, Pid)):
-            target.watch(self.ref, self)  # type: ignore[attr-defined]
+            target.watch(self.ref, self)
 
     def _fire(self) -> None:
         target, message = self.target, self.message
@@ -850,10 +860,10 @@ class Timer:
         """Stops the timer and releases the message."""
         self.watcher.close()
         if isinstance(self.target, Pid):
-            self.target.unwatch(self.ref)  # type: ignore[attr-defined]
+            self.target.unwatch(self.ref)
         self.target = self.message = None
 
-    def down(self, _ref: int, _process: Pid, _reason: Any) -> None:
+    def down(self, *_down: Any) -> None:
         self.stop()
 
 
@@ -902,7 +912,7 @@ class Alias(Pid):
         self.send(("DOWN", reason))
 
 
-def send_and_wait(process: Any, alias: Alias, timeout: float | None, request: Any = None) -> Any:
+def send_and_wait(process: Pid, alias: Alias, timeout: float | None, request: Any = None) -> Any:
     """Returns what `process` sends to `alias`, ("DOWN", reason) if it ends first, None after `timeout` seconds."""
     ref = next(refs)
     process.watch(ref, alias)
@@ -1074,8 +1084,9 @@ class PubSub:
     def leave(self, channel: str, pid: Pid | None = None) -> str:
         """Ends a membership and returns "ok", or "not_joined"."""
         process = _local_process(pid)
-        if check_channel(channel) not in process.channels:
+        if process not in self.channels.get(check_channel(channel), ()):
             return "not_joined"
+        process.channels.pop(channel, None)
         self._leave(channel, process)
         return "ok"
 
@@ -1146,7 +1157,8 @@ class PubSub:
     # -- in the hub's thread
 
     def _join(self, channel: str, process: Process, since: str | None) -> None:
-        if channel in process.channels or process.mailbox is DEAD_MAILBOX:
+        members = self.channels.get(channel, ())
+        if process in members or process.mailbox is DEAD_MAILBOX:
             return
         position = self.get_position(channel)
         if since is not None:
@@ -1154,7 +1166,7 @@ class PubSub:
             position = "0" if missed is None else since  # 0 is no position: who returns with it gets a resync
             for message in [("nova_resync", channel)] if missed is None else missed:
                 process.deliver(message)
-        if channel not in self.channels:
+        if not members:
             self.channels[channel], self.message_counts[channel] = set(), 0
         self.channels[channel].add(process)
         process.channels = process.channels or {}
@@ -1163,9 +1175,11 @@ class PubSub:
         self.notify_monitors(channel, "join", process)
 
     def _leave(self, channel: str, process: Process) -> None:
-        del process.channels[channel]
-        self.channels[channel].remove(process)
-        if not self.channels[channel]:
+        members = self.channels.get(channel, set())
+        if process not in members:
+            return
+        members.remove(process)
+        if not members:
             del self.channels[channel], self.message_counts[channel]
         self.adapter.on_leave(channel, process)
         self.notify_monitors(channel, "leave", process)
@@ -1175,7 +1189,7 @@ class PubSub:
             monitoring.deliver((ref, change, channel, [process]))
 
     def _on_exit(self, process: Process) -> None:
-        for channel in list(process.channels):
+        for channel in process.channels:
             self._leave(channel, process)
 
     def record_and_deliver(self, message: Message, exclude: Pid | None) -> None:

@@ -807,6 +807,17 @@ def test_a_name_that_was_taken_away_is_free_again(begin):
     assert whereis("first") is None
 
 
+def test_what_is_no_process_but_has_a_pid_can_be_monitored_and_signalled_in_vain(me):
+    address = nova_lite.Alias()
+    ref = monitor(address)
+    exit(address, "enough")
+    exit(address, "kill")
+    assert cancel_timer(send_after(60, address, "never")) > 59
+    assert cancel_timer(send_interval(60, address, "never")) > 59
+    assert demonitor(ref)
+    assert drain() == []
+
+
 # What ends a process, or not, and whether it is alive immediately afterwards.
 @pytest.mark.parametrize(
     ("act", "alive"),
