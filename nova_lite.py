@@ -42,26 +42,7 @@ The map. A room uses only the rooms above it. Those after a cut line can be dele
 
 Erlang's terms, here. An atom is a string, a tuple a tuple, a pid a `Pid`; `Pid ! Msg` is `pid.send(msg)`, `self()` is
 `self_pid()`, `receive ... after` is `receive(timeout, match)`, a behaviour is a class (or any object) with the
-callbacks. A callback's result means what it means in OTP, in Nova and in Cowboy.
-
-What differs from Erlang:
-
-  * A callback that computes blocks every other process; one that waits on I/O blocks none.
-  * Payloads are shared, not copied: do not modify one after sending it.
-  * `receive` returns the first message that its predicate accepts, or None after its timeout.
-  * Membership is a set: joining twice is joining once (pg counts).
-  * A greenlet becomes a process by calling self_pid(), and ends as a process when the greenlet ends, or its request.
-    The main greenlet cannot be killed: an exit signal that it does not trap is logged.
-  * Callbacks share greenlets: a gevent.Timeout or a context variable that a callback leaves behind may affect another
-    process. Close what you open (`with gevent.Timeout(...)`).
-  * Another OS thread may call `send`, `broadcast` and `exit`; it has no mailbox.
-  * Sending to a name that is not registered is silent, as sending to a dead process is.
-  * Across nodes, delivery is at most once; ("nova_resync", channel) says that messages may be missing. A payload may
-    hold what MessagePack can, tuples, pids and datetimes. Links do not cross nodes.
-  * `init` of a WebSocket handler runs in the connection's own process, so joining there works over HTTP/1.1 as well.
-  * `terminate` of a WebSocket handler always runs, even after `exit(pid, "kill")`.
-  * During `terminate`, only `exit(pid, "kill")` has an effect; messages sent after other exit signals are received.
-  * The default view of ("ok", variables) is named after the controller function, not after its module.
+callbacks. The README lists what differs from Erlang: payloads are shared, and a callback that computes blocks all.
 """
 
 from __future__ import annotations
@@ -130,13 +111,13 @@ from greenlet import getcurrent, greenlet
 
 __version__ = "0.1.0"
 __all__ = [  # the rooms after the core add their own
-    "Message", "Nova", "Pid", "Request", "Server", "Settings", "WebSocketHandler", "cancel_timer", "demonitor", "exit",
-    "heartbeat", "link", "monitor", "process_flag", "pubsub", "receive", "register", "run", "self_pid", "send",
-    "send_after", "spawn", "unlink", "whereis",
+    "Message", "Nova", "Pid", "ProcessExit", "Request", "Server", "Settings", "WebSocketHandler", "cancel_timer",
+    "demonitor", "exit", "heartbeat", "is_process_alive", "link", "monitor", "process_flag", "pubsub", "read_timer",
+    "receive", "register", "run", "self_pid", "send", "send_after", "send_interval", "spawn", "spawn_link",
+    "spawn_monitor", "unlink", "unregister", "whereis",
 ]  # fmt: skip
 
 log = logging.getLogger("nova_lite" if __name__ == "__main__" else __name__)
-
 rooms: dict[str, SimpleNamespace] = {}  # what a room offers to those above it, by the room's name
 
 
@@ -184,6 +165,7 @@ class Settings:
 TIME_SLICE = 0.003  # seconds of turns before sockets and timers are looked at: none must wait for 5 ms
 YIELD_DELAY = 1e-6  # seconds: the shortest sleep that polls sockets; after sleep(0) gevent runs 50 callbacks first
 _FOREVER = 1e9  # seconds
+HOLD_LIMIT = 0.1  # seconds of one turn; what holds the hub longer, and so keeps all others waiting, is logged
 SPARE_RUNNERS = 64  # idle runners kept: a burst of blocking callbacks must not keep as many stacks
 
 # Patched, get_ident would return a greenlet's identifier.
@@ -196,7 +178,7 @@ exit_hooks: list[Callable[[Process], None]] = []  # called by other rooms' choic
 
 
 class ProcessExit(gevent.GreenletExit):
-    """Ends the process in which it is raised. `except Exception` does not catch it."""
+    """Ends the process in which it is raised, for `reason` (erlang:exit/1). `except Exception` does not catch it."""
 
     def __init__(self, reason: Any = "normal") -> None:
         super().__init__(reason)
@@ -309,16 +291,16 @@ class Process(Pid):
     def interrupt(self, reason: Any) -> None:
         """Ends the process with a signal that is not trapped, unless it is ending already."""
         if self.exiting is None:
-            self.raise_exit(reason)
+            self.kill(reason)
 
     def kill(self, reason: Any) -> None:
-        """Ends the process, even in its final callbacks or after it has caught a signal."""
+        """Raises ProcessExit in the process, even in its final callbacks or after it has caught a signal."""
         pending = self.exiting not in (None, TERMINATING) and self.exiting.__traceback__ is None
-        if self.mailbox is not DEAD_MAILBOX and not pending:  # signals keep their order
-            self.raise_exit(reason)
-
-    def raise_exit(self, reason: Any) -> None:
-        """Raises ProcessExit in the process: immediately if it is the current one, else on the hub's next iteration."""
+        if pending or self.mailbox is DEAD_MAILBOX:  # signals keep their order
+            return
+        if self.runner is not None and self.runner.parent is None:
+            log.error("%r is the main greenlet and continues; the exit signal was %r", self, reason)
+            return
         self.exiting = signal = ProcessExit(reason)
         if current_process() is self:
             raise signal
@@ -375,6 +357,8 @@ class Process(Pid):
         """Ends the process, as nothing else does: releases its name and channels, notifies monitors and links."""
         if self.mailbox is DEAD_MAILBOX:
             return
+        if reason == "normal" and self.exiting not in (None, TERMINATING):
+            reason = self.exiting.reason  # it has caught the signal
         self.mailbox, self.wake, self.exiting = DEAD_MAILBOX, None, TERMINATING
         processes.pop(self.serial, None)
         if self.name is not None:
@@ -412,7 +396,7 @@ class FunctionProcess(Process):
 
     def step(self) -> None:
         self.fn(*self.args)
-        self.finish("normal" if self.exiting is None else self.exiting.reason)
+        self.finish("normal")
 
     def role(self) -> str:
         return getattr(self.fn, "__qualname__", repr(self.fn))
@@ -435,48 +419,44 @@ class GreenletProcess(Process):
         if isinstance(done.value, gevent.GreenletExit):
             self.finish(getattr(done.value, "reason", "killed"))
         else:
-            self.finish("normal" if done.successful() else done.exception)
+            self.finish(done.exception or "normal")
 
     def finish(self, reason: Any) -> None:
-        super().finish(self.exiting.reason if self.exiting is not None and reason == "normal" else reason)
+        super().finish(reason)
         target = self.greenlet()
         if target is not None:
-            _adopted.pop(target, None)
+            target.nova_process = None
         if isinstance(target, gevent.Greenlet):
             target.unlink(self._ended)
 
-    def raise_exit(self, reason: Any) -> None:
-        target = self.greenlet()
-        if target is not None and target.parent is None:
-            log.error("%r is the main greenlet and continues; the exit signal was %r", self, reason)
-            return
-        if scheduler.thread is None:
-            if get_ident() != self.thread:
-                raise RuntimeError(f"{self!r} belongs to another thread, and no process was started there")
-            scheduler.bind_thread()
-        super().raise_exit(reason)
+    def kill(self, reason: Any) -> None:
+        if scheduler.thread is None and get_ident() != self.thread:
+            raise RuntimeError(f"{self!r} belongs to another thread, and no process was started there")
+        scheduler.bind_thread()
+        super().kill(reason)
 
 
 class Runner(greenlet):
     """A greenlet that runs the turns of processes."""
 
-    process: Process | None = None  # the process that it runs, or that blocks it
+    nova_process: Process | None = None  # the process that it runs, or that blocks it
 
     def run(self) -> None:
         ready = scheduler.ready
         while True:
             while ready and monotonic() < scheduler.deadline:
-                process = self.process = ready.popleft()
+                process = self.nova_process = ready.popleft()
                 process.runner = self
                 try:
-                    if process.exiting is None:
-                        process.step()
-                    else:
-                        process.handle_exit(process.exiting)
+                    if process.exiting is not None:
+                        raise process.exiting
+                    process.step()
                 except BaseException as error:
                     process.handle_exit(error)
                 process.runner = None
-            self.process = process = None  # type: ignore[assignment]  # an idle runner must not keep a process alive
+            if scheduler.runner is self:
+                scheduler.last = self.nova_process
+            self.nova_process = process = None  # type: ignore[assignment]  # an idle runner must not keep a process
             if len(scheduler.idle) >= SPARE_RUNNERS:
                 return
             scheduler.idle.append(self)
@@ -489,8 +469,8 @@ class Runner(greenlet):
 
     def switch_out(self) -> None:
         """Called by gevent before this greenlet blocks."""
-        if self.process is not None:
-            self.process.before_blocking()
+        if self.nova_process is not None:
+            self.nova_process.before_blocking()
 
 
 class Scheduler:
@@ -503,10 +483,12 @@ class Scheduler:
         self.ready: deque[Process] = deque()
         self.idle: list[Runner] = []
         self.deadline = 0.0  # end of the time slice of `serve`
-        self.scheduled = False  # whether `serve` is about to be called
-        self.serve_timer: Any = None
         self.yielded: deque[Waiter] = deque()  # of greenlets that yielded, in their order
-        self.resume_timer: Any = None
+        self.scheduled = False  # whether `serve` is about to be called
+        self.timer: Any = None  # calls `serve`
+        self.runner: Runner | None = None  # that `serve` has switched to
+        self.last: Process | None = None  # that this runner has run, once it is idle
+        self.next_warning = 0.0  # time before which no turn is logged for its length
         self.iteration = -1  # number of the loop's iteration in which `slice_end` was set; libuv's has none
         self.slice_end = 0.0  # end of the time slice of greenlets that may yield
         self.detached: deque[tuple[Callable[..., Any], tuple[Any, ...]]] = deque()  # calls from other threads
@@ -520,14 +502,26 @@ class Scheduler:
             self.hub.loop.run_callback(self.serve)
 
     def serve(self) -> None:
-        """Hub callback: runs the ready processes until the queue is empty or the time slice is over."""
-        self.deadline = monotonic() + TIME_SLICE
-        while self.ready and monotonic() < self.deadline:
-            runner = self.idle.pop() if self.idle else Runner(parent=self.hub)
+        """Hub callback: resumes greenlets that yielded and runs ready processes, until the time slice is over."""
+        end = monotonic() + TIME_SLICE
+        if self.yielded:
+            self.iteration, self.slice_end = self.hub.loop.iteration, end - TIME_SLICE / 2 if self.ready else end
+            while self.yielded and monotonic() < self.slice_end:
+                self.yielded.popleft().switch(None)
+            end = max(end, monotonic() + TIME_SLICE / 10)
+        self.deadline, now = end, monotonic()
+        while self.ready and now < end:
+            runner = self.runner = self.idle.pop() if self.idle else Runner(parent=self.hub)
             runner.switch()  # returns when the runner is idle, or when a callback blocks it
-        self.scheduled = bool(self.ready)
+            before, now, process = now, monotonic(), runner.nova_process or self.last
+            if now - before > HOLD_LIMIT and now >= self.next_warning and process is not None:
+                self.next_warning = now + 60
+                name, milliseconds = f"{process!r}{process.title()}", (now - before) * 1000
+                log.warning("%s: a callback of %s held the hub for %d ms", name, process.role(), milliseconds)
+            self.runner = self.last = None
+        self.scheduled = bool(self.ready or self.yielded)
         if self.scheduled:  # by a timer: gevent would run 50 callbacks before it polls sockets
-            self.serve_timer.start(self.serve)
+            self.timer.start(self.serve)
 
     def yield_after_slice(self) -> None:
         """Waits until others have had their turns, once the calling greenlet has used up its time slice.
@@ -541,31 +535,25 @@ class Scheduler:
         if getattr(caller, "iteration", None) != iteration:
             caller.iteration, caller.slice_end = iteration, max(self.slice_end, now + TIME_SLICE / 10)
         elif now > caller.slice_end and not isinstance(caller, Hub):
-            self._yield(caller)
+            self._yield()
+            caller.iteration, caller.slice_end = self.iteration, self.slice_end
 
-    def _yield(self, caller: Any) -> None:
+    def _yield(self) -> None:
         if get_ident() != self.thread:
             gevent.sleep(YIELD_DELAY)
             return
         waiter = Waiter()
         self.yielded.append(waiter)
-        self.resume_timer.start(self._resume)
+        if not self.scheduled:
+            self.scheduled = True
+            self.timer.start(self.serve)
         waiter.get()
-        caller.iteration, caller.slice_end = self.iteration, self.slice_end
-
-    def _resume(self) -> None:
-        """Timer callback: resumes greenlets that yielded, until the queue is empty or the time slice is over."""
-        self.iteration, self.slice_end = self.hub.loop.iteration, monotonic() + TIME_SLICE
-        while self.yielded and monotonic() < self.slice_end:
-            self.yielded.popleft().switch(None)
-        if self.yielded:
-            self.resume_timer.start(self._resume)
 
     def bind_thread(self) -> None:
         """Binds all processes to this thread and its hub, unless they are bound."""
         if self.thread is None:
             self.hub = get_hub()
-            self.serve_timer, self.resume_timer = self.hub.loop.timer(0), self.hub.loop.timer(0)
+            self.timer = self.hub.loop.timer(0)
             self.alarm = self.hub.loop.async_(ref=False)
             self.alarm.start(self._call_detached)
             self.thread = get_ident()  # last: other threads read it
@@ -593,13 +581,11 @@ class Scheduler:
 
 scheduler = Scheduler()
 enqueue = scheduler.enqueue
-_adopted: weakref.WeakKeyDictionary[greenlet, Process] = weakref.WeakKeyDictionary()
 
 
 def current_process() -> Process | None:
     """Returns the process that the current greenlet runs, or None."""
-    current = getcurrent()
-    return current.process if type(current) is Runner else _adopted.get(current)
+    return getattr(getcurrent(), "nova_process", None)
 
 
 def self_pid() -> Pid:
@@ -610,7 +596,7 @@ def self_pid() -> Pid:
         process = GreenletProcess(current)
         if scheduler.thread not in (None, get_ident()) or isinstance(current, Hub):
             process.finish("noproc")  # in another thread, or a callback of the hub: a sender without a mailbox
-        _adopted[current] = process
+        current.nova_process = process
     return process
 
 
@@ -657,6 +643,31 @@ def spawn(fn: Callable[..., Any], *args: Any) -> Pid:
     process = FunctionProcess(fn, args)
     scheduler.run_in_hub(enqueue, process)
     return process
+
+
+def spawn_link(fn: Callable[..., Any], *args: Any) -> Pid:
+    """Does what `spawn` does, and links the process to the caller before it runs (erlang:spawn_link/1)."""
+    check_thread()
+    process = spawn(fn, *args)
+    link(process)
+    return process
+
+
+def spawn_monitor(fn: Callable[..., Any], *args: Any) -> tuple[Pid, int]:
+    """Returns (pid, ref) of a process that is monitored before it runs (erlang:spawn_monitor/1)."""
+    check_thread()
+    process = spawn(fn, *args)
+    return process, monitor(process)
+
+
+def is_process_alive(pid: Pid) -> bool:
+    """Returns whether a process has not ended, nor been sent an exit signal (erlang:is_process_alive/1).
+
+    Raises TypeError for what is not a process of this node.
+    """
+    if not isinstance(pid, Process):
+        raise TypeError(f"expected a process of this node, got {pid!r}")
+    return pid.mailbox is not DEAD_MAILBOX and pid.exiting in (None, TERMINATING)
 
 
 def send(target: Pid | str, message: Any) -> Any:
@@ -737,6 +748,13 @@ def register(name: str, pid: Pid) -> None:
     if check_name(name) in registered or pid.name is not None:
         raise ValueError(f"{name!r} or {pid!r} is registered already")
     registered[name], pid.name = pid, name
+
+
+def unregister(name: str) -> None:
+    """Takes a name from its process (erlang:unregister/1). Raises ValueError if no process has it."""
+    if name not in registered:
+        raise ValueError(f"{name!r} is not registered")
+    registered.pop(name).name = None
 
 
 def whereis(name: str) -> Pid | None:
@@ -820,24 +838,36 @@ def process_flag(flag: str, value: bool) -> bool:
     return old
 
 
-@dataclass(eq=False)
 class Timer:
-    """What `send_after` returns; for `cancel_timer`."""
+    """What `send_after` and `send_interval` return; for `cancel_timer` and `read_timer`."""
 
-    watcher: Any
-    due: float
-    owner: Process | None = None  # the process whose end cancels it; None for a name, or once it is over
+    def __init__(self, target: Any, message: Any, seconds: float, interval: float = 0.0) -> None:
+        calling_process(), resolve(target)
+        if isnan(seconds):
+            raise ValueError("expected seconds, got NaN")
+        self.target, self.message, self.interval = target, message, interval
+        self.due, self.ref = monotonic() + seconds, next(refs)
+        self.watcher = scheduler.hub.loop.timer(max(seconds, 0), interval)
+        self.watcher.start(self._fire, update=True)
+        if isinstance(target, Process) or (interval and isinstance(target, Pid)):
+            target.watch(self.ref, self)
 
-    def fire(self, target: Pid | str, message: Any) -> None:
-        self.unwatch(self)
+    def _fire(self) -> None:
+        target, message = self.target, self.message
+        self.due = max(self.due + self.interval, monotonic())  # as libev, which does not let intervals drift
+        if not self.interval:
+            self.stop()
         send(target, message)
 
-    def unwatch(self, _ref: Any) -> None:
+    def stop(self) -> None:
         """Stops the timer and releases the message."""
         self.watcher.close()
-        owner, self.owner = self.owner, None
-        if owner is not None:
-            owner.disown(self)
+        if isinstance(self.target, Pid):
+            self.target.unwatch(self.ref)
+        self.target = self.message = None
+
+    def down(self, *_down: Any) -> None:
+        self.stop()
 
 
 def send_after(seconds: float, target: Pid | str, message: Any) -> Timer:
@@ -845,23 +875,28 @@ def send_after(seconds: float, target: Pid | str, message: Any) -> Timer:
 
     A timer to a name is not cancelled. Raises TypeError if `target` is not a pid or a name, ValueError for NaN.
     """
-    calling_process(), resolve(target)
-    if isnan(seconds):
-        raise ValueError("expected seconds, got NaN")
-    timer = Timer(scheduler.hub.loop.timer(max(seconds, 0)), monotonic() + seconds)
-    if isinstance(target, Process):
-        if target.mailbox is DEAD_MAILBOX:
-            return timer
-        timer.owner = target
-        target.own(timer, timer)
-    timer.watcher.start(timer.fire, target, message, update=True)
-    return timer
+    return Timer(target, message, seconds)
+
+
+def send_interval(seconds: float, target: Pid | str, message: Any) -> Timer:
+    """Sends `message` every so many seconds, until the process ends or the timer is cancelled (timer:send_interval/3).
+
+    Raises what `send_after` does, and ValueError for an interval that is not above 0 seconds.
+    """
+    if not seconds > 0:
+        raise ValueError(f"expected an interval above 0 seconds, got {seconds!r}")
+    return Timer(target, message, seconds, seconds)
+
+
+def read_timer(timer: Timer) -> float | bool:
+    """Returns the seconds until a timer fires, or False if it has fired or was cancelled (erlang:read_timer/1)."""
+    return max(timer.due - monotonic(), 0.0) if timer.target is not None else False
 
 
 def cancel_timer(timer: Timer) -> float | bool:
-    """Cancels a timer; returns the seconds left, or False if it has fired or was cancelled (erlang:cancel_timer/1)."""
-    left = max(timer.due - monotonic(), 0.0) if timer.watcher.active else False
-    timer.unwatch(timer)
+    """Cancels a timer; returns what `read_timer` would have returned (erlang:cancel_timer/1)."""
+    left = read_timer(timer)
+    timer.stop()
     return left
 
 
@@ -930,28 +965,24 @@ class Message(tuple):
         else:
             key = id(fn) if _is_shareable(fn) else getattr(fn, "__qualname__", None)
         if key not in self._memo:
-            self._memo[key] = fn, *self._compute(fn)  # with `fn`, since an id is unique only while its object exists
-        _, value, error, origin = self._memo[key]
-        if error is not None:
-            raise error.with_traceback(origin)  # else it would gather the frames of all receivers
+            value, failure = None, None
+            try:
+                if not _is_shareable(fn):
+                    raise ValueError(f"once expects a function of the message, not a bound method or a closure: {fn!r}")
+                value = fn(self)
+            except Exception as error:
+                vars(error)["_is_logged"] = False  # for `log_crash`, which logs it for one receiver
+                failure = error, error.__traceback__
+            self._memo[key] = fn, value, failure  # with `fn`, since an id is unique only while its object exists
+        _, value, failure = self._memo[key]
+        if failure is not None:
+            raise failure[0].with_traceback(failure[1])  # else it would gather the frames of all receivers
         return value
-
-    def _compute(self, fn: Callable[[Message], Any]) -> tuple[Any, Exception | None, Any]:
-        try:
-            if not _is_shareable(fn):
-                raise ValueError(f"once expects a function of the message, not a bound method or a closure: {fn!r}")
-            return fn(self), None, None
-        except Exception as error:
-            vars(error)["_is_logged"] = False  # for `log_crash`, which logs it for one receiver
-            return None, error, error.__traceback__
 
 
 def _is_shareable(fn: Callable[..., Any]) -> bool:
     owner = getattr(fn, "__self__", None)
     return not getattr(fn, "__closure__", None) and (owner is None or isinstance(owner, ModuleType))
-
-
-NO_POSITION = "0"  # of no history: a client that returns with it gets a resync
 
 
 class Adapter:
@@ -1008,26 +1039,12 @@ class Recorder:
 
     size: int  # messages
     seconds: float
-
-    @property
-    def position(self) -> str:
-        """Returns the position of the last message."""
-        raise NotImplementedError
-
-    def resize(self, size: int, seconds: float) -> None:
-        """Sets how many messages are kept, and for how long."""
-
-    def add(self, message: Message) -> None:
-        """Records the next message and sets its position, unless it has one."""
-
-    def since(self, position: Any) -> list[Message] | None:
-        """Returns the messages after `position`, or None if it is too old or unknown."""
-
-    def forget(self) -> None:
-        """Invalidates all positions: messages were lost."""
-
-    def load(self, epoch: str, offset: int, messages: list[tuple[float, Message]]) -> None:
-        """Replaces the messages by those that are kept elsewhere."""
+    position: Any  # of the last message, a string
+    resize: Callable[[int, float], None]  # sets `size` and `seconds`
+    add: Callable[[Message], None]  # records the next message and sets its position, unless it has one
+    since: Callable[[Any], list[Message] | None]  # the messages after a position, None if it is too old or unknown
+    forget: Callable[[], None]  # invalidates all positions: messages were lost
+    load: Callable[[str, int, list[tuple[float, Message]]], None]  # replaces the messages by those kept elsewhere
 
 
 class PubSub:
@@ -1086,8 +1103,8 @@ class PubSub:
 
     def get_position(self, channel: str) -> str | None:
         """Returns the position of a kept channel's last message, or None. A message's own is `message.position`."""
-        history = self.histories.get(check_channel(channel))
-        return history.position if history is not None else None
+        check_channel(channel)
+        return self.histories[channel].position if channel in self.histories else None
 
     def broadcast(self, channel: str, topic: str | bytes, payload: Any) -> str:
         """Sends to every member on every node, the caller included if it is one, and returns "ok".
@@ -1149,7 +1166,7 @@ class PubSub:
         position = self.get_position(channel)
         if since is not None:
             missed = self.histories[channel].since(since) if channel in self.histories else None
-            position = NO_POSITION if missed is None else since
+            position = "0" if missed is None else since  # 0 is no position: who returns with it gets a resync
             for message in [("nova_resync", channel)] if missed is None else missed:
                 process.deliver(message)
         if not members:
@@ -1179,16 +1196,14 @@ class PubSub:
             self._leave(channel, process)
 
     def record_and_deliver(self, message: Message, exclude: Pid | None) -> None:
-        history = self.histories.get(message[1])
-        if history is not None:
-            history.add(message)
+        if message[1] in self.histories:
+            self.histories[message[1]].add(message)
         self.deliver(message, exclude)
 
     def deliver_unrecorded(self, message: Message, exclude: Pid | None) -> None:
         """Delivers a message that is missing in the history, whose earlier positions become invalid."""
-        history = self.histories.get(message[1])
-        if history is not None:
-            history.forget()
+        if message[1] in self.histories:
+            self.histories[message[1]].forget()
         self.deliver(message, exclude)
 
     def deliver(self, message: Message, exclude: Pid | None) -> None:

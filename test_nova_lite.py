@@ -105,6 +105,7 @@ from nova_lite import (
     Nova,
     Parser,
     Pid,
+    ProcessExit,
     Request,
     Server,
     ServerDied,
@@ -120,23 +121,29 @@ from nova_lite import (
     encode_frame,
     error_body,
     exit,
+    is_process_alive,
     link,
     monitor,
     printable,
     process_flag,
     pubsub,
+    read_timer,
     receive,
     register,
     reply,
     self_pid,
     send,
     send_after,
+    send_interval,
     spawn,
+    spawn_link,
+    spawn_monitor,
     start_link,
     start_supervisor,
     stop,
     to_response,
     unlink,
+    unregister,
     whereis,
 )  # fmt: skip
 
@@ -284,6 +291,13 @@ def obey():
     """A process that calls each function it is sent, ends at "end", and leaves all else in its mailbox."""
     while (order := receive(None, lambda message: callable(message) or message == "end")) != "end":
         order()
+
+
+def adopted(fn, *args):
+    """The pid of a greenlet that runs `fn(*args)`."""
+    pids = []
+    gevent.spawn(lambda: (pids.append(self_pid()), fn(*args)))
+    return until(lambda: pids)[0]
 
 
 def in_thread(fn, *args):
@@ -557,7 +571,8 @@ def test_what_threads_hand_over_leaves_timers_their_turn(me):
     "act",
     [
         receive, lambda: monitor(Pid()), lambda: link(Pid()), lambda: process_flag("trap_exit", True),
-        lambda: send_after(0, "nobody", 1), lambda: start_link(Obedient), lambda: pubsub.join("room"),
+        lambda: send_after(0, "nobody", 1), lambda: send_interval(1, "nobody", 1), lambda: spawn_link(int),
+        lambda: spawn_monitor(int), lambda: start_link(Obedient), lambda: pubsub.join("room"),
         lambda: pubsub.leave("room"), lambda: pubsub.monitor("room"), lambda: call("nobody", "hello"),
         lambda: pubsub.join("room", next(iter(nova_lite.processes.values()))),
         lambda: pubsub.leave("room", next(iter(nova_lite.processes.values()))),
@@ -767,6 +782,15 @@ def test_a_name_finds_its_process(me, begin):
         (lambda pid: send_after(0, 7, "hello"), TypeError),
         (lambda pid: send_after(float("nan"), pid, "hello"), ValueError),
         (lambda pid: receive(float("nan")), ValueError),
+        (lambda pid: send_interval(0, pid, "hello"), ValueError),
+        (lambda pid: send_interval(-1, pid, "hello"), ValueError),
+        (lambda pid: send_interval(float("nan"), pid, "hello"), ValueError),
+        (lambda pid: send_interval(1, 7, "hello"), TypeError),
+        (lambda pid: unregister("nobody"), ValueError),
+        (lambda pid: is_process_alive("worker"), TypeError),
+        (lambda pid: is_process_alive(nova_lite.Alias()), TypeError),
+        (lambda pid: spawn_link(7), TypeError),
+        (lambda pid: spawn_monitor(7), TypeError),
         (lambda pid: spawn(7), TypeError),
         (lambda pid: process_flag("priority", True), ValueError),
     ],
@@ -776,6 +800,96 @@ def test_misuse_of_a_process_raises(begin, act, error):
     register("worker", pid)
     with pytest.raises(error):
         act(pid)
+
+
+def test_a_name_that_was_taken_away_is_free_again(begin):
+    first, second = begin(spawn, obey), begin(spawn, obey)
+    register("worker", first)
+    unregister("worker")
+    assert whereis("worker") is None
+    register("worker", second)
+    register("first", first)
+    first.send("end")
+    reason_of(first)
+    assert whereis("worker") is second
+    assert whereis("first") is None
+
+
+def test_what_is_no_process_but_has_a_pid_can_be_monitored_and_signalled_in_vain(me):
+    address = nova_lite.Alias()
+    ref = monitor(address)
+    exit(address, "enough")
+    exit(address, "kill")
+    assert cancel_timer(send_after(60, address, "never")) > 59
+    assert cancel_timer(send_interval(60, address, "never")) > 59
+    assert demonitor(ref)
+    assert drain() == []
+
+
+# What ends a process, or not, and whether it is alive immediately afterwards.
+@pytest.mark.parametrize(
+    ("act", "alive"),
+    [
+        (lambda pid: None, True),
+        (lambda pid: exit(pid, "normal"), True),
+        (lambda pid: exit(pid, "enough"), False),
+        (lambda pid: exit(pid, "kill"), False),
+        (lambda pid: pid.send("end"), True),
+        (lambda pid: (pid.send("end"), reason_of(pid)), False),
+    ],
+)
+@pytest.mark.parametrize("start", [spawn, adopted])
+def test_a_process_is_alive_until_it_ends_or_is_sent_an_exit_signal(begin, start, act, alive):
+    pid = begin(start, obey)
+    gevent.sleep(0)
+    act(pid)
+    assert is_process_alive(pid) is alive
+
+
+def test_a_server_is_alive_while_it_terminates(me, begin):
+    class Slow(GenServer):
+        def terminate(self, reason, state):
+            me.send(is_process_alive(self_pid()))
+
+    begin(start_link, Slow).send(("$stop", "normal"))
+    assert expect() is True
+
+
+def test_spawn_link_misses_no_exit_however_short_the_child_lives():
+    process_flag("trap_exit", True)
+    pid = spawn_link(lambda word: exit(self_pid(), word), "enough")
+    assert receive(0) is None, "it has not run yet"
+    assert expect() == ("EXIT", pid, "enough")
+    pid = spawn_link(int)
+    assert expect() == ("EXIT", pid, "normal")
+
+
+def test_spawn_link_ends_the_child_with_its_parent(me, begin):
+    parent = begin(spawn, lambda: (me.send(spawn_link(obey)), obey()))
+    ref = monitor(expect())
+    exit(parent, "enough")
+    assert expect(down(ref))[4] == "enough"
+
+
+def test_spawn_monitor_answers_pid_and_reference_and_misses_no_end():
+    pid, ref = spawn_monitor(lambda word: exit(self_pid(), word), "enough")
+    assert receive(0) is None, "it has not run yet"
+    assert expect() == ("DOWN", ref, "process", pid, "enough")
+
+
+@pytest.mark.parametrize("start", [spawn, adopted])
+@pytest.mark.parametrize("reason", ["normal", "enough", ("shutdown", 7)])
+def test_a_process_that_raises_process_exit_ends_for_its_reason(me, begin, caplog, start, reason):
+    def leave():
+        receive()
+        with suppress(Exception):
+            raise ProcessExit(reason)
+
+    pid = begin(start, leave)
+    ref = monitor(pid)
+    pid.send("go on")
+    assert expect() == ("DOWN", ref, "process", pid, reason)
+    assert not caplog.records
 
 
 def test_the_dead_cannot_be_registered():
@@ -817,13 +931,6 @@ def pass_on(test, take):
     while True:
         test.send(("got", take()))
         gevent.sleep(0)
-
-
-def adopted(fn, *args):
-    """The pid of a greenlet that runs `fn(*args)`."""
-    pids = []
-    gevent.spawn(lambda: (pids.append(self_pid()), fn(*args)))
-    return until(lambda: pids)[0]
 
 
 @pytest.mark.parametrize("reason", ["enough", "kill"])
@@ -1153,7 +1260,7 @@ def test_a_timer_that_is_over_is_forgotten_by_its_process(me):
     cancel_timer(send_after(3600, me, "never"))
     send_after(0, me, "at once")
     assert expect() == "at once"
-    assert not me.owned
+    assert not me.monitored_by
 
 
 def test_a_timer_to_a_name_finds_who_has_it_then(me, begin):
@@ -1173,6 +1280,71 @@ def test_a_timer_counts_from_now_however_long_the_process_has_computed(me):
     send_after(0.05, me, "late")
     expect()
     assert time.monotonic() - start > 0.045
+
+
+def test_send_interval_sends_again_and_again_until_it_is_cancelled(begin, me):
+    pid = begin(spawn, pass_on, me, receive)
+    register("ticked", pid)
+    for target in (pid, "ticked"):
+        timer = send_interval(0.005, target, "tick")
+        assert [expect() for _ in range(3)] == [("got", "tick")] * 3
+        assert 0 <= read_timer(timer) <= 0.005
+        assert 0 <= cancel_timer(timer) <= 0.005
+        gevent.sleep(0)
+        drain()
+        assert receive(0.02) is None
+        assert read_timer(timer) is cancel_timer(timer) is False
+
+
+def test_send_interval_does_not_drift(me):
+    start = time.monotonic()
+    timer = send_interval(0.02, me, "tick")
+    for n in range(1, 6):
+        assert expect() == "tick"
+        assert time.monotonic() - start >= 0.02 * n - 0.001, "never early"
+        busy(0.01)  # late for the message, not for the interval
+        assert timer.due - start == pytest.approx(0.02 * (n + 1), abs=0.005) or time.monotonic() > timer.due
+    cancel_timer(timer)
+
+
+def test_an_interval_that_was_missed_is_not_made_up_for(me):
+    timer = send_interval(0.001, me, "tick")
+    busy(0.1)
+    assert expect() == "tick"
+    assert len(drain()) < 20
+    cancel_timer(timer)
+
+
+def test_an_interval_goes_with_its_process_and_keeps_nothing_of_it(me):
+    class Treasure:
+        pass
+
+    def set_timer(treasure):
+        me.send(send_interval(0.001, self_pid(), treasure))
+        receive()
+
+    treasure = Treasure()
+    alive = weakref.ref(treasure)
+    pid = spawn(set_timer, treasure)
+    timer = expect()
+    assert reason_of(pid) in ("normal", "noproc")
+    assert read_timer(timer) is False
+    assert read_timer(send_interval(0.001, pid, treasure)) is False
+    del pid, treasure
+    gc.collect()
+    assert alive() is None
+    assert drain() == []
+
+
+def test_read_timer_answers_what_is_left(me):
+    timer = send_after(60, me, "never")
+    assert 59 < read_timer(timer) <= 60
+    assert 59 < read_timer(timer) <= 60
+    cancel_timer(timer)
+    assert read_timer(timer) is False
+    fired = send_after(0, me, "at once")
+    assert expect() == "at once"
+    assert read_timer(fired) is False
 
 
 def test_a_call_has_its_whole_time_however_long_the_caller_has_computed(server):
@@ -1239,6 +1411,51 @@ def test_timers_and_others_get_their_turn_however_long_the_queue(me, begin, proc
     assert len(done) < 40
     assert [call(server, "alive") for server in servers] == ["alive"] * processes
     assert len(done) == 40
+
+
+def held(caplog):
+    return [record.getMessage() for record in caplog.records if "held the hub" in record.getMessage()]
+
+
+@pytest.fixture
+def watchful(monkeypatch):
+    """No other test's turn counts."""
+    monkeypatch.setattr(nova_lite.scheduler, "next_warning", 0.0)
+
+
+@pytest.mark.parametrize("then", [lambda: None, lambda: gevent.sleep(0.001)], ids=["returns", "blocks"])
+def test_a_callback_that_holds_the_hub_is_logged_with_its_process_and_milliseconds(begin, watchful, caplog, me, then):
+    server = begin(start_link, Obedient, me)
+    call(server, lambda _from, state: (gevent.sleep(0), busy(0.001), ("reply", 1, state))[-1])
+    assert held(caplog) == []
+    call(server, lambda _from, state: (busy(0.15), then(), ("reply", 1, state))[-1])
+    (line,) = held(caplog)
+    assert repr(server) in line
+    assert "Obedient" in line
+    assert 140 < int(re.search(r"(\d+) ms", line)[1]) < 1000 * PATIENCE
+
+
+def test_a_function_that_holds_the_hub_until_its_end_is_logged_as_well_and_not_kept(watchful, caplog):
+    ref = weakref.ref(treasure := type("Treasure", (), {})())
+    pid, down_ref = spawn_monitor(lambda _treasure: busy(0.15), treasure)
+    expect(down(down_ref))
+    assert repr(pid) in held(caplog)[0]
+    del pid, treasure
+    caplog.clear()
+    gc.collect()
+    assert ref() is None
+
+
+def test_holds_are_logged_once_a_minute_at_most_and_waiting_is_none(begin, watchful, caplog, me):
+    server = begin(start_link, Obedient, me)
+    call(server, lambda _from, state: (gevent.sleep(0.15), ("reply", 1, state))[-1])
+    assert held(caplog) == []
+    for _ in range(2):
+        call(server, lambda _from, state: (busy(0.15), ("reply", 1, state))[-1])
+    assert len(held(caplog)) == 1
+    nova_lite.scheduler.next_warning -= 60
+    call(server, lambda _from, state: (busy(0.15), ("reply", 1, state))[-1])
+    assert len(held(caplog)) == 2
 
 
 # -- pub/sub ----------------------------------------------------------------------------------------------------------
