@@ -3358,8 +3358,9 @@ class Server(gevent.pywsgi.WSGIServer):
 
     This is for programs with a main loop of their own; `Nova.run` is for those without. `certfile` (and `keyfile`)
     enable https and wss. `max_connections` limits WebSockets, by default to what the descriptor limit allows. With
-    `reuse_port`, other processes may serve the same port. Raises OSError if the address is in use or a file cannot be
-    read.
+    `reuse_port`, other processes may serve the same port. `children` are the application's, as `run` has them: if their
+    supervisor ends, `failed` is set and the server stops. Raises OSError if the address is in use or a file cannot be
+    read, RuntimeError if a child cannot be started.
     """
 
     KEEP_ALIVE, HEAD_TIME, BODY_TIME = 75.0, 10.0, 30.0  # seconds for the next request, its head, its body
@@ -3376,11 +3377,15 @@ class Server(gevent.pywsgi.WSGIServer):
         keyfile: str | None = None,
         max_connections: int | None = None,
         reuse_port: bool = False,
+        children: Iterable[dict[str, Any]] = (),
     ) -> None:
         self.registry = ConnectionRegistry(_descriptor_limit() - 64 if max_connections is None else max_connections)
         self.handlers: set[RequestHandler] = set()
         self.drain_time = drain_time
         self.short_of_descriptors = -60.0  # when it was last logged
+        self.tree = room("launch").ApplicationTree(children, self) if children else None
+        self.failed = False  # the tree's supervisor has ended
+        self.on_failure: Callable[[], Any] = partial(gevent.spawn, self.stop)
         tls = {"ssl_context": _tls_context(certfile, keyfile)} if certfile else {}
         if reuse_port:
             self.get_listener = lambda _address, backlog, _family: bound_socket(host, port, backlog)
@@ -3389,6 +3394,12 @@ class Server(gevent.pywsgi.WSGIServer):
     def __enter__(self) -> Server:
         self.start()
         return self
+
+    def start(self) -> None:
+        if self.tree is None:
+            super().start()
+        else:
+            self.tree.start_before(super().start)
 
     @property
     def port(self) -> int:
@@ -3430,6 +3441,7 @@ class Server(gevent.pywsgi.WSGIServer):
 
     def stop(self, timeout: float | None = None) -> None:
         """Closes the listener, waits for requests, and closes WebSockets with 1001; aborts the rest after `timeout`.
+        Then stops the children.
 
         The 1001s are spread over at most half of that time, so that clients do not reconnect all at once. A request on
         a kept-alive connection is still answered, with `Connection: close`.
@@ -3456,6 +3468,8 @@ class Server(gevent.pywsgi.WSGIServer):
         for connection in list(self.registry.connections):
             connection.abort()
         registries.discard(self.registry)
+        if self.tree is not None:
+            self.tree.stop()
 
     def active_count(self) -> int:
         """Returns the number of active requests and WebSockets."""
@@ -3501,6 +3515,7 @@ def run(
     shutdown_delay: float = SHUTDOWN_DELAY,
     reload: bool = False,
     log_level: str = "info",
+    children: Iterable[dict[str, Any]] = (),
     **options: Any,
 ) -> None:
     """Serves `app` until SIGINT or SIGTERM, then drains for at most `drain_time` seconds and returns.
@@ -3508,13 +3523,17 @@ def run(
     For `shutdown_delay` seconds before the drain it still serves new clients while `heartbeat` returns 503, so that a
     load balancer can notice. A second signal ends the process immediately. `cluster` is the URL of a Redis (see
     `pubsub.connect`), and `name` is this node's name there. `workers` is the number of processes on the port (see
-    `run_workers`); more than one need a cluster. `reload` restarts the program when one of its files changes. `options`
-    are `Server`'s. Raises OSError if the address is in use, ValueError for workers without a cluster, RuntimeError for
-    a room that this copy lacks.
+    `run_workers`); more than one need a cluster. `reload` restarts the program when one of its files changes.
+    `children` (see `start_supervisor`) are started in each process that serves, before it does, and stopped after the
+    drain; if their supervisor ends, the server drains and the exit code is 1. `options` are `Server`'s. Raises OSError
+    if the address is in use, ValueError for a bad child and for workers without a cluster, RuntimeError for a child
+    that cannot be started and for a room that this copy lacks.
     """
     process = "%(process)d " if workers > 1 else ""
     logging.basicConfig(level=log_level.upper(), format=f"%(asctime)s {process}%(levelname)s %(name)s: %(message)s")
-    launch = room("launch") if reload or workers > 1 else None
+    if children:
+        children = room("gen_server").check_children(children)  # before there are workers
+    launch = room("launch") if reload or workers > 1 or children else None
     if launch and reload:
         launch.reload_on_change()
     if launch and workers > 1:
@@ -3526,7 +3545,8 @@ def run(
     if reload:
         drain_time, shutdown_delay = min(drain_time, 0.3), 0.0
     try:
-        _serve(Server(app, host, port, drain_time=drain_time, **options), shutdown_delay, cluster, name)
+        server = Server(app, host, port, drain_time=drain_time, children=children, **options)
+        _serve(server, shutdown_delay, cluster, name)
     finally:
         if cluster is not None:
             pubsub.disconnect()
@@ -3534,11 +3554,12 @@ def run(
 
 def _serve(server: Server, shutdown_delay: float, cluster: str | None, name: str | None) -> None:
     asked_to_stop = gevent.event.Event()
+    server.on_failure = asked_to_stop.set
+    if cluster is not None:
+        pubsub.connect(cluster, name)
     with server:
         watchers = [gevent.signal_handler(sign, _on_signal, asked_to_stop) for sign in (signal.SIGINT, signal.SIGTERM)]
         closers = [close for hook in while_serving if (close := hook(asked_to_stop.set))]
-        if cluster is not None:
-            pubsub.connect(cluster, name)
         host = server.address[0]
         scheme, shown = "https" if server.ssl_enabled else "http", f"[{host}]" if ":" in host else host
         log.info("serving on %s://%s:%d/ (Ctrl-C stops)", scheme, shown, server.port)
@@ -3553,6 +3574,8 @@ def _serve(server: Server, shutdown_delay: float, cluster: str | None, name: str
         log.info("stopping: %d requests and WebSockets to finish", server.active_count())
     for close in [watcher.cancel for watcher in watchers] + closers:
         close()
+    if server.failed:
+        sys.exit(1)
 
 
 rooms["server"] = SimpleNamespace(run=run)
@@ -4316,11 +4339,11 @@ rooms["replay"] = SimpleNamespace(keep=_keep)
 
 
 # ----- cut here: without launch --------------------------------------------------------------------------------------
-# Lost: reload=True, workers=N, reload_on_change, run_workers.
+# Lost: reload=True, workers=N, children=[...], reload_on_change, run_workers.
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Launch: restarts the program after a change of its files, and runs it as several workers.
+# Launch: restarts the program after a change of its files, runs it as several workers, and starts what works in it.
 # Invariant: starts the program with its own command line; does not depend on what it serves.
 # ---------------------------------------------------------------------------------------------------------------------
 
@@ -4454,9 +4477,56 @@ def _file_stamps() -> dict[str, float]:
     return stamps
 
 
+class ApplicationTree:
+    """The children of an application, below one supervisor, while a server serves it (OTP's application)."""
+
+    def __init__(self, children: Iterable[dict[str, Any]], server: Any) -> None:
+        self.children, self.server = room("gen_server").check_children(children), server
+        self.supervisor: Any = None  # None unless it runs
+
+    def start_before(self, start_server: Callable[[], None]) -> None:
+        """Starts the children and then the server; stops them if the server cannot start.
+
+        Raises RuntimeError, with id and reason, if a child cannot be started.
+        """
+        supervisor = room("gen_server").start_supervisor(self.children)
+        match supervisor:
+            case ("error", ("shutdown", ("failed_to_start_child", child_id, reason))):
+                cause = reason if isinstance(reason, BaseException) else None
+                raise RuntimeError(f"child {child_id!r} of the application cannot be started: {reason!r}") from cause
+            case ("error", reason):  # killed while it started
+                raise RuntimeError(f"the children of the application cannot be started: {reason!r}")
+        self.supervisor = supervisor
+        unlink(supervisor)  # its end must not end the caller, nor the caller's end the children
+        supervisor.watch(self, self)
+        try:
+            start_server()
+        except BaseException:
+            self.stop()
+            raise
+
+    def down(self, _ref: Any, _pid: Pid, reason: Any) -> None:
+        """Runs when the supervisor ends without `stop`."""
+        log.critical("the supervisor of the application has ended: %r; the server stops", reason)
+        self.supervisor, self.server.failed = None, True
+        self.server.on_failure()
+
+    def stop(self) -> None:
+        """Ends the children in reverse order, and waits for that."""
+        supervisor, self.supervisor = self.supervisor, None
+        if supervisor is not None:
+            supervisor.unwatch(self)
+            try:
+                room("gen_server").stop(supervisor, "shutdown")
+            except Exception as error:  # killed, for example
+                log.error("the supervisor of the application did not stop as it should: %r", error)
+
+
 while_serving.append(_on_orphaned)
 __all__ += ["reload_on_change", "run_workers"]
-rooms["launch"] = SimpleNamespace(reload_on_change=reload_on_change, run_workers=run_workers)
+rooms["launch"] = SimpleNamespace(
+    ApplicationTree=ApplicationTree, reload_on_change=reload_on_change, run_workers=run_workers
+)
 
 
 # ----- cut here: without cluster -------------------------------------------------------------------------------------
@@ -6005,12 +6075,12 @@ def tokenize(note: Mapping[str, Any]) -> set[str]:
     return set(re.findall(r"\w+", f"{note['title']} {note['body']}".lower()))
 
 
-def start_indexer(notes: Notes) -> Any:
-    """Starts the indexer and the presence, under a supervisor that restarts them."""
-    return start_supervisor([
+def children_of(notes: Notes) -> list[dict[str, Any]]:
+    """Returns the children of the application: the indexer and the presence."""
+    return [
         {"id": "note_indexer", "start": (start_link, NoteIndexer, notes, "note_indexer")},
         {"id": "presence", "start": (start_link, Presence, None, "presence")},
-    ])  # fmt: skip
+    ]
 
 
 class Login:
@@ -6630,7 +6700,7 @@ def main() -> int:
     except OSError as error:  # ssl.SSLError is one
         what = str(error.strerror).partition(":")[0]
         print(f"nova_lite: cannot serve {error.filename or f'{args.host}:{args.port}'}: {what}", file=sys.stderr)
-    except (ImportError, ValueError) as error:  # raised by pubsub.connect
+    except (ImportError, RuntimeError, ValueError) as error:  # of pubsub.connect, and of a child that does not start
         print(f"nova_lite: {error}", file=sys.stderr)
     return 1
 
@@ -6642,8 +6712,7 @@ def serve(db: str, **options: Any) -> int:
         print(f"nova_lite: the database {db.rpartition('@')[2]} cannot be used: {error}", file=sys.stderr)
         return 1
     with closing(notes):
-        start_indexer(notes)
-        demo(notes, choose_password()).run(**options)
+        demo(notes, choose_password()).run(children=children_of(notes), **options)
     return 0
 
 

@@ -8124,7 +8124,7 @@ def test_the_indexer_finds_notes_by_their_words(demo):
 def test_an_indexer_that_is_killed_comes_back_and_knows_everything(tmp_path):
     notes = nova_lite.Notes(str(tmp_path / "notes.db"))
     note = notes.create("Groceries", "zebra", "Ada")
-    supervisor = nova_lite.start_indexer(notes)
+    supervisor = start_supervisor(nova_lite.children_of(notes))
     first = whereis("note_indexer")
     exit(first, "kill")
     until(lambda: whereis("note_indexer") not in (None, first))
@@ -8970,6 +8970,8 @@ def test_a_chat_runs_on_a_copy_without(without, tmp_path):
 
 def test_asking_for_a_room_that_was_cut_off_is_an_error_that_names_it(tmp_path):
     asked = {
+        'app.run(port=0, children=[{"id": "a", "start": (print,)}])': "gen_server",
+        'Server(app, port=0, children=[{"id": "a", "start": (print,)}])': "launch",
         'app.run(port=0, cluster="redis://127.0.0.1:1")': "cluster",
         'app.run(port=0, cluster="redis://127.0.0.1:1", workers=2)': "launch",
         "app.run(port=0, reload=True)": "launch",
@@ -10228,10 +10230,9 @@ def serve_nova_lite(watch=None):
 
     notes = nova_lite.Notes(":memory:")
     notes.create(NOTE_1["title"], NOTE_1["body"], NOTE_1["author"])
-    nova_lite.start_indexer(notes)
     app = nova_lite.demo(notes)
     app.merge(nova_lite.Nova([{"routes": [("/channel/:name", Channel, {"protocol": "ws"})]}]))
-    with nova_lite.Server(app, port=0) as server:
+    with nova_lite.Server(app, port=0, children=nova_lite.children_of(notes)) as server:
         _watchers = watch and watch_hub()  # they end with the last reference
         answer_questions(server.port)
         server.serve_forever()
