@@ -8464,6 +8464,175 @@ def test_the_demos_board_is_behind_the_login(tmp_path, path):
             assert http_request(demo, "GET", path, headers={"Cookie": cookie_of(headers)})[0] == 200
 
 
+# -- the application's tree -------------------------------------------------------------------------------------------
+
+
+def test_children_start_before_the_server_and_stop_after_its_clients_in_reverse(me):
+    class Watching(Child):
+        def init(self, args):
+            me.send(("server started", server.started))
+            return super().init(args)
+
+        def terminate(self, reason, state):
+            me.send(("clients", server.active_count()))
+            super().terminate(reason, state)
+
+    specs = [child(me, id, start=(start_link, Watching)) for id in "ab"]
+    server = Server(Nova([{"routes": [("/ws", Parrot, {"protocol": "ws"})]}]), port=0, children=specs)
+    with server, ws(server):
+        assert drain() == [("server started", False), ("started", "a"), ("server started", False), ("started", "b")]
+        assert server.active_count() == 1
+    assert drain() == [("clients", 0), ("ended", "b"), ("clients", 0), ("ended", "a")]
+    assert not server.failed
+
+
+def test_children_outlive_who_has_started_their_server_and_do_not_end_it(me, begin):
+    server = Server(Nova(), port=0, children=[child(me, "a")])
+    starter = begin(spawn, server.start)
+    assert expect() == ("started", "a")
+    assert reason_of(starter) in ("normal", "noproc")
+    gevent.sleep(0)
+    assert drain() == []
+    server.stop()
+    assert drain() == [("ended", "a")]
+
+
+@pytest.mark.parametrize(
+    ("start", "words"),
+    [
+        ((start_link, Obedient, lambda: ("stop", "no disk")), "child 'c' of the application.*: 'no disk'"),
+        ((divide,), "child 'c' of the application.*ZeroDivisionError"),
+    ],
+)
+def test_a_child_that_cannot_be_started_is_an_error_and_nothing_is_left(me, start, words):
+    specs = [child(me, "a"), child(me, "b"), {"id": "c", "start": start}]
+    server = Server(Nova(), port=0, children=specs)
+    with pytest.raises(RuntimeError, match=words):
+        server.start()
+    assert not server.started
+    assert drain() == [("started", "a"), ("started", "b"), ("ended", "b"), ("ended", "a")]
+
+
+def test_a_listener_that_cannot_be_had_ends_the_children(me):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        server = Server(Nova(), port=taken.getsockname()[1], children=[child(me, "a")])
+        with pytest.raises(OSError, match="in use"):
+            server.start()
+    assert drain() == [("started", "a"), ("ended", "a")]
+
+
+@pytest.mark.parametrize("how", ["restarts", "killed"])
+def test_a_server_whose_tree_gives_up_drains(me, caplog, how):
+    app = Nova([{"routes": [("/ws", Parrot, {"protocol": "ws"})]}])
+    with (
+        Server(app, port=0, drain_time=PATIENCE, children=[child(me, "a"), child(me, "b")]) as server,
+        ws(server) as client,
+    ):
+        if how == "killed":
+            exit(server.tree.supervisor, "kill")
+        else:
+            for _ in range(2):
+                end(children(server.tree.supervisor)["a"], "crash")
+        with pytest.raises(ConnectionClosed) as closed:
+            client.recv(PATIENCE)
+        assert closed.value.rcvd.code == 1001
+        until(lambda: not server.started)
+        assert server.failed
+    assert any("the supervisor of the application has ended" in record.getMessage() for record in crashes(caplog))
+
+
+@pytest.mark.parametrize("options", [{}, {"workers": 2, "cluster": "redis://127.0.0.1:1"}, {"reload": True}], ids=str)
+def test_a_bad_child_is_refused_when_run_is_called(options):
+    with pytest.raises(ValueError, match=r"child 'a': unknown keys .'restrat'"):
+        Nova().run(port=0, children=[{"id": "a", "start": (spawn, obey), "restrat": 1}], **options)
+
+
+TREE = """
+from gevent import monkey; monkey.patch_all()
+import json, os, sys, gevent
+from nova_lite import GenServer, Nova, WebSocketHandler, exit, monitor, process_flag, receive, start_link, whereis
+
+class Poller(GenServer):
+    def init(self, args):
+        process_flag("trap_exit", True)
+        self.tell("started")
+        return "ok", None
+    def terminate(self, reason, state):
+        self.tell("ended")
+    def tell(self, event):
+        with open("events", "a") as file:
+            file.write(f"{event} {os.getpid()}\\n")
+
+def crash(_req):
+    for _ in range(2):  # which is too often
+        while (poller := whereis("poller")) is None:
+            gevent.sleep(0.001)
+        monitor(poller)
+        exit(poller, "kill")
+        receive()
+    return "status", 200
+
+app = Nova([{"routes": [("/crash", crash), ("/ws", WebSocketHandler, {"protocol": "ws"})]}])
+app.run(port=0, children=[{"id": "poller", "start": (start_link, Poller, None, "poller")}], **json.loads(sys.argv[-1]))
+"""
+
+
+@pytest.fixture
+def run_tree(tmp_path, monkeypatch):
+    """run_tree(**options): the program above, with options for `run`; `events()` are what its children have told."""
+    (tmp_path / "tree.py").write_text(TREE)
+    monkeypatch.setattr(sys.modules[__name__], "PROGRAM", tmp_path / "tree.py")
+    with ExitStack() as stack:
+
+        def run(**options):
+            demo = stack.enter_context(Tree(json.dumps(options), cwd=tmp_path, env={"PYTHONPATH": str(ROOT)}))
+            demo.events = lambda: [tuple(line.split()) for line in (tmp_path / "events").read_text().splitlines()]
+            return demo
+
+        yield run
+
+
+class Tree(Demo):
+    def __exit__(self, *_):
+        self.process.terminate()
+        self.wait()
+
+
+def test_run_stops_its_children_and_returns(run_tree):
+    tree = run_tree()
+    tree.process.terminate()
+    assert tree.wait() == 0
+    assert tree.events() == [("started", str(tree.process.pid)), ("ended", str(tree.process.pid))]
+
+
+def test_a_process_whose_tree_gives_up_drains_and_ends_with_1(run_tree):
+    tree = run_tree()
+    with ws(tree) as client:
+        assert http_request(tree, "GET", "/crash")[0] == 200
+        with pytest.raises(ConnectionClosed) as closed:
+            client.recv(PATIENCE)
+        assert closed.value.rcvd.code == 1001
+    assert tree.wait() == 1
+    assert not any("Traceback" in line for line in tree.log)
+
+
+def test_children_work_in_each_worker_and_a_worker_whose_tree_gives_up_is_replaced(run_tree, redis_url):
+    tree = run_tree(workers=2, cluster=redis_url)
+    until(lambda: "".join(tree.log).count("serving on") == 2)
+    workers = re.findall(r"worker \d is process (\d+)", "".join(tree.log))
+    assert sorted(tree.events()) == sorted(("started", pid) for pid in workers)
+    assert http_request(tree, "GET", "/crash")[0] == 200
+    until(lambda: len({pid for event, pid in tree.events() if event == "started"}) == 3)
+    assert str(tree.process.pid) not in {pid for _, pid in tree.events()}
+    until(lambda: re.search(r"worker \d, process \d+, ended with 1$", "".join(tree.log), re.MULTILINE))
+
+
+def test_children_work_in_the_child_of_a_reload_only(run_tree):
+    tree = run_tree(reload=True)
+    ((event, pid),) = tree.events()
+    assert (event, pid != str(tree.process.pid)) == ("started", True)
+
+
 # -- workers, the command line of a cluster ---------------------------------------------------------------------------
 
 
