@@ -3399,7 +3399,7 @@ class Server(gevent.pywsgi.WSGIServer):
         if self.tree is None:
             super().start()
         else:
-            self.tree.start_before(super().start)
+            self.tree.start(super().start)
 
     @property
     def port(self) -> int:
@@ -3531,8 +3531,7 @@ def run(
     """
     process = "%(process)d " if workers > 1 else ""
     logging.basicConfig(level=log_level.upper(), format=f"%(asctime)s {process}%(levelname)s %(name)s: %(message)s")
-    if children:
-        children = room("gen_server").check_children(children)  # before there are workers
+    children = room("gen_server").check_children(children) if children else ()  # before there are workers
     launch = room("launch") if reload or workers > 1 or children else None
     if launch and reload:
         launch.reload_on_change()
@@ -3545,8 +3544,9 @@ def run(
     if reload:
         drain_time, shutdown_delay = min(drain_time, 0.3), 0.0
     try:
-        server = Server(app, host, port, drain_time=drain_time, children=children, **options)
-        _serve(server, shutdown_delay, cluster, name)
+        _serve(
+            Server(app, host, port, drain_time=drain_time, children=children, **options), shutdown_delay, cluster, name
+        )
     finally:
         if cluster is not None:
             pubsub.disconnect()
@@ -4484,7 +4484,7 @@ class ApplicationTree:
         self.children, self.server = room("gen_server").check_children(children), server
         self.supervisor: Any = None  # None unless it runs
 
-    def start_before(self, start_server: Callable[[], None]) -> None:
+    def start(self, start_server: Callable[[], None]) -> None:
         """Starts the children and then the server; stops them if the server cannot start.
 
         Raises RuntimeError, with id and reason, if a child cannot be started.
