@@ -3531,7 +3531,7 @@ def run(
     """
     process = "%(process)d " if workers > 1 else ""
     logging.basicConfig(level=log_level.upper(), format=f"%(asctime)s {process}%(levelname)s %(name)s: %(message)s")
-    children = room("gen_server").check_children(children) if children else ()  # before there are workers
+    options["children"] = room("gen_server").check_children(children) if children else ()  # before there are workers
     launch = room("launch") if reload or workers > 1 or children else None
     if launch and reload:
         launch.reload_on_change()
@@ -3544,9 +3544,7 @@ def run(
     if reload:
         drain_time, shutdown_delay = min(drain_time, 0.3), 0.0
     try:
-        _serve(
-            Server(app, host, port, drain_time=drain_time, children=children, **options), shutdown_delay, cluster, name
-        )
+        _serve(Server(app, host, port, drain_time=drain_time, **options), shutdown_delay, cluster, name)
     finally:
         if cluster is not None:
             pubsub.disconnect()
