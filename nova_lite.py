@@ -89,6 +89,7 @@ from http.cookies import SimpleCookie
 from io import BytesIO
 from itertools import count, islice
 from math import inf, isnan
+from operator import itemgetter
 from socket import IPPROTO_TCP, TCP_NODELAY, gethostname
 from ssl import SSLEOFError, SSLWantReadError, SSLWantWriteError, SSLZeroReturnError
 from time import monotonic
@@ -2768,8 +2769,9 @@ class Server(gevent.pywsgi.WSGIServer):
 
     This is for programs with a main loop of their own; `Nova.run` is for those without. `certfile` (and `keyfile`)
     enable https and wss. `max_connections` limits WebSockets, by default to what the descriptor limit allows. With
-    `reuse_port`, other processes may serve the same port. Raises OSError if the address is in use or a file cannot be
-    read.
+    `reuse_port`, other processes may serve the same port. `children` are the application's, as `run` has them: if their
+    supervisor ends, `failed` is set and the server stops. Raises OSError if the address is in use or a file cannot be
+    read, RuntimeError if a child cannot be started.
     """
 
     KEEP_ALIVE, HEAD_TIME, BODY_TIME = 75.0, 10.0, 30.0  # seconds for the next request, its head, its body
@@ -2786,11 +2788,15 @@ class Server(gevent.pywsgi.WSGIServer):
         keyfile: str | None = None,
         max_connections: int | None = None,
         reuse_port: bool = False,
+        children: Iterable[dict[str, Any]] = (),
     ) -> None:
         self.registry = ConnectionRegistry(_descriptor_limit() - 64 if max_connections is None else max_connections)
         self.handlers: set[RequestHandler] = set()
         self.drain_time = drain_time
         self.short_of_descriptors = -60.0  # when it was last logged
+        self.tree = room("launch").ApplicationTree(children, self) if children else None
+        self.failed = False  # the tree's supervisor has ended
+        self.on_failure: Callable[[], Any] = partial(gevent.spawn, self.stop)
         tls = {"ssl_context": _tls_context(certfile, keyfile)} if certfile else {}
         if reuse_port:
             self.get_listener = lambda _address, backlog, _family: bound_socket(host, port, backlog)
@@ -2800,6 +2806,12 @@ class Server(gevent.pywsgi.WSGIServer):
     def __enter__(self) -> Server:
         self.start()
         return self
+
+    def start(self) -> None:
+        if self.tree is None:
+            super().start()
+        else:
+            self.tree.start(super().start)
 
     @property
     def port(self) -> int:
@@ -2841,6 +2853,7 @@ class Server(gevent.pywsgi.WSGIServer):
 
     def stop(self, timeout: float | None = None) -> None:
         """Closes the listener, waits for requests, and closes WebSockets with 1001; aborts the rest after `timeout`.
+        Then stops the children.
 
         The 1001s are spread over at most half of that time, so that clients do not reconnect all at once. A request on
         a kept-alive connection is still answered, with `Connection: close`.
@@ -2867,6 +2880,8 @@ class Server(gevent.pywsgi.WSGIServer):
         for connection in list(self.registry.connections):
             connection.abort()
         registries.discard(self.registry)
+        if self.tree is not None:
+            self.tree.stop()
 
     def active_count(self) -> int:
         """Returns the number of active requests and WebSockets."""
@@ -2912,6 +2927,7 @@ def run(
     shutdown_delay: float = SHUTDOWN_DELAY,
     reload: bool = False,
     log_level: str = "info",
+    children: Iterable[dict[str, Any]] = (),
     **options: Any,
 ) -> None:
     """Serves `app` until SIGINT or SIGTERM, then drains for at most `drain_time` seconds and returns.
@@ -2919,13 +2935,16 @@ def run(
     For `shutdown_delay` seconds before the drain it still serves new clients while `heartbeat` returns 503, so that a
     load balancer can notice. A second signal ends the process immediately. `cluster` is the URL of a Redis (see
     `pubsub.connect`), and `name` is this node's name there. `workers` is the number of processes on the port (see
-    `run_workers`); more than one need a cluster. `reload` restarts the program when one of its files changes. `options`
-    are `Server`'s. Raises OSError if the address is in use, ValueError for workers without a cluster, RuntimeError for
-    a room that this copy lacks.
+    `run_workers`); more than one need a cluster. `reload` restarts the program when one of its files changes.
+    `children` (see `start_supervisor`) are started in each process that serves, before it does, and stopped after the
+    drain; if their supervisor ends, the server drains and the exit code is 1. `options` are `Server`'s. Raises OSError
+    if the address is in use, ValueError for a bad child and for workers without a cluster, RuntimeError for a child
+    that cannot be started and for a room that this copy lacks.
     """
     process = "%(process)d " if workers > 1 else ""
     logging.basicConfig(level=log_level.upper(), format=f"%(asctime)s {process}%(levelname)s %(name)s: %(message)s")
-    launch = room("launch") if reload or workers > 1 else None
+    options["children"] = room("gen_server").check_children(children) if children else ()  # before there are workers
+    launch = room("launch") if reload or workers > 1 or children else None
     if launch and reload:
         launch.reload_on_change()
     if launch and workers > 1:
@@ -2945,11 +2964,12 @@ def run(
 
 def _serve(server: Server, shutdown_delay: float, cluster: str | None, name: str | None) -> None:
     asked_to_stop = gevent.event.Event()
+    server.on_failure = asked_to_stop.set
+    if cluster is not None:
+        pubsub.connect(cluster, name)
     with server:
         watchers = [gevent.signal_handler(sign, _on_signal, asked_to_stop) for sign in (signal.SIGINT, signal.SIGTERM)]
         closers = [close for hook in while_serving if (close := hook(asked_to_stop.set))]
-        if cluster is not None:
-            pubsub.connect(cluster, name)
         host = server.address[0]
         scheme, shown = "https" if server.ssl_enabled else "http", f"[{host}]" if ":" in host else host
         log.info("serving on %s://%s:%d/ (Ctrl-C stops)", scheme, shown, server.port)
@@ -2964,6 +2984,8 @@ def _serve(server: Server, shutdown_delay: float, cluster: str | None, name: str
         log.info("stopping: %d requests and WebSockets to finish", server.active_count())
     for close in [watcher.cancel for watcher in watchers] + closers:
         close()
+    if server.failed:
+        sys.exit(1)
 
 
 rooms["server"] = SimpleNamespace(run=run)
@@ -3724,11 +3746,19 @@ class ServerDied(CallError):
 
 
 class GenServer:
-    """The callbacks of a server (OTP's gen_server), with one instance a server. All run in the server's process."""
+    """The callbacks of a server (OTP's gen_server), with one instance a server. All run in the server's process.
+
+    After the state, a result may have "hibernate", a timeout in seconds (the info "timeout" unless a message comes
+    first), or ("continue", term), with which `handle_continue` is called before the next message is handled.
+    """
 
     def init(self, args: Any) -> Any:
         """Returns ("ok", state), ("stop", reason) or "ignore"."""
         return "ok", args
+
+    def handle_continue(self, term: Any, state: Any) -> Any:
+        """Continues what `init` or another callback began, and returns as `handle_cast` does."""
+        return "stop", ("bad_continue", term), state
 
     def handle_call(self, request: Any, from_: Any, state: Any) -> Any:
         """Returns ("reply", value, state), ("noreply", state), ("stop", reason[, value], state)."""
@@ -3744,7 +3774,7 @@ class GenServer:
         return "noreply", state
 
     def terminate(self, reason: Any, state: Any) -> None:
-        """Called before the server stops, crashes, or ends by its parent's exit signal while it traps exits."""
+        """Called before the server stops, crashes, raises ProcessExit, or traps its parent's exit signal."""
 
 
 class _Stop(Exception):
@@ -3755,10 +3785,10 @@ class _Stop(Exception):
         self.reason, self.final = reason, final
 
 
-def _is_timeout(rest: list[Any]) -> bool:
-    """Returns whether a result ends in nothing more, in "hibernate", or in a timeout, None and "infinity" included."""
+def _is_tail(rest: list[Any]) -> bool:
+    """Returns whether `rest` may follow a state: nothing, "hibernate", a continuation, or a timeout, None included."""
     match rest:
-        case [] | [None | "infinity" | "hibernate"]:
+        case [] | [None | "infinity" | "hibernate"] | [tuple(("continue", _))]:
             return True
         case [int() | float() as seconds] if not isinstance(seconds, bool):
             with suppress(OverflowError):
@@ -3769,7 +3799,7 @@ def _is_timeout(rest: list[Any]) -> bool:
 class ServerProcess(Process):
     """The loop of a gen_server."""
 
-    __slots__ = ("args", "init_waiter", "parent", "server", "state", "timer")
+    __slots__ = ("args", "continuation", "init_waiter", "is_signalled", "parent", "server", "state", "timer")
 
     def __init__(self, server: Any, args: Any, parent: Process) -> None:
         super().__init__()
@@ -3777,21 +3807,36 @@ class ServerProcess(Process):
         self.init_waiter: Alias | None = Alias()  # the address of `start_link`; None after `init`
         self.state: Any = None
         self.timer: Any = None  # sends "timeout" if no message comes; None unless the last callback returned a timeout
+        self.continuation: Any = None  # ("continue", term) while a time slice has ended before `handle_continue`
+        self.is_signalled = False  # an exit signal ended it
 
     def step(self) -> None:
         if self.timer is not None:
             self.timer.close()
             self.timer = None
-        timeout = self._init() if self.init_waiter is not None else None
-        mailbox = self.mailbox
-        while mailbox and self.exiting is None:
-            self.handled += 1
-            timeout = self._handle(mailbox.popleft())
+        mailbox, tail, self.continuation = self.mailbox, self.continuation, None
+        if self.init_waiter is not None:
+            tail = self._init()
+        while self.exiting is None:
+            if isinstance(tail, tuple):
+                tail = self._handle_result(self._optional("handle_continue")(tail[1], self.state))
+            elif mailbox:
+                self.handled += 1
+                tail = self._handle(mailbox.popleft())
+            else:
+                break
             if monotonic() > scheduler.deadline:
                 break
-        self.reschedule()
-        if isinstance(timeout, int | float) and self.wake is not None:
-            self.timer = scheduler.hub.loop.timer(timeout)
+        self._end_turn(tail)
+
+    def _end_turn(self, tail: Any) -> None:
+        if isinstance(tail, tuple):
+            self.continuation = tail
+            enqueue(self)
+        else:
+            self.reschedule()
+        if isinstance(tail, int | float) and self.wake is not None:
+            self.timer = scheduler.hub.loop.timer(tail)
             self.timer.start(self._time_out, update=True)
 
     def _time_out(self) -> None:
@@ -3801,10 +3846,10 @@ class ServerProcess(Process):
     def _init(self) -> Any:
         result, init_waiter = self.server.init(self.args), self.init_waiter
         match result:
-            case ("ok", state, *timeout) if _is_timeout(timeout):
+            case ("ok", state, *tail) if _is_tail(tail):
                 self.state, self.init_waiter = state, None
                 init_waiter.send("ok")  # type: ignore[union-attr]
-                return timeout[0] if timeout else None
+                return tail[0] if tail else None
             case ("stop", reason):
                 raise _Stop(reason)
             case "ignore":
@@ -3812,7 +3857,7 @@ class ServerProcess(Process):
         raise _Stop(("bad_return_value", result))
 
     def _handle(self, message: Any) -> Any:
-        """Handles one message. Returns the timeout that the callback returned, or None."""
+        """Handles one message. Returns what the callback's result has after the state, or None."""
         match message:
             case ("$gen_call", (_, Pid()) as from_, request):
                 return self._handle_result(self.server.handle_call(request, from_, self.state), from_)
@@ -3830,9 +3875,9 @@ class ServerProcess(Process):
 
     def _handle_result(self, result: Any, from_: Any = None) -> Any:
         match result:
-            case ("noreply", state, *timeout) if _is_timeout(timeout):
+            case ("noreply", state, *tail) if not tail or _is_tail(tail):
                 self.state = state
-            case ("reply", value, state, *timeout) if from_ and _is_timeout(timeout):
+            case ("reply", value, state, *tail) if from_ and (not tail or _is_tail(tail)):
                 self.state = state
                 reply(from_, value)
             case ("stop", reason, state):
@@ -3843,16 +3888,20 @@ class ServerProcess(Process):
                 raise _Stop(reason, lambda: reply(from_, value))
             case _:
                 raise _Stop(("bad_return_value", result))
-        return timeout[0] if timeout else None
+        return tail[0] if tail else None
+
+    def handle_exit(self, error: BaseException) -> None:
+        self.is_signalled = self.exiting is not None
+        super().handle_exit(error)
 
     def cleanup(self, error: BaseException) -> Any:
         if self.timer is not None:
             self.timer.close()
         if self.init_waiter is not None:
             return self._fail_start(error)
-        if isinstance(error, ProcessExit):
+        if isinstance(error, ProcessExit) and self.is_signalled:
             return error.reason
-        if isinstance(error, _Stop):
+        if isinstance(error, _Stop | ProcessExit):
             reason = error.reason
             if not is_normal(reason):
                 log.error("%r%s stopped: %r", self, self.title(), reason)
@@ -3884,11 +3933,12 @@ class ServerProcess(Process):
         return super().title() or f" {self.role()}"
 
 
-def start_link(cls: Any, args: Any = None, name: str | None = None) -> Any:
+def start_link(cls: Any, args: Any = None, name: str | None = None, timeout: float | None = None) -> Any:
     """Starts a server, linked to the caller, and waits for its `init` (gen_server:start_link/4).
 
     `cls` is a class, or any object with the callbacks. Returns the Pid; ("error", reason) if `init` stops or crashes;
-    ("error", ("already_started", pid)) if `name` is taken; "ignore" if `init` returns it.
+    ("error", ("already_started", pid)) if `name` is taken; "ignore" if `init` returns it. After `timeout` seconds, None
+    for no limit, kills the server and returns ("error", "timeout").
     """
     me = calling_process()
     if name is not None and check_name(name) in registered:
@@ -3899,11 +3949,16 @@ def start_link(cls: Any, args: Any = None, name: str | None = None) -> Any:
     link(server)
     init_waiter = server.init_waiter
     enqueue(server)
-    match send_and_wait(server, init_waiter, None):  # type: ignore[arg-type]
+    match send_and_wait(server, init_waiter, timeout):  # type: ignore[arg-type]
         case "ok":
             return server
         case ("DOWN", reason):
             return "error", reason
+        case None:
+            unlink(server)
+            exit(server, "kill")
+            send_and_wait(server, Alias(), None)  # its name is free then
+            return "error", "timeout"
     return "ignore"
 
 
@@ -3964,147 +4019,300 @@ def stop(server: Pid | str, reason: Any = "normal", timeout: float | None = None
     return "ok"
 
 
+@dataclass(eq=False, slots=True)
+class _Child:
+    """A child of a supervisor."""
+
+    spec: dict[str, Any]
+    pid: Pid | None = None  # None while it does not run
+    is_restarting: bool = False  # its last restart failed, and another attempt follows
+
+    def describe(self) -> tuple[Any, Any, str]:
+        return self.spec["id"], "restarting" if self.is_restarting else self.pid, self.spec["type"]
+
+
 class Supervisor(GenServer):
-    """Restarts a child that ends, unless that happens too often (OTP's supervisor, one_for_one).
+    """Restarts children that end, unless that happens too often (OTP's supervisor)."""
 
-    The state is {id: (spec, pid)} in starting order; pid is None for a child that does not run.
-    """
+    def __init__(self, strategy: str, intensity: int, period: float) -> None:
+        self.strategy, self.intensity, self.period = strategy, intensity, period
+        self.children: dict[Any, _Child] = {}  # by id, in starting order
+        self.running: dict[Pid, _Child] = {}  # those with a pid
+        self.restarts: deque[float] = deque()  # when each of the last `period` seconds was
 
-    SHUTDOWN = 5.0  # seconds until a child that does not end is killed (OTP's default)
-
-    def __init__(self, children: list[dict[str, Any]], intensity: int, period: float) -> None:
-        self.children, self.intensity, self.period = children, intensity, period
-        self.restarts: deque[float] = deque()
-
-    def init(self, _args: Any) -> Any:
+    def init(self, specs: list[dict[str, Any]]) -> Any:
         process_flag("trap_exit", True)
-        state: dict[Any, Any] = {}
-        for spec in self.children:
-            pid = self._start(spec)
-            if isinstance(pid, tuple):
-                self.terminate("shutdown", state)
-                return "stop", ("shutdown", ("failed_to_start_child", spec["id"], pid[1]))
-            if pid is not None or spec["restart"] != "temporary":  # as in OTP
-                state[spec["id"]] = (spec, pid)
-        return "ok", state
+        self.children = {spec["id"]: _Child(spec) for spec in specs}
+        match self._start_all(list(self.children.values())):
+            case (child, reason):
+                self.terminate("shutdown", None)
+                return "stop", ("shutdown", ("failed_to_start_child", child.spec["id"], reason))
+        return "ok", None
 
-    def _start(self, spec: dict[str, Any]) -> Any:
-        """Starts a child. Returns its Pid, None if it returns "ignore", or ("error", reason)."""
-        fn, *args = spec["start"]
-        crash = None
+    def terminate(self, reason: Any, state: Any) -> None:
+        for child in reversed(list(self.children.values())):
+            self._shut_down(child)
+
+    def handle_info(self, info: Any, state: Any) -> Any:
+        match info:
+            case ("EXIT", Pid() as pid, reason) if pid in self.running:
+                return self._on_exit(self.running.pop(pid), reason)
+            case ("$restart", _Child() as child) if child.is_restarting:  # else it was terminated meanwhile
+                return self._restart(child)
+        return "noreply", None
+
+    def handle_call(self, request: Any, from_: Any, state: Any) -> Any:
+        match request:
+            case ("start_child", spec):
+                return "reply", self._start_child(spec), None
+            case ("terminate_child" | "restart_child" | "delete_child" as act, key):
+                child = self.children.get(key) or self.running.get(key)
+                return "reply", self._act_on(child, act) if child is not None else ("error", "not_found"), None
+            case "which_children":
+                return "reply", [child.describe() for child in self.children.values()], None
+            case "count_children":
+                kinds = [child.spec["type"] for child in self.children.values()]
+                counts = {kind + "s": kinds.count(kind) for kind in ("supervisor", "worker")}
+                return "reply", {"specs": len(kinds), "active": len(self.running), **counts}, None
+        return "reply", ("error", "unknown_request"), None
+
+    def _start_child(self, spec: dict[str, Any]) -> Any:
+        child = self.children.get(spec["id"])
+        if child is not None:
+            return "error", "already_present" if child.pid is None else ("already_started", child.pid)
+        child = self.children[spec["id"]] = _Child(spec)
+        result = self._start(child)
+        if result[0] == "error":
+            del self.children[spec["id"]]
+        return result
+
+    def _act_on(self, child: _Child, act: str) -> Any:
+        if act == "terminate_child":
+            self._shut_down(child)
+            return "ok"
+        if child.pid is not None or child.is_restarting:
+            return "error", "restarting" if child.is_restarting else "running"
+        if act == "restart_child":
+            return self._start(child)
+        del self.children[child.spec["id"]]
+        return "ok"
+
+    def _start(self, child: _Child) -> Any:
+        """Starts a child. Returns ("ok", pid), ("ok", None) if it returns "ignore", or ("error", reason)."""
+        spec, crash = child.spec, None
         try:
+            fn, *args = scopes[spec["scope"]](spec)
             result = fn(*args)
-        except Exception as error:
-            result, crash = ("error", error), error
+            if isinstance(result, Pid):
+                link(result)
+        except (Exception, ProcessExit) as error:
+            if calling_process().exiting is not None:  # the supervisor itself is killed
+                raise
+            result, crash = ("error", getattr(error, "reason", error)), error
         if isinstance(result, Pid):
-            link(result)
-            return result
+            child.pid, child.is_restarting, self.running[result] = result, False, child
+            return "ok", result
         if result == "ignore":
-            return None
+            self._set_stopped(child)
+            return "ok", None
         reason = result[1] if isinstance(result, tuple) and result[:1] == ("error",) and len(result) == 2 else result
         log.error("%r cannot start child %r: %r", self_pid(), spec["id"], reason, exc_info=crash)
         return "error", reason
 
-    def handle_call(self, request: Any, from_: Any, state: Any) -> Any:
-        if request == "which_children":
-            return "reply", [(child_id, pid, spec["restart"]) for child_id, (spec, pid) in state.items()], state
-        return "reply", ("error", "unknown_request"), state
+    def _start_all(self, children: list[_Child]) -> Any:
+        """Starts children in order. Returns None, or the first one that does not start, and the reason."""
+        for child in children:
+            result, reason = self._start(child)
+            if result == "error":
+                return child, reason
+        return None
 
-    def handle_info(self, info: Any, state: Any) -> Any:
-        match info:
-            case ("EXIT", pid, reason):
-                for child_id, (_, child) in state.items():
-                    if child is pid:
-                        return self._on_child_exit(child_id, reason, state)
-            case ("$restart", child_id) if child_id in state and state[child_id][1] is None:
-                return self._restart(child_id, state)
-        return "noreply", state
+    def _set_stopped(self, child: _Child) -> None:
+        """Marks a child as not running. A temporary one is forgotten."""
+        child.pid, child.is_restarting = None, False
+        if child.spec["restart"] == "temporary":
+            self.children.pop(child.spec["id"], None)
 
-    def _on_child_exit(self, child_id: Any, reason: Any, state: Any) -> Any:
-        spec, pid = state[child_id]
-        state[child_id] = (spec, None)
-        if spec["restart"] == "temporary":
-            del state[child_id]
-        elif spec["restart"] == "permanent" or not is_normal(reason):
-            log.warning("%r child %r, %r, ended: %r; restarting it", self_pid(), child_id, pid, reason)
-            return self._restart(child_id, state)
-        return "noreply", state
+    def _on_exit(self, child: _Child, reason: Any) -> Any:
+        pid, restart = child.pid, child.spec["restart"]
+        self._set_stopped(child)
+        if restart != "permanent" and is_normal(reason):
+            return "noreply", None
+        log.warning("%r %s child %r, %r, ended: %r", self_pid(), restart, child.spec["id"], pid, reason)
+        return self._restart(child) if restart != "temporary" else ("noreply", None)
 
-    def _restart(self, child_id: Any, state: Any) -> Any:
+    def _restart(self, child: _Child) -> Any:
         now = monotonic()
         self.restarts.append(now)
         while now - self.restarts[0] > self.period:
             self.restarts.popleft()
         if len(self.restarts) > self.intensity:
             log.error("%r stops: more than %d restarts in %s s", self_pid(), self.intensity, self.period)
-            return "stop", "shutdown", state
-        spec, _ = state[child_id]
-        pid = self._start(spec)
-        if isinstance(pid, tuple):
-            pid = None
-            self_pid().send(("$restart", child_id))
-        state[child_id] = (spec, pid)
-        return "noreply", state
+            return "stop", "shutdown", None
+        children = [child] if self.strategy == "one_for_one" else list(self.children.values())
+        affected = children[children.index(child) if self.strategy == "rest_for_one" else 0 :]
+        for other in reversed(affected):
+            self._shut_down(other)
+        match self._start_all([other for other in affected if other.spec["restart"] != "temporary"]):
+            case (failed, _):
+                failed.is_restarting = True
+                self_pid().send(("$restart", failed))  # after the messages that are waiting, "$stop" among them
+        return "noreply", None
 
-    def terminate(self, reason: Any, state: Any) -> None:
-        for _, pid in reversed(state.values()):
-            if pid is not None:
-                self._shut_down(pid)
-
-    def _shut_down(self, pid: Pid) -> None:
-        ref = monitor(pid)
-        unlink(pid)  # else its EXIT would stay in the mailbox, before the DOWN of the next child
-        exit(pid, "shutdown")
-        is_supervisor = isinstance(pid, ServerProcess) and isinstance(pid.server, Supervisor)  # waits for its children
-        if receive(None if is_supervisor else self.SHUTDOWN, is_down(ref)) is None:
+    def _shut_down(self, child: _Child) -> None:
+        """Ends a child and waits for that. The EXIT of the link, which comes as well, finds it no longer running."""
+        pid, spec = child.pid, child.spec
+        self._set_stopped(child)
+        if pid is None:
+            return
+        del self.running[pid]
+        exit(pid, "kill" if spec["shutdown"] == "brutal_kill" else "shutdown")
+        seconds = spec["shutdown"] if isinstance(spec["shutdown"], int | float) else None
+        if send_and_wait(pid, Alias(), seconds) is None:
+            log.warning("%r child %r, %r, did not stop in %s s: killing it", self_pid(), spec["id"], pid, seconds)
             exit(pid, "kill")
-            receive(None, is_down(ref))
+            send_and_wait(pid, Alias(), None)
 
 
-def _child(spec: Any) -> dict[str, Any]:
-    """Returns a child with all its keys. Raises ValueError for a bad one."""
+# By a child's "scope": takes the spec and returns what to start, (fn, *args). The supervisor calls it at each start.
+# Without a cluster, such a child simply runs; a later room may replace the function.
+scopes: dict[str, Callable[[dict[str, Any]], Any]] = {"node": itemgetter("start"), "cluster": itemgetter("start")}
+
+
+def check_children(children: Iterable[Any]) -> list[dict[str, Any]]:
+    """Returns the specs with all their keys. Raises ValueError for a bad one, and for an id that comes twice."""
+    specs = [_check_child(child) for child in children]
+    if len({spec["id"] for spec in specs}) < len(specs):
+        raise ValueError("two children have the same id")
+    return specs
+
+
+def _check_child(spec: Any) -> dict[str, Any]:
     if not isinstance(spec, dict):
         raise ValueError(f"a child must be a dict, got {spec!r}")
-    child = {"restart": "permanent", **spec}
-    unknown = child.keys() - {"id", "start", "restart"}
-    start, restart = child.get("start"), child["restart"]
-    if "id" not in child:
-        problem = "no id"
-    elif unknown:
-        problem = f"unknown keys {sorted(map(str, unknown))}"
-    elif not (isinstance(start, tuple | list) and start and callable(start[0])):
-        problem = f"start must be (function, *arguments), got {start!r}"
-    elif restart not in ("permanent", "transient", "temporary"):
-        problem = f"restart must be 'permanent', 'transient' or 'temporary', got {restart!r}"
-    else:
-        return child
-    raise ValueError(f"child {child.get('id')!r}: {problem}")
+    start: Any = spec.get("start")
+    is_start = isinstance(start, tuple | list) and start and callable(start[0])
+    kind = spec.get("type", "supervisor" if is_start and start[0] is start_supervisor else "worker")
+    defaults = {"restart": "permanent", "shutdown": "infinity" if kind == "supervisor" else 5.0, "scope": "node"}
+    child = {**defaults, "type": kind, **spec}
+    hash(child.get("id"))  # raises TypeError here, and not in the supervisor
+    unknown, shutdown = child.keys() - defaults.keys() - {"id", "start", "type"}, child["shutdown"]
+    values = {"restart": ("permanent", "transient", "temporary"), "type": ("worker", "supervisor"), "scope": [*scopes]}
+    problems = [
+        ("id" not in child, "no id"),
+        (unknown, f"unknown keys {sorted(map(str, unknown))}"),
+        (not is_start, f"start must be (function, *arguments), got {start!r}"),
+        (not _is_shutdown(shutdown), f"shutdown must be seconds, 'infinity' or 'brutal_kill', got {shutdown!r}"),
+        *((child[key] not in some, f"{key} must be one of {some}, got {child[key]!r}") for key, some in values.items()),
+    ]
+    for is_problem, text in problems:
+        if is_problem:
+            raise ValueError(f"child {child.get('id')!r}: {text}")
+    return child
+
+
+def _is_shutdown(value: Any) -> bool:
+    return value in ("infinity", "brutal_kill") or (type(value) in (int, float) and 0 <= value < inf)
 
 
 def start_supervisor(
-    children: Iterable[dict[str, Any]], intensity: int = 1, period: float = 5, name: str | None = None
+    children: Iterable[dict[str, Any]],
+    strategy: str = "one_for_one",
+    intensity: int = 1,
+    period: float = 5,
+    name: str | None = None,
 ) -> Any:
-    """Starts the children in order and keeps them running (OTP's supervisor, one_for_one).
+    """Starts the children in order and keeps them running (OTP's supervisor). Returns as `start_link` does.
 
-    A child is {"id", "start": (fn, *args), "restart": "permanent" (the default) | "transient" | "temporary"}. More than
-    `intensity` restarts in `period` seconds end the children in reverse order and then the supervisor, with "shutdown".
-    `call(supervisor, "which_children")` returns [(id, pid, restart)]. Returns as `start_link` does. Raises ValueError
-    for a bad child, `intensity` or `period`.
+    A child is {"id", "start": (fn, *args)}, where `fn` returns a pid linked to its caller, as `start_link` does, or
+    "ignore", or ("error", reason). Other keys: "restart" is "permanent" (the default), "transient" (only after an
+    abnormal end) or "temporary" (never). "shutdown" is how long to wait before a child that must end is killed: seconds
+    (5), "infinity", or "brutal_kill" (not at all). "type" is "worker" or "supervisor", whose "shutdown" is "infinity".
+    With "scope": "cluster", the child runs on one node of a cluster only.
+
+    A restart is that of the child ("one_for_one"), of all children ("one_for_all"), or of the child and those after it
+    ("rest_for_one"). More than `intensity` restarts in `period` seconds end the children in reverse order and then the
+    supervisor, with "shutdown". Raises ValueError for a bad child, `strategy`, `intensity` or `period`.
     """
+    if strategy not in ("one_for_one", "one_for_all", "rest_for_one"):
+        raise ValueError(f"strategy must be 'one_for_one', 'one_for_all' or 'rest_for_one', got {strategy!r}")
     if not isinstance(intensity, int) or isinstance(intensity, bool) or intensity < 0:
         raise ValueError(f"intensity must be a number of restarts, got {intensity!r}")
     if not isinstance(period, int | float) or isinstance(period, bool) or not period > 0:
         raise ValueError(f"period must be a number of seconds above 0, got {period!r}")
-    specs = [_child(child) for child in children]
-    if len({spec["id"] for spec in specs}) < len(specs):
-        raise ValueError("two children have the same id")
-    return start_link(Supervisor(specs, intensity, period), name=name)
+    return start_link(Supervisor(strategy, intensity, period), check_children(children), name)
+
+
+def start_child(supervisor: Pid | str, spec: dict[str, Any]) -> Any:
+    """Adds a child and starts it (supervisor:start_child/2).
+
+    Returns ("ok", pid), ("ok", None) if it returns "ignore", ("error", ("already_started", pid)), ("error",
+    "already_present") if a child with its id does not run, or ("error", reason). Raises ValueError for a bad spec.
+    """
+    return call(supervisor, ("start_child", _check_child(spec)), None)
+
+
+def terminate_child(supervisor: Pid | str, child: Any) -> Any:
+    """Ends a child, given its id or pid, and waits for that (supervisor:terminate_child/2).
+
+    Its spec stays for `restart_child`, unless it is temporary. Returns "ok" or ("error", "not_found").
+    """
+    return _call_about(supervisor, "terminate_child", child)
+
+
+def restart_child(supervisor: Pid | str, child_id: Any) -> Any:
+    """Starts a child that does not run (supervisor:restart_child/2).
+
+    Returns as `start_child` does, or ("error", "running" | "restarting" | "not_found").
+    """
+    return _call_about(supervisor, "restart_child", child_id)
+
+
+def delete_child(supervisor: Pid | str, child_id: Any) -> Any:
+    """Removes a child that does not run. Returns "ok", or an error as `restart_child` (supervisor:delete_child/2)."""
+    return _call_about(supervisor, "delete_child", child_id)
+
+
+def _call_about(supervisor: Pid | str, act: str, child: Any) -> Any:
+    hash(child)  # raises TypeError here, and not in the supervisor
+    return call(supervisor, (act, child), None)
+
+
+def which_children(supervisor: Pid | str) -> list[tuple[Any, Any, str]]:
+    """Returns [(id, pid, type)] in starting order (supervisor:which_children/1).
+
+    Instead of a pid, None means that the child does not run, "restarting" that its restart has failed so far.
+    """
+    return call(supervisor, "which_children", None)
+
+
+def count_children(supervisor: Pid | str) -> dict[str, int]:
+    """Returns how many "specs", "active" children, "supervisors" and "workers" it has (supervisor:count_children/1)."""
+    return call(supervisor, "count_children", None)
+
+
+def supervisors(limit: int = 100) -> dict[Pid, dict[str, Any]]:
+    """Returns the supervisors of this node, each as {"parent", "strategy", "count", "children"}, without calling them.
+
+    "parent" has started it; "children" are the first `limit` of `count`, as `which_children` returns them.
+    """
+    found: dict[Pid, dict[str, Any]] = {}
+    for process in processes.values():
+        if isinstance(process, ServerProcess) and isinstance(process.server, Supervisor):
+            strategy, children = process.server.strategy, process.server.children
+            first = [child.describe() for child in islice(children.values(), limit)]
+            found[process] = {"parent": process.parent, "strategy": strategy, "count": len(children), "children": first}
+    return found
 
 
 __all__ += [
-    "CallError", "CallTimeout", "GenServer", "NoProc", "ServerDied", "call", "cast", "reply", "start_link",
-    "start_supervisor", "stop",
+    "CallError", "CallTimeout", "GenServer", "NoProc", "ServerDied", "call", "cast", "count_children", "delete_child",
+    "reply", "restart_child", "start_child", "start_link", "start_supervisor", "stop", "terminate_child",
+    "which_children",
 ]  # fmt: skip
+rooms["gen_server"] = SimpleNamespace(
+    check_children=check_children, scopes=scopes, start_supervisor=start_supervisor, stop=stop, supervisors=supervisors
+)
 
 
 # ----- cut here: without replay --------------------------------------------------------------------------------------
@@ -4196,11 +4404,11 @@ rooms["replay"] = SimpleNamespace(keep=_keep)
 
 
 # ----- cut here: without launch --------------------------------------------------------------------------------------
-# Lost: reload=True, workers=N, reload_on_change, run_workers.
+# Lost: reload=True, workers=N, children=[...], reload_on_change, run_workers.
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Launch: restarts the program after a change of its files, and runs it as several workers.
+# Launch: restarts the program after a change of its files, runs it as several workers, and starts what works in it.
 # Invariant: starts the program with its own command line; does not depend on what it serves.
 # ---------------------------------------------------------------------------------------------------------------------
 
@@ -4334,9 +4542,56 @@ def _file_stamps() -> dict[str, float]:
     return stamps
 
 
+class ApplicationTree:
+    """The children of an application, below one supervisor, while a server serves it (OTP's application)."""
+
+    def __init__(self, children: Iterable[dict[str, Any]], server: Any) -> None:
+        self.children, self.server = room("gen_server").check_children(children), server
+        self.supervisor: Any = None  # None unless it runs
+
+    def start(self, start_server: Callable[[], None]) -> None:
+        """Starts the children and then the server; stops them if the server cannot start.
+
+        Raises RuntimeError, with id and reason, if a child cannot be started.
+        """
+        supervisor = room("gen_server").start_supervisor(self.children)
+        match supervisor:
+            case ("error", ("shutdown", ("failed_to_start_child", child_id, reason))):
+                cause = reason if isinstance(reason, BaseException) else None
+                raise RuntimeError(f"child {child_id!r} of the application cannot be started: {reason!r}") from cause
+            case ("error", reason):  # killed while it started
+                raise RuntimeError(f"the children of the application cannot be started: {reason!r}")
+        self.supervisor = supervisor
+        unlink(supervisor)  # its end must not end the caller, nor the caller's end the children
+        supervisor.watch(self, self)
+        try:
+            start_server()
+        except BaseException:
+            self.stop()
+            raise
+
+    def down(self, _ref: Any, _pid: Pid, reason: Any) -> None:
+        """Runs when the supervisor ends without `stop`."""
+        log.critical("the supervisor of the application has ended: %r; the server stops", reason)
+        self.supervisor, self.server.failed = None, True
+        self.server.on_failure()
+
+    def stop(self) -> None:
+        """Ends the children in reverse order, and waits for that."""
+        supervisor, self.supervisor = self.supervisor, None
+        if supervisor is not None:
+            supervisor.unwatch(self)
+            try:
+                room("gen_server").stop(supervisor, "shutdown")
+            except Exception as error:  # killed, for example
+                log.error("the supervisor of the application did not stop as it should: %r", error)
+
+
 while_serving.append(_on_orphaned)
 __all__ += ["reload_on_change", "run_workers"]
-rooms["launch"] = SimpleNamespace(reload_on_change=reload_on_change, run_workers=run_workers)
+rooms["launch"] = SimpleNamespace(
+    ApplicationTree=ApplicationTree, reload_on_change=reload_on_change, run_workers=run_workers
+)
 
 
 # ----- cut here: without cluster -------------------------------------------------------------------------------------
@@ -5885,12 +6140,12 @@ def tokenize(note: Mapping[str, Any]) -> set[str]:
     return set(re.findall(r"\w+", f"{note['title']} {note['body']}".lower()))
 
 
-def start_indexer(notes: Notes) -> Any:
-    """Starts the indexer and the presence, under a supervisor that restarts them."""
-    return start_supervisor([
+def children_of(notes: Notes) -> list[dict[str, Any]]:
+    """Returns the children of the application: the indexer and the presence."""
+    return [
         {"id": "note_indexer", "start": (start_link, NoteIndexer, notes, "note_indexer")},
         {"id": "presence", "start": (start_link, Presence, None, "presence")},
-    ])  # fmt: skip
+    ]
 
 
 class Login:
@@ -6510,7 +6765,7 @@ def main() -> int:
     except OSError as error:  # ssl.SSLError is one
         what = str(error.strerror).partition(":")[0]
         print(f"nova_lite: cannot serve {error.filename or f'{args.host}:{args.port}'}: {what}", file=sys.stderr)
-    except (ImportError, ValueError) as error:  # raised by pubsub.connect
+    except (ImportError, RuntimeError, ValueError) as error:  # of pubsub.connect, and of a child that does not start
         print(f"nova_lite: {error}", file=sys.stderr)
     return 1
 
@@ -6522,8 +6777,7 @@ def serve(db: str, **options: Any) -> int:
         print(f"nova_lite: the database {db.rpartition('@')[2]} cannot be used: {error}", file=sys.stderr)
         return 1
     with closing(notes):
-        start_indexer(notes)
-        demo(notes, choose_password()).run(**options)
+        demo(notes, choose_password()).run(children=children_of(notes), **options)
     return 0
 
 

@@ -117,6 +117,8 @@ from nova_lite import (
     check_handshake,
     check_opening,
     close_frame,
+    count_children,
+    delete_child,
     demonitor,
     encode_frame,
     error_body,
@@ -131,6 +133,7 @@ from nova_lite import (
     receive,
     register,
     reply,
+    restart_child,
     self_pid,
     send,
     send_after,
@@ -138,13 +141,16 @@ from nova_lite import (
     spawn,
     spawn_link,
     spawn_monitor,
+    start_child,
     start_link,
     start_supervisor,
     stop,
+    terminate_child,
     to_response,
     unlink,
     unregister,
     whereis,
+    which_children,
 )  # fmt: skip
 
 PATIENCE = 20  # seconds after which a test gives up on an event; none waits so long, but on a busy machine
@@ -6535,6 +6541,141 @@ def test_a_message_that_is_due_with_the_timeout_cancels_it(server, me):
     assert receive(0.04) is None
 
 
+class Continuing(Obedient):
+    def handle_continue(self, term, state):
+        if term == "count":
+            send(state, "continued")
+            return "noreply", state
+        return term(state)
+
+
+CONTINUE = ("continue", "count")
+
+
+@pytest.mark.parametrize(
+    "callback",
+    [
+        lambda server: cast(server, lambda state: ("noreply", state, CONTINUE)),
+        lambda server: call(server, lambda _from, state: ("reply", 1, state, CONTINUE)),
+        lambda server: call(server, lambda from_, state: (reply(from_, 1), ("noreply", state, CONTINUE))[1]),
+        lambda server: cast(server, lambda state: ("noreply", state, ("continue", lambda s: ("noreply", s, CONTINUE)))),
+    ],
+    ids=["cast", "call", "reply", "continue"],
+)
+def test_handle_continue_comes_before_the_next_message(begin, me, callback):
+    server = begin(start_link, Continuing, me)
+    gate = gevent.event.Event()
+    cast(server, lambda state: me.send("ready") or (gate.wait() and ("noreply", state)))
+    assert expect() == "ready"
+    spawn(callback, server)
+    until(lambda: len(server.mailbox) == 1)
+    server.send("next")
+    gate.set()
+    assert [expect(), expect()] == ["continued", ("info", "next")]
+
+
+def test_an_init_may_continue_after_start_link_has_answered(begin, me):
+    gate = gevent.event.Event()
+    server = begin(
+        start_link, Continuing, lambda: ("ok", me, ("continue", lambda s: gate.wait() and ("noreply", s, CONTINUE)))
+    )
+    server.send("next")
+    assert receive(0) is None
+    gate.set()
+    assert [expect(), expect()] == ["continued", ("info", "next")]
+
+
+def test_an_info_may_continue_and_a_continuation_may_stop_or_wait(begin, me):
+    callbacks = types.SimpleNamespace(
+        init=lambda args: ("ok", args),
+        handle_info=lambda info, state: ("noreply", state, ("continue", info)) if info != "timeout" else divide(),
+        handle_continue=lambda term, state: ("stop", term, state) if term != "wait" else ("noreply", state, 0.001),
+    )
+    for info, kind in (("enough", str), ("wait", ZeroDivisionError)):
+        server = begin(start_link, callbacks, me)
+        unlink(server)
+        server.send(info)
+        assert isinstance(reason_of(server), kind)
+
+
+def test_who_continues_for_ever_lets_the_others_have_their_turn_and_can_be_ended(begin, me):
+    def again(state):
+        return "noreply", state, ("continue", again)
+
+    server = begin(start_link, Continuing, lambda: ("ok", me, ("continue", again)))
+    unlink(server)
+    send_after(0.01, me, "a timer")
+    assert expect() == "a timer"
+    exit(server, "enough")
+    assert reason_of(server) == "enough"
+
+
+@pytest.mark.parametrize(
+    ("tail", "reason"),
+    [
+        (("continue", 1), ("bad_continue", 1)),
+        *(
+            (bad, ("bad_return_value", ("noreply", "nobody", bad)))
+            for bad in (("continue",), ("go on", 1), ["continue", 1])
+        ),
+    ],
+)
+def test_a_continuation_that_nobody_handles_or_understands_ends_the_server(server, tail, reason):
+    ref = monitor(server)
+    cast(server, lambda _state: ("noreply", "nobody", tail))
+    assert expect(down(ref))[4] == reason
+
+
+@pytest.mark.parametrize(
+    "init", [lambda: gevent.sleep(PATIENCE), lambda: receive(PATIENCE)], ids=["sleeps", "receives"]
+)
+@pytest.mark.parametrize("trapping", [False, True])
+def test_an_init_that_takes_too_long_is_killed_and_leaves_nothing(init, trapping):
+    process_flag("trap_exit", trapping)
+    before = set(nova_lite.processes)
+    assert start_link(Obedient, init, name="slow", timeout=0.01) == ("error", "timeout")
+    assert (whereis("slow"), set(nova_lite.processes) - before, drain()) == (None, set(), [])
+
+
+def test_an_init_that_is_in_time_is_not_disturbed_by_its_timeout(begin, me):
+    server = begin(start_link, Obedient, lambda: gevent.sleep(0.001) or ("ok", me), timeout=PATIENCE)
+    assert call(server, "ping") == "ping"
+    assert start_link(Obedient, lambda: "ignore", timeout=PATIENCE) == "ignore"
+    assert start_link(Obedient, lambda: ("stop", "no"), timeout=PATIENCE) == ("error", "no")
+
+
+# How a callback is called, the reason that it raises, and whether that is logged for the server.
+@pytest.mark.parametrize(
+    "tell",
+    [
+        lambda server, act: cast(server, act),
+        lambda server, act: spawn(call, server, lambda _from, state: act(state)),
+        lambda server, act: cast(server, lambda state: ("noreply", state, ("continue", act))),
+    ],
+    ids=["cast", "call", "continue"],
+)
+@pytest.mark.parametrize(("reason", "logged"), [("normal", 0), ("shutdown", 0), (("shutdown", 1), 0), ("enough", 1)])
+def test_a_process_exit_raised_in_a_callback_runs_terminate_with_its_reason(begin, me, caplog, tell, reason, logged):
+    server = begin(start_link, Continuing, me)
+    unlink(server)
+    ref = monitor(server)
+
+    def leave(_state):
+        raise nova_lite.ProcessExit(reason)
+
+    tell(server, leave)
+    assert expect() == ("terminate", reason)
+    assert expect(down(ref))[4] == reason
+    assert len([record for record in crashes(caplog) if "stopped" in record.getMessage()]) == logged
+
+
+def test_a_process_exit_raised_in_init_is_the_error_of_start_link():
+    def leave():
+        raise nova_lite.ProcessExit("enough")
+
+    assert start_link(Obedient, leave) == ("error", "enough")
+
+
 def test_stop_waits_until_the_server_has_handled_what_it_had_and_ended(me):
     server = start_link(Obedient, me)
     server.send("hello")
@@ -6620,13 +6761,13 @@ class Child(GenServer):
         test.send(("ended", id))
 
 
-def child(test, id, restart="permanent", start=(start_link, Child)):
-    return {"id": id, "start": (*start, (test, id)), "restart": restart}
+def child(test, id, restart="permanent", start=(start_link, Child), **keys):
+    return {"id": id, "start": (*start, (test, id)), "restart": restart, **keys}
 
 
 def children(supervisor):
     """{id: pid} of a supervisor, after it has dealt with what has happened before."""
-    return {id: pid for id, pid, _ in call(supervisor, "which_children")}
+    return {id: pid for id, pid, _ in which_children(supervisor)}
 
 
 def end(pid, reason):
@@ -6662,6 +6803,59 @@ def test_which_ends_are_restarted(me, begin, restart, reason, outcome):
     )
     assert found == outcome
     stop(supervisor)
+
+
+# The strategy, which of a, b and c dies, and what happens: who ends in which order, and who starts.
+@pytest.mark.parametrize(
+    ("strategy", "dies", "ends", "starts"),
+    [
+        ("one_for_one", "a", "a", "a"), ("one_for_one", "b", "b", "b"), ("one_for_one", "c", "c", "c"),
+        ("one_for_all", "a", "acb", "abc"), ("one_for_all", "b", "bca", "abc"), ("one_for_all", "c", "cba", "abc"),
+        ("rest_for_one", "a", "acb", "abc"), ("rest_for_one", "b", "bc", "bc"), ("rest_for_one", "c", "c", "c"),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize(
+    ("restart", "reason", "is_restarted"),
+    [
+        ("permanent", "normal", True), ("permanent", "crash", True),
+        ("transient", "normal", False), ("transient", "crash", True),
+        ("temporary", "normal", False), ("temporary", "crash", False),
+    ],
+)  # fmt: skip
+def test_who_is_restarted_with_whom(me, begin, strategy, dies, ends, starts, restart, reason, is_restarted):
+    specs = [child(me, id, restart if id == dies else "permanent") for id in "abc"]
+    supervisor = begin(start_supervisor, specs, strategy)
+    first = children(supervisor)
+    drain()
+    end(first[dies], reason)
+    now = children(supervisor)
+    ended, started = (ends, starts) if is_restarted else (dies, "")
+    assert drain() == [("ended", id) for id in ended] + [("started", id) for id in started]
+    assert [id for id in "abc" if now.get(id) not in (None, first[id])] == list(started)
+    assert list(now) == [id for id in "abc" if id != dies or restart != "temporary"]
+    assert len(supervisor.server.running) == 3 - (not is_restarted)
+
+
+@pytest.mark.parametrize(("strategy", "starts"), [("one_for_all", "abd"), ("rest_for_one", "bd")])
+def test_of_those_restarted_together_temporary_ones_are_forgotten_and_ended_ones_come_back(me, begin, strategy, starts):
+    kinds = {"a": "permanent", "b": "permanent", "c": "temporary", "d": "transient"}
+    supervisor = begin(start_supervisor, [child(me, id, kind) for id, kind in kinds.items()], strategy)
+    end(children(supervisor)["d"], "normal")
+    assert children(supervisor)["d"] is None
+    drain()
+    end(children(supervisor)["b"], "crash")
+    assert list(children(supervisor)) == ["a", "b", "d"]
+    assert [id for event, id in drain() if event == "started"] == list(starts)
+
+
+def test_a_restart_of_several_that_fails_goes_on_with_those_that_did_not_start(me, begin):
+    results = iter([spawn, lambda _obey: ("error", "not yet"), spawn])
+    failing = {"id": "b", "start": (lambda: next(results)(obey),)}
+    supervisor = begin(start_supervisor, [child(me, "a"), failing, child(me, "c")], "rest_for_one", intensity=2)
+    drain()
+    exit(children(supervisor)["b"], "kill")
+    assert [expect(), expect()] == [("ended", "c"), ("started", "c")]
+    assert list(children(supervisor)) == ["a", "b", "c"]
 
 
 def test_too_many_restarts_stop_the_children_in_reverse_and_the_supervisor(me, begin):
@@ -6708,6 +6902,141 @@ def test_a_temporary_child_that_ignores_is_forgotten(me, begin):
     stop(supervisor)
 
 
+def test_children_come_and_go_at_run_time(me, begin):
+    supervisor = begin(start_supervisor, [child(me, "a")])
+    match start_child(supervisor, child(me, "b")):
+        case ("ok", pid):
+            assert which_children(supervisor)[1] == ("b", pid, "worker")
+        case other:
+            pytest.fail(f"{other!r}")
+    assert start_child(supervisor, child(me, "b")) == ("error", ("already_started", pid))
+    assert [restart_child(supervisor, "b"), delete_child(supervisor, "b")] == [("error", "running")] * 2
+    assert terminate_child(supervisor, "b") == "ok"
+    assert which_children(supervisor)[1] == ("b", None, "worker")
+    assert terminate_child(supervisor, "b") == "ok"
+    assert start_child(supervisor, child(me, "b")) == ("error", "already_present")
+    assert restart_child(supervisor, "b") == ("ok", children(supervisor)["b"])
+    assert terminate_child(supervisor, children(supervisor)["b"]) == "ok"
+    assert delete_child(supervisor, "b") == "ok"
+    assert list(children(supervisor)) == ["a"]
+    for act in (terminate_child, restart_child, delete_child):
+        assert act(supervisor, "b") == ("error", "not_found")
+    assert drain() == [("started", "a"), *[("started", "b"), ("ended", "b")] * 2]
+
+
+# A child's restart, how its start ends, what start_child returns, and what is left: its pid, or nothing.
+@pytest.mark.parametrize(
+    ("restart", "start", "result", "left"),
+    [
+        ("permanent", lambda _args: "ignore", ("ok", None), {"b": None}),
+        ("temporary", lambda _args: "ignore", ("ok", None), {}),
+        ("permanent", lambda _args: ("error", "no"), ("error", "no"), {}),
+        ("temporary", lambda _args: 42, ("error", 42), {}),
+        ("permanent", lambda _args: exit(self_pid(), "normal"), ("error", True), {}),
+    ],
+)
+def test_what_start_child_answers_if_nothing_runs(me, begin, restart, start, result, left):
+    supervisor = begin(start_supervisor, [])
+    assert start_child(supervisor, child(me, "b", restart, start=(start,))) == result
+    assert children(supervisor) == left
+    assert count_children(supervisor)["specs"] == len(left)
+
+
+def test_a_start_function_that_raises_process_exit_fails_and_the_supervisor_goes_on(me, begin):
+    def leave(_args):
+        raise nova_lite.ProcessExit("enough")
+
+    supervisor = begin(start_supervisor, [])
+    assert start_child(supervisor, child(me, "a", start=(leave,))) == ("error", "enough")
+    assert children(supervisor) == {}
+
+
+def test_a_temporary_child_that_is_terminated_is_forgotten(me, begin):
+    supervisor = begin(start_supervisor, [child(me, "a", "temporary")])
+    assert terminate_child(supervisor, "a") == "ok"
+    assert restart_child(supervisor, "a") == ("error", "not_found")
+
+
+def test_a_child_whose_restart_fails_is_restarting_until_it_is_terminated(me, begin):
+    gate = gevent.event.Event()
+    results = iter([spawn, lambda _obey: gate.wait() and ("error", "not yet")])
+    supervisor = begin(start_supervisor, [{"id": "a", "start": (lambda: next(results)(obey),)}], intensity=10)
+    exit(children(supervisor)["a"], "kill")
+    until(lambda: supervisor.runner and not supervisor.mailbox)  # it is restarting the child
+    for act in (which_children, restart_child, delete_child, terminate_child, which_children):
+        begin(spawn, lambda act=act: me.send(act(*([supervisor] if act is which_children else [supervisor, "a"]))))
+    until(lambda: len(supervisor.mailbox) == 5)
+    gate.set()
+    restarting = ("error", "restarting")
+    answers = [[("a", "restarting", "worker")], restarting, restarting, "ok", [("a", None, "worker")]]
+    assert [expect() for _ in answers] == answers
+
+
+def test_children_are_counted(me, begin):
+    below = {"id": "below", "start": (start_supervisor, [child(me, "x")])}
+    specs = [child(me, "a"), child(me, "b", start=(lambda _args: "ignore",)), below, child(me, "c", type="supervisor")]
+    supervisor = begin(start_supervisor, specs)
+    assert count_children(supervisor) == {"specs": 4, "active": 3, "supervisors": 2, "workers": 2}
+    assert [kind for _, _, kind in which_children(supervisor)] == ["worker", "worker", "supervisor", "supervisor"]
+
+
+def test_an_id_that_is_not_hashable_is_refused_in_the_caller(me, begin):
+    supervisor = begin(start_supervisor, [])
+    for act in (terminate_child, restart_child, delete_child):
+        with pytest.raises(TypeError):
+            act(supervisor, [])
+    with pytest.raises(TypeError):
+        start_child(supervisor, child(me, []))
+    assert children(supervisor) == {}
+
+
+def test_ten_thousand_children_cost_what_their_number_costs(me, begin):
+    def cycle(number):
+        supervisor = begin(start_supervisor, [], "one_for_one", intensity=10**6)
+        pids = [start_child(supervisor, {"id": id, "start": (start_link, Obedient, me)})[1] for id in range(number)]
+        start = time.process_time()
+        for pid in pids[::10]:  # they are restarted
+            exit(pid, "kill")
+        for id in range(1, number, 10):
+            assert terminate_child(supervisor, id) == "ok"
+            assert delete_child(supervisor, id) == "ok"
+        end = time.process_time()
+        assert count_children(supervisor)["active"] == number - number // 10
+        stop(supervisor)
+        return end - start
+
+    cycle(100)
+    assert cycle(10_000) < 5 * 10 * cycle(1000)
+
+
+def test_a_snapshot_shows_the_supervisors_without_calling_them(me, begin):
+    gate = gevent.event.Event()
+    below = {"id": "below", "start": (start_supervisor, [child(me, id) for id in range(5)], "one_for_all")}
+    supervisor = begin(start_supervisor, [below], name="top")
+    spawn(start_child, supervisor, {"id": "slow", "start": (gate.wait,), "restart": "temporary"})
+    until(lambda: not supervisor.mailbox and supervisor.runner)  # it is blocked
+    found = nova_lite.rooms["gen_server"].supervisors(limit=2)
+    (_, lower, kind), (_, none, _) = found[supervisor]["children"]
+    assert (kind, none, found[supervisor]["count"], found[supervisor]["parent"]) == ("supervisor", None, 2, me)
+    assert (found[lower]["parent"], found[lower]["strategy"], found[lower]["count"]) == (supervisor, "one_for_all", 5)
+    assert [id for id, _, _ in found[lower]["children"]] == [0, 1]
+    gate.set()
+
+
+def test_a_scope_decides_at_each_start_what_is_started(me, begin, monkeypatch):
+    spec = child(me, "a", scope="cluster")
+    assert children(begin(start_supervisor, [spec]))["a"]  # without a cluster it simply runs
+    given = []
+    monkeypatch.setitem(
+        nova_lite.rooms["gen_server"].scopes, "cluster", lambda spec: given.append(spec) or (spawn, obey)
+    )
+    supervisor = begin(start_supervisor, [spec])
+    assert children(supervisor)["a"].role() == "obey"
+    exit(children(supervisor)["a"], "kill")
+    until(lambda: len(given) == 2)
+    assert (given[0]["id"], given[0]["start"]) == ("a", spec["start"])
+
+
 @pytest.mark.parametrize(
     ("start", "words"),
     [
@@ -6725,8 +7054,6 @@ def test_a_child_that_cannot_be_started_is_logged_once_with_its_reason(caplog, s
 
 
 def test_a_supervisor_below_a_supervisor_has_all_the_time_that_its_children_need(me, begin, monkeypatch):
-    monkeypatch.setattr(nova_lite.Supervisor, "SHUTDOWN", 0.05)
-
     def slow():
         process_flag("trap_exit", True)
         with suppress(BaseException):
@@ -6736,6 +7063,7 @@ def test_a_supervisor_below_a_supervisor_has_all_the_time_that_its_children_need
 
     workers = [{"id": n, "start": (spawn, slow)} for n in range(4)]
     supervisor = begin(start_supervisor, [{"id": "below", "start": (start_supervisor, workers)}])
+    assert which_children(supervisor) == [("below", children(supervisor)["below"], "supervisor")]
     gevent.sleep(0)
     below = children(supervisor)["below"]
     ref = monitor(below)
@@ -6755,14 +7083,34 @@ def test_a_restart_that_fails_is_tried_again_until_it_is_too_often(me, begin):
     assert expect() == ("EXIT", supervisor, "shutdown")
 
 
-def test_any_process_may_be_a_child_and_is_killed_if_it_does_not_end(me, begin, monkeypatch):
-    monkeypatch.setattr(nova_lite.Supervisor, "SHUTDOWN", 0.01)
-    stubborn = (spawn, lambda _args: process_flag("trap_exit", True) or me.send("ready") or [receive() for _ in "12"])
-    supervisor = begin(start_supervisor, [child(me, "a", start=stubborn)])
-    expect()
+# What a child does with an exit signal, its `shutdown`, the reason that it ends for, and whether it heard the signal.
+@pytest.mark.parametrize(
+    ("kind", "shutdown", "reason", "says"),
+    [
+        ("obedient", 5, "shutdown", False), ("obedient", "infinity", "shutdown", False),
+        ("obedient", "brutal_kill", "killed", False),
+        ("trapping", 5, "normal", True), ("trapping", "infinity", "normal", True),
+        ("trapping", "brutal_kill", "killed", False),
+        ("stubborn", 0.01, "killed", True),
+    ],
+)  # fmt: skip
+def test_how_a_child_is_shut_down(me, begin, caplog, kind, shutdown, reason, says):
+    def run(_args):
+        process_flag("trap_exit", kind != "obedient")
+        me.send("ready")
+        receive()
+        me.send("asked to end")
+        if kind == "stubborn":
+            receive()
+
+    supervisor = begin(start_supervisor, [child(me, "a", start=(spawn, run), shutdown=shutdown)])
+    assert expect() == "ready"
     ref = monitor(children(supervisor)["a"])
     stop(supervisor)
-    assert expect(down(ref))[4] == "killed"
+    told = drain()
+    assert ("asked to end" in told) == says
+    assert next(message[4] for message in told if message[:2] == ("DOWN", ref)) == reason
+    assert any("did not stop" in record.getMessage() for record in caplog.records) == (kind == "stubborn")
 
 
 def test_a_supervisor_falls_with_its_parent_and_stops_its_children(me, begin):
@@ -6783,6 +7131,21 @@ def test_a_supervisor_falls_with_its_parent_and_stops_its_children(me, begin):
         ([{"id": "a", "start": (spawn, obey), "restrat": "transient"}], {}, "child 'a': unknown.*restrat"),
         ([{"id": "a", "start": (spawn, obey)}, {"id": "a", "start": (spawn, obey)}], {}, "the same id"),
         (["a"], {}, "a dict, got 'a'"),
+        ([], {"strategy": "simple_one_for_one"}, "strategy.*got 'simple_one_for_one'"),
+        *(
+            (
+                [{"id": "a", "start": (spawn, obey), key: value}],
+                {},
+                f"child 'a': {key} must be.*{re.escape(repr(value))}",
+            )
+            for key, values in {
+                "shutdown": (-1, "5", None, True, float("nan"), float("inf"), []),
+                "type": ("boss", None),
+                "scope": ("world", None),
+                "restart": (None, []),
+            }.items()
+            for value in values
+        ),
         *(([{"id": "a", "start": start}], {}, "child 'a': start") for start in (obey, (), (42,), "spawn")),
         *(([], {"intensity": value}, "intensity.*got") for value in (-1, 0.5, "1", None, True)),
         *(([], {"period": value}, "period.*got") for value in (0, -1, "5", None, True, float("nan"))),
@@ -8261,7 +8624,7 @@ def test_the_indexer_finds_notes_by_their_words(demo):
 def test_an_indexer_that_is_killed_comes_back_and_knows_everything(tmp_path):
     notes = nova_lite.Notes(str(tmp_path / "notes.db"))
     note = notes.create("Groceries", "zebra", "Ada")
-    supervisor = nova_lite.start_indexer(notes)
+    supervisor = start_supervisor(nova_lite.children_of(notes))
     first = whereis("note_indexer")
     exit(first, "kill")
     until(lambda: whereis("note_indexer") not in (None, first))
@@ -8599,6 +8962,175 @@ def test_the_demos_board_is_behind_the_login(tmp_path, path):
                 assert json.loads(client.recv(PATIENCE))["connections"] == 1
         else:
             assert http_request(demo, "GET", path, headers={"Cookie": cookie_of(headers)})[0] == 200
+
+
+# -- the application's tree -------------------------------------------------------------------------------------------
+
+
+def test_children_start_before_the_server_and_stop_after_its_clients_in_reverse(me):
+    class Watching(Child):
+        def init(self, args):
+            me.send(("server started", server.started))
+            return super().init(args)
+
+        def terminate(self, reason, state):
+            me.send(("clients", server.active_count()))
+            super().terminate(reason, state)
+
+    specs = [child(me, id, start=(start_link, Watching)) for id in "ab"]
+    server = Server(Nova([{"routes": [("/ws", Parrot, {"protocol": "ws"})]}]), port=0, children=specs)
+    with server, ws(server):
+        assert drain() == [("server started", False), ("started", "a"), ("server started", False), ("started", "b")]
+        assert server.active_count() == 1
+    assert drain() == [("clients", 0), ("ended", "b"), ("clients", 0), ("ended", "a")]
+    assert not server.failed
+
+
+def test_children_outlive_who_has_started_their_server_and_do_not_end_it(me, begin):
+    server = Server(Nova(), port=0, children=[child(me, "a")])
+    starter = begin(spawn, server.start)
+    assert expect() == ("started", "a")
+    assert reason_of(starter) in ("normal", "noproc")
+    gevent.sleep(0)
+    assert drain() == []
+    server.stop()
+    assert drain() == [("ended", "a")]
+
+
+@pytest.mark.parametrize(
+    ("start", "words"),
+    [
+        ((start_link, Obedient, lambda: ("stop", "no disk")), "child 'c' of the application.*: 'no disk'"),
+        ((divide,), "child 'c' of the application.*ZeroDivisionError"),
+    ],
+)
+def test_a_child_that_cannot_be_started_is_an_error_and_nothing_is_left(me, start, words):
+    specs = [child(me, "a"), child(me, "b"), {"id": "c", "start": start}]
+    server = Server(Nova(), port=0, children=specs)
+    with pytest.raises(RuntimeError, match=words):
+        server.start()
+    assert not server.started
+    assert drain() == [("started", "a"), ("started", "b"), ("ended", "b"), ("ended", "a")]
+
+
+def test_a_listener_that_cannot_be_had_ends_the_children(me):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        server = Server(Nova(), port=taken.getsockname()[1], children=[child(me, "a")])
+        with pytest.raises(OSError, match="in use"):
+            server.start()
+    assert drain() == [("started", "a"), ("ended", "a")]
+
+
+@pytest.mark.parametrize("how", ["restarts", "killed"])
+def test_a_server_whose_tree_gives_up_drains(me, caplog, how):
+    app = Nova([{"routes": [("/ws", Parrot, {"protocol": "ws"})]}])
+    with (
+        Server(app, port=0, drain_time=PATIENCE, children=[child(me, "a"), child(me, "b")]) as server,
+        ws(server) as client,
+    ):
+        if how == "killed":
+            exit(server.tree.supervisor, "kill")
+        else:
+            for _ in range(2):
+                end(children(server.tree.supervisor)["a"], "crash")
+        with pytest.raises(ConnectionClosed) as closed:
+            client.recv(PATIENCE)
+        assert closed.value.rcvd.code == 1001
+        until(lambda: not server.started)
+        assert server.failed
+    assert any("the supervisor of the application has ended" in record.getMessage() for record in crashes(caplog))
+
+
+@pytest.mark.parametrize("options", [{}, {"workers": 2, "cluster": "redis://127.0.0.1:1"}, {"reload": True}], ids=str)
+def test_a_bad_child_is_refused_when_run_is_called(options):
+    with pytest.raises(ValueError, match=r"child 'a': unknown keys .'restrat'"):
+        Nova().run(port=0, children=[{"id": "a", "start": (spawn, obey), "restrat": 1}], **options)
+
+
+TREE = """
+from gevent import monkey; monkey.patch_all()
+import json, os, sys, gevent
+from nova_lite import GenServer, Nova, WebSocketHandler, exit, monitor, process_flag, receive, start_link, whereis
+
+class Poller(GenServer):
+    def init(self, args):
+        process_flag("trap_exit", True)
+        self.tell("started")
+        return "ok", None
+    def terminate(self, reason, state):
+        self.tell("ended")
+    def tell(self, event):
+        with open("events", "a") as file:
+            file.write(f"{event} {os.getpid()}\\n")
+
+def crash(_req):
+    for _ in range(2):  # which is too often
+        while (poller := whereis("poller")) is None:
+            gevent.sleep(0.001)
+        monitor(poller)
+        exit(poller, "kill")
+        receive()
+    return "status", 200
+
+app = Nova([{"routes": [("/crash", crash), ("/ws", WebSocketHandler, {"protocol": "ws"})]}])
+app.run(port=0, children=[{"id": "poller", "start": (start_link, Poller, None, "poller")}], **json.loads(sys.argv[-1]))
+"""
+
+
+@pytest.fixture
+def run_tree(tmp_path, monkeypatch):
+    """run_tree(**options): the program above, with options for `run`; `events()` are what its children have told."""
+    (tmp_path / "tree.py").write_text(TREE)
+    monkeypatch.setattr(sys.modules[__name__], "PROGRAM", tmp_path / "tree.py")
+    with ExitStack() as stack:
+
+        def run(**options):
+            demo = stack.enter_context(Tree(json.dumps(options), cwd=tmp_path, env={"PYTHONPATH": str(ROOT)}))
+            demo.events = lambda: [tuple(line.split()) for line in (tmp_path / "events").read_text().splitlines()]
+            return demo
+
+        yield run
+
+
+class Tree(Demo):
+    def __exit__(self, *_):
+        self.process.terminate()
+        self.wait()
+
+
+def test_run_stops_its_children_and_returns(run_tree):
+    tree = run_tree()
+    tree.process.terminate()
+    assert tree.wait() == 0
+    assert tree.events() == [("started", str(tree.process.pid)), ("ended", str(tree.process.pid))]
+
+
+def test_a_process_whose_tree_gives_up_drains_and_ends_with_1(run_tree):
+    tree = run_tree()
+    with ws(tree) as client:
+        assert http_request(tree, "GET", "/crash")[0] == 200
+        with pytest.raises(ConnectionClosed) as closed:
+            client.recv(PATIENCE)
+        assert closed.value.rcvd.code == 1001
+    assert tree.wait() == 1
+    assert not any("Traceback" in line for line in tree.log)
+
+
+def test_children_work_in_each_worker_and_a_worker_whose_tree_gives_up_is_replaced(run_tree, redis_url):
+    tree = run_tree(workers=2, cluster=redis_url)
+    until(lambda: "".join(tree.log).count("serving on") == 2)
+    workers = re.findall(r"worker \d is process (\d+)", "".join(tree.log))
+    assert sorted(tree.events()) == sorted(("started", pid) for pid in workers)
+    assert http_request(tree, "GET", "/crash")[0] == 200
+    until(lambda: len({pid for event, pid in tree.events() if event == "started"}) == 3)
+    assert str(tree.process.pid) not in {pid for _, pid in tree.events()}
+    until(lambda: re.search(r"worker \d, process \d+, ended with 1$", "".join(tree.log), re.MULTILINE))
+
+
+def test_children_work_in_the_child_of_a_reload_only(run_tree):
+    tree = run_tree(reload=True)
+    ((event, pid),) = tree.events()
+    assert (event, pid != str(tree.process.pid)) == ("started", True)
 
 
 # -- workers, the command line of a cluster ---------------------------------------------------------------------------
@@ -9113,6 +9645,8 @@ def test_a_chat_runs_on_a_copy_without(without, tmp_path):
 
 def test_asking_for_a_room_that_was_cut_off_is_an_error_that_names_it(tmp_path):
     asked = {
+        'app.run(port=0, children=[{"id": "a", "start": (print,)}])': "gen_server",
+        'Server(app, port=0, children=[{"id": "a", "start": (print,)}])': "launch",
         'app.run(port=0, cluster="redis://127.0.0.1:1")': "cluster",
         'app.run(port=0, cluster="redis://127.0.0.1:1", workers=2)': "launch",
         "app.run(port=0, reload=True)": "launch",
@@ -10393,10 +10927,9 @@ def serve_nova_lite(watch=None):
 
     notes = nova_lite.Notes(":memory:")
     notes.create(NOTE_1["title"], NOTE_1["body"], NOTE_1["author"])
-    nova_lite.start_indexer(notes)
     app = nova_lite.demo(notes)
     app.merge(nova_lite.Nova([{"routes": [("/channel/:name", Channel, {"protocol": "ws"})]}]))
-    with nova_lite.Server(app, port=0) as server:
+    with nova_lite.Server(app, port=0, children=nova_lite.children_of(notes)) as server:
         _watchers = watch and watch_hub()  # they end with the last reference
         answer_questions(server.port)
         server.serve_forever()
