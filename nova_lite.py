@@ -97,7 +97,7 @@ import zlib
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from datetime import datetime
 from functools import cache, lru_cache, partial
 from heapq import nlargest
@@ -4321,7 +4321,10 @@ DISCONNECTED, CONNECTING, SUBSCRIBING, CONNECTED, LEAVING = range(5)
 
 
 class RemotePid(Pid):
-    """A process of another node. `send` raises TypeError or ValueError for what cannot cross, see Codec."""
+    """A process of another node, or one of this node that has ended and whose pid has come back.
+
+    `send` raises TypeError or ValueError for what cannot cross, see Codec.
+    """
 
     __slots__ = ("cluster", "node")
 
@@ -4341,10 +4344,15 @@ class RemotePid(Pid):
         self.cluster.send_to_node(self.node, "send", self.serial, message)
 
     def watch(self, ref: Any, watcher: Any) -> None:
-        self.cluster.monitors.watch(self, ref, watcher)
+        if self.node in self.cluster.membership.nodes:
+            self.cluster.monitors.monitoring[ref] = (self, watcher)
+            self.cluster.send_to_node(self.node, "watch", self.serial, ref)
+        else:
+            watcher.down(ref, self, "noproc" if self.node == self.cluster.id else "noconnection")
 
     def unwatch(self, ref: Any) -> None:
-        self.cluster.monitors.unwatch(self, ref)
+        if self.cluster.monitors.monitoring.pop(ref, None):
+            self.cluster.send_to_node(self.node, "unwatch", self.serial, ref)
 
     def signal(self, source: Pid, reason: Any) -> None:
         self.cluster.send_to_node(self.node, "exit", self.serial, source, self.cluster.codec.exit_reason(reason))
@@ -4416,17 +4424,15 @@ class Codec:
             return datetime.fromisoformat(data.decode())
         if code != _PID or len(data) != 16:
             raise ValueError(f"an extension of type {code} and {len(data)} bytes")
-        node, serial = data[:8], int.from_bytes(data[8:], "big")
-        local = _local_pid(serial) if node == self.node_id else None
+        return self.pid(data[:8], int.from_bytes(data[8:], "big"))
+
+    def pid(self, node: bytes, serial: int) -> Pid:
+        local = node == self.node_id and (processes.get(serial) or _aliases.get(serial))
         return local or RemotePid(self.cluster, node, serial)
 
 
 # Aliases that were sent to another node, by serial.
 _aliases: weakref.WeakValueDictionary[int, Alias] = weakref.WeakValueDictionary()
-
-
-def _local_pid(serial: int) -> Pid | None:
-    return processes.get(serial) or _aliases.get(serial)
 
 
 def _import_package(name: str) -> Any:
@@ -4450,25 +4456,16 @@ class Redis:
         options |= {"decode_responses": False, "health_check_interval": 0}
         query = {name: value for name, value in query.items() if name not in options}
         try:
-            client = self.module.Redis.from_url(parts._replace(query=urlencode(query)).geturl(), **options)
-            self.pool = client.connection_pool
-            self.pool.make_connection()  # does not connect yet, but raises for an unknown option
+            self.client = self.module.Redis.from_url(parts._replace(query=urlencode(query)).geturl(), **options)
+            self.client.connection_pool.make_connection()  # does not connect, but raises for an unknown option
         except (ValueError, TypeError) as error:
             raise ValueError(f"{self.label} is not the URL of a Redis: {error}") from None
         self.errors = (OSError, self.module.RedisError)
 
     def connect(self) -> Any:
-        connection = self.pool.make_connection()
+        connection = self.client.connection_pool.make_connection()
         connection.connect()
         return connection
-
-    def execute(self, *command: Any) -> Any:
-        connection = self.connect()
-        try:
-            connection.send_command(*command)
-            return connection.read_response()
-        finally:
-            connection.disconnect()
 
     def key(self, kind: str, name: str = "") -> bytes:
         return f"{self.prefix}{kind}{name}".encode("utf-8", "surrogatepass")
@@ -4606,22 +4603,20 @@ class Subscriptions:
     def is_confirmed(self, channel: str) -> bool:
         return channel in self.events and self.events[channel].is_set()
 
-    def ensure_subscribed(self, channel: str) -> None:
-        """Subscribes, unless that is done. A transport that is still connecting subscribes to all channels later."""
-        if channel not in self.events and self.cluster.transport.phase in (SUBSCRIBING, CONNECTED):
+    def update(self, channel: str) -> None:
+        """Subscribes or unsubscribes, if that is necessary. A transport that is still connecting subscribes later."""
+        is_needed = channel in self.pubsub.channels or channel in self.pubsub.histories
+        if is_needed and channel not in self.events and self.cluster.transport.phase in (SUBSCRIBING, CONNECTED):
             self.cluster.transport.command("SUBSCRIBE", self.cluster.redis.key("channel:", channel))
             self.events[channel] = gevent.event.Event()
-
-    def unsubscribe_unused(self, channel: str) -> None:
-        """Unsubscribes, but never before Redis has confirmed the SUBSCRIBE: a confirmation is always the latest's."""
-        if self.is_confirmed(channel) and not (channel in self.pubsub.channels or channel in self.pubsub.histories):
+        elif not is_needed and self.is_confirmed(channel):  # not before: a confirmation is always the latest's
             self.cluster.transport.command("UNSUBSCRIBE", self.cluster.redis.key("channel:", channel))
             del self.events[channel]
 
     def on_subscribed(self, channel: str) -> None:
         self.cluster.on_confirmed(channel)  # first: other nodes learn of a member before its `join` returns
         self.events[channel].set()
-        self.unsubscribe_unused(channel)  # all members may have left meanwhile
+        self.update(channel)  # all members may have left meanwhile
 
     def clear(self) -> None:
         for event in self.events.values():
@@ -4635,8 +4630,8 @@ class Node:
 
     name: str
     sequence: int
-    members: dict[str, set[int]]  # channel -> serials; no set is ever empty
     last_heard: float
+    members: dict[str, set[int]] = field(default_factory=dict)  # channel -> serials; no set is ever empty
 
 
 class Membership:
@@ -4648,7 +4643,7 @@ class Membership:
         self.names = {cluster.id: name}  # node id -> name; kept after the node has left, since its pids may be printed
         self.sequence = 0  # of this node's last hello or delta
         self.changes: list[Any] = []
-        self.requested: dict[bytes, float] = {}  # node id -> when its state was requested
+        self.requested: set[bytes] = set()  # nodes whose state was requested since the last tick
 
     def add_change(self, change: str, channel: str, process: Process) -> None:
         if self.cluster.connected:  # else `hello` includes it
@@ -4659,73 +4654,70 @@ class Membership:
         if self.changes:
             self.sequence += 1
             changes, self.changes = self.changes, []
-            self.cluster.publish_control("nodes", "", "delta", self.sequence, changes)
+            self.cluster.publish_control(None, "delta", self.sequence, changes)
 
-    def send_state(self, node_id: bytes) -> None:
-        self.cluster.publish_control("node:", node_id.hex(), "state", *self.get_state())
-        self.cluster.monitors.watch_again(node_id)  # the node may be new, or have removed this one
-
-    def get_state(self) -> tuple[str, int, dict[str, list[int]]]:
+    def send_state(self, node_id: bytes | None = None) -> None:
+        """Sends this node's state to one node, or to all; and its monitors, since they may have removed this node."""
         channels = filter(self.cluster.subscriptions.is_confirmed, self.pubsub.channels)
         members = {channel: [process.serial for process in self.pubsub.channels[channel]] for channel in channels}
-        return self.name, self.sequence, members
+        kind = "hello" if node_id is None else "state"
+        self.cluster.publish_control(node_id, kind, self.name, self.sequence, members)
+        self.cluster.monitors.watch_again(node_id)
 
-    def apply_state(self, node_id: bytes, name: str, sequence: int, members: dict[str, list[int]]) -> None:
-        known = self.nodes.get(node_id) or Node(name, sequence, {}, 0.0)
-        if sequence < known.sequence:  # old, as in `apply_delta`
+    def on_hello(self, node_id: bytes, name: str, sequence: int, members: dict[str, list[int]]) -> None:
+        self.on_state(node_id, name, sequence, members)
+        self.send_state(node_id)
+
+    def on_state(self, node_id: bytes, name: str, sequence: int, members: dict[str, list[int]]) -> None:
+        node = self.nodes.get(node_id) or Node(name, sequence, monotonic())
+        if sequence < node.sequence:  # old, as in `on_delta`
             return
         if node_id not in self.nodes:
             log.info("cluster: node %s %s joined", name, node_id.hex())
-        self.names[node_id] = name
-        after = {channel: set(serials) for channel, serials in members.items() if serials}
-        self.nodes[node_id] = Node(name, sequence, after, monotonic())
-        self.requested.pop(node_id, None)
-        for channel in self.pubsub.monitors:
-            old, new = known.members.get(channel, set()), after.get(channel, set())
-            self._notify(node_id, "join", channel, new - old)
-            self._notify(node_id, "leave", channel, old - new)
+        self.nodes[node_id], self.names[node_id], node.sequence = node, name, sequence
+        self.requested.discard(node_id)
+        old, new = self._list_members(node.members), self._list_members(members)
+        self._apply(node_id, [("join", *member) for member in new - old])
+        self._apply(node_id, [("leave", *member) for member in old - new])
 
-    def apply_delta(self, node_id: bytes, sequence: int, changes: list[Any]) -> None:
-        node = self.nodes.get(node_id)
-        if node is None or sequence > node.sequence + 1:
-            self.request_resync(node_id)
-            return
-        if sequence <= node.sequence:  # Redis may still deliver from a connection that the node has replaced
-            return
-        node.sequence = sequence
+    def on_beat(self, node_id: bytes, sequence: int) -> bool:
+        """Returns whether this node has received all deltas up to `sequence`. Requests the state if not."""
+        is_complete = node_id in self.nodes and self.nodes[node_id].sequence >= sequence
+        if not is_complete and node_id not in self.requested:
+            self.requested.add(node_id)
+            self.cluster.publish_control(node_id, "need")
+            if node_id in self.nodes:  # else the node is new
+                self.cluster.resync()
+        return is_complete
+
+    def on_delta(self, node_id: bytes, sequence: int, changes: list[Any]) -> None:
+        # One that is old may come from a connection that the node has replaced.
+        if self.on_beat(node_id, sequence - 1) and sequence > self.nodes[node_id].sequence:
+            self.nodes[node_id].sequence = sequence
+            self._apply(node_id, changes)
+
+    def _list_members(self, members: Mapping[str, Iterable[int]]) -> set[tuple[str, int]]:
+        return {(channel, serial) for channel, serials in members.items() for serial in serials}
+
+    def _apply(self, node_id: bytes, changes: Iterable[Any]) -> None:
+        members = self.nodes[node_id].members
         for change, channel, serial in changes:
-            members = node.members.setdefault(channel, set())
-            if (change == "join") != (serial in members):
-                (members.add if change == "join" else members.discard)(serial)
-                self._notify(node_id, change, channel, [serial])
-            if not members:
-                del node.members[channel]
-
-    def _notify(self, node_id: bytes, change: str, channel: str, serials: Iterable[int]) -> None:
-        for serial in serials:
-            self.pubsub.notify_monitors(channel, change, RemotePid(self.cluster, node_id, serial))
-
-    def request_resync(self, node_id: bytes) -> None:
-        """Requests the state, once a second at most, of a node that is new or whose messages have a gap."""
-        now = monotonic()
-        if now - self.requested.get(node_id, -inf) > 1:
-            if len(self.requested) > 1000:  # from strangers
-                self.requested.clear()
-            self.requested[node_id] = now
-            self.cluster.publish_control("node:", node_id.hex(), "need")
-        if node_id in self.nodes:
-            self.cluster.resync(list(self.pubsub.channels))
+            serials = members.setdefault(channel, set())
+            if (change == "join") != (serial in serials):
+                (serials.add if change == "join" else serials.discard)(serial)
+                self.pubsub.notify_monitors(channel, change, RemotePid(self.cluster, node_id, serial))
+            if not serials:
+                del members[channel]
 
     def remove_node(self, node_id: bytes, why: str) -> None:
-        node = self.nodes.pop(node_id, None)
-        if node is None:
+        if node_id not in self.nodes:
             return
+        self._apply(node_id, [("leave", *member) for member in self._list_members(self.nodes[node_id].members)])
+        del self.nodes[node_id]
         self.names[node_id] = self.names.pop(node_id)  # the order is that of leaving
         if len(self.names) > len(self.nodes) + MAX_NAMES:
             del self.names[next(old for old in self.names if old != self.cluster.id and old not in self.nodes)]
-        log.info("cluster: node %s %s left: %s", node.name, node_id.hex(), why)
-        for channel, serials in node.members.items():
-            self._notify(node_id, "leave", channel, serials)
+        log.info("cluster: node %s %s left: %s", self.names[node_id], node_id.hex(), why)
         self.cluster.monitors.remove_node(node_id)
 
 
@@ -4736,44 +4728,32 @@ class RemoteMonitors:
         self.cluster = cluster
         self.monitoring: dict[Any, tuple[RemotePid, Any]] = {}  # ref -> process elsewhere, and what gets its `down`
 
-    def watch(self, pid: RemotePid, ref: Any, watcher: Any) -> None:
-        if pid.node == self.cluster.id or pid.node not in self.cluster.membership.nodes:
-            watcher.down(ref, pid, "noproc" if pid.node == self.cluster.id else "noconnection")
-        else:
-            self.monitoring[ref] = (pid, watcher)
-            self.cluster.send_to_node(pid.node, "watch", pid.serial, ref)
-
-    def unwatch(self, pid: RemotePid, ref: Any) -> None:
-        if self.monitoring.pop(ref, None):
-            self.cluster.send_to_node(pid.node, "unwatch", pid.serial, ref)
-
-    def watch_again(self, node_id: bytes | None = None) -> None:
+    def watch_again(self, node_id: bytes | None) -> None:
         for ref, (pid, _) in self.monitoring.items():
             if node_id in (None, pid.node):
                 self.cluster.send_to_node(pid.node, "watch", pid.serial, ref)
 
     def on_watch(self, node_id: bytes, serial: int, ref: Any) -> None:
-        process = processes.get(serial)
-        if process is not None:
-            process.watch((node_id, ref), self)
-        else:
-            self.cluster.publish_control("node:", node_id.hex(), "down", serial, ref, "noproc")
+        process = processes.get(serial) or RemotePid(self.cluster, self.cluster.id, serial)  # answers "noproc"
+        process.watch((node_id, ref), self)
 
-    def on_down(self, ref: Any, reason: Any) -> None:
+    def on_unwatch(self, node_id: bytes, serial: int, ref: Any) -> None:
+        if serial in processes:
+            processes[serial].unwatch((node_id, ref))
+
+    def on_down(self, _node_id: bytes, _serial: int, ref: Any, reason: Any) -> None:
         if ref in self.monitoring:  # else it was demonitored meanwhile
             pid, watcher = self.monitoring.pop(ref)
             watcher.down(ref, pid, reason)
 
-    def down(self, key: tuple[bytes, Any], process: Process, reason: Any) -> None:
+    def down(self, key: tuple[bytes, Any], process: Pid, reason: Any) -> None:
         """A process of this node that another node monitors has ended."""
-        node_id, ref = key
-        reason = self.cluster.codec.exit_reason(reason)
-        self.cluster.publish_control("node:", node_id.hex(), "down", process.serial, ref, reason)
+        self.cluster.publish_control(key[0], "down", process.serial, key[1], self.cluster.codec.exit_reason(reason))
 
     def remove_node(self, node_id: bytes) -> None:
         for ref, (pid, _) in list(self.monitoring.items()):
             if pid.node == node_id:
-                self.on_down(ref, "noconnection")
+                self.on_down(node_id, pid.serial, ref, "noconnection")
         for process in processes.values():
             for key, watcher in list((process.monitored_by or {}).items()):
                 if watcher is self and key[0] == node_id:
@@ -4795,7 +4775,22 @@ class Cluster(Adapter):
         self.last_log = -60.0  # of dropped messages
         self.last_beat = self.last_tick = monotonic()
         self.subscriptions, self.membership = Subscriptions(self), Membership(self, name)
-        self.monitors, self.transport = RemoteMonitors(self), Transport(self)
+        self.monitors = RemoteMonitors(self)
+        self.handlers: dict[str, tuple[Any, ...]] = {  # of control messages: with the types of the arguments
+            "hello": (self.membership.on_hello, str, int, dict),
+            "state": (self.membership.on_state, str, int, dict),
+            "need": (self.membership.send_state,),
+            "delta": (self.membership.on_delta, int, list),
+            "beat": (self.membership.on_beat, int),
+            "resync": (lambda _node_id, channels: self.resync(channels), list | None),
+            "bye": (partial(self.membership.remove_node, why="disconnected"),),
+            "send": (self._on_send, int, object),
+            "exit": (self._on_exit, int, object, object),
+            "watch": (self.monitors.on_watch, int, object),
+            "unwatch": (self.monitors.on_unwatch, int, object),
+            "down": (self.monitors.on_down, int, object, object),
+        }
+        self.transport = Transport(self)
         self.timer = get_hub().loop.timer(TICK, TICK)
         self.timer.start(self._tick)
 
@@ -4807,8 +4802,9 @@ class Cluster(Adapter):
         self.timer.close()
         if self.connected:
             self.membership.changes.clear()
-            self.publish_control("nodes", "", "bye")
+            self.publish_control(None, "bye")
         self.transport.close()
+        self.redis.client.close()
         for node_id in list(self.membership.nodes):
             self.membership.remove_node(node_id, "this node disconnected")
 
@@ -4822,10 +4818,11 @@ class Cluster(Adapter):
         self.last_tick = now
         if self.connected and now - self.last_beat >= HEARTBEAT_INTERVAL - TICK / 2:
             self.last_beat = now
-            self.publish_control("nodes", "", "beat", self.membership.sequence)
+            self.publish_control(None, "beat", self.membership.sequence)
         if self.connected and self.transport.outbox_bytes < MAX_OUTBOX // 2:
             self._announce_losses()  # those of an outbox that was full
         self.transport.check_timeout(now)
+        self.membership.requested.clear()
         for node_id, node in list(self.membership.nodes.items()):
             if now - node.last_heard > NODE_TIMEOUT:
                 self.membership.remove_node(node_id, f"silent for {now - node.last_heard:.1f} s")
@@ -4848,12 +4845,12 @@ class Cluster(Adapter):
     def on_join(self, channel: str, process: Process) -> None:
         if self.subscriptions.is_confirmed(channel):  # else `on_confirmed` announces it
             self.membership.add_change("join", channel, process)
-        self.subscriptions.ensure_subscribed(channel)
+        self.subscriptions.update(channel)
 
     def on_leave(self, channel: str, process: Process) -> None:
         if self.subscriptions.is_confirmed(channel):
             self.membership.add_change("leave", channel, process)
-        self.subscriptions.unsubscribe_unused(channel)
+        self.subscriptions.update(channel)
 
     def wait_until_subscribed(self, channel: str) -> None:
         event = self.subscriptions.events.get(channel)
@@ -4877,13 +4874,16 @@ class Cluster(Adapter):
             nodes.append({"name": node.name, "id": node_id.hex(), "members": members, "silent_seconds": silent})
         return {"up": self.connected, "nodes": nodes, "dropped": self.dropped}
 
-    def publish_control(self, kind: str, name: str, *body: Any) -> None:
-        self.transport.send(None, "PUBLISH", self.redis.key(kind, name), self.codec.encode(list(body)))
+    def publish_control(self, node_id: bytes | None, *body: Any) -> None:
+        """Sends a control message to one node, or to all."""
+        key = self.redis.key("nodes") if node_id is None else self.redis.key("node:", node_id.hex())
+        self.transport.send(None, "PUBLISH", key, self.codec.encode(list(body)))
 
     def send_to_node(self, node_id: bytes, *body: Any) -> None:
         """Sends a control message to one node, from any thread. Raises TypeError and ValueError, see Codec."""
         data = self.codec.encode(list(body))
-        scheduler.run_in_hub(self._publish, self.redis.key("node:", node_id.hex()), data, None)
+        if node_id != self.id:  # else to a process that has ended
+            scheduler.run_in_hub(self._publish, self.redis.key("node:", node_id.hex()), data, None)
 
     def _publish(self, key: bytes, data: bytes, channel: str | None) -> None:
         if self.transport.accepts_broadcasts():
@@ -4898,14 +4898,14 @@ class Cluster(Adapter):
     def _announce_losses(self) -> None:
         if self.lost_channels:
             lost, self.lost_channels = self.lost_channels, set()
-            self.publish_control("nodes", "", "resync", list(lost) if len(lost) <= MAX_LOST else None)
+            self.publish_control(None, "resync", list(lost) if len(lost) <= MAX_LOST else None)
 
     # -- events of the transport
 
     def on_connecting(self) -> None:
         self.transport.command("SUBSCRIBE", self.redis.key("nodes"))
         for channel in {*self.pubsub.channels, *self.pubsub.histories}:
-            self.subscriptions.ensure_subscribed(channel)
+            self.subscriptions.update(channel)
         self.transport.command("SUBSCRIBE", self.own_key)  # the last: Redis confirms in order
 
     def on_confirmed(self, channel: str) -> None:
@@ -4918,12 +4918,11 @@ class Cluster(Adapter):
         self.first_connected.set()
         log.info("cluster: %s connected to %s%s", self.membership.name, self.redis.label, again)
         self.membership.sequence += 1  # no delta contained the changes while the node was disconnected
-        self.publish_control("nodes", "", "hello", *self.membership.get_state())
+        self.membership.send_state()
         self._announce_losses()
         if self.had_gap:
             self.had_gap = False
-            self.monitors.watch_again()
-            self.resync(list(self.pubsub.channels))
+            self.resync()
 
     def on_disconnect(self) -> None:
         self.had_gap = True
@@ -4958,7 +4957,20 @@ class Cluster(Adapter):
         node_id, body = self.codec.decode(data)
         if node_id in self.membership.nodes:
             self.membership.nodes[node_id].last_heard = monotonic()
-        self._on_control(node_id, body)
+        self._on_control(node_id, *body)
+
+    def _on_control(self, node_id: bytes, kind: str, *arguments: Any) -> None:
+        handler, *types = self.handlers[kind]
+        if len(arguments) != len(types) or not all(map(isinstance, arguments, types)):
+            raise TypeError(f"not the arguments of {kind}")
+        handler(node_id, *arguments)
+
+    def _on_send(self, _node_id: bytes, serial: int, message: Any) -> None:
+        self.codec.pid(self.id, serial).send(message)
+
+    def _on_exit(self, _node_id: bytes, serial: int, source: Any, reason: Any) -> None:
+        process = self.codec.pid(self.id, serial)
+        process.kill("killed") if source is None else process.signal(source, reason)
 
     def _on_broadcast(self, channel: str, position: bytes, data: bytes) -> None:
         self.pubsub.deliver(*self._read_broadcast(channel, position, data))
@@ -4971,46 +4983,11 @@ class Cluster(Adapter):
         message.position = position[1:].decode() or None
         return message, exclude
 
-    def resync(self, channels: Iterable[str]) -> None:
-        """Tells local members that messages may be missing: they should reload."""
-        for channel in channels:
+    def resync(self, channels: Iterable[str] | None = None) -> None:
+        """Tells local members, by default of all channels, that messages may be missing: they should reload."""
+        for channel in list(self.pubsub.channels) if channels is None else channels:
             for process in self.pubsub.channels.get(channel, ()):
                 process.deliver(("nova_resync", channel))
-
-    def _on_control(self, node_id: bytes, body: Any) -> None:
-        membership = self.membership
-        match body:
-            case ["hello", str(name), int(sequence), dict(members)]:
-                membership.apply_state(node_id, name, sequence, members)
-                membership.send_state(node_id)
-            case ["state", str(name), int(sequence), dict(members)]:
-                membership.apply_state(node_id, name, sequence, members)
-            case ["need"]:
-                membership.send_state(node_id)
-            case ["delta", int(sequence), list(changes)]:
-                membership.apply_delta(node_id, sequence, changes)
-            case ["beat", int(sequence)]:
-                if node_id not in membership.nodes or membership.nodes[node_id].sequence < sequence:
-                    membership.request_resync(node_id)
-            case ["resync", None | list() as channels]:
-                self.resync(list(self.pubsub.channels) if channels is None else channels)
-            case ["bye"]:
-                membership.remove_node(node_id, "disconnected")
-            case ["send", int(serial), message]:
-                send(_local_pid(serial) or "", message)
-            case ["exit", int(serial), source, reason]:
-                if serial in processes:
-                    process = processes[serial]
-                    process.kill("killed") if source is None else process.signal(source, reason)
-            case ["watch", int(serial), ref]:
-                self.monitors.on_watch(node_id, serial, ref)
-            case ["unwatch", int(serial), ref]:
-                if serial in processes:
-                    processes[serial].unwatch((node_id, ref))
-            case ["down", int(), ref, reason]:
-                self.monitors.on_down(ref, reason)
-            case _:
-                raise ValueError("not a control message")
 
 
 # What Redis does for a kept channel. KEYS: a hash (life: the epoch; number: the offset of the last message; run), a
@@ -5049,6 +5026,7 @@ class ReplayCluster(Cluster):
 
     def __init__(self, pubsub: PubSub, url: str, name: str) -> None:
         super().__init__(pubsub, url, name)
+        self.handlers["loaded"] = (self._on_loaded, str)
         self.in_flight: deque[tuple[Message, Pid | None]] = deque()  # sent to Redis, not returned yet
         self.loading: dict[str, Any] = {}  # channel -> the arguments of History.load, while `loaded` is on its way
 
@@ -5069,7 +5047,7 @@ class ReplayCluster(Cluster):
     def on_keep(self, channel: str) -> None:
         if self.subscriptions.is_confirmed(channel):
             gevent.spawn(self._load, channel)
-        self.subscriptions.ensure_subscribed(channel)
+        self.subscriptions.update(channel)
 
     def on_confirmed(self, channel: str) -> None:
         super().on_confirmed(channel)
@@ -5089,14 +5067,14 @@ class ReplayCluster(Cluster):
         history = self.pubsub.histories[channel]
         try:
             keys = self.redis.key("life:", channel), self.redis.key("history:", channel)
-            response = self.redis.execute("EVAL", LOAD, 2, *keys, os.urandom(4).hex(), self.transport.run_id)
+            response = self.redis.client.eval(LOAD, 2, *keys, os.urandom(4).hex(), self.transport.run_id)
             epoch, offset, now, entries = response
             aged = [(int(now) - int(fields[1]), fields[3]) for _, fields in entries]
             recent = [(monotonic() - age, data) for age, data in aged if age <= history.seconds]
             messages = [(at, self._read_broadcast(channel, *data.split(b" ", 1))[0]) for at, data in recent]
             # The transport may not have delivered some of them yet. After it has delivered `loaded`, it has.
             self.loading[channel] = epoch.decode(), int(offset), messages
-            self.publish_control("node:", self.id.hex(), "loaded", channel)
+            self.publish_control(self.id, "loaded", channel)
         except Exception as error:  # the transport fails as well; or a stranger has written there
             log.warning("cluster: cannot read the history of %s: %s", channel, error)
             history.forget()
@@ -5110,12 +5088,9 @@ class ReplayCluster(Cluster):
         deliver = self.pubsub.deliver_unrecorded if message.position is None else self.pubsub.record_and_deliver
         deliver(message, exclude)
 
-    def _on_control(self, node_id: bytes, body: Any) -> None:
-        match body:
-            case ["loaded", str(channel)] if node_id == self.id and channel in self.loading:
-                self.pubsub.histories[channel].load(*self.loading.pop(channel))
-            case _:
-                super()._on_control(node_id, body)
+    def _on_loaded(self, node_id: bytes, channel: str) -> None:
+        if node_id == self.id and channel in self.loading:
+            self.pubsub.histories[channel].load(*self.loading.pop(channel))
 
 
 def _connect(pubsub: PubSub, url: str, name: str | None = None) -> str:
@@ -5147,7 +5122,8 @@ def publish(url: str, channel: str, topic: str | bytes, payload: Any) -> int:
     """
     redis, message = Redis(url), pubsub.make_message(channel, topic, payload)
     data = Codec(None, os.urandom(8)).encode([*message[2:], None])
-    return redis.execute("PUBLISH", redis.key("channel:", channel), data)
+    with redis.client:
+        return redis.client.publish(redis.key("channel:", channel), data)
 
 
 __all__ += ["publish"]
