@@ -4484,7 +4484,7 @@ class Transport:
         self.outbox: deque[tuple[str | None, Any]] = deque()  # for `writing`: (channel of a broadcast or None, command)
         self.outbox_bytes = 0
         self.work = gevent.event.Event()
-        self.last_heard = monotonic()  # when the node's own beat came back
+        self.last_heard = cluster.clock  # when the node's own beat came back
         self.reader = gevent.spawn(self._run)
 
     def close(self) -> None:
@@ -4534,7 +4534,7 @@ class Transport:
                 self._disconnect()
 
     def _read(self) -> None:
-        self.phase, self.last_heard = CONNECTING, monotonic()
+        self.phase, self.last_heard = CONNECTING, self.cluster.clock
         self.writing = self.redis.connect()
         self.writing.send_command("INFO", "server")
         with suppress(self.redis.module.ResponseError):  # Redis may not permit it
@@ -4669,7 +4669,7 @@ class Membership:
         self.send_state(node_id)
 
     def on_state(self, node_id: bytes, name: str, sequence: int, members: dict[str, list[int]]) -> None:
-        node = self.nodes.get(node_id) or Node(name, sequence, monotonic())
+        node = self.nodes.get(node_id) or Node(name, sequence, self.cluster.clock)
         if sequence < node.sequence:  # old, as in `on_delta`
             return
         if node_id not in self.nodes:
@@ -4761,7 +4761,11 @@ class RemoteMonitors:
 
 
 class Cluster(Adapter):
-    """Connects pub/sub with the other nodes; `pubsub.connect` makes it. It runs in the hub's thread."""
+    """Connects pub/sub with the other nodes; `pubsub.connect` makes it. It runs in the hub's thread.
+
+    Redis keeps what the room replay keeps, and each node a copy of it: it is always subscribed to the channels that it
+    keeps. A message to one of them is delivered here when it returns from Redis.
+    """
 
     def __init__(self, pubsub: PubSub, url: str, name: str) -> None:
         super().__init__(pubsub)
@@ -4773,7 +4777,9 @@ class Cluster(Adapter):
         self.lost_channels: set[str] = set()  # channels where it failed to publish; more than MAX_LOST: all
         self.dropped, self.logged_drops = 0, 0  # messages that could not be read
         self.last_log = -60.0  # of dropped messages
-        self.last_beat = self.last_tick = monotonic()
+        self.clock = 0.0  # seconds, in ticks: nothing is silent for longer while this process is blocked
+        self.in_flight: deque[tuple[Message, Pid | None]] = deque()  # sent to Redis to be kept, not returned yet
+        self.loading: dict[str, Any] = {}  # channel -> the arguments of History.load, while `loaded` is on its way
         self.subscriptions, self.membership = Subscriptions(self), Membership(self, name)
         self.monitors = RemoteMonitors(self)
         self.handlers: dict[str, tuple[Any, ...]] = {  # of control messages: with the types of the arguments
@@ -4789,6 +4795,7 @@ class Cluster(Adapter):
             "watch": (self.monitors.on_watch, int, object),
             "unwatch": (self.monitors.on_unwatch, int, object),
             "down": (self.monitors.on_down, int, object, object),
+            "loaded": (self._on_loaded, str),
         }
         self.transport = Transport(self)
         self.timer = get_hub().loop.timer(TICK, TICK)
@@ -4810,14 +4817,8 @@ class Cluster(Adapter):
 
     def _tick(self) -> None:
         """Hub callback: publishes the beat, and checks the timeouts of the transport and the nodes."""
-        now = monotonic()
-        if now - self.last_tick > 4 * TICK:  # this process was blocked: the others may have published meanwhile
-            self.transport.last_heard = now
-            for node in self.membership.nodes.values():
-                node.last_heard = now
-        self.last_tick = now
-        if self.connected and now - self.last_beat >= HEARTBEAT_INTERVAL - TICK / 2:
-            self.last_beat = now
+        now = self.clock = self.clock + TICK
+        if self.connected and now % HEARTBEAT_INTERVAL < TICK:
             self.publish_control(None, "beat", self.membership.sequence)
         if self.connected and self.transport.outbox_bytes < MAX_OUTBOX // 2:
             self._announce_losses()  # those of an outbox that was full
@@ -4826,7 +4827,7 @@ class Cluster(Adapter):
         for node_id, node in list(self.membership.nodes.items()):
             if now - node.last_heard > NODE_TIMEOUT:
                 self.membership.remove_node(node_id, f"silent for {now - node.last_heard:.1f} s")
-        self._log_dropped(now)
+        self._log_dropped(monotonic())
 
     def _log_dropped(self, now: float) -> None:
         if self.dropped > self.logged_drops and now - self.last_log >= 60:
@@ -4839,8 +4840,19 @@ class Cluster(Adapter):
         return self.codec.encode([*message[2:], exclude])
 
     def dispatch(self, message: Message, exclude: Pid | None, data: bytes) -> None:
-        self.pubsub.deliver_unrecorded(message, exclude)
-        self._publish(self.redis.key("channel:", message[1]), data, message[1])
+        channel, transport = message[1], self.transport
+        history = self.pubsub.histories.get(channel)
+        if history is None or not self.subscriptions.is_confirmed(channel) or not transport.accepts_broadcasts():
+            self.pubsub.deliver_unrecorded(message, exclude)
+            self._publish(self.redis.key("channel:", channel), data, channel)
+            return
+        keys = [self.redis.key(kind, channel) for kind in ("life:", "history:", "channel:")]
+        epoch, seconds = os.urandom(4).hex(), max(1, int(history.seconds))
+        transport.send(channel, "EVAL", KEEP, 3, *keys, epoch, transport.run_id, history.size, seconds, data)
+        self.in_flight.append((message, exclude))
+
+    def dispatch_here(self, message: Message) -> None:
+        self.pubsub.deliver(message, None)  # Redis does not keep it
 
     def on_join(self, channel: str, process: Process) -> None:
         if self.subscriptions.is_confirmed(channel):  # else `on_confirmed` announces it
@@ -4868,9 +4880,9 @@ class Cluster(Adapter):
         return {channel for node in self.membership.nodes.values() for channel in node.members}
 
     def info(self) -> dict[str, Any]:
-        now, nodes = monotonic(), []
+        nodes = []
         for node_id, node in self.membership.nodes.items():
-            members, silent = sum(map(len, node.members.values())), round(now - node.last_heard, 1)
+            members, silent = sum(map(len, node.members.values())), round(self.clock - node.last_heard, 1)
             nodes.append({"name": node.name, "id": node_id.hex(), "members": members, "silent_seconds": silent})
         return {"up": self.connected, "nodes": nodes, "dropped": self.dropped}
 
@@ -4911,10 +4923,12 @@ class Cluster(Adapter):
     def on_confirmed(self, channel: str) -> None:
         for process in self.pubsub.channels.get(channel, ()):
             self.membership.add_change("join", channel, process)
+        if channel in self.pubsub.histories:
+            gevent.spawn(self._load, channel)
 
     def _on_connected(self) -> None:
         again = " again" if self.first_connected.is_set() else ""
-        self.transport.phase, self.last_beat = CONNECTED, monotonic()
+        self.transport.phase = CONNECTED
         self.first_connected.set()
         log.info("cluster: %s connected to %s%s", self.membership.name, self.redis.label, again)
         self.membership.sequence += 1  # no delta contained the changes while the node was disconnected
@@ -4928,6 +4942,11 @@ class Cluster(Adapter):
         self.had_gap = True
         self.membership.changes.clear()
         self.subscriptions.clear()
+        self.loading.clear()
+        for history in self.pubsub.histories.values():
+            history.forget()  # other nodes continue without this one
+        while self.in_flight:  # Redis may have published them, but the members here did not get them
+            self.pubsub.deliver_unrecorded(*self.in_flight.popleft())
 
     def on_response(self, response: Any) -> None:
         match response:
@@ -4936,12 +4955,8 @@ class Cluster(Adapter):
             case [b"subscribe", key, _] if key.startswith(self.channel_prefix):
                 self.subscriptions.on_subscribed(self._channel_of(key))
             case [b"message", key, data]:
-                is_own = data.startswith(MAGIC + self.id)
-                if is_own:
-                    self.transport.last_heard = monotonic()
                 try:
-                    if key == self.own_key or not is_own:
-                        self._on_message(key, data)
+                    self._on_message(key, data)
                 except Exception as error:  # from a stranger or another version: any exception is possible
                     self.dropped += 1
                     log.debug("cluster: dropped %d bytes: %r", len(data), error)
@@ -4950,16 +4965,16 @@ class Cluster(Adapter):
         return key[len(self.channel_prefix) :].decode("utf-8", "surrogatepass")
 
     def _on_message(self, key: bytes, data: bytes) -> None:
-        position, data = data.split(b" ", 1) if data.startswith(KEPT_MARK) else (b"", data)
+        if data.startswith(MAGIC + self.id):
+            self.transport.last_heard = self.clock
+            if key != self.own_key:
+                return
         if key.startswith(self.channel_prefix):
-            self._on_broadcast(self._channel_of(key), position, data)
+            self._on_broadcast(self._channel_of(key), data)
             return
-        node_id, body = self.codec.decode(data)
+        node_id, (kind, *arguments) = self.codec.decode(data)
         if node_id in self.membership.nodes:
-            self.membership.nodes[node_id].last_heard = monotonic()
-        self._on_control(node_id, *body)
-
-    def _on_control(self, node_id: bytes, kind: str, *arguments: Any) -> None:
+            self.membership.nodes[node_id].last_heard = self.clock
         handler, *types = self.handlers[kind]
         if len(arguments) != len(types) or not all(map(isinstance, arguments, types)):
             raise TypeError(f"not the arguments of {kind}")
@@ -4972,8 +4987,15 @@ class Cluster(Adapter):
         process = self.codec.pid(self.id, serial)
         process.kill("killed") if source is None else process.signal(source, reason)
 
-    def _on_broadcast(self, channel: str, position: bytes, data: bytes) -> None:
-        self.pubsub.deliver(*self._read_broadcast(channel, position, data))
+    def _on_broadcast(self, channel: str, data: bytes) -> None:
+        position, data = data.split(b" ", 1) if data.startswith(KEPT_MARK) else (b"", data)
+        if position and self.in_flight and data.startswith(MAGIC + self.id):  # in the order in which they were sent
+            message, exclude = self.in_flight.popleft()
+            message.position = position[1:].decode() or None
+        else:
+            message, exclude = self._read_broadcast(channel, position, data)
+        deliver = self.pubsub.deliver_unrecorded if message.position is None else self.pubsub.record_and_deliver
+        deliver(message, exclude)
 
     def _read_broadcast(self, channel: str, position: bytes, data: bytes) -> tuple[Message, Any]:
         _, (sender, topic, payload, exclude) = self.codec.decode(data)
@@ -4988,6 +5010,34 @@ class Cluster(Adapter):
         for channel in list(self.pubsub.channels) if channels is None else channels:
             for process in self.pubsub.channels.get(channel, ()):
                 process.deliver(("nova_resync", channel))
+
+    # -- kept channels
+
+    def on_keep(self, channel: str) -> None:
+        if self.subscriptions.is_confirmed(channel):
+            gevent.spawn(self._load, channel)
+        self.subscriptions.update(channel)
+
+    def _load(self, channel: str) -> None:
+        """Runs in a greenlet: reads the history from Redis."""
+        history = self.pubsub.histories[channel]
+        try:
+            keys = self.redis.key("life:", channel), self.redis.key("history:", channel)
+            response = self.redis.client.eval(LOAD, 2, *keys, os.urandom(4).hex(), self.transport.run_id)
+            epoch, offset, now, entries = response
+            aged = [(int(now) - int(fields[1]), fields[3]) for _, fields in entries]
+            recent = [(monotonic() - age, data) for age, data in aged if age <= history.seconds]
+            messages = [(at, self._read_broadcast(channel, *data.split(b" ", 1))[0]) for at, data in recent]
+            # The transport may not have delivered some of them yet. After it has delivered `loaded`, it has.
+            self.loading[channel] = epoch.decode(), int(offset), messages
+            self.publish_control(self.id, "loaded", channel)
+        except Exception as error:  # the transport fails as well; or a stranger has written there
+            log.warning("cluster: cannot read the history of %s: %s", channel, error)
+            history.forget()
+
+    def _on_loaded(self, node_id: bytes, channel: str) -> None:
+        if node_id == self.id and channel in self.loading:
+            self.pubsub.histories[channel].load(*self.loading.pop(channel))
 
 
 # What Redis does for a kept channel. KEYS: a hash (life: the epoch; number: the offset of the last message; run), a
@@ -5018,88 +5068,13 @@ return {{life, redis.call('HGET', KEYS[1], 'number'), now, redis.call('XRANGE', 
 """
 
 
-class ReplayCluster(Cluster):
-    """A cluster in which Redis keeps what the room replay keeps, and each node a copy of it.
-
-    A node is always subscribed to the channels that it keeps. A message is delivered here when it returns from Redis.
-    """
-
-    def __init__(self, pubsub: PubSub, url: str, name: str) -> None:
-        super().__init__(pubsub, url, name)
-        self.handlers["loaded"] = (self._on_loaded, str)
-        self.in_flight: deque[tuple[Message, Pid | None]] = deque()  # sent to Redis, not returned yet
-        self.loading: dict[str, Any] = {}  # channel -> the arguments of History.load, while `loaded` is on its way
-
-    def dispatch(self, message: Message, exclude: Pid | None, data: bytes) -> None:
-        channel, transport = message[1], self.transport
-        history = self.pubsub.histories.get(channel)
-        if history is None or not self.subscriptions.is_confirmed(channel) or not transport.accepts_broadcasts():
-            super().dispatch(message, exclude, data)
-            return
-        keys = [self.redis.key(kind, channel) for kind in ("life:", "history:", "channel:")]
-        epoch, seconds = os.urandom(4).hex(), max(1, int(history.seconds))
-        transport.send(channel, "EVAL", KEEP, 3, *keys, epoch, transport.run_id, history.size, seconds, data)
-        self.in_flight.append((message, exclude))
-
-    def dispatch_here(self, message: Message) -> None:
-        self.pubsub.deliver(message, None)  # Redis does not keep it
-
-    def on_keep(self, channel: str) -> None:
-        if self.subscriptions.is_confirmed(channel):
-            gevent.spawn(self._load, channel)
-        self.subscriptions.update(channel)
-
-    def on_confirmed(self, channel: str) -> None:
-        super().on_confirmed(channel)
-        if channel in self.pubsub.histories:
-            gevent.spawn(self._load, channel)
-
-    def on_disconnect(self) -> None:
-        super().on_disconnect()
-        self.loading.clear()
-        for history in self.pubsub.histories.values():
-            history.forget()  # other nodes continue without this one
-        while self.in_flight:  # Redis may have published them, but the members here did not get them
-            self.pubsub.deliver_unrecorded(*self.in_flight.popleft())
-
-    def _load(self, channel: str) -> None:
-        """Runs in a greenlet: reads the history from Redis."""
-        history = self.pubsub.histories[channel]
-        try:
-            keys = self.redis.key("life:", channel), self.redis.key("history:", channel)
-            response = self.redis.client.eval(LOAD, 2, *keys, os.urandom(4).hex(), self.transport.run_id)
-            epoch, offset, now, entries = response
-            aged = [(int(now) - int(fields[1]), fields[3]) for _, fields in entries]
-            recent = [(monotonic() - age, data) for age, data in aged if age <= history.seconds]
-            messages = [(at, self._read_broadcast(channel, *data.split(b" ", 1))[0]) for at, data in recent]
-            # The transport may not have delivered some of them yet. After it has delivered `loaded`, it has.
-            self.loading[channel] = epoch.decode(), int(offset), messages
-            self.publish_control(self.id, "loaded", channel)
-        except Exception as error:  # the transport fails as well; or a stranger has written there
-            log.warning("cluster: cannot read the history of %s: %s", channel, error)
-            history.forget()
-
-    def _on_broadcast(self, channel: str, position: bytes, data: bytes) -> None:
-        if position and self.in_flight and data.startswith(MAGIC + self.id):  # in the order in which they were sent
-            message, exclude = self.in_flight.popleft()
-            message.position = position[1:].decode() or None
-        else:
-            message, exclude = self._read_broadcast(channel, position, data)
-        deliver = self.pubsub.deliver_unrecorded if message.position is None else self.pubsub.record_and_deliver
-        deliver(message, exclude)
-
-    def _on_loaded(self, node_id: bytes, channel: str) -> None:
-        if node_id == self.id and channel in self.loading:
-            self.pubsub.histories[channel].load(*self.loading.pop(channel))
-
-
 def _connect(pubsub: PubSub, url: str, name: str | None = None) -> str:
     if isinstance(pubsub.adapter, Cluster):
         raise RuntimeError("this node is already in a cluster")
     if not gevent.monkey.is_module_patched("socket"):
         raise RuntimeError("a cluster needs a patched library: from gevent import monkey; monkey.patch_all()")
     calling_process()
-    pubsub.adapter = (ReplayCluster if "replay" in rooms else Cluster)(pubsub, url, name or scheduler.node)
+    pubsub.adapter = Cluster(pubsub, url, name or scheduler.node)
     scheduler.node = pubsub.adapter.membership.name
     if not pubsub.adapter.first_connected.wait(JOIN_TIME):
         log.warning("cluster: not connected yet, continuing alone")
