@@ -4472,14 +4472,18 @@ class Redis:
 
 
 class Transport:
-    """Two connections to Redis. A greenlet connects, reads from one and reconnects; another one writes to both."""
+    """Two connections to Redis. A greenlet connects, reads from one and reconnects; another one writes to both.
+
+    It is subscribed to the channels that have members on this node, and to those that this node keeps.
+    """
 
     def __init__(self, cluster: Cluster) -> None:
-        self.cluster, self.redis = cluster, cluster.redis
+        self.cluster, self.redis, self.pubsub = cluster, cluster.redis, cluster.pubsub
         self.phase = DISCONNECTED
         self.reading: Any = None
         self.writing: Any = None
         self.run_id = ""  # of the Redis server, a new one after each start; "" if Redis does not permit INFO
+        self.subscriptions: dict[str, gevent.event.Event] = {}  # channel -> set when Redis has confirmed it
         self.commands: list[Any] = []  # SUBSCRIBE and UNSUBSCRIBE, for `reading`
         self.outbox: deque[tuple[str | None, Any]] = deque()  # for `writing`: (channel of a broadcast or None, command)
         self.outbox_bytes = 0
@@ -4496,7 +4500,28 @@ class Transport:
                     gevent.sleep(0.001)
         self.reader.kill()
 
-    def command(self, name: str, key: bytes) -> None:
+    def is_subscribed(self, channel: str) -> bool:
+        return channel in self.subscriptions and self.subscriptions[channel].is_set()
+
+    def update_subscription(self, channel: str) -> None:
+        """Subscribes or unsubscribes, if that is necessary. While it is connecting, it subscribes later."""
+        is_needed = channel in self.pubsub.channels or channel in self.pubsub.histories
+        if is_needed and channel not in self.subscriptions and self.phase in (SUBSCRIBING, CONNECTED):
+            self.subscriptions[channel] = gevent.event.Event()
+            self._command("SUBSCRIBE", self.redis.key("channel:", channel))
+        elif not is_needed and self.is_subscribed(channel):  # not before: a confirmation is always the latest's
+            del self.subscriptions[channel]
+            self._command("UNSUBSCRIBE", self.redis.key("channel:", channel))
+
+    def on_subscribed(self, channel: str) -> None:
+        for process in self.pubsub.channels.get(channel, ()):
+            self.cluster.membership.add_change("join", channel, process)
+        self.subscriptions[channel].set()  # after that: other nodes learn of a member before its `join` returns
+        if channel in self.pubsub.histories:
+            self.cluster.on_keep(channel)
+        self.update_subscription(channel)  # all members may have left meanwhile
+
+    def _command(self, name: str, key: bytes) -> None:
         self.commands.append((name, key))
         self.work.set()
 
@@ -4541,7 +4566,10 @@ class Transport:
             self.run_id = b"".join(re.findall(rb"run_id:(\w+)", self.writing.read_response())).decode()
         self.reading = self.redis.connect()
         self.phase = SUBSCRIBING
-        self.cluster.on_connecting()
+        self._command("SUBSCRIBE", self.redis.key("nodes"))
+        for channel in {*self.pubsub.channels, *self.pubsub.histories}:
+            self.update_subscription(channel)
+        self._command("SUBSCRIBE", self.cluster.own_key)  # the last: Redis confirms in order
         writer = gevent.spawn(self._write)
         try:
             last_yield = monotonic()
@@ -4583,45 +4611,15 @@ class Transport:
 
     def _disconnect(self) -> None:
         for connection in filter(None, (self.reading, self.writing)):
-            with suppress(*self.redis.errors):
-                connection.disconnect()
+            connection.disconnect()
+        for event in self.subscriptions.values():
+            event.set()
         for channel, _ in self.outbox:
             self.cluster.record_loss(channel)
         self.phase, self.reading, self.writing, self.outbox_bytes = DISCONNECTED, None, None, 0
-        self.outbox.clear()
-        self.commands.clear()
+        for waiting in (self.outbox, self.commands, self.subscriptions):
+            waiting.clear()
         self.cluster.on_disconnect()
-
-
-class Subscriptions:
-    """The channels that this node is subscribed to: those with members here, and those that it keeps."""
-
-    def __init__(self, cluster: Cluster) -> None:
-        self.cluster, self.pubsub = cluster, cluster.pubsub
-        self.events: dict[str, gevent.event.Event] = {}  # subscribed channel -> set when Redis has confirmed it
-
-    def is_confirmed(self, channel: str) -> bool:
-        return channel in self.events and self.events[channel].is_set()
-
-    def update(self, channel: str) -> None:
-        """Subscribes or unsubscribes, if that is necessary. A transport that is still connecting subscribes later."""
-        is_needed = channel in self.pubsub.channels or channel in self.pubsub.histories
-        if is_needed and channel not in self.events and self.cluster.transport.phase in (SUBSCRIBING, CONNECTED):
-            self.cluster.transport.command("SUBSCRIBE", self.cluster.redis.key("channel:", channel))
-            self.events[channel] = gevent.event.Event()
-        elif not is_needed and self.is_confirmed(channel):  # not before: a confirmation is always the latest's
-            self.cluster.transport.command("UNSUBSCRIBE", self.cluster.redis.key("channel:", channel))
-            del self.events[channel]
-
-    def on_subscribed(self, channel: str) -> None:
-        self.cluster.on_confirmed(channel)  # first: other nodes learn of a member before its `join` returns
-        self.events[channel].set()
-        self.update(channel)  # all members may have left meanwhile
-
-    def clear(self) -> None:
-        for event in self.events.values():
-            event.set()
-        self.events.clear()
 
 
 @dataclass(eq=False)
@@ -4658,7 +4656,7 @@ class Membership:
 
     def send_state(self, node_id: bytes | None = None) -> None:
         """Sends this node's state to one node, or to all; and its monitors, since they may have removed this node."""
-        channels = filter(self.cluster.subscriptions.is_confirmed, self.pubsub.channels)
+        channels = filter(self.cluster.transport.is_subscribed, self.pubsub.channels)
         members = {channel: [process.serial for process in self.pubsub.channels[channel]] for channel in channels}
         kind = "hello" if node_id is None else "state"
         self.cluster.publish_control(node_id, kind, self.name, self.sequence, members)
@@ -4669,14 +4667,14 @@ class Membership:
         self.send_state(node_id)
 
     def on_state(self, node_id: bytes, name: str, sequence: int, members: dict[str, list[int]]) -> None:
-        node = self.nodes.get(node_id) or Node(name, sequence, self.cluster.clock)
+        new, node = self._list_members(members), self.nodes.get(node_id) or Node(name, sequence, self.cluster.clock)
         if sequence < node.sequence:  # old, as in `on_delta`
             return
         if node_id not in self.nodes:
             log.info("cluster: node %s %s joined", name, node_id.hex())
         self.nodes[node_id], self.names[node_id], node.sequence = node, name, sequence
         self.requested.discard(node_id)
-        old, new = self._list_members(node.members), self._list_members(members)
+        old = self._list_members(node.members)
         self._apply(node_id, [("join", *member) for member in new - old])
         self._apply(node_id, [("leave", *member) for member in old - new])
 
@@ -4780,8 +4778,7 @@ class Cluster(Adapter):
         self.clock = 0.0  # seconds, in ticks: nothing is silent for longer while this process is blocked
         self.in_flight: deque[tuple[Message, Pid | None]] = deque()  # sent to Redis to be kept, not returned yet
         self.loading: dict[str, Any] = {}  # channel -> the arguments of History.load, while `loaded` is on its way
-        self.subscriptions, self.membership = Subscriptions(self), Membership(self, name)
-        self.monitors = RemoteMonitors(self)
+        self.membership, self.monitors = Membership(self, name), RemoteMonitors(self)
         self.handlers: dict[str, tuple[Any, ...]] = {  # of control messages: with the types of the arguments
             "hello": (self.membership.on_hello, str, int, dict),
             "state": (self.membership.on_state, str, int, dict),
@@ -4842,7 +4839,7 @@ class Cluster(Adapter):
     def dispatch(self, message: Message, exclude: Pid | None, data: bytes) -> None:
         channel, transport = message[1], self.transport
         history = self.pubsub.histories.get(channel)
-        if history is None or not self.subscriptions.is_confirmed(channel) or not transport.accepts_broadcasts():
+        if history is None or not transport.is_subscribed(channel) or not transport.accepts_broadcasts():
             self.pubsub.deliver_unrecorded(message, exclude)
             self._publish(self.redis.key("channel:", channel), data, channel)
             return
@@ -4855,17 +4852,17 @@ class Cluster(Adapter):
         self.pubsub.deliver(message, None)  # Redis does not keep it
 
     def on_join(self, channel: str, process: Process) -> None:
-        if self.subscriptions.is_confirmed(channel):  # else `on_confirmed` announces it
+        if self.transport.is_subscribed(channel):  # else `on_subscribed` announces it
             self.membership.add_change("join", channel, process)
-        self.subscriptions.update(channel)
+        self.transport.update_subscription(channel)
 
     def on_leave(self, channel: str, process: Process) -> None:
-        if self.subscriptions.is_confirmed(channel):
+        if self.transport.is_subscribed(channel):
             self.membership.add_change("leave", channel, process)
-        self.subscriptions.update(channel)
+        self.transport.update_subscription(channel)
 
     def wait_until_subscribed(self, channel: str) -> None:
-        event = self.subscriptions.events.get(channel)
+        event = self.transport.subscriptions.get(channel)
         if event is not None and get_ident() == scheduler.thread and not isinstance(getcurrent(), Hub):
             event.wait(JOIN_TIME)
 
@@ -4914,18 +4911,6 @@ class Cluster(Adapter):
 
     # -- events of the transport
 
-    def on_connecting(self) -> None:
-        self.transport.command("SUBSCRIBE", self.redis.key("nodes"))
-        for channel in {*self.pubsub.channels, *self.pubsub.histories}:
-            self.subscriptions.update(channel)
-        self.transport.command("SUBSCRIBE", self.own_key)  # the last: Redis confirms in order
-
-    def on_confirmed(self, channel: str) -> None:
-        for process in self.pubsub.channels.get(channel, ()):
-            self.membership.add_change("join", channel, process)
-        if channel in self.pubsub.histories:
-            gevent.spawn(self._load, channel)
-
     def _on_connected(self) -> None:
         again = " again" if self.first_connected.is_set() else ""
         self.transport.phase = CONNECTED
@@ -4941,7 +4926,6 @@ class Cluster(Adapter):
     def on_disconnect(self) -> None:
         self.had_gap = True
         self.membership.changes.clear()
-        self.subscriptions.clear()
         self.loading.clear()
         for history in self.pubsub.histories.values():
             history.forget()  # other nodes continue without this one
@@ -4953,7 +4937,7 @@ class Cluster(Adapter):
             case [b"subscribe", key, _] if key == self.own_key:
                 self._on_connected()
             case [b"subscribe", key, _] if key.startswith(self.channel_prefix):
-                self.subscriptions.on_subscribed(self._channel_of(key))
+                self.transport.on_subscribed(self._channel_of(key))
             case [b"message", key, data]:
                 try:
                     self._on_message(key, data)
@@ -5014,9 +4998,9 @@ class Cluster(Adapter):
     # -- kept channels
 
     def on_keep(self, channel: str) -> None:
-        if self.subscriptions.is_confirmed(channel):
+        if self.transport.is_subscribed(channel):
             gevent.spawn(self._load, channel)
-        self.subscriptions.update(channel)
+        self.transport.update_subscription(channel)
 
     def _load(self, channel: str) -> None:
         """Runs in a greenlet: reads the history from Redis."""
