@@ -4321,10 +4321,7 @@ DISCONNECTED, CONNECTING, SUBSCRIBING, CONNECTED, LEAVING = range(5)
 
 
 class RemotePid(Pid):
-    """A process of another node, or one of this node that has ended and whose pid has come back.
-
-    `send` raises TypeError or ValueError for what cannot cross, see Codec.
-    """
+    """A process of another node, or an ended one of this. `send` raises TypeError or ValueError, see Codec."""
 
     __slots__ = ("cluster", "node")
 
@@ -4399,11 +4396,10 @@ class Codec:
 
     def exit_reason(self, reason: Any) -> Any:
         """Returns the reason if it can cross, else (an exception, for example) its text."""
-        try:
+        with suppress(TypeError, ValueError):
             self.encode(reason)
-        except (TypeError, ValueError):
-            return repr(reason)
-        return reason
+            return reason
+        return repr(reason)
 
     def decode(self, message: bytes) -> tuple[bytes, Any]:
         """Returns the sender's id and the value. Raises any exception for bytes that are not a message."""
@@ -4460,7 +4456,6 @@ class Redis:
             self.client.connection_pool.make_connection()  # does not connect, but raises for an unknown option
         except (ValueError, TypeError) as error:
             raise ValueError(f"{self.label} is not the URL of a Redis: {error}") from None
-        self.errors = (OSError, self.module.RedisError)
 
     def connect(self) -> Any:
         connection = self.client.connection_pool.make_connection()
@@ -4547,7 +4542,7 @@ class Transport:
                 gevent.sleep(delay * random.uniform(0.5, 1))
                 self._read()
             except Exception as error:
-                if not isinstance(error, self.redis.errors):
+                if not isinstance(error, OSError | self.redis.module.RedisError):
                     log.exception("cluster: unexpected error")
                 was_connected = self.phase in (CONNECTED, LEAVING)
                 if was_connected or str(error) != failure:
@@ -4675,8 +4670,7 @@ class Membership:
         self.nodes[node_id], self.names[node_id], node.sequence = node, name, sequence
         self.requested.discard(node_id)
         old = self._list_members(node.members)
-        self._apply(node_id, [("join", *member) for member in new - old])
-        self._apply(node_id, [("leave", *member) for member in old - new])
+        self._apply(node_id, [("join", *it) for it in new - old] + [("leave", *it) for it in old - new])
 
     def on_beat(self, node_id: bytes, sequence: int) -> bool:
         """Returns whether this node has received all deltas up to `sequence`. Requests the state if not."""
@@ -4736,8 +4730,7 @@ class RemoteMonitors:
         process.watch((node_id, ref), self)
 
     def on_unwatch(self, node_id: bytes, serial: int, ref: Any) -> None:
-        if serial in processes:
-            processes[serial].unwatch((node_id, ref))
+        self.cluster.codec.pid(self.cluster.id, serial).unwatch((node_id, ref))
 
     def on_down(self, _node_id: bytes, _serial: int, ref: Any, reason: Any) -> None:
         if ref in self.monitoring:  # else it was demonitored meanwhile
