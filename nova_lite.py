@@ -97,7 +97,7 @@ import zlib
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, fields, replace
 from datetime import datetime
 from functools import cache, lru_cache, partial
 from heapq import nlargest
@@ -4624,7 +4624,7 @@ class Node:
     name: str
     sequence: int
     last_heard: float
-    members: dict[str, set[int]] = field(default_factory=dict)  # channel -> serials; no set is ever empty
+    members: dict[str, set[int]]  # channel -> serials; no set is ever empty
 
 
 class Membership:
@@ -4662,7 +4662,7 @@ class Membership:
         self.send_state(node_id)
 
     def on_state(self, node_id: bytes, name: str, sequence: int, members: dict[str, list[int]]) -> None:
-        new, node = self._list_members(members), self.nodes.get(node_id) or Node(name, sequence, self.cluster.clock)
+        new, node = self._list_members(members), self.nodes.get(node_id) or Node(name, sequence, self.cluster.clock, {})
         if sequence < node.sequence:  # old, as in `on_delta`
             return
         if node_id not in self.nodes:
