@@ -31,6 +31,7 @@ The map. A room uses only the rooms above it. Those after a cut line can be dele
     Nova                    routes as data, security, the checks before the 101
     server                  HTTP, detaching sockets, draining
     gen_server              servers with calls; supervisors            (cut line; so have all rooms below)
+    presence                who is in a channel, by name
     replay                  channels that keep their last messages
     launch                  reloading, workers
     cluster                 other nodes, through Redis
@@ -981,6 +982,9 @@ class Adapter:
     def on_keep(self, channel: str) -> None:
         """Called when this node starts to keep the channel."""
 
+    def on_track(self, channel: str, key: str, process: Process, meta: dict[str, Any] | None) -> None:
+        """Called when presence has tracked a process of this node, or no longer does (None)."""
+
     def wait_until_subscribed(self, channel: str) -> None:
         """Returns when this node receives what other nodes send to the channel."""
 
@@ -1037,6 +1041,7 @@ class PubSub:
         self.histories: dict[str, Recorder] = {}  # channel -> its history, of the room replay
         self.message_counts: dict[str, int] = {}  # channel with local members -> messages sent to them
         self._monitored: dict[int, str] = {}  # ref -> channel
+        self.presence: Any = None  # of the room presence
         exit_hooks.append(self._on_exit)
 
     def connect(self, url: str, name: str | None = None) -> str:
@@ -4038,6 +4043,187 @@ __all__ += [
     "CallError", "CallTimeout", "GenServer", "NoProc", "ServerDied", "call", "cast", "reply", "start_link",
     "start_supervisor", "stop",
 ]  # fmt: skip
+
+
+# ----- cut here: without presence ------------------------------------------------------------------------------------
+# Lost: presence.
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Presence: which users are in a channel, with what each process says of its user (Phoenix.Presence).
+# Invariant: `list`, with the events that a member receives after it, adds up to any later `list`.
+#
+# A change is in `list` immediately. Members receive it GATHER_TIME later, in one event with all others of that time.
+# The race: when a member calls `list`, changes that the list includes may still be in its mailbox as an event, or
+# wait to be sent, and the member would apply them twice. Therefore `list` removes such events from the caller's
+# mailbox, and notes how many of the waiting changes the caller has seen: its next event contains only the others.
+# ---------------------------------------------------------------------------------------------------------------------
+
+GATHER_TIME = 0.05  # seconds between a change and the event: short for a reader, long enough for a crowd that connects
+_Meta = dict[str, Any]
+_Metas = list[_Meta]
+_ByKey = dict[str, _Metas]
+_Changes = list[tuple[str, Pid, "_Meta | None", "_Meta | None"]]  # key, process, meta before and after; None: absent
+
+
+class Presence:
+    """Who is in which channel, by key. The one instance is `presence`.
+
+    A key names a user, for example. Several processes may be tracked under one key, each with a meta of its own: a dict
+    that nobody modifies later. Members of the channel receive ("nova_presence", channel, joins, leaves), both {key:
+    [meta, ...]}; an update is a leave and a join. The event has the method `once` of a `Message`.
+    """
+
+    def __init__(self, pubsub: PubSub) -> None:
+        self.pubsub = pubsub
+        self.entries: dict[str, dict[str, dict[Pid, _Meta]]] = {}  # channel -> key -> process -> meta; none is empty
+        self.changes: dict[str, _Changes] = {}  # channel -> changes that its members have not received
+        self.seen: dict[str, dict[Process, int]] = {}  # channel -> caller of `list` -> how many of these it has seen
+        self.timer: Any = None  # calls `_flush`
+        pubsub.presence = self
+
+    def track(self, channel: str, key: str, meta: _Meta, pid: Pid | None = None) -> str:
+        """Tracks `pid`, or the caller, under `key` until it ends. Returns "ok", or "already_tracked".
+
+        A dead process is not tracked. Raises TypeError for a process of another node, for a meta that is not a dict,
+        and in a cluster for one that cannot cross to another node; ValueError for an empty key.
+        """
+        process, meta = _local_owner(pid), self._check(channel, key, meta)
+        if process in self._owners(channel, key):
+            return "already_tracked"
+        if process.mailbox is not DEAD_MAILBOX:
+            process.own((self, channel, key, process), self)
+            self._put_here(channel, key, process, meta)
+        return "ok"
+
+    def update(self, channel: str, key: str, meta: _Meta, pid: Pid | None = None) -> str:
+        """Replaces the meta of `pid`, or of the caller. Returns "ok", or "not_tracked". Raises what `track` does."""
+        process, meta = _local_owner(pid), self._check(channel, key, meta)
+        if process not in self._owners(channel, key):
+            return "not_tracked"
+        self._put_here(channel, key, process, meta)
+        return "ok"
+
+    def untrack(self, channel: str, key: str, pid: Pid | None = None) -> str:
+        """Ends the tracking of `pid`, or of the caller. Returns "ok", or "not_tracked"."""
+        process = _local_owner(pid)
+        if process.disown((self, channel, key, process)) is None:
+            return "not_tracked"
+        self._put_here(channel, key, process, None)
+        return "ok"
+
+    def list(self, channel: str) -> _ByKey:
+        """Returns {key: [meta, ...]} of all nodes. Changes on other nodes arrive with a delay.
+
+        A member that goes on from this list applies the events that it receives afterwards. Those that were waiting in
+        its mailbox are removed: the list includes their changes. To miss none, join the channel before.
+        """
+        check_thread()
+        caller = current_process()
+        if caller is not None:
+            self._skip_events(check_channel(channel), caller)
+        return {key: [*owners.values()] for key, owners in self.entries.get(channel, {}).items()}
+
+    def get_by_key(self, channel: str, key: str) -> _Metas:
+        """Returns the metas of one key, on all nodes; none if nobody is tracked under it."""
+        return [*self._owners(channel, key).values()]
+
+    def _owners(self, channel: str, key: str) -> dict[Pid, _Meta]:
+        return self.entries.get(check_channel(channel), {}).get(key, {})
+
+    def _check(self, channel: str, key: str, meta: _Meta) -> _Meta:
+        """Returns a copy of the meta, which the caller may modify. Raises before anything has changed."""
+        if not isinstance(key, str) or not isinstance(meta, dict):
+            raise TypeError(f"expected a key, a string, and a meta, a dict, got {key!r} and {meta!r}")
+        if not key:
+            raise ValueError("expected a key, got an empty string")
+        meta = dict(meta)
+        self.pubsub.adapter.encode(Message(("nova_presence", check_channel(channel), None, key, meta)), None)
+        return meta
+
+    # -- in the hub's thread
+
+    def put(self, channel: str, key: str, pid: Pid, meta: _Meta | None) -> None:
+        """Sets the meta of a process of any node, or removes it if `meta` is None."""
+        keys = self.entries.setdefault(channel, {})
+        owners = keys.setdefault(key, {})
+        before = owners.pop(pid, None) if meta is None else owners.get(pid)
+        if meta is not None:
+            owners[pid] = meta
+        if not owners:
+            del keys[key]
+        if not keys:
+            del self.entries[channel]
+        if channel in self.pubsub.channels and before is not meta:
+            self._gather(channel, (key, pid, before, meta))
+
+    def _put_here(self, channel: str, key: str, process: Process, meta: _Meta | None) -> None:
+        self.put(channel, key, process, meta)
+        self.pubsub.adapter.on_track(channel, key, process, meta)
+
+    def unwatch(self, ref: tuple[Any, str, str, Process]) -> None:
+        """Called when a tracked process has ended."""
+        self._put_here(*ref[1:], None)
+
+    def _gather(self, channel: str, change: Any) -> None:
+        if not self.changes:
+            self.timer = self.timer or scheduler.hub.loop.timer(GATHER_TIME)
+            self.timer.start(self._flush, update=True)
+        self.changes.setdefault(channel, []).append(change)
+
+    def _skip_events(self, channel: str, caller: Process) -> None:
+        """Makes sure that the caller receives no change that is in the list now."""
+        if channel in self.changes:
+            self.seen.setdefault(channel, {})[caller] = len(self.changes[channel])
+        mailbox = caller.mailbox
+        others = [message for message in mailbox if not _is_event_of(channel, message)]
+        if len(others) < len(mailbox):
+            caller.handled += len(mailbox) - len(others)  # a `receive` whose predicate called this looks again
+            mailbox.clear()
+            mailbox.extend(others)
+
+    def _flush(self) -> None:
+        """Timer callback: sends the changes to the members of their channels, in one event each."""
+        changes, seen = self.changes, self.seen
+        self.changes, self.seen = {}, {}
+        for channel, its_changes in changes.items():
+            event = _make_event(channel, its_changes)
+            late = {process: _make_event(channel, its_changes[n:]) for process, n in seen.get(channel, {}).items()}
+            for process in self.pubsub.channels.get(channel, ()):  # does not change meanwhile: `deliver` only queues
+                message = late.get(process, event)
+                if message is not None:
+                    process.deliver(message)
+
+
+def _make_event(channel: str, changes: _Changes) -> Message | None:
+    """Returns what the changes add up to, or None if that is nothing."""
+    net: dict[tuple[str, Pid], Any] = {}
+    for key, pid, before, after in changes:
+        net.setdefault((key, pid), [before, after])[1] = after
+    joins: _ByKey = {}
+    leaves: _ByKey = {}
+    for (key, _), (before, after) in net.items():
+        if before is not None and before is not after:
+            leaves.setdefault(key, []).append(before)
+        if after is not None and before is not after:
+            joins.setdefault(key, []).append(after)
+    return Message(("nova_presence", channel, joins, leaves)) if joins or leaves else None
+
+
+def _is_event_of(channel: str, message: Any) -> bool:
+    return isinstance(message, Message) and message[:2] == ("nova_presence", channel)
+
+
+def _local_owner(pid: Pid | None) -> Process:
+    process = calling_process() if pid is None else pid
+    check_thread()
+    if not isinstance(process, Process):
+        raise TypeError(f"expected a process of this node, got {pid!r}")
+    return process
+
+
+presence = Presence(pubsub)
+__all__ += ["presence"]
 
 
 # ----- cut here: without replay --------------------------------------------------------------------------------------

@@ -120,6 +120,7 @@ from nova_lite import (
     is_own_origin,
     link,
     monitor,
+    presence,
     printable,
     process_flag,
     pubsub,
@@ -6299,6 +6300,255 @@ def test_a_supervisor_falls_with_its_parent_and_stops_its_children(me, begin):
 def test_a_supervisor_that_makes_no_sense_is_a_value_error_that_says_why(specs, options, words):
     with pytest.raises(ValueError, match=words):
         start_supervisor(specs, **options)
+
+
+# -- presence ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(autouse=True)
+def nobody_is_left():
+    """After each test nobody is tracked, and no event is still to be sent."""
+    yield
+    until(lambda: not presence.entries)
+    until(lambda: not presence.changes)
+
+
+@pytest.fixture
+def someone(begin):
+    """someone(): a process that calls what it is sent."""
+    return lambda: begin(spawn, obey)
+
+
+@pytest.fixture
+def in_room():
+    """The test is a member."""
+    pubsub.join("room")
+    yield
+    pubsub.leave("room")
+
+
+def in_process(pid, fn, *args):
+    """What `fn` answers in the process `pid`, which obeys."""
+    done = gevent.event.AsyncResult()
+    pid.send(lambda: done.set(fn(*args)))
+    return done.get(timeout=PATIENCE)
+
+
+def is_diff(message):
+    return isinstance(message, tuple) and message[0] == "nova_presence"
+
+
+def applied(known, events):
+    """{key: [meta, ...]} after these events; what leaves must have been there."""
+    known = {key: [*metas] for key, metas in known.items()}
+    for _, _, joins, leaves in events:
+        for key, metas in leaves.items():
+            for meta in metas:
+                known[key].remove(meta)
+        for key, metas in joins.items():
+            known.setdefault(key, []).extend(metas)
+    return known
+
+
+def in_any_order(known):
+    """The same for the same people, whatever their order."""
+    return {key: sorted(map(repr, metas)) for key, metas in known.items() if metas}
+
+
+def test_who_is_tracked_is_listed_by_key_until_it_says_otherwise_or_ends(someone):
+    phone, laptop, ann = someone(), someone(), someone()
+    assert presence.list("room") == {}
+    assert presence.track("room", "bob", {"on": "phone"}, phone) == "ok"
+    assert presence.track("room", "bob", {"on": "laptop"}, laptop) == "ok"
+    assert presence.track("room", "ann", {}, ann) == "ok"
+    assert presence.track("elsewhere", "ann", {"away": True}, ann) == "ok"
+    assert presence.list("room") == {"bob": [{"on": "phone"}, {"on": "laptop"}], "ann": [{}]}
+    assert presence.get_by_key("room", "bob") == [{"on": "phone"}, {"on": "laptop"}]
+    assert presence.update("room", "bob", {"on": "tablet"}, phone) == "ok"
+    assert presence.untrack("room", "ann", ann) == "ok"
+    assert presence.list("room") == {"bob": [{"on": "tablet"}, {"on": "laptop"}]}
+    assert presence.list("elsewhere") == {"ann": [{"away": True}]}
+    exit(phone, "kill")
+    until(lambda: presence.list("room") == {"bob": [{"on": "laptop"}]})
+    assert presence.get_by_key("room", "ann") == presence.get_by_key("nowhere", "ann") == []
+
+
+def test_the_caller_is_tracked_and_may_have_several_keys(me):
+    for key in ("ann", "admin"):
+        assert presence.track("room", key, {"by": key}) == "ok"
+    assert presence.update("room", "admin", {"by": "itself"}) == "ok"
+    assert presence.list("room") == {"ann": [{"by": "ann"}], "admin": [{"by": "itself"}]}
+    assert [presence.untrack("room", key) for key in ("ann", "admin")] == ["ok", "ok"]
+    assert me.owned == {}
+
+
+def test_what_is_expected_and_changes_nothing_is_a_value(someone):
+    ann, dead = someone(), spawn(lambda: None)
+    reason_of(dead)
+    assert presence.update("room", "ann", {}, ann) == presence.untrack("room", "ann", ann) == "not_tracked"
+    assert presence.track("room", "ann", {"first": 1}, ann) == "ok"
+    assert presence.track("room", "ann", {"second": 2}, ann) == "already_tracked"
+    assert presence.update("room", "bob", {}, ann) == presence.untrack("elsewhere", "ann", ann) == "not_tracked"
+    assert presence.track("room", "dead", {}, dead) == "ok"
+    assert presence.list("room") == {"ann": [{"first": 1}]}
+
+
+@pytest.mark.parametrize(
+    ("channel", "key", "meta", "pid", "error"),
+    [
+        ("", "ann", {}, None, ValueError),
+        (None, "ann", {}, None, TypeError),
+        ("room", "", {}, None, ValueError),
+        ("room", 7, {}, None, TypeError),
+        ("room", "ann", None, None, TypeError),
+        ("room", "ann", [("a", 1)], None, TypeError),
+        ("room", "ann", {}, "ann", TypeError),
+    ],
+)
+def test_a_presence_that_makes_no_sense_is_refused_before_anything_happens(channel, key, meta, pid, error):
+    for act in (presence.track, presence.update):
+        with pytest.raises(error):
+            act(channel, key, meta, pid)
+    assert presence.entries == {}
+    with pytest.raises(RuntimeError, match="other than the hub's"):
+        in_thread(presence.list, "room")
+
+
+def test_a_meta_that_is_modified_after_tracking_is_an_update_like_any_other(in_room):
+    meta = {"typing": False}
+    presence.track("room", "ann", meta)
+    meta["typing"] = True
+    assert presence.list("room") == {"ann": [{"typing": False}]}
+    presence.update("room", "ann", meta)
+    assert expect() == ("nova_presence", "room", {"ann": [{"typing": True}]}, {"ann": [{"typing": False}]})
+    presence.untrack("room", "ann")
+
+
+def test_members_hear_of_joins_updates_and_leaves_and_others_do_not(in_room, someone):
+    ann, deaf = someone(), someone()
+    pubsub.join("elsewhere", deaf)
+    presence.track("room", "ann", {"typing": False}, ann)
+    assert expect() == ("nova_presence", "room", {"ann": [{"typing": False}]}, {})
+    presence.update("room", "ann", {"typing": True}, ann)
+    assert expect() == ("nova_presence", "room", {"ann": [{"typing": True}]}, {"ann": [{"typing": False}]})
+    exit(ann, "kill")
+    assert expect() == ("nova_presence", "room", {}, {"ann": [{"typing": True}]})
+    assert not deaf.mailbox
+
+
+def test_what_ends_as_it_began_is_no_event_and_several_changes_are_their_sum(in_room, someone):
+    ann, bob = someone(), someone()
+    presence.track("room", "ann", {"n": 1}, ann)
+    presence.track("room", "bob", {"n": 1}, bob)
+    presence.untrack("room", "bob", bob)
+    presence.update("room", "ann", {"n": 2}, ann)
+    assert expect() == ("nova_presence", "room", {"ann": [{"n": 2}]}, {})
+    presence.track("room", "bob", {}, bob)
+    presence.untrack("room", "bob", bob)
+    until(lambda: not presence.changes)
+    assert drain() == []
+
+
+def test_a_thousand_who_come_together_are_one_message_and_its_json_is_encoded_once(begin, me):
+    encoded = []
+    as_json = eval("lambda event: encoded.append(1) or json.dumps(event[2:])", {"encoded": encoded, "json": json})
+
+    def member():
+        pubsub.join("room")
+        me.send(expect(is_diff).once(as_json))
+
+    for _ in range(3):
+        begin(spawn, member)
+    until(lambda: len(pubsub.get_members("room")) == 3)
+    pids = [begin(spawn, obey) for _ in range(1000)]
+    for number, pid in enumerate(pids):
+        presence.track("room", f"user {number}", {"n": number}, pid)
+    texts = [expect() for _ in range(3)]
+    assert json.loads(texts[0]) == [{f"user {number}": [{"n": number}] for number in range(1000)}, {}]
+    assert texts[0] is texts[1] is texts[2]
+    assert encoded == [1]
+
+
+def test_a_list_takes_the_place_of_the_events_before_it_and_of_nothing_else(in_room, someone):
+    ann, bob = someone(), someone()
+    pubsub.join("elsewhere")
+    pubsub.broadcast("room", "topic", "stays")
+    presence.track("room", "ann", {}, ann)
+    presence.track("elsewhere", "ann", {}, ann)
+    until(lambda: not presence.changes)  # the event is in the mailbox
+    presence.track("room", "bob", {"n": 1}, bob)  # this one is still to come
+    assert presence.list("room") == {"ann": [{}], "bob": [{"n": 1}]}
+    presence.update("room", "bob", {"n": 2}, bob)
+    assert expect()[4] == "stays"
+    assert expect() == ("nova_presence", "elsewhere", {"ann": [{}]}, {})
+    assert expect() == ("nova_presence", "room", {"bob": [{"n": 2}]}, {"bob": [{"n": 1}]})
+    assert presence.list("room") == {"ann": [{}], "bob": [{"n": 2}]}
+    pubsub.leave("elsewhere")
+
+
+def test_a_receive_whose_predicate_calls_list_misses_no_message(in_room, someone):
+    presence.track("room", "ann", {}, someone())
+    until(lambda: not presence.changes)
+    self_pid().send("after the event")
+    assert receive(0, lambda message: presence.list("room") and message == "after the event") == "after the event"
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_a_list_and_the_events_after_it_add_up_to_every_later_list(seed, someone):
+    chance, known = random.Random(seed), {}
+    users, members = [someone() for _ in range(3)], [someone() for _ in range(3)]
+    acts = ["track", "track", "update", "untrack", "end", "join", "list", "read", "flush"]
+
+    def read(member):
+        events = in_process(member, lambda: [*iter(lambda: receive(0, is_diff), None)])
+        if member in known:
+            known[member] = applied(known[member], events)
+
+    for act in [*chance.choices(acts, k=100), "flush"]:
+        number, member, key = chance.randrange(3), chance.choice(members), chance.choice(["ann", "bob"])
+        meta = {"n": chance.randrange(2)}  # equal metas of different processes count separately
+        if act in ("track", "update"):
+            getattr(presence, act)("room", key, meta, users[number])
+        elif act == "untrack":
+            presence.untrack("room", key, users[number])
+        elif act == "end":
+            exit(users[number], "kill")
+            users[number] = someone()
+        elif act == "join":
+            pubsub.join("room", member)
+        elif act == "list" and member in pubsub.get_members("room"):
+            known[member] = in_process(member, presence.list, "room")
+        elif act == "read":
+            read(member)
+        elif act == "flush":
+            gevent.sleep(0)
+            presence._flush()
+    for member in members:
+        read(member)
+    there = in_any_order(presence.list("room"))
+    assert known
+    assert [in_any_order(here) for here in known.values()] == [there] * len(known)
+
+
+def test_a_small_room_costs_the_same_however_many_are_elsewhere(begin):
+    def cost():
+        """CPU seconds of lists and joins, at best."""
+
+        def act():
+            for _ in range(200):
+                assert len(presence.list("room")) == 50
+                presence.track("room", "late", {})
+                presence.untrack("room", "late")
+
+        return min(cpu_seconds(act) for _ in range(5))
+
+    everybody = begin(spawn, obey)
+    for number in range(50):
+        presence.track("room", f"user {number}", {"n": number}, everybody)
+    before = cost()
+    for number in range(10_000):
+        presence.track(f"room {number % 200}", f"user {number}", {"n": number}, everybody)
+    assert cost() < 3 * before + 0.01
 
 
 # -- replay -----------------------------------------------------------------------------------------------------------
