@@ -1062,8 +1062,8 @@ class PubSub:
         """Makes `pid`, or the caller, a member and returns "ok". A dead process does not become one.
 
         With `since`, a position in a kept channel, the member first receives the messages after it, in order and
-        without gap or duplicate, or ("nova_resync", channel) if they are not available. In a cluster, waits until this
-        node receives what other nodes publish to the channel, unless Redis is not connected.
+        without gap or duplicate, or ("nova_resync", channel) if they are not available; with "first", all that are
+        kept. In a cluster, waits until this node receives what others publish there, unless Redis is not connected.
         """
         self._join(check_channel(channel), _local_process(pid), since)
         self.adapter.wait_until_subscribed(channel)
@@ -4281,9 +4281,11 @@ class History(Recorder):
         self.messages.append((monotonic() if at is None else at, message))
 
     def since(self, position: Any) -> list[Message] | None:
-        """Returns the messages after `position`; None if it is too old or from another epoch."""
+        """Returns the messages after `position`, all for "first"; None if it is too old or from another epoch."""
         while self.messages and monotonic() - self.messages[0][0] > self.seconds:
             self.messages.popleft()
+        if position == "first":
+            return [message for _, message in self.messages]
         epoch, offset = self._parse(position)
         missed = self.offset - offset
         if epoch != self.epoch or offset < self.complete_since or not 0 <= missed <= len(self.messages):
@@ -5890,6 +5892,27 @@ class CommentsHandler(WebSocketHandler):
         return "ok", state
 
 
+class HistoryHandler(CommentsHandler):
+    """Sends comments as JSON: all that are kept, then "live", then each new one. After a resync, starts again."""
+
+    def init(self, state: Any) -> Any:
+        pubsub.join("comments", since="first")
+        self_pid().send("live")  # after what is kept
+        return "ok", state
+
+    def websocket_info(self, info: Any, state: Any) -> Any:
+        match info:
+            case ("nova_pubsub", "comments", _sender, "new_comment", str()):
+                return "reply", ("text", info.once(as_json_with_position)), state
+            case ("nova_resync", "comments"):  # comments may be missing; the page skips those that it has
+                pubsub.leave("comments")
+                self.init(state)
+                return "reply", ("text", '{"event": "nova_resync"}'), state
+            case "live":
+                return "reply", ("text", '{"event": "live"}'), state
+        return "ok", state
+
+
 class NotificationsHandler(WebSocketHandler):
     """Sends each change of a note. With `?since=`, empty at first, adds positions and first sends what was missed."""
 
@@ -5917,42 +5940,35 @@ class NotificationsHandler(WebSocketHandler):
 
 
 class PresenceHandler(WebSocketHandler):
-    """Sends the number of members of the channel `comments`, whenever it changes."""
+    """Tracks the visitor that a client names, by "here NAME" or "typing NAME". Sends who is here, then each change."""
 
-    def init(self, state: Any) -> Any:
-        pubsub.join("presence")
-        return "ok", state
+    name = ""
+
+    def websocket_init(self, state: Any) -> Any:
+        pubsub.join("visitors")
+        here = {"event": "here", "data": presence.list("visitors")}
+        return "reply", ("text", json.dumps(here)), state
 
     def websocket_handle(self, frame: Any, state: Any) -> Any:
-        return ("reply", frame, state) if frame == ("binary", b"") else ("ok", state)
+        match frame:
+            case ("binary", b""):
+                return "reply", frame, state
+            case ("text", text) if len(text) <= 100:
+                doing, _, name = text.partition(" ")
+                presence.untrack("visitors", self.name)
+                self.name = name.strip() or "Someone"
+                presence.track("visitors", self.name, {"typing": doing == "typing"})  # both changes are one event
+        return "ok", state
 
     def websocket_info(self, info: Any, state: Any) -> Any:
         match info:
-            case ("nova_pubsub", "presence", _sender, _topic, _payload):
-                return "reply", ("text", info.once(as_json)), state
+            case ("nova_presence", "visitors", _joins, _leaves):
+                return "reply", ("text", info.once(as_moves)), state
         return "ok", state
 
 
-class Presence(GenServer):
-    """Counts these members. Its state is True while a count is due: many changes make one message to each client."""
-
-    PAUSE = 0.25  # seconds between the first change and the count
-
-    def init(self, _args: Any) -> Any:
-        for channel in ("comments", "presence"):  # a new PresenceHandler waits for a count
-            pubsub.monitor(channel)
-        return "ok", False
-
-    def handle_info(self, info: Any, due: Any) -> Any:
-        match info:
-            case "count":
-                count = len(pubsub.get_members("comments"))  # of all nodes; each node informs its own clients
-                pubsub.local_broadcast("presence", "presence", {"count": count})
-                return "noreply", False
-            case (_ref, "join" | "leave", _channel, _pids) if not due:
-                send_after(self.PAUSE, self_pid(), "count")
-                return "noreply", True
-        return "noreply", due
+def as_moves(message: Message) -> str:
+    return json.dumps({"event": "moved", "data": {"joins": message[2], "leaves": message[3]}})
 
 
 def as_json(message: Message) -> str:
@@ -6005,11 +6021,8 @@ def tokenize(note: Mapping[str, Any]) -> set[str]:
 
 
 def start_indexer(notes: Notes) -> Any:
-    """Starts the indexer and the presence, under a supervisor that restarts them."""
-    return start_supervisor([
-        {"id": "note_indexer", "start": (start_link, NoteIndexer, notes, "note_indexer")},
-        {"id": "presence", "start": (start_link, Presence, None, "presence")},
-    ])  # fmt: skip
+    """Starts the indexer, under a supervisor that restarts it."""
+    return start_supervisor([{"id": "note_indexer", "start": (start_link, NoteIndexer, notes, "note_indexer")}])
 
 
 class Login:
@@ -6125,6 +6138,8 @@ LOGIN_PAGE = """<!doctype html>
 def demo(notes: Notes, password: str | None = None) -> Nova:
     """Returns the tutorial's application; with a password, the board too."""
     pubsub.keep("notes")
+    pubsub.keep("comments", seconds=24 * 3600)
+    small = {"protocol": "ws", "max_message_size": 65_536}  # bytes of a comment that is kept
     api = NotesController(notes)
     page = {"Content-Type": "text/html; charset=utf-8", "Cache-Control": "no-cache"}
     script = {"Content-Type": "text/javascript; charset=utf-8", "Cache-Control": "no-cache"}
@@ -6134,7 +6149,8 @@ def demo(notes: Notes, password: str | None = None) -> Nova:
             ("/nova.js", lambda _req: ("status", 200, script, CLIENT), {"methods": ["get"]}),
             ("/heartbeat", heartbeat, {"methods": ["get"]}),
             ("/ws", EchoHandler, {"protocol": "ws"}),
-            ("/comments", CommentsHandler, {"protocol": "ws"}),
+            ("/comments", CommentsHandler, small),
+            ("/comments/history", HistoryHandler, small),
             ("/notifications", NotificationsHandler, {"protocol": "ws"}),
             ("/presence", PresenceHandler, {"protocol": "ws"}),
         ]},
@@ -6179,9 +6195,8 @@ PAGE = """<!doctype html>
   header { min-height: 2.25rem } header p { order: 1 } .dim, time, small, #line { color: var(--dim) }
   #line { margin-left: auto; gap: .3rem; padding: 0 .6rem; border: 1px solid transparent; border-radius: 2rem }
   #line, small, label, .error, .plain, header p, .row p { font-size: .875rem } .dim:empty { display: none }
-  #line::before, #dots i { content: ""; display: inline-block; width: 10px; height: 10px; border: 2px solid;
-                           border-radius: 50%; color: var(--accent); margin-right: .25rem }
-  #line::before { color: var(--good) } #line:not(.away)::before, #dots :first-child { background: currentColor }
+  #line::before { content: ""; display: inline-block; width: 10px; height: 10px; border: 2px solid; border-radius: 50%;
+                  color: var(--good); margin-right: .25rem } #line:not(.away)::before { background: currentColor }
   #line.away, .away::before { color: var(--warn) !important; border-color: currentColor }
   #wait { font-variant-numeric: tabular-nums } main { flex: 1; display: grid; gap: 1rem; min-height: 0 }
   section { min-width: 0; min-height: 0; overflow: auto; padding: 1rem 1rem 0; background: var(--card);
@@ -6196,7 +6211,8 @@ PAGE = """<!doctype html>
   li { padding: .75rem .2rem .75rem .5rem; margin: 0 -.5rem; border-top: 1px solid var(--line) }
   li .row { margin-top: .2rem }
   li p { white-space: pre-wrap; max-height: 18rem; overflow: auto } li small { flex: 1 }
-  form.row { flex-wrap: nowrap } .row input { flex: 1 } #search { max-width: 15rem } label { font-weight: 600 }
+  form.row { flex-wrap: nowrap } .row input { flex: 1 } #search { max-width: 15rem }
+  #say [name=nick] { flex: 0 1 8rem } label { font-weight: 600 }
   input, textarea, button, summary { font: inherit; color: inherit; border: 1px solid var(--edge); border-radius: .5rem;
          padding: .4rem .7rem; background: var(--card); min-height: 2.5rem } label > * { margin-block: .2rem }
   input, textarea { display: block; width: 100%; min-width: 0; font-size: 1rem; font-weight: 400; resize: vertical }
@@ -6214,7 +6230,7 @@ PAGE = """<!doctype html>
   @media (max-width: 40rem) { header:has(.away) p { display: none } }
   @media (pointer: coarse) { main :is(input, textarea, button, summary) { min-height: 2.75rem } }
   @media (prefers-reduced-motion: no-preference) { .new { animation: arrive .3s ease-out, flare 2.5s ease-out }
-    svg.new, #dots i { animation: star .8s ease-out } @keyframes arrive { from { opacity: 0; translate: 0 -.6rem } }
+    svg.new { animation: star .8s ease-out } @keyframes arrive { from { opacity: 0; translate: 0 -.6rem } }
     @keyframes flare { from { background: var(--flare) } } @keyframes star { 30% { scale: 1.4; rotate: 45deg } } }
 </style>
 <header>
@@ -6227,9 +6243,10 @@ PAGE = """<!doctype html>
 <main>
   <section aria-labelledby="comments-title">
     <div class="row"><h2 id="comments-title">Live comments</h2>
-      <p id="here" hidden><span id="dots" aria-hidden="true"></span> <span id="count"></span>
+      <p id="here" hidden><span id="count"></span>
         <a id="second" href="/" target="_blank">Open a second window</a></p></div>
     <form id="say" class="row">
+      <input name="nick" aria-label="Your name" placeholder="Your name" autocomplete="nickname" maxlength="40">
       <input name="text" aria-label="Your comment" placeholder="Say something" autocomplete="off" maxlength="2000">
       <button class="main">Send</button></form>
     <p id="hush" class="dim" role="status">No comments yet. The first appears in every window.</p>
@@ -6275,8 +6292,8 @@ function arrived(node) {  // highlights the node and the star; counts in the tit
 }
 document.onvisibilitychange = () => { unseen = 0; document.title = "nova_lite"; };
 
-// The connections, and the number of visitors.
-const comments = new NovaSocket("/comments"), events = new NovaSocket("/notifications?since=");
+// The connections.
+const comments = new NovaSocket("/comments/history"), events = new NovaSocket("/notifications?since=");
 const presence = new NovaSocket("/presence"), lines = [comments, events, presence];
 let word = "connecting", ticking;
 function report() {
@@ -6297,32 +6314,60 @@ function report() {
 const now = $("now").onclick = () => lines.forEach(line => line.now());
 for (const line of lines) line.on("state", report).on("open", now);  // when one connects, all try again
 
-presence.on("presence", ({ count }) => {
-  while ($("dots").children.length > count) $("dots").lastChild.remove();
-  while ($("dots").children.length < Math.min(count, 12)) $("dots").append(element("i"));
-  $("count").textContent = count > 1 ? `${count} are here` : "Only you are here.";
-  $("second").hidden = count > 1;
-});
-$("second").onclick = event => {  // beside this window, if there is room
-  const half = screen.availWidth >> 1, place = `popup,left=${half},top=0,width=${half},height=${screen.availHeight}`;
-  if (half > 500 && window.open("/", "_blank", place)) event.preventDefault();
-};
+// Visitors: who is here, and who is typing.
+const storage = (() => { try { return localStorage; } catch { return {}; } })();  // the browser may refuse it
+const { nick, text } = $("say").elements, here = new Map();  // JSON of [name, typing] -> how many windows
+let typing = false, quiet;
+nick.value = storage.nova_name ?? "";
+nick.onchange = () => { storage.nova_name = nick.value; tell(false); };
+text.oninput = () => tell(text.value !== "");
+function tell(now) {  // the others; until nothing has been typed for some seconds
+  quiet = clearTimeout(quiet);
+  typing = now;
+  if (typing) quiet = setTimeout(() => tell(false), 4000);
+  if (presence.state === "open") presence.send(`${typing ? "typing" : "here"} ${nick.value}`);
+}
+presence.on("open", () => tell(false)).on("here", people => { here.clear(); count(people, 1); });
+presence.on("moved", ({ joins, leaves }) => { count(leaves, -1); count(joins, 1); });
 
-// Comments.
+function count(people, step) {
+  for (const [name, metas] of Object.entries(people)) for (const { typing } of metas) {
+    const who = JSON.stringify([name, typing]), windows = (here.get(who) ?? 0) + step;
+    if (windows) here.set(who, windows); else here.delete(who);
+  }
+  const names = new Map(), own = nick.value.trim() || "Someone";
+  let total = 0;
+  for (const [who, windows] of here) {
+    const [name, busy] = JSON.parse(who);
+    total += windows;
+    if (busy && windows > (typing && name === own)) names.set(name, `${name} is typing`);
+    else if (name !== "Someone" && !names.has(name)) names.set(name, name);
+  }
+  const some = [...names.values()].sort().slice(0, 12).join(", "), more = names.size > 12 ? ", …" : "";
+  $("count").textContent = total > 1 ? `${total} are here${some && ": "}${some}${more}` : "Only you are here.";
+  $("second").hidden = total > 1;
+}
+
+// Comments: first those that are kept. A replay may repeat some: they are known by their position.
 const mine = [];  // sent, and not received yet
-comments.on("message", text => {
-  const own = mine.indexOf(text), time = new Date().toLocaleTimeString([], { timeStyle: "short" });
-  const comment = element("p", own < 0 ? "" : "mine", text, element("time", "", time));
+let past = true;  // until "live", comments are replayed
+for (const event of ["open", "nova_resync", "live"]) comments.on(event, () => { past = event !== "live"; report(); });
+comments.on("new_comment", said => {
+  const { position } = comments, own = mine.indexOf(said), { children } = $("comments");
+  if (position && [...children].some(other => other.position === position)) return;
+  const time = past ? "earlier" : new Date().toLocaleTimeString([], { timeStyle: "short" });
+  const comment = Object.assign(element("p", own < 0 ? "" : "mine", said, element("time", "", time)), { position });
   if (own >= 0) mine.splice(own, 1), comment.prepend(element("span", "seen", "You: "));
   $("comments").prepend(comment);
-  if ($("comments").children.length > 200) $("comments").lastChild.remove();
-  arrived(comment);
+  if (children.length > 200) $("comments").lastChild.remove();
+  if (!past) arrived(comment);
   report();
 });
 $("say").onsubmit = event => {
   event.preventDefault();
-  const { text } = event.target.elements, said = text.value.trim();
-  if (said && comments.send(said)) mine.push(said), text.value = "";
+  const name = nick.value.trim(), said = text.value.trim(), line = name ? `${name}: ${said}` : said;
+  if (said && comments.send(line)) mine.push(line), text.value = "";
+  if (typing) tell(false);
   report();
 };
 

@@ -6574,6 +6574,19 @@ def test_who_joins_at_a_position_gets_what_came_behind_it_and_then_what_comes(ke
     assert [message[4] for message in drain()] == [0, 1, 2, 3][heard:]
 
 
+def test_who_joins_since_the_first_gets_all_that_is_kept_and_never_a_resync(kept):
+    for sent in range(6):
+        pubsub.join("c", since="first")
+        assert [message[4] for message in drain()] == list(range(sent))[-3:]
+        pubsub.leave("c")
+        pubsub.broadcast("c", "t", sent)
+    pubsub.histories["c"].forget()
+    pubsub.join("c", since="first")
+    assert drain() == []
+    pubsub.join("other", since="first")  # it is not kept
+    assert drain() == [("nova_resync", "other")]
+
+
 def test_a_message_knows_its_position(kept):
     pubsub.join("c")
     for number in range(3):
@@ -9360,7 +9373,7 @@ def test_the_client_is_served_as_a_script_that_is_not_kept_without_asking(demo):
 def test_the_heartbeat_of_the_client_is_answered(demo, path):
     with ws(demo, path) as client:
         client.send(b"")
-        assert until(lambda: client.recv(PATIENCE) == b"")  # in /presence after a count, or before
+        assert until(lambda: client.recv(PATIENCE) == b"")  # in /presence after who is here
 
 
 @pytest.mark.parametrize(
@@ -9388,21 +9401,49 @@ def test_a_word_is_found_while_it_is_being_typed(demo):
     demo.notes("DELETE", f"/{id}")
 
 
-def test_presence_follows_who_comes_and_goes_and_many_at_once_are_few_messages(demo):
-    def heard(count):
-        while (said := json.loads(watcher.recv(PATIENCE))) != {"event": "presence", "data": {"count": count}}:
-            told.append(said)
-        return True
+def test_visitors_are_shown_by_name_and_many_at_once_are_few_messages(demo):
+    def heard(*names):
+        """Reads until these are here; returns the number of messages."""
+        for number in range(1, 1000):
+            if sorted(name for name, metas in here.items() for _ in metas) == sorted(names):
+                return number
+            event = json.loads(watcher.recv(PATIENCE))
+            here.update(applied(here, [(None, None, event["data"]["joins"], event["data"]["leaves"])]))
 
-    told = []
     with ws(demo, "/presence") as watcher:
-        assert heard(0)
+        event = json.loads(watcher.recv(PATIENCE))
+        assert (event["event"], here := event["data"]) == ("here", {})
+        watcher.send("typing  Ada ")
+        heard("Ada")
+        assert here["Ada"] == [{"typing": True}]
+        watcher.send("here ")
+        heard("Someone")
         with ExitStack() as clients:
-            for _ in range(100):
-                clients.enter_context(ws(demo, "/comments"))
-            assert heard(100)
-        assert heard(0)
-    assert len(told) < 30
+            for number in range(100):
+                client = clients.enter_context(bare(demo, handshake("/presence")))  # which reads nothing
+                client.sendall(masked(TEXT, f"here user {number}".encode()))
+            assert heard("Someone", *[f"user {number}" for number in range(100)]) < 50
+        heard("Someone")
+        watcher.send("here " + "x" * 1000)  # too long: it changes nothing
+        watcher.send(b"")
+        assert watcher.recv(PATIENCE) == b""
+
+
+def test_a_client_of_the_history_gets_what_was_said_before_and_then_what_is_said(demo):
+    with ws(demo, "/comments") as speaker:
+        for text in ("one", "two"):
+            speaker.send(text)
+            assert speaker.recv(PATIENCE) == text
+        with ws(demo, "/comments/history") as client:
+
+            def heard():
+                event = json.loads(client.recv(PATIENCE))
+                return event["event"], event.get("data")
+
+            events = [*iter(heard, ("live", None))]
+            assert events[-2:] == [("new_comment", "one"), ("new_comment", "two")]
+            client.send("three")
+            assert (heard(), speaker.recv(PATIENCE)) == (("new_comment", "three"), "three")
 
 
 # -- in a browser -----------------------------------------------------------------------------------------------------
@@ -9489,7 +9530,7 @@ class Stage:
 
         self.program, self.expect = Path(file).with_name("nova_lite.py"), expect
         self.folder = tempfile.TemporaryDirectory()
-        self.port, self.server = 0, None
+        self.port, self.server, self.spoken = 0, None, False
         self.playwright = sync_playwright().start()
         self.browser = self.playwright.chromium.launch(executable_path=browser, args=self.OPTIONS)
 
@@ -9505,8 +9546,12 @@ class Stage:
 
     @contextmanager
     def curtain(self):
-        """Around a scene: it begins without notes, and leaves no page behind."""
+        """Around a scene: it begins without notes and comments, and leaves no page behind."""
         self.errors = []
+        if self.spoken:  # a server that starts keeps no comments
+            self.kill()
+            self.serve()
+        self.spoken = False
         for note in self.api("GET")["notes"]:
             self.api("DELETE", f"/{note['id']}")
         try:
@@ -9559,6 +9604,7 @@ class Stage:
         self.expect(page.locator(selector).locator("visible=true")).to_have_text(text, timeout=10_000)
 
     def says(self, page, text):
+        self.spoken = True
         page.get_by_label("Your comment").fill(text)
         page.get_by_role("button", name="Send").click()
 
@@ -9720,9 +9766,53 @@ def test_presence_moves_when_a_window_opens_and_closes(stage):
         one.get_by_role("link", name="Open a second window").click()
     for page in (one, opened.value):
         stage.sees(page, "#count", "2 are here")
-    assert one.locator("#dots i").count() == 2
     opened.value.close()
     stage.sees(one, "#count", "Only you are here.")
+
+
+@scene
+def test_a_name_is_asked_for_once_and_shows_who_is_here_and_who_is_typing(stage):
+    evil = "<img src=x onerror='document.title=1'>"
+    one, two = stage.open(), stage.open()
+    for page, name in ((one, "Ada"), (two, evil)):
+        page.get_by_label("Your name").fill(name)
+        page.get_by_label("Your comment").focus()
+    for page in (one, two):
+        stage.sees(page, "#count", f"2 are here: {evil}, Ada")
+    two.get_by_label("Your comment").press_sequentially("Hi")
+    stage.sees(one, "#count", f"2 are here: {evil} is typing, Ada")
+    stage.sees(two, "#count", f"2 are here: {evil}, Ada")
+    two.get_by_role("button", name="Send").click()
+    stage.sees(one, "#comments p", [re.compile(re.escape(f"{evil}: Hi"))])
+    stage.sees(two, "#comments .mine", [re.compile(re.escape(f"You: {evil}: Hi"))])
+    stage.sees(one, "#count", f"2 are here: {evil}, Ada")
+    one.reload()
+    stage.expect(one.get_by_label("Your name")).to_have_value("Ada")
+    stage.sees(two, "#count", f"2 are here: {evil}, Ada")
+    two.close()
+    stage.sees(one, "#count", "Only you are here.")
+    assert one.locator("main img").count() == 0
+    assert one.title() == "nova_lite"
+
+
+@scene
+def test_a_window_that_comes_or_comes_back_has_what_was_said_before(stage):
+    one = stage.open()
+    for text in ("First", "Second"):
+        stage.says(one, text)
+    both = [re.compile("^(You: )?Second"), re.compile("^(You: )?First")]
+    stage.sees(one, "#comments p", both)
+    late = stage.open()
+    stage.sees(late, "#comments p", both)
+    stage.sees(late, "#comments time", ["earlier", "earlier"])
+    stage.goes_away(late)
+    stage.says(one, "Third")
+    stage.sees(one, "#comments p", [re.compile("^You: Third"), *both])
+    late.get_by_role("button", name="Reconnect now").click()
+    stage.sees(late, "#comments p", [re.compile("^Third"), *both])  # what it had is not there twice
+    stage.says(one, "Fourth")
+    stage.sees(late, "#comments p", [re.compile("^Fourth"), re.compile("^Third"), *both])
+    assert one.locator("#comments time").first.inner_text() != "earlier"
 
 
 @scene
