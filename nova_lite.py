@@ -4509,7 +4509,7 @@ DISCONNECTED, CONNECTING, SUBSCRIBING, CONNECTED, LEAVING = range(5)
 
 
 class RemotePid(Pid):
-    """A process of another node. `send` raises TypeError or ValueError for what cannot cross, see Codec."""
+    """A process of another node, or an ended one of this. `send` raises TypeError or ValueError, see Codec."""
 
     __slots__ = ("cluster", "node")
 
@@ -4529,10 +4529,15 @@ class RemotePid(Pid):
         self.cluster.send_to_node(self.node, "send", self.serial, message)
 
     def watch(self, ref: Any, watcher: Any) -> None:
-        self.cluster.monitors.watch(self, ref, watcher)
+        if self.node in self.cluster.membership.nodes:
+            self.cluster.monitors.monitoring[ref] = (self, watcher)
+            self.cluster.send_to_node(self.node, "watch", self.serial, ref)
+        else:
+            watcher.down(ref, self, "noproc" if self.node == self.cluster.id else "noconnection")
 
     def unwatch(self, ref: Any) -> None:
-        self.cluster.monitors.unwatch(self, ref)
+        if self.cluster.monitors.monitoring.pop(ref, None):
+            self.cluster.send_to_node(self.node, "unwatch", self.serial, ref)
 
     def signal(self, source: Pid, reason: Any) -> None:
         self.cluster.send_to_node(self.node, "exit", self.serial, source, self.cluster.codec.exit_reason(reason))
@@ -4579,11 +4584,10 @@ class Codec:
 
     def exit_reason(self, reason: Any) -> Any:
         """Returns the reason if it can cross, else (an exception, for example) its text."""
-        try:
+        with suppress(TypeError, ValueError):
             self.encode(reason)
-        except (TypeError, ValueError):
-            return repr(reason)
-        return reason
+            return reason
+        return repr(reason)
 
     def decode(self, message: bytes) -> tuple[bytes, Any]:
         """Returns the sender's id and the value. Raises any exception for bytes that are not a message."""
@@ -4604,17 +4608,15 @@ class Codec:
             return datetime.fromisoformat(data.decode())
         if code != _PID or len(data) != 16:
             raise ValueError(f"an extension of type {code} and {len(data)} bytes")
-        node, serial = data[:8], int.from_bytes(data[8:], "big")
-        local = _local_pid(serial) if node == self.node_id else None
+        return self.pid(data[:8], int.from_bytes(data[8:], "big"))
+
+    def pid(self, node: bytes, serial: int) -> Pid:
+        local = node == self.node_id and (processes.get(serial) or _aliases.get(serial))
         return local or RemotePid(self.cluster, node, serial)
 
 
 # Aliases that were sent to another node, by serial.
 _aliases: weakref.WeakValueDictionary[int, Alias] = weakref.WeakValueDictionary()
-
-
-def _local_pid(serial: int) -> Pid | None:
-    return processes.get(serial) or _aliases.get(serial)
 
 
 def _import_package(name: str) -> Any:
@@ -4638,44 +4640,38 @@ class Redis:
         options |= {"decode_responses": False, "health_check_interval": 0}
         query = {name: value for name, value in query.items() if name not in options}
         try:
-            client = self.module.Redis.from_url(parts._replace(query=urlencode(query)).geturl(), **options)
-            self.pool = client.connection_pool
-            self.pool.make_connection()  # does not connect yet, but raises for an unknown option
+            self.client = self.module.Redis.from_url(parts._replace(query=urlencode(query)).geturl(), **options)
+            self.client.connection_pool.make_connection()  # does not connect, but raises for an unknown option
         except (ValueError, TypeError) as error:
             raise ValueError(f"{self.label} is not the URL of a Redis: {error}") from None
-        self.errors = (OSError, self.module.RedisError)
 
     def connect(self) -> Any:
-        connection = self.pool.make_connection()
+        connection = self.client.connection_pool.make_connection()
         connection.connect()
         return connection
-
-    def execute(self, *command: Any) -> Any:
-        connection = self.connect()
-        try:
-            connection.send_command(*command)
-            return connection.read_response()
-        finally:
-            connection.disconnect()
 
     def key(self, kind: str, name: str = "") -> bytes:
         return f"{self.prefix}{kind}{name}".encode("utf-8", "surrogatepass")
 
 
 class Transport:
-    """Two connections to Redis. A greenlet connects, reads from one and reconnects; another one writes to both."""
+    """Two connections to Redis. A greenlet connects, reads from one and reconnects; another one writes to both.
+
+    It is subscribed to the channels that have members on this node, and to those that this node keeps.
+    """
 
     def __init__(self, cluster: Cluster) -> None:
-        self.cluster, self.redis = cluster, cluster.redis
+        self.cluster, self.redis, self.pubsub = cluster, cluster.redis, cluster.pubsub
         self.phase = DISCONNECTED
         self.reading: Any = None
         self.writing: Any = None
         self.run_id = ""  # of the Redis server, a new one after each start; "" if Redis does not permit INFO
+        self.subscriptions: dict[str, gevent.event.Event] = {}  # channel -> set when Redis has confirmed it
         self.commands: list[Any] = []  # SUBSCRIBE and UNSUBSCRIBE, for `reading`
         self.outbox: deque[tuple[str | None, Any]] = deque()  # for `writing`: (channel of a broadcast or None, command)
         self.outbox_bytes = 0
         self.work = gevent.event.Event()
-        self.last_heard = monotonic()  # when the node's own beat came back
+        self.last_heard = cluster.clock  # when the node's own beat came back
         self.reader = gevent.spawn(self._run)
 
     def close(self) -> None:
@@ -4687,7 +4683,28 @@ class Transport:
                     gevent.sleep(0.001)
         self.reader.kill()
 
-    def command(self, name: str, key: bytes) -> None:
+    def is_subscribed(self, channel: str) -> bool:
+        return channel in self.subscriptions and self.subscriptions[channel].is_set()
+
+    def update_subscription(self, channel: str) -> None:
+        """Subscribes or unsubscribes, if that is necessary. While it is connecting, it subscribes later."""
+        is_needed = channel in self.pubsub.channels or channel in self.pubsub.histories
+        if is_needed and channel not in self.subscriptions and self.phase in (SUBSCRIBING, CONNECTED):
+            self.subscriptions[channel] = gevent.event.Event()
+            self._command("SUBSCRIBE", self.redis.key("channel:", channel))
+        elif not is_needed and self.is_subscribed(channel):  # not before: a confirmation is always the latest's
+            del self.subscriptions[channel]
+            self._command("UNSUBSCRIBE", self.redis.key("channel:", channel))
+
+    def on_subscribed(self, channel: str) -> None:
+        for process in self.pubsub.channels.get(channel, ()):
+            self.cluster.membership.add_change("join", channel, process)
+        self.subscriptions[channel].set()  # after that: other nodes learn of a member before its `join` returns
+        if channel in self.pubsub.histories:
+            self.cluster.on_keep(channel)
+        self.update_subscription(channel)  # all members may have left meanwhile
+
+    def _command(self, name: str, key: bytes) -> None:
         self.commands.append((name, key))
         self.work.set()
 
@@ -4713,7 +4730,7 @@ class Transport:
                 gevent.sleep(delay * random.uniform(0.5, 1))
                 self._read()
             except Exception as error:
-                if not isinstance(error, self.redis.errors):
+                if not isinstance(error, OSError | self.redis.module.RedisError):
                     log.exception("cluster: unexpected error")
                 was_connected = self.phase in (CONNECTED, LEAVING)
                 if was_connected or str(error) != failure:
@@ -4725,14 +4742,17 @@ class Transport:
                 self._disconnect()
 
     def _read(self) -> None:
-        self.phase, self.last_heard = CONNECTING, monotonic()
+        self.phase, self.last_heard = CONNECTING, self.cluster.clock
         self.writing = self.redis.connect()
         self.writing.send_command("INFO", "server")
         with suppress(self.redis.module.ResponseError):  # Redis may not permit it
             self.run_id = b"".join(re.findall(rb"run_id:(\w+)", self.writing.read_response())).decode()
         self.reading = self.redis.connect()
         self.phase = SUBSCRIBING
-        self.cluster.on_connecting()
+        self._command("SUBSCRIBE", self.redis.key("nodes"))
+        for channel in {*self.pubsub.channels, *self.pubsub.histories}:
+            self.update_subscription(channel)
+        self._command("SUBSCRIBE", self.cluster.own_key)  # the last: Redis confirms in order
         writer = gevent.spawn(self._write)
         try:
             last_yield = monotonic()
@@ -4774,47 +4794,15 @@ class Transport:
 
     def _disconnect(self) -> None:
         for connection in filter(None, (self.reading, self.writing)):
-            with suppress(*self.redis.errors):
-                connection.disconnect()
+            connection.disconnect()
+        for event in self.subscriptions.values():
+            event.set()
         for channel, _ in self.outbox:
             self.cluster.record_loss(channel)
         self.phase, self.reading, self.writing, self.outbox_bytes = DISCONNECTED, None, None, 0
-        self.outbox.clear()
-        self.commands.clear()
+        for waiting in (self.outbox, self.commands, self.subscriptions):
+            waiting.clear()
         self.cluster.on_disconnect()
-
-
-class Subscriptions:
-    """The channels that this node is subscribed to: those with members here, and those that it keeps."""
-
-    def __init__(self, cluster: Cluster) -> None:
-        self.cluster, self.pubsub = cluster, cluster.pubsub
-        self.events: dict[str, gevent.event.Event] = {}  # subscribed channel -> set when Redis has confirmed it
-
-    def is_confirmed(self, channel: str) -> bool:
-        return channel in self.events and self.events[channel].is_set()
-
-    def ensure_subscribed(self, channel: str) -> None:
-        """Subscribes, unless that is done. A transport that is still connecting subscribes to all channels later."""
-        if channel not in self.events and self.cluster.transport.phase in (SUBSCRIBING, CONNECTED):
-            self.cluster.transport.command("SUBSCRIBE", self.cluster.redis.key("channel:", channel))
-            self.events[channel] = gevent.event.Event()
-
-    def unsubscribe_unused(self, channel: str) -> None:
-        """Unsubscribes, but never before Redis has confirmed the SUBSCRIBE: a confirmation is always the latest's."""
-        if self.is_confirmed(channel) and not (channel in self.pubsub.channels or channel in self.pubsub.histories):
-            self.cluster.transport.command("UNSUBSCRIBE", self.cluster.redis.key("channel:", channel))
-            del self.events[channel]
-
-    def on_subscribed(self, channel: str) -> None:
-        self.cluster.on_confirmed(channel)  # first: other nodes learn of a member before its `join` returns
-        self.events[channel].set()
-        self.unsubscribe_unused(channel)  # all members may have left meanwhile
-
-    def clear(self) -> None:
-        for event in self.events.values():
-            event.set()
-        self.events.clear()
 
 
 @dataclass(eq=False)
@@ -4823,8 +4811,8 @@ class Node:
 
     name: str
     sequence: int
-    members: dict[str, set[int]]  # channel -> serials; no set is ever empty
     last_heard: float
+    members: dict[str, set[int]]  # channel -> serials; no set is ever empty
 
 
 class Membership:
@@ -4836,7 +4824,7 @@ class Membership:
         self.names = {cluster.id: name}  # node id -> name; kept after the node has left, since its pids may be printed
         self.sequence = 0  # of this node's last hello or delta
         self.changes: list[Any] = []
-        self.requested: dict[bytes, float] = {}  # node id -> when its state was requested
+        self.requested: set[bytes] = set()  # nodes whose state was requested since the last tick
 
     def add_change(self, change: str, channel: str, process: Process) -> None:
         if self.cluster.connected:  # else `hello` includes it
@@ -4847,73 +4835,69 @@ class Membership:
         if self.changes:
             self.sequence += 1
             changes, self.changes = self.changes, []
-            self.cluster.publish_control("nodes", "", "delta", self.sequence, changes)
+            self.cluster.publish_control(None, "delta", self.sequence, changes)
 
-    def send_state(self, node_id: bytes) -> None:
-        self.cluster.publish_control("node:", node_id.hex(), "state", *self.get_state())
-        self.cluster.monitors.watch_again(node_id)  # the node may be new, or have removed this one
-
-    def get_state(self) -> tuple[str, int, dict[str, list[int]]]:
-        channels = filter(self.cluster.subscriptions.is_confirmed, self.pubsub.channels)
+    def send_state(self, node_id: bytes | None = None) -> None:
+        """Sends this node's state to one node, or to all; and its monitors, since they may have removed this node."""
+        channels = filter(self.cluster.transport.is_subscribed, self.pubsub.channels)
         members = {channel: [process.serial for process in self.pubsub.channels[channel]] for channel in channels}
-        return self.name, self.sequence, members
+        kind = "hello" if node_id is None else "state"
+        self.cluster.publish_control(node_id, kind, self.name, self.sequence, members)
+        self.cluster.monitors.watch_again(node_id)
 
-    def apply_state(self, node_id: bytes, name: str, sequence: int, members: dict[str, list[int]]) -> None:
-        known = self.nodes.get(node_id) or Node(name, sequence, {}, 0.0)
-        if sequence < known.sequence:  # old, as in `apply_delta`
+    def on_hello(self, node_id: bytes, name: str, sequence: int, members: dict[str, list[int]]) -> None:
+        self.on_state(node_id, name, sequence, members)
+        self.send_state(node_id)
+
+    def on_state(self, node_id: bytes, name: str, sequence: int, members: dict[str, list[int]]) -> None:
+        new, node = self._list_members(members), self.nodes.get(node_id) or Node(name, sequence, self.cluster.clock, {})
+        if sequence < node.sequence:  # old, as in `on_delta`
             return
         if node_id not in self.nodes:
             log.info("cluster: node %s %s joined", name, node_id.hex())
-        self.names[node_id] = name
-        after = {channel: set(serials) for channel, serials in members.items() if serials}
-        self.nodes[node_id] = Node(name, sequence, after, monotonic())
-        self.requested.pop(node_id, None)
-        for channel in self.pubsub.monitors:
-            old, new = known.members.get(channel, set()), after.get(channel, set())
-            self._notify(node_id, "join", channel, new - old)
-            self._notify(node_id, "leave", channel, old - new)
+        self.nodes[node_id], self.names[node_id], node.sequence = node, name, sequence
+        self.requested.discard(node_id)
+        old = self._list_members(node.members)
+        self._apply(node_id, [("join", *it) for it in new - old] + [("leave", *it) for it in old - new])
 
-    def apply_delta(self, node_id: bytes, sequence: int, changes: list[Any]) -> None:
-        node = self.nodes.get(node_id)
-        if node is None or sequence > node.sequence + 1:
-            self.request_resync(node_id)
-            return
-        if sequence <= node.sequence:  # Redis may still deliver from a connection that the node has replaced
-            return
-        node.sequence = sequence
+    def on_beat(self, node_id: bytes, sequence: int) -> bool:
+        """Returns whether this node has received all deltas up to `sequence`. Requests the state if not."""
+        is_complete = node_id in self.nodes and self.nodes[node_id].sequence >= sequence
+        if not is_complete and node_id not in self.requested:
+            self.requested.add(node_id)
+            self.cluster.publish_control(node_id, "need")
+            if node_id in self.nodes:  # else the node is new
+                self.cluster.resync()
+        return is_complete
+
+    def on_delta(self, node_id: bytes, sequence: int, changes: list[Any]) -> None:
+        # One that is old may come from a connection that the node has replaced.
+        if self.on_beat(node_id, sequence - 1) and sequence > self.nodes[node_id].sequence:
+            self.nodes[node_id].sequence = sequence
+            self._apply(node_id, changes)
+
+    def _list_members(self, members: Mapping[str, Iterable[int]]) -> set[tuple[str, int]]:
+        return {(channel, serial) for channel, serials in members.items() for serial in serials}
+
+    def _apply(self, node_id: bytes, changes: Iterable[Any]) -> None:
+        members = self.nodes[node_id].members
         for change, channel, serial in changes:
-            members = node.members.setdefault(channel, set())
-            if (change == "join") != (serial in members):
-                (members.add if change == "join" else members.discard)(serial)
-                self._notify(node_id, change, channel, [serial])
-            if not members:
-                del node.members[channel]
-
-    def _notify(self, node_id: bytes, change: str, channel: str, serials: Iterable[int]) -> None:
-        for serial in serials:
-            self.pubsub.notify_monitors(channel, change, RemotePid(self.cluster, node_id, serial))
-
-    def request_resync(self, node_id: bytes) -> None:
-        """Requests the state, once a second at most, of a node that is new or whose messages have a gap."""
-        now = monotonic()
-        if now - self.requested.get(node_id, -inf) > 1:
-            if len(self.requested) > 1000:  # from strangers
-                self.requested.clear()
-            self.requested[node_id] = now
-            self.cluster.publish_control("node:", node_id.hex(), "need")
-        if node_id in self.nodes:
-            self.cluster.resync(list(self.pubsub.channels))
+            serials = members.setdefault(channel, set())
+            if (change == "join") != (serial in serials):
+                (serials.add if change == "join" else serials.discard)(serial)
+                self.pubsub.notify_monitors(channel, change, RemotePid(self.cluster, node_id, serial))
+            if not serials:
+                del members[channel]
 
     def remove_node(self, node_id: bytes, why: str) -> None:
-        node = self.nodes.pop(node_id, None)
-        if node is None:
+        if node_id not in self.nodes:
             return
+        self._apply(node_id, [("leave", *member) for member in self._list_members(self.nodes[node_id].members)])
+        del self.nodes[node_id]
         self.names[node_id] = self.names.pop(node_id)  # the order is that of leaving
         if len(self.names) > len(self.nodes) + MAX_NAMES:
             del self.names[next(old for old in self.names if old != self.cluster.id and old not in self.nodes)]
-        log.info("cluster: node %s %s left: %s", node.name, node_id.hex(), why)
-        for channel, serials in node.members.items():
-            self._notify(node_id, "leave", channel, serials)
+        log.info("cluster: node %s %s left: %s", self.names[node_id], node_id.hex(), why)
         self.cluster.monitors.remove_node(node_id)
 
 
@@ -4924,44 +4908,31 @@ class RemoteMonitors:
         self.cluster = cluster
         self.monitoring: dict[Any, tuple[RemotePid, Any]] = {}  # ref -> process elsewhere, and what gets its `down`
 
-    def watch(self, pid: RemotePid, ref: Any, watcher: Any) -> None:
-        if pid.node == self.cluster.id or pid.node not in self.cluster.membership.nodes:
-            watcher.down(ref, pid, "noproc" if pid.node == self.cluster.id else "noconnection")
-        else:
-            self.monitoring[ref] = (pid, watcher)
-            self.cluster.send_to_node(pid.node, "watch", pid.serial, ref)
-
-    def unwatch(self, pid: RemotePid, ref: Any) -> None:
-        if self.monitoring.pop(ref, None):
-            self.cluster.send_to_node(pid.node, "unwatch", pid.serial, ref)
-
-    def watch_again(self, node_id: bytes | None = None) -> None:
+    def watch_again(self, node_id: bytes | None) -> None:
         for ref, (pid, _) in self.monitoring.items():
             if node_id in (None, pid.node):
                 self.cluster.send_to_node(pid.node, "watch", pid.serial, ref)
 
     def on_watch(self, node_id: bytes, serial: int, ref: Any) -> None:
-        process = processes.get(serial)
-        if process is not None:
-            process.watch((node_id, ref), self)
-        else:
-            self.cluster.publish_control("node:", node_id.hex(), "down", serial, ref, "noproc")
+        process = processes.get(serial) or RemotePid(self.cluster, self.cluster.id, serial)  # answers "noproc"
+        process.watch((node_id, ref), self)
 
-    def on_down(self, ref: Any, reason: Any) -> None:
+    def on_unwatch(self, node_id: bytes, serial: int, ref: Any) -> None:
+        self.cluster.codec.pid(self.cluster.id, serial).unwatch((node_id, ref))
+
+    def on_down(self, _node_id: bytes, _serial: int, ref: Any, reason: Any) -> None:
         if ref in self.monitoring:  # else it was demonitored meanwhile
             pid, watcher = self.monitoring.pop(ref)
             watcher.down(ref, pid, reason)
 
-    def down(self, key: tuple[bytes, Any], process: Process, reason: Any) -> None:
+    def down(self, key: tuple[bytes, Any], process: Pid, reason: Any) -> None:
         """A process of this node that another node monitors has ended."""
-        node_id, ref = key
-        reason = self.cluster.codec.exit_reason(reason)
-        self.cluster.publish_control("node:", node_id.hex(), "down", process.serial, ref, reason)
+        self.cluster.publish_control(key[0], "down", process.serial, key[1], self.cluster.codec.exit_reason(reason))
 
     def remove_node(self, node_id: bytes) -> None:
         for ref, (pid, _) in list(self.monitoring.items()):
             if pid.node == node_id:
-                self.on_down(ref, "noconnection")
+                self.on_down(node_id, pid.serial, ref, "noconnection")
         for process in processes.values():
             for key, watcher in list((process.monitored_by or {}).items()):
                 if watcher is self and key[0] == node_id:
@@ -4969,7 +4940,11 @@ class RemoteMonitors:
 
 
 class Cluster(Adapter):
-    """Connects pub/sub with the other nodes; `pubsub.connect` makes it. It runs in the hub's thread."""
+    """Connects pub/sub with the other nodes; `pubsub.connect` makes it. It runs in the hub's thread.
+
+    Redis keeps what the room replay keeps, and each node a copy of it: it is always subscribed to the channels that it
+    keeps. A message to one of them is delivered here when it returns from Redis.
+    """
 
     def __init__(self, pubsub: PubSub, url: str, name: str) -> None:
         super().__init__(pubsub)
@@ -4981,9 +4956,26 @@ class Cluster(Adapter):
         self.lost_channels: set[str] = set()  # channels where it failed to publish; more than MAX_LOST: all
         self.dropped, self.logged_drops = 0, 0  # messages that could not be read
         self.last_log = -60.0  # of dropped messages
-        self.last_beat = self.last_tick = monotonic()
-        self.subscriptions, self.membership = Subscriptions(self), Membership(self, name)
-        self.monitors, self.transport = RemoteMonitors(self), Transport(self)
+        self.clock = 0.0  # seconds, in ticks: nothing is silent for longer while this process is blocked
+        self.in_flight: deque[tuple[Message, Pid | None]] = deque()  # sent to Redis to be kept, not returned yet
+        self.loading: dict[str, Any] = {}  # channel -> the arguments of History.load, while `loaded` is on its way
+        self.membership, self.monitors = Membership(self, name), RemoteMonitors(self)
+        self.handlers: dict[str, tuple[Any, ...]] = {  # of control messages: with the types of the arguments
+            "hello": (self.membership.on_hello, str, int, dict),
+            "state": (self.membership.on_state, str, int, dict),
+            "need": (self.membership.send_state,),
+            "delta": (self.membership.on_delta, int, list),
+            "beat": (self.membership.on_beat, int),
+            "resync": (lambda _node_id, channels: self.resync(channels), list | None),
+            "bye": (partial(self.membership.remove_node, why="disconnected"),),
+            "send": (self._on_send, int, object),
+            "exit": (self._on_exit, int, object, object),
+            "watch": (self.monitors.on_watch, int, object),
+            "unwatch": (self.monitors.on_unwatch, int, object),
+            "down": (self.monitors.on_down, int, object, object),
+            "loaded": (self._on_loaded, str),
+        }
+        self.transport = Transport(self)
         self.timer = get_hub().loop.timer(TICK, TICK)
         self.timer.start(self._tick)
 
@@ -4995,29 +4987,25 @@ class Cluster(Adapter):
         self.timer.close()
         if self.connected:
             self.membership.changes.clear()
-            self.publish_control("nodes", "", "bye")
+            self.publish_control(None, "bye")
         self.transport.close()
+        self.redis.client.close()
         for node_id in list(self.membership.nodes):
             self.membership.remove_node(node_id, "this node disconnected")
 
     def _tick(self) -> None:
         """Hub callback: publishes the beat, and checks the timeouts of the transport and the nodes."""
-        now = monotonic()
-        if now - self.last_tick > 4 * TICK:  # this process was blocked: the others may have published meanwhile
-            self.transport.last_heard = now
-            for node in self.membership.nodes.values():
-                node.last_heard = now
-        self.last_tick = now
-        if self.connected and now - self.last_beat >= HEARTBEAT_INTERVAL - TICK / 2:
-            self.last_beat = now
-            self.publish_control("nodes", "", "beat", self.membership.sequence)
+        now = self.clock = self.clock + TICK
+        if self.connected and now % HEARTBEAT_INTERVAL < TICK:
+            self.publish_control(None, "beat", self.membership.sequence)
         if self.connected and self.transport.outbox_bytes < MAX_OUTBOX // 2:
             self._announce_losses()  # those of an outbox that was full
         self.transport.check_timeout(now)
+        self.membership.requested.clear()
         for node_id, node in list(self.membership.nodes.items()):
             if now - node.last_heard > NODE_TIMEOUT:
                 self.membership.remove_node(node_id, f"silent for {now - node.last_heard:.1f} s")
-        self._log_dropped(now)
+        self._log_dropped(monotonic())
 
     def _log_dropped(self, now: float) -> None:
         if self.dropped > self.logged_drops and now - self.last_log >= 60:
@@ -5030,21 +5018,32 @@ class Cluster(Adapter):
         return self.codec.encode([*message[2:], exclude])
 
     def dispatch(self, message: Message, exclude: Pid | None, data: bytes) -> None:
-        self.pubsub.deliver_unrecorded(message, exclude)
-        self._publish(self.redis.key("channel:", message[1]), data, message[1])
+        channel, transport = message[1], self.transport
+        history = self.pubsub.histories.get(channel)
+        if history is None or not transport.is_subscribed(channel) or not transport.accepts_broadcasts():
+            self.pubsub.deliver_unrecorded(message, exclude)
+            self._publish(self.redis.key("channel:", channel), data, channel)
+            return
+        keys = [self.redis.key(kind, channel) for kind in ("life:", "history:", "channel:")]
+        epoch, seconds = os.urandom(4).hex(), max(1, int(history.seconds))
+        transport.send(channel, "EVAL", KEEP, 3, *keys, epoch, transport.run_id, history.size, seconds, data)
+        self.in_flight.append((message, exclude))
+
+    def dispatch_here(self, message: Message) -> None:
+        self.pubsub.deliver(message, None)  # Redis does not keep it
 
     def on_join(self, channel: str, process: Process) -> None:
-        if self.subscriptions.is_confirmed(channel):  # else `on_confirmed` announces it
+        if self.transport.is_subscribed(channel):  # else `on_subscribed` announces it
             self.membership.add_change("join", channel, process)
-        self.subscriptions.ensure_subscribed(channel)
+        self.transport.update_subscription(channel)
 
     def on_leave(self, channel: str, process: Process) -> None:
-        if self.subscriptions.is_confirmed(channel):
+        if self.transport.is_subscribed(channel):
             self.membership.add_change("leave", channel, process)
-        self.subscriptions.unsubscribe_unused(channel)
+        self.transport.update_subscription(channel)
 
     def wait_until_subscribed(self, channel: str) -> None:
-        event = self.subscriptions.events.get(channel)
+        event = self.transport.subscriptions.get(channel)
         if event is not None and get_ident() == scheduler.thread and not isinstance(getcurrent(), Hub):
             event.wait(JOIN_TIME)
 
@@ -5059,19 +5058,22 @@ class Cluster(Adapter):
         return {channel for node in self.membership.nodes.values() for channel in node.members}
 
     def info(self) -> dict[str, Any]:
-        now, nodes = monotonic(), []
+        nodes = []
         for node_id, node in self.membership.nodes.items():
-            members, silent = sum(map(len, node.members.values())), round(now - node.last_heard, 1)
+            members, silent = sum(map(len, node.members.values())), round(self.clock - node.last_heard, 1)
             nodes.append({"name": node.name, "id": node_id.hex(), "members": members, "silent_seconds": silent})
         return {"up": self.connected, "nodes": nodes, "dropped": self.dropped}
 
-    def publish_control(self, kind: str, name: str, *body: Any) -> None:
-        self.transport.send(None, "PUBLISH", self.redis.key(kind, name), self.codec.encode(list(body)))
+    def publish_control(self, node_id: bytes | None, *body: Any) -> None:
+        """Sends a control message to one node, or to all."""
+        key = self.redis.key("nodes") if node_id is None else self.redis.key("node:", node_id.hex())
+        self.transport.send(None, "PUBLISH", key, self.codec.encode(list(body)))
 
     def send_to_node(self, node_id: bytes, *body: Any) -> None:
         """Sends a control message to one node, from any thread. Raises TypeError and ValueError, see Codec."""
         data = self.codec.encode(list(body))
-        scheduler.run_in_hub(self._publish, self.redis.key("node:", node_id.hex()), data, None)
+        if node_id != self.id:  # else to a process that has ended
+            scheduler.run_in_hub(self._publish, self.redis.key("node:", node_id.hex()), data, None)
 
     def _publish(self, key: bytes, data: bytes, channel: str | None) -> None:
         if self.transport.accepts_broadcasts():
@@ -5086,51 +5088,40 @@ class Cluster(Adapter):
     def _announce_losses(self) -> None:
         if self.lost_channels:
             lost, self.lost_channels = self.lost_channels, set()
-            self.publish_control("nodes", "", "resync", list(lost) if len(lost) <= MAX_LOST else None)
+            self.publish_control(None, "resync", list(lost) if len(lost) <= MAX_LOST else None)
 
     # -- events of the transport
 
-    def on_connecting(self) -> None:
-        self.transport.command("SUBSCRIBE", self.redis.key("nodes"))
-        for channel in {*self.pubsub.channels, *self.pubsub.histories}:
-            self.subscriptions.ensure_subscribed(channel)
-        self.transport.command("SUBSCRIBE", self.own_key)  # the last: Redis confirms in order
-
-    def on_confirmed(self, channel: str) -> None:
-        for process in self.pubsub.channels.get(channel, ()):
-            self.membership.add_change("join", channel, process)
-
     def _on_connected(self) -> None:
         again = " again" if self.first_connected.is_set() else ""
-        self.transport.phase, self.last_beat = CONNECTED, monotonic()
+        self.transport.phase = CONNECTED
         self.first_connected.set()
         log.info("cluster: %s connected to %s%s", self.membership.name, self.redis.label, again)
         self.membership.sequence += 1  # no delta contained the changes while the node was disconnected
-        self.publish_control("nodes", "", "hello", *self.membership.get_state())
+        self.membership.send_state()
         self._announce_losses()
         if self.had_gap:
             self.had_gap = False
-            self.monitors.watch_again()
-            self.resync(list(self.pubsub.channels))
+            self.resync()
 
     def on_disconnect(self) -> None:
         self.had_gap = True
         self.membership.changes.clear()
-        self.subscriptions.clear()
+        self.loading.clear()
+        for history in self.pubsub.histories.values():
+            history.forget()  # other nodes continue without this one
+        while self.in_flight:  # Redis may have published them, but the members here did not get them
+            self.pubsub.deliver_unrecorded(*self.in_flight.popleft())
 
     def on_response(self, response: Any) -> None:
         match response:
             case [b"subscribe", key, _] if key == self.own_key:
                 self._on_connected()
             case [b"subscribe", key, _] if key.startswith(self.channel_prefix):
-                self.subscriptions.on_subscribed(self._channel_of(key))
+                self.transport.on_subscribed(self._channel_of(key))
             case [b"message", key, data]:
-                is_own = data.startswith(MAGIC + self.id)
-                if is_own:
-                    self.transport.last_heard = monotonic()
                 try:
-                    if key == self.own_key or not is_own:
-                        self._on_message(key, data)
+                    self._on_message(key, data)
                 except Exception as error:  # from a stranger or another version: any exception is possible
                     self.dropped += 1
                     log.debug("cluster: dropped %d bytes: %r", len(data), error)
@@ -5139,17 +5130,37 @@ class Cluster(Adapter):
         return key[len(self.channel_prefix) :].decode("utf-8", "surrogatepass")
 
     def _on_message(self, key: bytes, data: bytes) -> None:
-        position, data = data.split(b" ", 1) if data.startswith(KEPT_MARK) else (b"", data)
+        if data.startswith(MAGIC + self.id):
+            self.transport.last_heard = self.clock
+            if key != self.own_key:
+                return
         if key.startswith(self.channel_prefix):
-            self._on_broadcast(self._channel_of(key), position, data)
+            self._on_broadcast(self._channel_of(key), data)
             return
-        node_id, body = self.codec.decode(data)
+        node_id, (kind, *arguments) = self.codec.decode(data)
         if node_id in self.membership.nodes:
-            self.membership.nodes[node_id].last_heard = monotonic()
-        self._on_control(node_id, body)
+            self.membership.nodes[node_id].last_heard = self.clock
+        handler, *types = self.handlers[kind]
+        if len(arguments) != len(types) or not all(map(isinstance, arguments, types)):
+            raise TypeError(f"not the arguments of {kind}")
+        handler(node_id, *arguments)
 
-    def _on_broadcast(self, channel: str, position: bytes, data: bytes) -> None:
-        self.pubsub.deliver(*self._read_broadcast(channel, position, data))
+    def _on_send(self, _node_id: bytes, serial: int, message: Any) -> None:
+        self.codec.pid(self.id, serial).send(message)
+
+    def _on_exit(self, _node_id: bytes, serial: int, source: Any, reason: Any) -> None:
+        process = self.codec.pid(self.id, serial)
+        process.kill("killed") if source is None else process.signal(source, reason)
+
+    def _on_broadcast(self, channel: str, data: bytes) -> None:
+        position, data = data.split(b" ", 1) if data.startswith(KEPT_MARK) else (b"", data)
+        if position and self.in_flight and data.startswith(MAGIC + self.id):  # in the order in which they were sent
+            message, exclude = self.in_flight.popleft()
+            message.position = position[1:].decode() or None
+        else:
+            message, exclude = self._read_broadcast(channel, position, data)
+        deliver = self.pubsub.deliver_unrecorded if message.position is None else self.pubsub.record_and_deliver
+        deliver(message, exclude)
 
     def _read_broadcast(self, channel: str, position: bytes, data: bytes) -> tuple[Message, Any]:
         _, (sender, topic, payload, exclude) = self.codec.decode(data)
@@ -5159,46 +5170,39 @@ class Cluster(Adapter):
         message.position = position[1:].decode() or None
         return message, exclude
 
-    def resync(self, channels: Iterable[str]) -> None:
-        """Tells local members that messages may be missing: they should reload."""
-        for channel in channels:
+    def resync(self, channels: Iterable[str] | None = None) -> None:
+        """Tells local members, by default of all channels, that messages may be missing: they should reload."""
+        for channel in list(self.pubsub.channels) if channels is None else channels:
             for process in self.pubsub.channels.get(channel, ()):
                 process.deliver(("nova_resync", channel))
 
-    def _on_control(self, node_id: bytes, body: Any) -> None:
-        membership = self.membership
-        match body:
-            case ["hello", str(name), int(sequence), dict(members)]:
-                membership.apply_state(node_id, name, sequence, members)
-                membership.send_state(node_id)
-            case ["state", str(name), int(sequence), dict(members)]:
-                membership.apply_state(node_id, name, sequence, members)
-            case ["need"]:
-                membership.send_state(node_id)
-            case ["delta", int(sequence), list(changes)]:
-                membership.apply_delta(node_id, sequence, changes)
-            case ["beat", int(sequence)]:
-                if node_id not in membership.nodes or membership.nodes[node_id].sequence < sequence:
-                    membership.request_resync(node_id)
-            case ["resync", None | list() as channels]:
-                self.resync(list(self.pubsub.channels) if channels is None else channels)
-            case ["bye"]:
-                membership.remove_node(node_id, "disconnected")
-            case ["send", int(serial), message]:
-                send(_local_pid(serial) or "", message)
-            case ["exit", int(serial), source, reason]:
-                if serial in processes:
-                    process = processes[serial]
-                    process.kill("killed") if source is None else process.signal(source, reason)
-            case ["watch", int(serial), ref]:
-                self.monitors.on_watch(node_id, serial, ref)
-            case ["unwatch", int(serial), ref]:
-                if serial in processes:
-                    processes[serial].unwatch((node_id, ref))
-            case ["down", int(), ref, reason]:
-                self.monitors.on_down(ref, reason)
-            case _:
-                raise ValueError("not a control message")
+    # -- kept channels
+
+    def on_keep(self, channel: str) -> None:
+        if self.transport.is_subscribed(channel):
+            gevent.spawn(self._load, channel)
+        self.transport.update_subscription(channel)
+
+    def _load(self, channel: str) -> None:
+        """Runs in a greenlet: reads the history from Redis."""
+        history = self.pubsub.histories[channel]
+        try:
+            keys = self.redis.key("life:", channel), self.redis.key("history:", channel)
+            response = self.redis.client.eval(LOAD, 2, *keys, os.urandom(4).hex(), self.transport.run_id)
+            epoch, offset, now, entries = response
+            aged = [(int(now) - int(fields[1]), fields[3]) for _, fields in entries]
+            recent = [(monotonic() - age, data) for age, data in aged if age <= history.seconds]
+            messages = [(at, self._read_broadcast(channel, *data.split(b" ", 1))[0]) for at, data in recent]
+            # The transport may not have delivered some of them yet. After it has delivered `loaded`, it has.
+            self.loading[channel] = epoch.decode(), int(offset), messages
+            self.publish_control(self.id, "loaded", channel)
+        except Exception as error:  # the transport fails as well; or a stranger has written there
+            log.warning("cluster: cannot read the history of %s: %s", channel, error)
+            history.forget()
+
+    def _on_loaded(self, node_id: bytes, channel: str) -> None:
+        if node_id == self.id and channel in self.loading:
+            self.pubsub.histories[channel].load(*self.loading.pop(channel))
 
 
 # What Redis does for a kept channel. KEYS: a hash (life: the epoch; number: the offset of the last message; run), a
@@ -5229,90 +5233,13 @@ return {{life, redis.call('HGET', KEYS[1], 'number'), now, redis.call('XRANGE', 
 """
 
 
-class ReplayCluster(Cluster):
-    """A cluster in which Redis keeps what the room replay keeps, and each node a copy of it.
-
-    A node is always subscribed to the channels that it keeps. A message is delivered here when it returns from Redis.
-    """
-
-    def __init__(self, pubsub: PubSub, url: str, name: str) -> None:
-        super().__init__(pubsub, url, name)
-        self.in_flight: deque[tuple[Message, Pid | None]] = deque()  # sent to Redis, not returned yet
-        self.loading: dict[str, Any] = {}  # channel -> the arguments of History.load, while `loaded` is on its way
-
-    def dispatch(self, message: Message, exclude: Pid | None, data: bytes) -> None:
-        channel, transport = message[1], self.transport
-        history = self.pubsub.histories.get(channel)
-        if history is None or not self.subscriptions.is_confirmed(channel) or not transport.accepts_broadcasts():
-            super().dispatch(message, exclude, data)
-            return
-        keys = [self.redis.key(kind, channel) for kind in ("life:", "history:", "channel:")]
-        epoch, seconds = os.urandom(4).hex(), max(1, int(history.seconds))
-        transport.send(channel, "EVAL", KEEP, 3, *keys, epoch, transport.run_id, history.size, seconds, data)
-        self.in_flight.append((message, exclude))
-
-    def dispatch_here(self, message: Message) -> None:
-        self.pubsub.deliver(message, None)  # Redis does not keep it
-
-    def on_keep(self, channel: str) -> None:
-        if self.subscriptions.is_confirmed(channel):
-            gevent.spawn(self._load, channel)
-        self.subscriptions.ensure_subscribed(channel)
-
-    def on_confirmed(self, channel: str) -> None:
-        super().on_confirmed(channel)
-        if channel in self.pubsub.histories:
-            gevent.spawn(self._load, channel)
-
-    def on_disconnect(self) -> None:
-        super().on_disconnect()
-        self.loading.clear()
-        for history in self.pubsub.histories.values():
-            history.forget()  # other nodes continue without this one
-        while self.in_flight:  # Redis may have published them, but the members here did not get them
-            self.pubsub.deliver_unrecorded(*self.in_flight.popleft())
-
-    def _load(self, channel: str) -> None:
-        """Runs in a greenlet: reads the history from Redis."""
-        history = self.pubsub.histories[channel]
-        try:
-            keys = self.redis.key("life:", channel), self.redis.key("history:", channel)
-            response = self.redis.execute("EVAL", LOAD, 2, *keys, os.urandom(4).hex(), self.transport.run_id)
-            epoch, offset, now, entries = response
-            aged = [(int(now) - int(fields[1]), fields[3]) for _, fields in entries]
-            recent = [(monotonic() - age, data) for age, data in aged if age <= history.seconds]
-            messages = [(at, self._read_broadcast(channel, *data.split(b" ", 1))[0]) for at, data in recent]
-            # The transport may not have delivered some of them yet. After it has delivered `loaded`, it has.
-            self.loading[channel] = epoch.decode(), int(offset), messages
-            self.publish_control("node:", self.id.hex(), "loaded", channel)
-        except Exception as error:  # the transport fails as well; or a stranger has written there
-            log.warning("cluster: cannot read the history of %s: %s", channel, error)
-            history.forget()
-
-    def _on_broadcast(self, channel: str, position: bytes, data: bytes) -> None:
-        if position and self.in_flight and data.startswith(MAGIC + self.id):  # in the order in which they were sent
-            message, exclude = self.in_flight.popleft()
-            message.position = position[1:].decode() or None
-        else:
-            message, exclude = self._read_broadcast(channel, position, data)
-        deliver = self.pubsub.deliver_unrecorded if message.position is None else self.pubsub.record_and_deliver
-        deliver(message, exclude)
-
-    def _on_control(self, node_id: bytes, body: Any) -> None:
-        match body:
-            case ["loaded", str(channel)] if node_id == self.id and channel in self.loading:
-                self.pubsub.histories[channel].load(*self.loading.pop(channel))
-            case _:
-                super()._on_control(node_id, body)
-
-
 def _connect(pubsub: PubSub, url: str, name: str | None = None) -> str:
     if isinstance(pubsub.adapter, Cluster):
         raise RuntimeError("this node is already in a cluster")
     if not gevent.monkey.is_module_patched("socket"):
         raise RuntimeError("a cluster needs a patched library: from gevent import monkey; monkey.patch_all()")
     calling_process()
-    pubsub.adapter = (ReplayCluster if "replay" in rooms else Cluster)(pubsub, url, name or scheduler.node)
+    pubsub.adapter = Cluster(pubsub, url, name or scheduler.node)
     scheduler.node = pubsub.adapter.membership.name
     if not pubsub.adapter.first_connected.wait(JOIN_TIME):
         log.warning("cluster: not connected yet, continuing alone")
@@ -5335,7 +5262,8 @@ def publish(url: str, channel: str, topic: str | bytes, payload: Any) -> int:
     """
     redis, message = Redis(url), pubsub.make_message(channel, topic, payload)
     data = Codec(None, os.urandom(8)).encode([*message[2:], None])
-    return redis.execute("PUBLISH", redis.key("channel:", channel), data)
+    with redis.client:
+        return redis.client.publish(redis.key("channel:", channel), data)
 
 
 __all__ += ["publish"]
