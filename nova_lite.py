@@ -988,6 +988,9 @@ class Adapter:
     def wait_until_subscribed(self, channel: str) -> None:
         """Returns when this node receives what other nodes send to the channel."""
 
+    def wait_until_loaded(self, channel: str) -> None:
+        """Returns when this node has what other nodes have kept of the channel."""
+
     def get_members(self, channel: str) -> list[Pid]:
         """Returns the members on other nodes."""
         return []
@@ -1065,7 +1068,10 @@ class PubSub:
         without gap or duplicate, or ("nova_resync", channel) if they are not available; with "first", all that are
         kept. In a cluster, waits until this node receives what others publish there, unless Redis is not connected.
         """
-        self._join(check_channel(channel), _local_process(pid), since)
+        process = _local_process(pid)
+        if since is not None:
+            self.adapter.wait_until_loaded(channel)
+        self._join(check_channel(channel), process, since)
         self.adapter.wait_until_subscribed(channel)
         return "ok"
 
@@ -4222,8 +4228,26 @@ def _local_owner(pid: Pid | None) -> Process:
     return process
 
 
+def _set_meta(pubsub: PubSub, channel: str, key: str, pid: Pid, meta: _Meta | None) -> None:
+    if pubsub.presence is not None:
+        pubsub.presence.put(channel, key, pid, meta)
+
+
+def _get_local_metas(pubsub: PubSub) -> list[Any]:
+    """Returns [channel, serial, key, meta] of each process of this node that is tracked."""
+    entries = pubsub.presence.entries.items() if pubsub.presence is not None else ()
+    by_key = [(channel, key, owners) for channel, keys in entries for key, owners in keys.items()]
+    return [
+        [channel, pid.serial, key, meta]
+        for channel, key, owners in by_key
+        for pid, meta in owners.items()
+        if isinstance(pid, Process)
+    ]
+
+
 presence = Presence(pubsub)
 __all__ += ["presence"]
+rooms["presence"] = SimpleNamespace(set_meta=_set_meta, get_local_metas=_get_local_metas)
 
 
 # ----- cut here: without replay --------------------------------------------------------------------------------------
@@ -4472,8 +4496,10 @@ rooms["launch"] = SimpleNamespace(reload_on_change=reload_on_change, run_workers
 # Each node subscribes to `<prefix>nodes`, to `<prefix>node:<its id>`, and to `<prefix>channel:<name>` where it has
 # members. Redis keeps the order of what one connection publishes, and a node publishes over one. To `nodes` it sends
 #
-#   hello [name, sequence, members]   after Redis has confirmed its subscriptions; each other node replies with `state`
-#   delta [sequence, changes]         the processes that joined and left; after a gap the receiver requests the state
+#   hello [name, sequence, members,   after Redis has confirmed its subscriptions; each other node replies with `state`
+#     metas of presence]
+#   delta [sequence, changes]         the processes that joined and left, or whose metas changed; after a gap the
+#                                     receiver requests the state
 #   beat [sequence]                   every HEARTBEAT_INTERVAL; a node's own beat, coming back, probes its transport
 #   resync [channels]                 it may have failed to publish there (None: anywhere)
 #   bye                               before it leaves
@@ -4813,6 +4839,7 @@ class Node:
     sequence: int
     last_heard: float
     members: dict[str, set[int]]  # channel -> serials; no set is ever empty
+    metas: dict[tuple[str, int, str], Any]  # of presence: (channel, serial, key) -> meta
 
 
 class Membership:
@@ -4826,9 +4853,9 @@ class Membership:
         self.changes: list[Any] = []
         self.requested: set[bytes] = set()  # nodes whose state was requested since the last tick
 
-    def add_change(self, change: str, channel: str, process: Process) -> None:
+    def add_change(self, change: str, channel: str, process: Process, *meta: Any) -> None:
         if self.cluster.connected:  # else `hello` includes it
-            self.changes.append([change, channel, process.serial])
+            self.changes.append([change, channel, process.serial, *meta])
             self.cluster.transport.work.set()
 
     def publish_changes(self) -> None:
@@ -4842,15 +4869,19 @@ class Membership:
         channels = filter(self.cluster.transport.is_subscribed, self.pubsub.channels)
         members = {channel: [process.serial for process in self.pubsub.channels[channel]] for channel in channels}
         kind = "hello" if node_id is None else "state"
-        self.cluster.publish_control(node_id, kind, self.name, self.sequence, members)
+        self.cluster.publish_control(node_id, kind, self.name, self.sequence, members, self.get_metas())
         self.cluster.monitors.watch_again(node_id)
 
-    def on_hello(self, node_id: bytes, name: str, sequence: int, members: dict[str, list[int]]) -> None:
-        self.on_state(node_id, name, sequence, members)
+    def get_metas(self) -> list[Any]:
+        return room("presence").get_local_metas(self.pubsub) if "presence" in rooms else []
+
+    def on_hello(self, node_id: bytes, *state: Any) -> None:
+        self.on_state(node_id, *state)
         self.send_state(node_id)
 
-    def on_state(self, node_id: bytes, name: str, sequence: int, members: dict[str, list[int]]) -> None:
-        new, node = self._list_members(members), self.nodes.get(node_id) or Node(name, sequence, self.cluster.clock, {})
+    def on_state(self, node_id: bytes, name: str, sequence: int, members: Any, metas: list[Any]) -> None:
+        node = self.nodes.get(node_id) or Node(name, sequence, self.cluster.clock, {}, {})
+        new, new_metas = self._list_members(members), {(*owner,): meta for *owner, meta in metas}
         if sequence < node.sequence:  # old, as in `on_delta`
             return
         if node_id not in self.nodes:
@@ -4859,6 +4890,7 @@ class Membership:
         self.requested.discard(node_id)
         old = self._list_members(node.members)
         self._apply(node_id, [("join", *it) for it in new - old] + [("leave", *it) for it in old - new])
+        self._apply(node_id, [("meta", *owner, new_metas.get(owner)) for owner in {*node.metas, *new_metas}])
 
     def on_beat(self, node_id: bytes, sequence: int) -> bool:
         """Returns whether this node has received all deltas up to `sequence`. Requests the state if not."""
@@ -4881,7 +4913,10 @@ class Membership:
 
     def _apply(self, node_id: bytes, changes: Iterable[Any]) -> None:
         members = self.nodes[node_id].members
-        for change, channel, serial in changes:
+        for change, channel, serial, *meta in changes:
+            if change == "meta":
+                self._apply_meta(node_id, channel, serial, *meta)
+                continue
             serials = members.setdefault(channel, set())
             if (change == "join") != (serial in serials):
                 (serials.add if change == "join" else serials.discard)(serial)
@@ -4889,10 +4924,22 @@ class Membership:
             if not serials:
                 del members[channel]
 
+    def _apply_meta(self, node_id: bytes, channel: str, serial: int, key: str, meta: Any) -> None:
+        metas, owner = self.nodes[node_id].metas, (channel, serial, key)
+        if metas.get(owner) == meta:
+            return
+        if meta is None:
+            del metas[owner]
+        else:
+            metas[owner] = meta
+        if "presence" in rooms:
+            room("presence").set_meta(self.pubsub, channel, key, RemotePid(self.cluster, node_id, serial), meta)
+
     def remove_node(self, node_id: bytes, why: str) -> None:
         if node_id not in self.nodes:
             return
         self._apply(node_id, [("leave", *member) for member in self._list_members(self.nodes[node_id].members)])
+        self._apply(node_id, [("meta", *owner, None) for owner in self.nodes[node_id].metas])
         del self.nodes[node_id]
         self.names[node_id] = self.names.pop(node_id)  # the order is that of leaving
         if len(self.names) > len(self.nodes) + MAX_NAMES:
@@ -4959,10 +5006,12 @@ class Cluster(Adapter):
         self.clock = 0.0  # seconds, in ticks: nothing is silent for longer while this process is blocked
         self.in_flight: deque[tuple[Message, Pid | None]] = deque()  # sent to Redis to be kept, not returned yet
         self.loading: dict[str, Any] = {}  # channel -> the arguments of History.load, while `loaded` is on its way
+        self.loaded: set[str] = set()  # kept channels of which this node has what Redis has, or never will
         self.membership, self.monitors = Membership(self, name), RemoteMonitors(self)
+        self.codec.encode(self.membership.get_metas())  # raises for what was tracked already and cannot cross
         self.handlers: dict[str, tuple[Any, ...]] = {  # of control messages: with the types of the arguments
-            "hello": (self.membership.on_hello, str, int, dict),
-            "state": (self.membership.on_state, str, int, dict),
+            "hello": (self.membership.on_hello, str, int, dict, list),
+            "state": (self.membership.on_state, str, int, dict, list),
             "need": (self.membership.send_state,),
             "delta": (self.membership.on_delta, int, list),
             "beat": (self.membership.on_beat, int),
@@ -5042,6 +5091,9 @@ class Cluster(Adapter):
             self.membership.add_change("leave", channel, process)
         self.transport.update_subscription(channel)
 
+    def on_track(self, channel: str, key: str, process: Process, meta: dict[str, Any] | None) -> None:
+        self.membership.add_change("meta", channel, process, key, meta)
+
     def wait_until_subscribed(self, channel: str) -> None:
         event = self.transport.subscriptions.get(channel)
         if event is not None and get_ident() == scheduler.thread and not isinstance(getcurrent(), Hub):
@@ -5108,6 +5160,7 @@ class Cluster(Adapter):
         self.had_gap = True
         self.membership.changes.clear()
         self.loading.clear()
+        self.loaded.clear()
         for history in self.pubsub.histories.values():
             history.forget()  # other nodes continue without this one
         while self.in_flight:  # Redis may have published them, but the members here did not get them
@@ -5199,10 +5252,18 @@ class Cluster(Adapter):
         except Exception as error:  # the transport fails as well; or a stranger has written there
             log.warning("cluster: cannot read the history of %s: %s", channel, error)
             history.forget()
+            self.loaded.add(channel)
 
     def _on_loaded(self, node_id: bytes, channel: str) -> None:
         if node_id == self.id and channel in self.loading:
             self.pubsub.histories[channel].load(*self.loading.pop(channel))
+            self.loaded.add(channel)
+
+    def wait_until_loaded(self, channel: str) -> None:
+        if get_ident() == scheduler.thread and not isinstance(getcurrent(), Hub):
+            with gevent.Timeout(JOIN_TIME, False):
+                while self.connected and channel in self.pubsub.histories and channel not in self.loaded:
+                    gevent.sleep(0.01)
 
 
 # What Redis does for a kept channel. KEYS: a hash (life: the epoch; number: the offset of the last message; run), a

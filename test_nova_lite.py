@@ -7723,6 +7723,155 @@ def test_nodes_that_start_at_once_agree_within_two_seconds(node, begin, me, coun
     assert time.monotonic() - start_time < 2
 
 
+# -- presence in a cluster --------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def places(nodes):
+    """The presence of each node."""
+    return [nova_lite.Presence(node) for node in nodes]
+
+
+def all_list(places, channel, expected):
+    until(lambda: all(in_any_order(place.list(channel)) == in_any_order(expected) for place in places))
+
+
+def test_who_is_tracked_on_one_node_is_listed_on_all_until_it_ends(places, someone):
+    ann, bob, again = someone(), someone(), someone()
+    places[0].track("room", "ann", {"on": ("phone", ann)}, ann)
+    places[-1].track("room", "bob", {"n": 1}, bob)
+    places[-1].track("room", "ann", {"on": "laptop"}, again)
+    until(lambda: all(len(place.get_by_key("room", "ann")) == 2 for place in places))
+    assert [
+        meta["on"][1].serial for place in places for meta in place.get_by_key("room", "ann")[:1] if place is places[0]
+    ]
+    places[0].update("room", "ann", {"on": "tablet"}, ann)
+    all_list(places, "room", {"ann": [{"on": "tablet"}, {"on": "laptop"}], "bob": [{"n": 1}]})
+    places[-1].untrack("room", "ann", again)
+    all_list(places, "room", {"ann": [{"on": "tablet"}], "bob": [{"n": 1}]})
+    exit(ann, "kill")
+    all_list(places, "room", {"bob": [{"n": 1}]})
+    exit(bob, "kill")
+    all_list(places, "room", {})
+    assert [place.entries for place in places] == [{}] * len(places)
+
+
+def test_members_on_every_node_hear_of_the_same_people(places, nodes, member, someone):
+    for number, node in enumerate(nodes):
+        member(node, "room", number)
+    users = [someone() for _ in range(20)]
+    chance, known = random.Random(1), [{} for _ in nodes]
+
+    def hear(timeout=0):
+        while event := receive(timeout):
+            known[event[0]] = applied(known[event[0]], [event[1]])
+
+    for act in chance.choices(["track", "update", "untrack", "end", "wait"], k=300):
+        user, place = chance.randrange(20), chance.choice(places)
+        pid, key = users[user], f"user {user % 5}"
+        if act in ("track", "update"):
+            getattr(place, act)("room", key, {"n": chance.randrange(2)}, pid)
+        elif act == "untrack":
+            place.untrack("room", key, pid)
+        elif act == "end":
+            exit(pid, "kill")
+            users[user] = someone()
+        else:
+            gevent.sleep(0.002)
+            hear()
+    until(lambda: len({str(sorted(in_any_order(place.list("room")).items())) for place in places}) == 1)
+    until(lambda: not any(place.changes for place in places))
+    hear(0.2)
+    assert list(map(in_any_order, known)) == [in_any_order(places[0].list("room"))] * len(nodes)
+
+
+def test_a_node_that_comes_later_or_comes_back_knows_who_is_here_and_nobody_twice(pair, node, member, someone):
+    one, other = map(nova_lite.Presence, pair)
+    for number in range(100):
+        one.track("room", f"user {number}", {"n": number}, someone())
+    late = nova_lite.Presence(node())
+    expected = {f"user {number}": [{"n": number}] for number in range(100)}
+    all_list([one, other, late], "room", expected)
+    member(pair[1], "room")
+    disconnect(pair[0])
+    one.untrack("room", "user 0", next(iter(one.entries["room"]["user 0"])))
+    one.track("room", "new", {}, someone())
+    del expected["user 0"]
+    until(lambda: pair[0].adapter.connected)
+    all_list([one, other, late], "room", {**expected, "new": [{}]})
+    events = []
+    while applied({"user 0": [{"n": 0}]}, events) != {"user 0": [], "new": [{}]}:
+        _, event = expect()
+        events += [event] if is_diff(event) else []  # the others are resyncs
+
+
+@pytest.mark.parametrize("says_goodbye", [True, False])
+def test_who_was_tracked_on_a_node_that_goes_leaves_with_it(haste, pair, member, someone, says_goodbye):
+    one, other = map(nova_lite.Presence, pair)
+    member(pair[0], "room")
+    other.track("room", "ann", {"n": 1}, someone())
+    assert expect() == ("got", ("nova_presence", "room", {"ann": [{"n": 1}]}, {}))
+    if says_goodbye:
+        pair[1].disconnect()
+        assert other.list("room") == {"ann": [{"n": 1}]}
+    else:
+        pair[1].adapter.transport.reader.kill()
+        pair[1].adapter.timer.close()
+    assert expect(lambda message: is_diff(message[1]))[1][2:] == ({}, {"ann": [{"n": 1}]})
+    assert one.list("room") == {}
+
+
+def test_a_meta_that_cannot_cross_is_a_type_error_before_anything_happens(pair, node, someone):
+    one, other = map(nova_lite.Presence, pair)
+    with pytest.raises(TypeError, match="cannot cross"):
+        one.track("room", "ann", {"lock": object()}, someone())
+    ann = someone()
+    one.track("room", "ann", {"n": 1}, ann)
+    with pytest.raises(TypeError, match="cannot cross"):
+        one.update("room", "ann", {"lock": object()}, ann)
+    all_list([one, other], "room", {"ann": [{"n": 1}]})
+    alone = node(url=None)
+    nova_lite.Presence(alone).track("room", "ann", {"lock": object()}, ann)
+    with pytest.raises(TypeError, match="cannot cross"):
+        alone.connect("redis://127.0.0.1:1")
+    assert alone.disconnect() == "not_connected"
+
+
+def test_only_processes_of_this_node_are_tracked(pair, me):
+    with pytest.raises(TypeError, match="a process of this node"):
+        nova_lite.Presence(pair[0]).track("room", "ann", {}, seen(me, pair[1], pair[0]))
+
+
+def test_a_node_without_the_room_presence_takes_part_in_all_else(pair, member, someone, monkeypatch):
+    one = nova_lite.Presence(pair[0])
+    one.track("room", "ann", {}, someone())
+    pid = member(pair[1], "room")
+    all_see(pair, "room", pid)
+    pair[0].broadcast("room", "t", 1)
+    assert expect()[1][4] == 1
+    assert pair[1].presence is None
+
+
+def test_ten_thousand_on_each_of_two_nodes_are_known_and_a_small_room_costs_what_it_holds(pair, someone):
+    places, everybody = [nova_lite.Presence(node) for node in pair], [someone(), someone()]
+
+    def cost():
+        return min(cpu_seconds(lambda: [places[0].list("room 7") for _ in range(100)]) for _ in range(5))
+
+    def track(numbers):
+        for place, pid in zip(places, everybody, strict=True):
+            for number in numbers:
+                place.track(f"room {number % 400}", f"user {number}", {"n": number}, pid)
+
+    track(range(7, 10_000, 400))
+    until(lambda: all(len(place.list("room 7")) == 25 for place in places))
+    before = cost()
+    track(range(10_000))
+    until(lambda: all(len(place.get_by_key(f"room {9999 % 400}", "user 9999")) == 2 for place in places))
+    assert [len(metas) for metas in places[0].list("room 7").values()] == [2] * 25
+    assert cost() < 3 * before + 0.01
+
+
 # -- replay in a cluster ----------------------------------------------------------------------------------------------
 
 
@@ -7759,6 +7908,20 @@ def test_a_node_that_starts_later_knows_what_was_kept(keepers, node):
     until(lambda: late.get_position("k") == start.replace(".0", ".3"))
     late.join("k", since=start)
     assert [expect()[4] for _ in range(3)] == [0, 1, 2]
+    late.leave("k")
+
+
+def test_who_joins_since_the_first_gets_what_all_nodes_have_kept_even_while_it_is_loaded(keepers, node):
+    for number in range(10):
+        keepers[number % 2].broadcast("k", "t", number)
+    until(lambda: all(keeper.get_position("k").endswith(".10") for keeper in keepers))
+    late = node()
+    late.keep("k", size=1000)
+    late.join("k", since="first")
+    keepers[0].broadcast("k", "t", 10)
+    heard = [expect()[4] for _ in range(11)]
+    assert sorted(heard[:10]) == list(range(10))
+    assert heard[10] == 10
     late.leave("k")
 
 
