@@ -5881,34 +5881,48 @@ class CommentsHandler(WebSocketHandler):
         return "ok", state
 
 
-class HistoryHandler(CommentsHandler):
-    """Sends comments as JSON: all that are kept, then "live", then each new one. After a resync, starts again."""
+class ChatHandler(WebSocketHandler):
+    """Sends who is here, the comments that are kept, "live", then changes. Receives "say TEXT", "here|typing NAME"."""
 
-    def init(self, state: Any) -> Any:
+    name = ""
+
+    def websocket_init(self, state: Any) -> Any:
         pubsub.join("comments", since="first")
         self_pid().send("live")  # after what is kept
+        return "reply", ("text", json.dumps({"event": "here", "data": presence.list("comments")})), state
+
+    def websocket_handle(self, frame: Any, state: Any) -> Any:
+        match frame:
+            case ("binary", b""):
+                return "reply", frame, state
+            case ("text", text) if text.startswith("say "):
+                pubsub.broadcast("comments", "new_comment", text[4:])
+            case ("text", text) if len(text) <= 100:
+                doing, _, name = text.partition(" ")
+                presence.untrack("comments", self.name)
+                self.name = name.strip() or "Someone"
+                presence.track("comments", self.name, {"typing": doing == "typing"})  # both changes are one event
         return "ok", state
 
     def websocket_info(self, info: Any, state: Any) -> Any:
         match info:
             case ("nova_pubsub", "comments", _sender, "new_comment", str()):
-                return "reply", ("text", info.once(as_json_with_position)), state
-            case ("nova_resync", "comments"):  # comments may be missing; the page skips those that it has
+                return "reply", ("text", info.once(as_json)), state
+            case ("nova_presence", "comments", _joins, _leaves):
+                return "reply", ("text", info.once(lambda it: json.dumps({"event": "moved", "data": it[2:]}))), state
+            case ("nova_resync", "comments"):  # some may be missing; the page skips those that it has
                 pubsub.leave("comments")
-                self.init(state)
-                return "reply", ("text", '{"event": "nova_resync"}'), state
+                return self.websocket_init(state)
             case "live":
                 return "reply", ("text", '{"event": "live"}'), state
         return "ok", state
 
 
 class NotificationsHandler(WebSocketHandler):
-    """Sends each change of a note. With `?since=`, empty at first, adds positions and first sends what was missed."""
+    """Sends each change of a note with its position; with `?since=` and one of these, first what came after it."""
 
     def init(self, state: Any) -> Any:
-        since = state["req"]["since"]
-        self.as_text = as_json if since is None else as_json_with_position
-        pubsub.join("notes", since=since or None)
+        pubsub.join("notes", since=state["req"]["since"] or None)
         return "ok", state
 
     def websocket_handle(self, frame: Any, state: Any) -> Any:
@@ -5922,49 +5936,13 @@ class NotificationsHandler(WebSocketHandler):
     def websocket_info(self, info: Any, state: Any) -> Any:
         match info:
             case ("nova_pubsub", "notes", _sender, _topic, _payload):
-                return "reply", ("text", info.once(self.as_text)), state
+                return "reply", ("text", info.once(as_json)), state
             case ("nova_resync", "notes"):  # messages may be missing: the page loads all notes again
                 return "reply", ("text", '{"event": "nova_resync", "data": null}'), state
         return "ok", state
 
 
-class PresenceHandler(WebSocketHandler):
-    """Tracks the visitor that a client names, by "here NAME" or "typing NAME". Sends who is here, then each change."""
-
-    name = ""
-
-    def websocket_init(self, state: Any) -> Any:
-        pubsub.join("visitors")
-        here = {"event": "here", "data": presence.list("visitors")}
-        return "reply", ("text", json.dumps(here)), state
-
-    def websocket_handle(self, frame: Any, state: Any) -> Any:
-        match frame:
-            case ("binary", b""):
-                return "reply", frame, state
-            case ("text", text) if len(text) <= 100:
-                doing, _, name = text.partition(" ")
-                presence.untrack("visitors", self.name)
-                self.name = name.strip() or "Someone"
-                presence.track("visitors", self.name, {"typing": doing == "typing"})  # both changes are one event
-        return "ok", state
-
-    def websocket_info(self, info: Any, state: Any) -> Any:
-        match info:
-            case ("nova_presence", "visitors", _joins, _leaves):
-                return "reply", ("text", info.once(as_moves)), state
-        return "ok", state
-
-
-def as_moves(message: Message) -> str:
-    return json.dumps({"event": "moved", "data": {"joins": message[2], "leaves": message[3]}})
-
-
 def as_json(message: Message) -> str:
-    return json.dumps({"event": message[3], "data": message[4]})
-
-
-def as_json_with_position(message: Message) -> str:
     return json.dumps({"event": message[3], "data": message[4], "position": message.position})
 
 
@@ -5976,14 +5954,14 @@ class NoteIndexer(GenServer):
         pubsub.join("notes")  # before reading: a change that comes meanwhile is then a message
         return "ok", self.index()
 
-    def index(self) -> dict[int, set[str]]:
+    def index(self) -> dict[int, str]:
         return {note["id"]: tokenize(note) for note in self.notes.all()}
 
     def handle_call(self, request: Any, from_: Any, state: Any) -> Any:
         match request:
             case ("search", str(text)):
-                words = tokenize({"title": text, "body": ""})
-                found = [key for key, known in state.items() if words and matches_prefix(known, words)]
+                words = tokenize({"title": text, "body": ""}).split()
+                found = [key for key, known in state.items() if words and all(f" {word}" in known for word in words)]
                 return "reply", sorted(found), state
         return "reply", ("error", "unknown_request"), state
 
@@ -6000,13 +5978,9 @@ class NoteIndexer(GenServer):
         return "noreply", state
 
 
-def matches_prefix(known: set[str], words: set[str]) -> bool:
-    """Returns whether each of `words` is the beginning of a known word: the user may still be typing."""
-    return all(any(other.startswith(word) for other in known) for word in words)
-
-
-def tokenize(note: Mapping[str, Any]) -> set[str]:
-    return set(re.findall(r"\w+", f"{note['title']} {note['body']}".lower()))
+def tokenize(note: Mapping[str, Any]) -> str:
+    """Returns the words, each after a space: a search is for their beginnings, as the user may still be typing."""
+    return "".join(f" {word}" for word in re.findall(r"\w+", f"{note['title']} {note['body']}".lower()))
 
 
 def start_indexer(notes: Notes) -> Any:
@@ -6104,16 +6078,12 @@ LOGIN_PAGE = """<!doctype html>
 <meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
 <title>Log in - nova_lite</title><link rel="icon" href="data:,">
 <style>
-  :root { color-scheme: light dark; --bg: #f6f5f2; --card: #fff; --ink: #1d1c1a; --line: #8f8a82; --accent: #b3263a }
-  @media (prefers-color-scheme: dark) { :root { --bg: #171614; --card: #211f1d; --ink: #eeebe6; --line: #7a746b;
-    --accent: #f0788a } } * { box-sizing: border-box }
-  body { margin: 0; padding: 15vh 1rem 2rem; background: var(--bg); color: var(--ink); font: 16px/1.5 system-ui }
-  form { display: grid; gap: .5rem; max-width: 22rem; margin: auto; padding: 1.5rem; background: var(--card);
-    border-radius: .75rem } h1 { font-size: 1.35rem; margin: 0 0 .5rem } p { color: var(--accent); margin: 0 }
-  input, button { font: inherit; color: inherit; background: var(--bg); border: 1px solid var(--line); width: 100%;
-    border-radius: .4rem; padding: .5rem .6rem } [aria-invalid=true] { border-color: var(--accent) }
-  button { cursor: pointer; background: var(--accent); color: var(--card); border: 0; font-weight: 600 }
-  p:empty { display: none } :focus-visible { outline: 2px solid var(--accent); outline-offset: 1px }
+  :root { color-scheme: light dark; --accent: light-dark(#b3263a, #f0788a) } * { box-sizing: border-box }
+  body { margin: 0; padding: 15vh 1rem 2rem; font: 16px/1.5 system-ui } p:empty { display: none }
+  form { display: grid; gap: .5rem; max-width: 22rem; margin: auto } h1 { font-size: 1.35rem; margin: 0 0 .5rem }
+  p { color: var(--accent); margin: 0 } [aria-invalid=true] { border-color: var(--accent) }
+  input, button { font: inherit; width: 100%; border-radius: .4rem; padding: .5rem .6rem }
+  :focus-visible { outline: 2px solid var(--accent); outline-offset: 1px }
 </style>
 <form method="post" action="/login"><h1>nova_lite</h1><label for="password">Password</label>
   <input name="username" value="board" autocomplete="username" hidden>
@@ -6139,9 +6109,8 @@ def demo(notes: Notes, password: str | None = None) -> Nova:
             ("/heartbeat", heartbeat, {"methods": ["get"]}),
             ("/ws", EchoHandler, {"protocol": "ws"}),
             ("/comments", CommentsHandler, small),
-            ("/comments/history", HistoryHandler, small),
+            ("/chat", ChatHandler, small),
             ("/notifications", NotificationsHandler, {"protocol": "ws"}),
-            ("/presence", PresenceHandler, {"protocol": "ws"}),
         ]},
         {"prefix": "/api/notes", "routes": [
             ("/", api.index, {"methods": ["get"]}),
@@ -6181,9 +6150,9 @@ PAGE = """<!doctype html>
   h1, h2, h3, p, ul { margin: 0; padding: 0 } h3 { font-size: 1rem; line-height: 1.35 }
   h1, h2 { font: 600 1.25rem/1 ui-monospace, "Cascadia Code", Menlo, Consolas, monospace; letter-spacing: -.04em }
   h2 { font-size: 1.0625rem } h1 svg { width: 1.1em; fill: var(--star); vertical-align: -.2em; margin-right: .35em }
-  header { min-height: 2.25rem } header p { order: 1 } .dim, time, small, #line { color: var(--dim) }
+  header { min-height: 2.25rem } .dim, time, small, #line { color: var(--dim) }
   #line { margin-left: auto; gap: .3rem; padding: 0 .6rem; border: 1px solid transparent; border-radius: 2rem }
-  #line, small, label, .error, .plain, header p, .row p { font-size: .875rem } .dim:empty { display: none }
+  #line, small, label, .error, .plain, .row p { font-size: .875rem } .dim:empty { display: none }
   #line::before { content: ""; display: inline-block; width: 10px; height: 10px; border: 2px solid; border-radius: 50%;
                   color: var(--good); margin-right: .25rem } #line:not(.away)::before { background: currentColor }
   #line.away, .away::before { color: var(--warn) !important; border-color: currentColor }
@@ -6198,10 +6167,9 @@ PAGE = """<!doctype html>
   #comments .mine { align-self: flex-end; background: var(--tint); border-radius: 1rem 0 1rem 1rem }
   time { margin-left: .6rem; font-size: .75rem; white-space: nowrap } .seen { position: absolute; opacity: 0 }
   li { padding: .75rem .2rem .75rem .5rem; margin: 0 -.5rem; border-top: 1px solid var(--line) }
-  li .row { margin-top: .2rem }
+  li .row { margin-top: .2rem } #say [name=nick] { flex: 0 1 8rem } label { font-weight: 600 }
   li p { white-space: pre-wrap; max-height: 18rem; overflow: auto } li small { flex: 1 }
   form.row { flex-wrap: nowrap } .row input { flex: 1 } #search { max-width: 15rem }
-  #say [name=nick] { flex: 0 1 8rem } label { font-weight: 600 }
   input, textarea, button, summary { font: inherit; color: inherit; border: 1px solid var(--edge); border-radius: .5rem;
          padding: .4rem .7rem; background: var(--card); min-height: 2.5rem } label > * { margin-block: .2rem }
   input, textarea { display: block; width: 100%; min-width: 0; font-size: 1rem; font-weight: 400; resize: vertical }
@@ -6214,9 +6182,8 @@ PAGE = """<!doctype html>
   summary { display: flex; align-items: center; justify-content: center; border-style: dashed; font-weight: 600 }
   [open] > summary { border-color: transparent; padding: .4rem 0; justify-content: start; background: none }
   :focus-visible { outline: 2px solid var(--accent); outline-offset: 2px }
-  @media (min-width: 40rem) and (min-height: 30rem) { #comments { max-height: none } header p { order: 0 }
+  @media (min-width: 40rem) and (min-height: 30rem) { #comments { max-height: none }
     body { height: 100dvh } main { grid-template: minmax(0, 1fr) / 1fr 1fr } }
-  @media (max-width: 40rem) { header:has(.away) p { display: none } }
   @media (pointer: coarse) { main :is(input, textarea, button, summary) { min-height: 2.75rem } }
   @media (prefers-reduced-motion: no-preference) { .new { animation: arrive .3s ease-out, flare 2.5s ease-out }
     svg.new { animation: star .8s ease-out } @keyframes arrive { from { opacity: 0; translate: 0 -.6rem } }
@@ -6225,7 +6192,6 @@ PAGE = """<!doctype html>
 <header>
   <h1><svg viewBox="0 0 24 24" aria-hidden="true"><path d="M12 0q1 11 12 12-11 1-12 12-1-11-12-12 11-1 12-12z"/></svg
     >nova_lite</h1>
-  <p class="dim">Changes appear in every open window.</p>
   <div id="line" class="away"><span id="state" role="status">connecting</span><span id="wait" aria-hidden="true"></span
     ><button id="now" class="plain" aria-label="Reconnect now" hidden>now</button></div>
 </header>
@@ -6270,20 +6236,16 @@ function element(tag, className, ...children) {  // children are text: user inpu
   return node;
 }
 
-let unseen = 0;
-function arrived(node) {  // highlights the node and the star; counts in the title of a hidden page
+function arrived(node) {  // highlights the node and the star
   for (const it of [node, document.querySelector("svg")]) {
     it.classList.remove("new");
     void it.clientTop;  // restarts the animation
     it.classList.add("new");
   }
-  if (document.hidden) document.title = `(${++unseen}) nova_lite`;
 }
-document.onvisibilitychange = () => { unseen = 0; document.title = "nova_lite"; };
 
 // The connections.
-const comments = new NovaSocket("/comments/history"), events = new NovaSocket("/notifications?since=");
-const presence = new NovaSocket("/presence"), lines = [comments, events, presence];
+const comments = new NovaSocket("/chat"), events = new NovaSocket("/notifications?since="), lines = [comments, events];
 let word = "connecting", ticking;
 function report() {
   const away = lines.filter(line => line.state !== "open"), kept = comments.queue.length;
@@ -6293,7 +6255,7 @@ function report() {
   if ($("state").textContent !== word) $("state").textContent = word;  // a screen reader reads changes only
   $("wait").textContent = word !== "offline" && wait < Infinity ? `in ${Math.max(1, Math.ceil(wait / 1000))} s` : "";
   $("now").hidden = !away.length || (word === "connecting" && wait === Infinity);
-  $("here").hidden = presence.state !== "open";
+  $("here").hidden = comments.state !== "open";
   $("line").className = away.length ? "away" : "";
   if (kept) $("hush").textContent = `${kept} comment${kept > 1 ? "s" : ""} will be sent when the line is back.`;
   else if (!away.length && $("comments").children.length) $("hush").textContent = "";
@@ -6314,10 +6276,10 @@ function tell(now) {  // the others; until nothing has been typed for some secon
   quiet = clearTimeout(quiet);
   typing = now;
   if (typing) quiet = setTimeout(() => tell(false), 4000);
-  if (presence.state === "open") presence.send(`${typing ? "typing" : "here"} ${nick.value}`);
+  if (comments.state === "open") comments.send(`${typing ? "typing" : "here"} ${nick.value}`);
 }
-presence.on("open", () => tell(false)).on("here", people => { here.clear(); count(people, 1); });
-presence.on("moved", ({ joins, leaves }) => { count(leaves, -1); count(joins, 1); });
+comments.on("open", () => tell(false)).on("here", people => { here.clear(); count(people, 1); });
+comments.on("moved", ([joins, leaves]) => { count(leaves, -1); count(joins, 1); });
 
 function count(people, step) {
   for (const [name, metas] of Object.entries(people)) for (const { typing } of metas) {
@@ -6340,7 +6302,7 @@ function count(people, step) {
 // Comments: first those that are kept. A replay may repeat some: they are known by their position.
 const mine = [];  // sent, and not received yet
 let past = true;  // until "live", comments are replayed
-for (const event of ["open", "nova_resync", "live"]) comments.on(event, () => { past = event !== "live"; report(); });
+for (const event of ["here", "live"]) comments.on(event, () => { past = event === "here"; });
 comments.on("new_comment", said => {
   const { position } = comments, own = mine.indexOf(said), { children } = $("comments");
   if (position && [...children].some(other => other.position === position)) return;
@@ -6355,7 +6317,7 @@ comments.on("new_comment", said => {
 $("say").onsubmit = event => {
   event.preventDefault();
   const name = nick.value.trim(), said = text.value.trim(), line = name ? `${name}: ${said}` : said;
-  if (said && comments.send(line)) mine.push(line), text.value = "";
+  if (said && comments.send(`say ${line}`)) mine.push(line), text.value = "";
   if (typing) tell(false);
   report();
 };
@@ -6608,8 +6570,7 @@ def parse_options() -> argparse.Namespace:
         description="Serves the demo: live comments, notes and their notifications. Open the URL in two windows.",
         epilog="HOST and PORT in the environment are the defaults for --host and --port. "
         "`nova_lite.py broadcast --help`: send a message into a running cluster, from a shell or a cron job. "
-        "`nova_lite.py vendor --help`: write the copy for your project, without the demo. "
-        "To build your own: from nova_lite import Nova, WebSocketHandler, pubsub.",
+        "`nova_lite.py vendor --help`: write the copy for your project, without the demo.",
     )
     env, add = os.environ, parser.add_argument
     add("--host", default=env.get("HOST", "127.0.0.1"), help="address to listen on (%(default)s)")
@@ -6682,10 +6643,8 @@ def serve(db: str, **options: Any) -> int:
 
 def broadcast_main(arguments: list[str]) -> int:
     """Runs `nova_lite.py broadcast` and returns the exit code."""
-    parser = argparse.ArgumentParser(
-        prog="nova_lite.py broadcast",
-        description="Sends a message to all members of a channel, on all nodes of a cluster.",
-    )
+    what = "Sends a message to all members of a channel, on all nodes of a cluster."
+    parser = argparse.ArgumentParser("nova_lite.py broadcast", description=what)
     parser.add_argument("channel")
     parser.add_argument("topic")
     parser.add_argument("payload", help="JSON, unless --text is given")
@@ -6707,10 +6666,8 @@ def broadcast_main(arguments: list[str]) -> int:
 
 def vendor_main(arguments: list[str]) -> int:
     """Runs `nova_lite.py vendor` and returns the exit code."""
-    parser = argparse.ArgumentParser(
-        prog="nova_lite.py vendor",
-        description="Writes the copy of nova_lite for your project: without the demo, and without the rooms you name.",
-    )
+    what = "Writes the copy of nova_lite for your project: without the demo, and without the rooms you name."
+    parser = argparse.ArgumentParser("nova_lite.py vendor", description=what)
     parser.add_argument("--without", metavar="ROOM,...", default="", help="rooms to leave out; see --list")
     parser.add_argument("-o", "--output", metavar="FILE", help="the file to write (standard output)")
     parser.add_argument("--list", action="store_true", help="show the rooms: lines, what is lost without them, needs")

@@ -9603,11 +9603,11 @@ def test_the_client_is_served_as_a_script_that_is_not_kept_without_asking(demo):
     assert b"class NovaSocket" in body
 
 
-@pytest.mark.parametrize("path", ["/comments", "/notifications", "/presence"])
+@pytest.mark.parametrize("path", ["/comments", "/notifications", "/chat"])
 def test_the_heartbeat_of_the_client_is_answered(demo, path):
     with ws(demo, path) as client:
         client.send(b"")
-        assert until(lambda: client.recv(PATIENCE) == b"")  # in /presence after who is here
+        assert until(lambda: client.recv(PATIENCE) == b"")  # in /chat after what is kept
 
 
 @pytest.mark.parametrize(
@@ -9636,17 +9636,20 @@ def test_a_word_is_found_while_it_is_being_typed(demo):
 
 
 def test_visitors_are_shown_by_name_and_many_at_once_are_few_messages(demo):
+    def next_event(kind):
+        return next(event for event in iter(lambda: json.loads(watcher.recv(PATIENCE)), None) if event["event"] == kind)
+
     def heard(*names):
         """Reads until these are here; returns the number of messages."""
         number = 0
         while sorted(name for name, metas in here.items() for _ in metas) != sorted(names):
             number += 1
-            event = json.loads(watcher.recv(PATIENCE))
-            here.update(applied(here, [(None, None, event["data"]["joins"], event["data"]["leaves"])]))
+            event = next_event("moved")
+            here.update(applied(here, [(None, None, *event["data"])]))
         return number
 
-    with ws(demo, "/presence") as watcher:
-        here = json.loads(watcher.recv(PATIENCE))["data"]
+    with ws(demo, "/chat") as watcher:
+        here = next_event("here")["data"]
         assert here == {}
         watcher.send("typing  Ada ")
         heard("Ada")
@@ -9655,7 +9658,7 @@ def test_visitors_are_shown_by_name_and_many_at_once_are_few_messages(demo):
         heard("Someone")
         with ExitStack() as clients:
             for number in range(100):
-                client = clients.enter_context(bare(demo, handshake("/presence")))  # which reads nothing
+                client = clients.enter_context(bare(demo, handshake("/chat")))  # which reads nothing
                 client.sendall(masked(TEXT, f"here user {number}".encode()))
             assert heard("Someone", *[f"user {number}" for number in range(100)]) < 50
         heard("Someone")
@@ -9669,15 +9672,16 @@ def test_a_client_of_the_history_gets_what_was_said_before_and_then_what_is_said
         for text in ("one", "two"):
             speaker.send(text)
             assert speaker.recv(PATIENCE) == text
-        with ws(demo, "/comments/history") as client:
+        with ws(demo, "/chat") as client:
 
             def heard():
                 event = json.loads(client.recv(PATIENCE))
                 return event["event"], event.get("data")
 
             events = [*iter(heard, ("live", None))]
+            assert events[0] == ("here", {})
             assert events[-2:] == [("new_comment", "one"), ("new_comment", "two")]
-            client.send("three")
+            client.send("say three")
             assert (heard(), speaker.recv(PATIENCE)) == (("new_comment", "three"), "three")
 
 
