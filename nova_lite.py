@@ -6082,7 +6082,7 @@ LOGIN_PAGE = """<!doctype html>
   body { margin: 0; padding: 15vh 1rem 2rem; font: 16px/1.5 system-ui } p:empty { display: none }
   form { display: grid; gap: .5rem; max-width: 22rem; margin: auto } h1 { font-size: 1.35rem; margin: 0 0 .5rem }
   p { color: var(--accent); margin: 0 } [aria-invalid=true] { border-color: var(--accent) }
-  input, button { font: inherit; width: 100%; border-radius: .4rem; padding: .5rem .6rem }
+  input, button { font: inherit; width: 100%; border: 1px solid #888; border-radius: .4rem; padding: .5rem .6rem }
   :focus-visible { outline: 2px solid var(--accent); outline-offset: 1px }
 </style>
 <form method="post" action="/login"><h1>nova_lite</h1><label for="password">Password</label>
@@ -6167,7 +6167,7 @@ PAGE = """<!doctype html>
   #comments .mine { align-self: flex-end; background: var(--tint); border-radius: 1rem 0 1rem 1rem }
   time { margin-left: .6rem; font-size: .75rem; white-space: nowrap } .seen { position: absolute; opacity: 0 }
   li { padding: .75rem .2rem .75rem .5rem; margin: 0 -.5rem; border-top: 1px solid var(--line) }
-  li .row { margin-top: .2rem } #say [name=nick] { flex: 0 1 8rem } label { font-weight: 600 }
+  li .row { margin-top: .2rem } #say [name=nick] { flex: 0 1 27% } label { font-weight: 600 }
   li p { white-space: pre-wrap; max-height: 18rem; overflow: auto } li small { flex: 1 }
   form.row { flex-wrap: nowrap } .row input { flex: 1 } #search { max-width: 15rem }
   input, textarea, button, summary { font: inherit; color: inherit; border: 1px solid var(--edge); border-radius: .5rem;

@@ -8624,9 +8624,39 @@ def test_workers_share_a_port_and_what_one_broadcasts_reaches_the_clients_of_all
         status, note = team.notes("POST", "", NOTE)
         assert status == 201
         for client in clients:
-            assert json.loads(client.recv(PATIENCE)) == {"event": "note_created", "data": note}
+            event = json.loads(client.recv(PATIENCE))
+            assert (event["event"], event["data"]) == ("note_created", note)
     indexed = re.compile(r"(\d+) INFO indexing note 1")
     until(lambda: set(indexed.findall("".join(team.log))) == set(map(str, workers_of(team).values())))
+
+
+def test_visitors_and_what_was_said_are_known_to_the_clients_of_all_workers(team):
+    def reads(client, kind):
+        """The next event of this kind."""
+        while (event := json.loads(client.recv(PATIENCE)))["event"] != kind:
+            if event["event"] == "here":
+                known[client] = event["data"]
+            elif event["event"] == "moved":
+                known[client] = applied(known[client], [(None, None, *event["data"])])
+        known[client] = applied(known[client], [(None, None, *event["data"])] if kind == "moved" else [])
+        return event.get("data")
+
+    known = {}
+    with ExitStack() as stack:
+        clients = [stack.enter_context(ws(team, "/chat")) for _ in range(12)]  # on one worker only: 1 in 2,048
+        for number, client in enumerate(clients):
+            reads(client, "live")
+            client.send(f"here user {number}")
+        everybody = {f"user {number}": [{"typing": False}] for number in range(12)}
+        for client in clients:
+            while in_any_order(known[client]) != in_any_order(everybody):
+                reads(client, "moved")
+        clients[0].send("say hello")
+        assert [reads(client, "new_comment") for client in clients] == ["hello"] * 12
+        for _ in range(6):
+            client = stack.enter_context(ws(team, "/chat"))
+            assert reads(client, "new_comment") == "hello"
+            assert in_any_order(known[client]) == in_any_order(everybody)
 
 
 def test_a_worker_that_crashes_is_started_again(team):
