@@ -34,6 +34,7 @@ The map. A room uses only the rooms above it. Those after a cut line can be dele
     views                   templates and files
     deflate                 compression (permessage-deflate)
     gen_server              servers with calls; supervisors
+    presence                who is in a channel, by name
     replay                  channels that keep their last messages
     launch                  reloading, workers
     cluster                 other nodes, through Redis
@@ -1016,8 +1017,14 @@ class Adapter:
     def on_keep(self, channel: str) -> None:
         """Called when this node starts to keep the channel."""
 
+    def on_track(self, channel: str, key: str, process: Process, meta: dict[str, Any] | None) -> None:
+        """Called when presence has tracked a process of this node, or no longer does (None)."""
+
     def wait_until_subscribed(self, channel: str) -> None:
         """Returns when this node receives what other nodes send to the channel."""
+
+    def wait_until_loaded(self, channel: str) -> None:
+        """Returns when this node has what other nodes have kept of the channel."""
 
     def get_members(self, channel: str) -> list[Pid]:
         """Returns the members on other nodes."""
@@ -1058,6 +1065,7 @@ class PubSub:
         self.histories: dict[str, Recorder] = {}  # channel -> its history, of the room replay
         self.message_counts: dict[str, int] = {}  # channel with local members -> messages sent to them
         self._monitored: dict[int, str] = {}  # ref -> channel
+        self.presence: Any = None  # of the room presence
         exit_hooks.append(self._on_exit)
 
     def connect(self, url: str, name: str | None = None) -> str:
@@ -1078,10 +1086,13 @@ class PubSub:
         """Makes `pid`, or the caller, a member and returns "ok". A dead process does not become one.
 
         With `since`, a position in a kept channel, the member first receives the messages after it, in order and
-        without gap or duplicate, or ("nova_resync", channel) if they are not available. In a cluster, waits until this
-        node receives what other nodes publish to the channel, unless Redis is not connected.
+        without gap or duplicate, or ("nova_resync", channel) if they are not available; with "first", all that are
+        kept. In a cluster, waits until this node receives what others publish there, unless Redis is not connected.
         """
-        self._join(check_channel(channel), _local_process(pid), since)
+        process = _local_process(pid)
+        if since is not None:
+            self.adapter.wait_until_loaded(channel)
+        self._join(check_channel(channel), process, since)
         self.adapter.wait_until_subscribed(channel)
         return "ok"
 
@@ -4315,6 +4326,205 @@ rooms["gen_server"] = SimpleNamespace(
 )
 
 
+# ----- cut here: without presence ------------------------------------------------------------------------------------
+# Lost: presence.
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Presence: which users are in a channel, with what each process says of its user (Phoenix.Presence).
+# Invariant: `list`, with the events that a member receives after it, adds up to any later `list`.
+#
+# A change is in `list` immediately. Members receive it GATHER_TIME later, in one event with all others of that time.
+# The race: when a member calls `list`, changes that the list includes may still be in its mailbox as an event, or
+# wait to be sent, and the member would apply them twice. Therefore `list` removes such events from the caller's
+# mailbox, and notes how many of the waiting changes the caller has seen: its next event contains only the others.
+# ---------------------------------------------------------------------------------------------------------------------
+
+GATHER_TIME = 0.05  # seconds between a change and the event: short for a reader, long enough for a crowd that connects
+_Meta = dict[str, Any]
+_Metas = list[_Meta]
+_ByKey = dict[str, _Metas]
+_Changes = list[tuple[str, Pid, "_Meta | None", "_Meta | None"]]  # key, process, meta before and after; None: absent
+
+
+class Presence:
+    """Who is in which channel, by key. The one instance is `presence`.
+
+    A key names a user, for example. Several processes may be tracked under one key, each with a meta of its own: a dict
+    that nobody modifies later. Members of the channel receive ("nova_presence", channel, joins, leaves), both {key:
+    [meta, ...]}; an update is a leave and a join. The event has the method `once` of a `Message`.
+    """
+
+    def __init__(self, pubsub: PubSub) -> None:
+        self.pubsub = pubsub
+        self.entries: dict[str, dict[str, dict[Pid, _Meta]]] = {}  # channel -> key -> process -> meta; none is empty
+        self.changes: dict[str, _Changes] = {}  # channel -> changes that its members have not received
+        self.seen: dict[str, dict[Process, int]] = {}  # channel -> caller of `list` -> how many of these it has seen
+        self.timer: Any = None  # calls `_flush`
+        pubsub.presence = self
+
+    def track(self, channel: str, key: str, meta: _Meta, pid: Pid | None = None) -> str:
+        """Tracks `pid`, or the caller, under `key` until it ends. Returns "ok", or "already_tracked".
+
+        A dead process is not tracked. Raises TypeError for a process of another node, for a meta that is not a dict,
+        and in a cluster for one that cannot cross to another node; ValueError for an empty key.
+        """
+        process, meta = _local_owner(pid), self._check(channel, key, meta)
+        if process in self._owners(channel, key):
+            return "already_tracked"
+        if process.mailbox is not DEAD_MAILBOX:
+            process.own((self, channel, key, process), self)
+            self._put_here(channel, key, process, meta)
+        return "ok"
+
+    def update(self, channel: str, key: str, meta: _Meta, pid: Pid | None = None) -> str:
+        """Replaces the meta of `pid`, or of the caller. Returns "ok", or "not_tracked". Raises what `track` does."""
+        process, meta = _local_owner(pid), self._check(channel, key, meta)
+        if process not in self._owners(channel, key):
+            return "not_tracked"
+        self._put_here(channel, key, process, meta)
+        return "ok"
+
+    def untrack(self, channel: str, key: str, pid: Pid | None = None) -> str:
+        """Ends the tracking of `pid`, or of the caller. Returns "ok", or "not_tracked"."""
+        process = _local_owner(pid)
+        if process.disown((self, channel, key, process)) is None:
+            return "not_tracked"
+        self._put_here(channel, key, process, None)
+        return "ok"
+
+    def list(self, channel: str) -> _ByKey:
+        """Returns {key: [meta, ...]} of all nodes. Changes on other nodes arrive with a delay.
+
+        A member that goes on from this list applies the events that it receives afterwards. Those that were waiting in
+        its mailbox are removed: the list includes their changes. To miss none, join the channel before.
+        """
+        check_thread()
+        caller = current_process()
+        if caller is not None:
+            self._skip_events(check_channel(channel), caller)
+        return {key: [*owners.values()] for key, owners in self.entries.get(channel, {}).items()}
+
+    def get_by_key(self, channel: str, key: str) -> _Metas:
+        """Returns the metas of one key, on all nodes; none if nobody is tracked under it."""
+        return [*self._owners(channel, key).values()]
+
+    def _owners(self, channel: str, key: str) -> dict[Pid, _Meta]:
+        return self.entries.get(check_channel(channel), {}).get(key, {})
+
+    def _check(self, channel: str, key: str, meta: _Meta) -> _Meta:
+        """Returns a copy of the meta, which the caller may modify. Raises before anything has changed."""
+        if not isinstance(key, str) or not isinstance(meta, dict):
+            raise TypeError(f"expected a key, a string, and a meta, a dict, got {key!r} and {meta!r}")
+        if not key:
+            raise ValueError("expected a key, got an empty string")
+        meta = dict(meta)
+        self.pubsub.adapter.encode(Message(("nova_presence", check_channel(channel), None, key, meta)), None)
+        return meta
+
+    # -- in the hub's thread
+
+    def put(self, channel: str, key: str, pid: Pid, meta: _Meta | None) -> None:
+        """Sets the meta of a process of any node, or removes it if `meta` is None."""
+        keys = self.entries.setdefault(channel, {})
+        owners = keys.setdefault(key, {})
+        before = owners.pop(pid, None) if meta is None else owners.get(pid)
+        if meta is not None:
+            owners[pid] = meta
+        if not owners:
+            del keys[key]
+        if not keys:
+            del self.entries[channel]
+        if channel in self.pubsub.channels and before is not meta:
+            self._gather(channel, (key, pid, before, meta))
+
+    def _put_here(self, channel: str, key: str, process: Process, meta: _Meta | None) -> None:
+        self.put(channel, key, process, meta)
+        self.pubsub.adapter.on_track(channel, key, process, meta)
+
+    def unwatch(self, ref: tuple[Any, str, str, Process]) -> None:
+        """Called when a tracked process has ended."""
+        self._put_here(*ref[1:], None)
+
+    def _gather(self, channel: str, change: Any) -> None:
+        if not self.changes:
+            self.timer = self.timer or scheduler.hub.loop.timer(GATHER_TIME)
+            self.timer.start(self._flush, update=True)
+        self.changes.setdefault(channel, []).append(change)
+
+    def _skip_events(self, channel: str, caller: Process) -> None:
+        """Makes sure that the caller receives no change that is in the list now."""
+        if channel in self.changes:
+            self.seen.setdefault(channel, {})[caller] = len(self.changes[channel])
+        mailbox = caller.mailbox
+        others = [message for message in mailbox if not _is_event_of(channel, message)]
+        if len(others) < len(mailbox):
+            caller.handled += len(mailbox) - len(others)  # a `receive` whose predicate called this looks again
+            mailbox.clear()
+            mailbox.extend(others)
+
+    def _flush(self) -> None:
+        """Timer callback: sends the changes to the members of their channels, in one event each."""
+        changes, seen = self.changes, self.seen
+        self.changes, self.seen = {}, {}
+        for channel, its_changes in changes.items():
+            event = _make_event(channel, its_changes)
+            late = {process: _make_event(channel, its_changes[n:]) for process, n in seen.get(channel, {}).items()}
+            for process in self.pubsub.channels.get(channel, ()):  # does not change meanwhile: `deliver` only queues
+                message = late.get(process, event)
+                if message is not None:
+                    process.deliver(message)
+
+
+def _make_event(channel: str, changes: _Changes) -> Message | None:
+    """Returns what the changes add up to, or None if that is nothing."""
+    net: dict[tuple[str, Pid], Any] = {}
+    for key, pid, before, after in changes:
+        net.setdefault((key, pid), [before, after])[1] = after
+    joins: _ByKey = {}
+    leaves: _ByKey = {}
+    for (key, _), (before, after) in net.items():
+        if before is not None and before is not after:
+            leaves.setdefault(key, []).append(before)
+        if after is not None and before is not after:
+            joins.setdefault(key, []).append(after)
+    return Message(("nova_presence", channel, joins, leaves)) if joins or leaves else None
+
+
+def _is_event_of(channel: str, message: Any) -> bool:
+    return isinstance(message, Message) and message[:2] == ("nova_presence", channel)
+
+
+def _local_owner(pid: Pid | None) -> Process:
+    process = calling_process() if pid is None else pid
+    check_thread()
+    if not isinstance(process, Process):
+        raise TypeError(f"expected a process of this node, got {pid!r}")
+    return process
+
+
+def _set_meta(pubsub: PubSub, channel: str, key: str, pid: Pid, meta: _Meta | None) -> None:
+    if pubsub.presence is not None:
+        pubsub.presence.put(channel, key, pid, meta)
+
+
+def _get_local_metas(pubsub: PubSub) -> list[Any]:
+    """Returns [channel, serial, key, meta] of each process of this node that is tracked."""
+    entries = pubsub.presence.entries.items() if pubsub.presence is not None else ()
+    by_key = [(channel, key, owners) for channel, keys in entries for key, owners in keys.items()]
+    return [
+        [channel, pid.serial, key, meta]
+        for channel, key, owners in by_key
+        for pid, meta in owners.items()
+        if isinstance(pid, Process)
+    ]
+
+
+presence = Presence(pubsub)
+__all__ += ["presence"]
+rooms["presence"] = SimpleNamespace(set_meta=_set_meta, get_local_metas=_get_local_metas)
+
+
 # ----- cut here: without replay --------------------------------------------------------------------------------------
 # Lost: pubsub.keep. A join with `since` always gets a resync.
 
@@ -4370,9 +4580,11 @@ class History(Recorder):
         self.messages.append((monotonic() if at is None else at, message))
 
     def since(self, position: Any) -> list[Message] | None:
-        """Returns the messages after `position`; None if it is too old or from another epoch."""
+        """Returns the messages after `position`, all for "first"; None if it is too old or from another epoch."""
         while self.messages and monotonic() - self.messages[0][0] > self.seconds:
             self.messages.popleft()
+        if position == "first":
+            return [message for _, message in self.messages]
         epoch, offset = self._parse(position)
         missed = self.offset - offset
         if epoch != self.epoch or offset < self.complete_since or not 0 <= missed <= len(self.messages):
@@ -4606,8 +4818,10 @@ rooms["launch"] = SimpleNamespace(
 # Each node subscribes to `<prefix>nodes`, to `<prefix>node:<its id>`, and to `<prefix>channel:<name>` where it has
 # members. Redis keeps the order of what one connection publishes, and a node publishes over one. To `nodes` it sends
 #
-#   hello [name, sequence, members]   after Redis has confirmed its subscriptions; each other node replies with `state`
-#   delta [sequence, changes]         the processes that joined and left; after a gap the receiver requests the state
+#   hello [name, sequence, members,   after Redis has confirmed its subscriptions; each other node replies with `state`
+#     metas of presence]
+#   delta [sequence, changes]         the processes that joined and left, or whose metas changed; after a gap the
+#                                     receiver requests the state
 #   beat [sequence]                   every HEARTBEAT_INTERVAL; a node's own beat, coming back, probes its transport
 #   resync [channels]                 it may have failed to publish there (None: anywhere)
 #   bye                               before it leaves
@@ -4947,6 +5161,7 @@ class Node:
     sequence: int
     last_heard: float
     members: dict[str, set[int]]  # channel -> serials; no set is ever empty
+    metas: dict[tuple[str, int, str], Any]  # of presence: (channel, serial, key) -> meta
 
 
 class Membership:
@@ -4960,9 +5175,9 @@ class Membership:
         self.changes: list[Any] = []
         self.requested: set[bytes] = set()  # nodes whose state was requested since the last tick
 
-    def add_change(self, change: str, channel: str, process: Process) -> None:
+    def add_change(self, change: str, channel: str, process: Process, *meta: Any) -> None:
         if self.cluster.connected:  # else `hello` includes it
-            self.changes.append([change, channel, process.serial])
+            self.changes.append([change, channel, process.serial, *meta])
             self.cluster.transport.work.set()
 
     def publish_changes(self) -> None:
@@ -4976,15 +5191,19 @@ class Membership:
         channels = filter(self.cluster.transport.is_subscribed, self.pubsub.channels)
         members = {channel: [process.serial for process in self.pubsub.channels[channel]] for channel in channels}
         kind = "hello" if node_id is None else "state"
-        self.cluster.publish_control(node_id, kind, self.name, self.sequence, members)
+        self.cluster.publish_control(node_id, kind, self.name, self.sequence, members, self.get_metas())
         self.cluster.monitors.watch_again(node_id)
 
-    def on_hello(self, node_id: bytes, name: str, sequence: int, members: dict[str, list[int]]) -> None:
-        self.on_state(node_id, name, sequence, members)
+    def get_metas(self) -> list[Any]:
+        return room("presence").get_local_metas(self.pubsub) if "presence" in rooms else []
+
+    def on_hello(self, node_id: bytes, *state: Any) -> None:
+        self.on_state(node_id, *state)
         self.send_state(node_id)
 
-    def on_state(self, node_id: bytes, name: str, sequence: int, members: dict[str, list[int]]) -> None:
-        new, node = self._list_members(members), self.nodes.get(node_id) or Node(name, sequence, self.cluster.clock, {})
+    def on_state(self, node_id: bytes, name: str, sequence: int, members: Any, metas: list[Any]) -> None:
+        node = self.nodes.get(node_id) or Node(name, sequence, self.cluster.clock, {}, {})
+        new, new_metas = self._list_members(members), {(*owner,): meta for *owner, meta in metas}
         if sequence < node.sequence:  # old, as in `on_delta`
             return
         if node_id not in self.nodes:
@@ -4993,6 +5212,7 @@ class Membership:
         self.requested.discard(node_id)
         old = self._list_members(node.members)
         self._apply(node_id, [("join", *it) for it in new - old] + [("leave", *it) for it in old - new])
+        self._apply(node_id, [("meta", *owner, new_metas.get(owner)) for owner in {*node.metas, *new_metas}])
 
     def on_beat(self, node_id: bytes, sequence: int) -> bool:
         """Returns whether this node has received all deltas up to `sequence`. Requests the state if not."""
@@ -5015,7 +5235,10 @@ class Membership:
 
     def _apply(self, node_id: bytes, changes: Iterable[Any]) -> None:
         members = self.nodes[node_id].members
-        for change, channel, serial in changes:
+        for change, channel, serial, *meta in changes:
+            if change == "meta":
+                self._apply_meta(node_id, channel, serial, *meta)
+                continue
             serials = members.setdefault(channel, set())
             if (change == "join") != (serial in serials):
                 (serials.add if change == "join" else serials.discard)(serial)
@@ -5023,10 +5246,22 @@ class Membership:
             if not serials:
                 del members[channel]
 
+    def _apply_meta(self, node_id: bytes, channel: str, serial: int, key: str, meta: Any) -> None:
+        metas, owner = self.nodes[node_id].metas, (channel, serial, key)
+        if metas.get(owner) == meta:
+            return
+        if meta is None:
+            del metas[owner]
+        else:
+            metas[owner] = meta
+        if "presence" in rooms:
+            room("presence").set_meta(self.pubsub, channel, key, RemotePid(self.cluster, node_id, serial), meta)
+
     def remove_node(self, node_id: bytes, why: str) -> None:
         if node_id not in self.nodes:
             return
         self._apply(node_id, [("leave", *member) for member in self._list_members(self.nodes[node_id].members)])
+        self._apply(node_id, [("meta", *owner, None) for owner in self.nodes[node_id].metas])
         del self.nodes[node_id]
         self.names[node_id] = self.names.pop(node_id)  # the order is that of leaving
         if len(self.names) > len(self.nodes) + MAX_NAMES:
@@ -5093,10 +5328,12 @@ class Cluster(Adapter):
         self.clock = 0.0  # seconds, in ticks: nothing is silent for longer while this process is blocked
         self.in_flight: deque[tuple[Message, Pid | None]] = deque()  # sent to Redis to be kept, not returned yet
         self.loading: dict[str, Any] = {}  # channel -> the arguments of History.load, while `loaded` is on its way
+        self.loaded: set[str] = set()  # kept channels of which this node has what Redis has, or never will
         self.membership, self.monitors = Membership(self, name), RemoteMonitors(self)
+        self.codec.encode(self.membership.get_metas())  # raises for what was tracked already and cannot cross
         self.handlers: dict[str, tuple[Any, ...]] = {  # of control messages: with the types of the arguments
-            "hello": (self.membership.on_hello, str, int, dict),
-            "state": (self.membership.on_state, str, int, dict),
+            "hello": (self.membership.on_hello, str, int, dict, list),
+            "state": (self.membership.on_state, str, int, dict, list),
             "need": (self.membership.send_state,),
             "delta": (self.membership.on_delta, int, list),
             "beat": (self.membership.on_beat, int),
@@ -5176,6 +5413,9 @@ class Cluster(Adapter):
             self.membership.add_change("leave", channel, process)
         self.transport.update_subscription(channel)
 
+    def on_track(self, channel: str, key: str, process: Process, meta: dict[str, Any] | None) -> None:
+        self.membership.add_change("meta", channel, process, key, meta)
+
     def wait_until_subscribed(self, channel: str) -> None:
         event = self.transport.subscriptions.get(channel)
         if event is not None and get_ident() == scheduler.thread and not isinstance(getcurrent(), Hub):
@@ -5242,6 +5482,7 @@ class Cluster(Adapter):
         self.had_gap = True
         self.membership.changes.clear()
         self.loading.clear()
+        self.loaded.clear()
         for history in self.pubsub.histories.values():
             history.forget()  # other nodes continue without this one
         while self.in_flight:  # Redis may have published them, but the members here did not get them
@@ -5333,10 +5574,18 @@ class Cluster(Adapter):
         except Exception as error:  # the transport fails as well; or a stranger has written there
             log.warning("cluster: cannot read the history of %s: %s", channel, error)
             history.forget()
+            self.loaded.add(channel)
 
     def _on_loaded(self, node_id: bytes, channel: str) -> None:
         if node_id == self.id and channel in self.loading:
             self.pubsub.histories[channel].load(*self.loading.pop(channel))
+            self.loaded.add(channel)
+
+    def wait_until_loaded(self, channel: str) -> None:
+        if get_ident() == scheduler.thread and not isinstance(getcurrent(), Hub):
+            with gevent.Timeout(JOIN_TIME, False):
+                while self.connected and channel in self.pubsub.histories and channel not in self.loaded:
+                    gevent.sleep(0.01)
 
 
 # What Redis does for a kept channel. KEYS: a hash (life: the epoch; number: the offset of the last message; run), a
@@ -5954,13 +6203,48 @@ class CommentsHandler(WebSocketHandler):
         return "ok", state
 
 
+class ChatHandler(WebSocketHandler):
+    """Sends who is here, the comments that are kept, "live", then changes. Receives "say TEXT", "here|typing NAME"."""
+
+    name = ""
+
+    def websocket_init(self, state: Any) -> Any:
+        pubsub.join("comments", since="first")
+        self_pid().send("live")  # after what is kept
+        return "reply", ("text", json.dumps({"event": "here", "data": presence.list("comments")})), state
+
+    def websocket_handle(self, frame: Any, state: Any) -> Any:
+        match frame:
+            case ("binary", b""):
+                return "reply", frame, state
+            case ("text", text) if text.startswith("say "):
+                pubsub.broadcast("comments", "new_comment", text[4:])
+            case ("text", text) if len(text) <= 100:
+                doing, _, name = text.partition(" ")
+                presence.untrack("comments", self.name)
+                self.name = name.strip() or "Someone"
+                presence.track("comments", self.name, {"typing": doing == "typing"})  # both changes are one event
+        return "ok", state
+
+    def websocket_info(self, info: Any, state: Any) -> Any:
+        match info:
+            case ("nova_pubsub", "comments", _sender, "new_comment", str()):
+                return "reply", ("text", info.once(as_json)), state
+            case ("nova_presence", "comments", _joins, _leaves):
+                return "reply", ("text", info.once(lambda it: json.dumps({"event": "moved", "data": it[2:]}))), state
+            case ("nova_resync", "comments"):  # some may be missing; the page skips those that it has
+                pubsub.leave("comments")
+                return self.websocket_init(state)
+            case "live":
+                return "reply", ("text", '{"event": "live"}'), state
+        return "ok", state
+
+
 class NotificationsHandler(WebSocketHandler):
-    """Sends each change of a note. With `?since=`, empty at first, adds positions and first sends what was missed."""
+    """Sends each change of a note with its position; with `?since=` and one of these, first what came after it."""
 
     def init(self, state: Any) -> Any:
-        since = state["req"]["since"]
-        self.as_text = as_json if since is None else as_json_with_position
-        pubsub.join("notes", since=since or None)
+        pubsub.join("notes", since=state["req"]["since"] or None)
         return "ok", state
 
     def websocket_handle(self, frame: Any, state: Any) -> Any:
@@ -5974,56 +6258,13 @@ class NotificationsHandler(WebSocketHandler):
     def websocket_info(self, info: Any, state: Any) -> Any:
         match info:
             case ("nova_pubsub", "notes", _sender, _topic, _payload):
-                return "reply", ("text", info.once(self.as_text)), state
+                return "reply", ("text", info.once(as_json)), state
             case ("nova_resync", "notes"):  # messages may be missing: the page loads all notes again
                 return "reply", ("text", '{"event": "nova_resync", "data": null}'), state
         return "ok", state
 
 
-class PresenceHandler(WebSocketHandler):
-    """Sends the number of members of the channel `comments`, whenever it changes."""
-
-    def init(self, state: Any) -> Any:
-        pubsub.join("presence")
-        return "ok", state
-
-    def websocket_handle(self, frame: Any, state: Any) -> Any:
-        return ("reply", frame, state) if frame == ("binary", b"") else ("ok", state)
-
-    def websocket_info(self, info: Any, state: Any) -> Any:
-        match info:
-            case ("nova_pubsub", "presence", _sender, _topic, _payload):
-                return "reply", ("text", info.once(as_json)), state
-        return "ok", state
-
-
-class Presence(GenServer):
-    """Counts these members. Its state is True while a count is due: many changes make one message to each client."""
-
-    PAUSE = 0.25  # seconds between the first change and the count
-
-    def init(self, _args: Any) -> Any:
-        for channel in ("comments", "presence"):  # a new PresenceHandler waits for a count
-            pubsub.monitor(channel)
-        return "ok", False
-
-    def handle_info(self, info: Any, due: Any) -> Any:
-        match info:
-            case "count":
-                count = len(pubsub.get_members("comments"))  # of all nodes; each node informs its own clients
-                pubsub.local_broadcast("presence", "presence", {"count": count})
-                return "noreply", False
-            case (_ref, "join" | "leave", _channel, _pids) if not due:
-                send_after(self.PAUSE, self_pid(), "count")
-                return "noreply", True
-        return "noreply", due
-
-
 def as_json(message: Message) -> str:
-    return json.dumps({"event": message[3], "data": message[4]})
-
-
-def as_json_with_position(message: Message) -> str:
     return json.dumps({"event": message[3], "data": message[4], "position": message.position})
 
 
@@ -6035,14 +6276,14 @@ class NoteIndexer(GenServer):
         pubsub.join("notes")  # before reading: a change that comes meanwhile is then a message
         return "ok", self.index()
 
-    def index(self) -> dict[int, set[str]]:
+    def index(self) -> dict[int, str]:
         return {note["id"]: tokenize(note) for note in self.notes.all()}
 
     def handle_call(self, request: Any, from_: Any, state: Any) -> Any:
         match request:
             case ("search", str(text)):
-                words = tokenize({"title": text, "body": ""})
-                found = [key for key, known in state.items() if words and matches_prefix(known, words)]
+                words = tokenize({"title": text, "body": ""}).split()
+                found = [key for key, known in state.items() if words and all(f" {word}" in known for word in words)]
                 return "reply", sorted(found), state
         return "reply", ("error", "unknown_request"), state
 
@@ -6059,21 +6300,14 @@ class NoteIndexer(GenServer):
         return "noreply", state
 
 
-def matches_prefix(known: set[str], words: set[str]) -> bool:
-    """Returns whether each of `words` is the beginning of a known word: the user may still be typing."""
-    return all(any(other.startswith(word) for other in known) for word in words)
-
-
-def tokenize(note: Mapping[str, Any]) -> set[str]:
-    return set(re.findall(r"\w+", f"{note['title']} {note['body']}".lower()))
+def tokenize(note: Mapping[str, Any]) -> str:
+    """Returns the words, each after a space: a search is for their beginnings, as the user may still be typing."""
+    return "".join(f" {word}" for word in re.findall(r"\w+", f"{note['title']} {note['body']}".lower()))
 
 
 def children_of(notes: Notes) -> list[dict[str, Any]]:
-    """Returns the children of the application: the indexer and the presence."""
-    return [
-        {"id": "note_indexer", "start": (start_link, NoteIndexer, notes, "note_indexer")},
-        {"id": "presence", "start": (start_link, Presence, None, "presence")},
-    ]
+    """Returns the children of the application: the indexer."""
+    return [{"id": "note_indexer", "start": (start_link, NoteIndexer, notes, "note_indexer")}]
 
 
 class Login:
@@ -6166,16 +6400,12 @@ LOGIN_PAGE = """<!doctype html>
 <meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
 <title>Log in - nova_lite</title><link rel="icon" href="data:,">
 <style>
-  :root { color-scheme: light dark; --bg: #f6f5f2; --card: #fff; --ink: #1d1c1a; --line: #8f8a82; --accent: #b3263a }
-  @media (prefers-color-scheme: dark) { :root { --bg: #171614; --card: #211f1d; --ink: #eeebe6; --line: #7a746b;
-    --accent: #f0788a } } * { box-sizing: border-box }
-  body { margin: 0; padding: 15vh 1rem 2rem; background: var(--bg); color: var(--ink); font: 16px/1.5 system-ui }
-  form { display: grid; gap: .5rem; max-width: 22rem; margin: auto; padding: 1.5rem; background: var(--card);
-    border-radius: .75rem } h1 { font-size: 1.35rem; margin: 0 0 .5rem } p { color: var(--accent); margin: 0 }
-  input, button { font: inherit; color: inherit; background: var(--bg); border: 1px solid var(--line); width: 100%;
-    border-radius: .4rem; padding: .5rem .6rem } [aria-invalid=true] { border-color: var(--accent) }
-  button { cursor: pointer; background: var(--accent); color: var(--card); border: 0; font-weight: 600 }
-  p:empty { display: none } :focus-visible { outline: 2px solid var(--accent); outline-offset: 1px }
+  :root { color-scheme: light dark; --accent: light-dark(#b3263a, #f0788a) } * { box-sizing: border-box }
+  body { margin: 0; padding: 15vh 1rem 2rem; font: 16px/1.5 system-ui } p:empty { display: none }
+  form { display: grid; gap: .5rem; max-width: 22rem; margin: auto } h1 { font-size: 1.35rem; margin: 0 0 .5rem }
+  p { color: var(--accent); margin: 0 } [aria-invalid=true] { border-color: var(--accent) }
+  input, button { font: inherit; width: 100%; border: 1px solid #888; border-radius: .4rem; padding: .5rem .6rem }
+  :focus-visible { outline: 2px solid var(--accent); outline-offset: 1px }
 </style>
 <form method="post" action="/login"><h1>nova_lite</h1><label for="password">Password</label>
   <input name="username" value="board" autocomplete="username" hidden>
@@ -6189,6 +6419,8 @@ LOGIN_PAGE = """<!doctype html>
 def demo(notes: Notes, password: str | None = None) -> Nova:
     """Returns the tutorial's application; with a password, the board too."""
     pubsub.keep("notes")
+    pubsub.keep("comments", seconds=24 * 3600)
+    small = {"protocol": "ws", "max_message_size": 65_536}  # bytes of a comment that is kept
     api = NotesController(notes)
     page = {"Content-Type": "text/html; charset=utf-8", "Cache-Control": "no-cache"}
     script = {"Content-Type": "text/javascript; charset=utf-8", "Cache-Control": "no-cache"}
@@ -6198,9 +6430,9 @@ def demo(notes: Notes, password: str | None = None) -> Nova:
             ("/nova.js", lambda _req: ("status", 200, script, CLIENT), {"methods": ["get"]}),
             ("/heartbeat", heartbeat, {"methods": ["get"]}),
             ("/ws", EchoHandler, {"protocol": "ws"}),
-            ("/comments", CommentsHandler, {"protocol": "ws"}),
+            ("/comments", CommentsHandler, small),
+            ("/chat", ChatHandler, small),
             ("/notifications", NotificationsHandler, {"protocol": "ws"}),
-            ("/presence", PresenceHandler, {"protocol": "ws"}),
         ]},
         {"prefix": "/api/notes", "routes": [
             ("/", api.index, {"methods": ["get"]}),
@@ -6240,12 +6472,11 @@ PAGE = """<!doctype html>
   h1, h2, h3, p, ul { margin: 0; padding: 0 } h3 { font-size: 1rem; line-height: 1.35 }
   h1, h2 { font: 600 1.25rem/1 ui-monospace, "Cascadia Code", Menlo, Consolas, monospace; letter-spacing: -.04em }
   h2 { font-size: 1.0625rem } h1 svg { width: 1.1em; fill: var(--star); vertical-align: -.2em; margin-right: .35em }
-  header { min-height: 2.25rem } header p { order: 1 } .dim, time, small, #line { color: var(--dim) }
+  header { min-height: 2.25rem } .dim, time, small, #line { color: var(--dim) }
   #line { margin-left: auto; gap: .3rem; padding: 0 .6rem; border: 1px solid transparent; border-radius: 2rem }
-  #line, small, label, .error, .plain, header p, .row p { font-size: .875rem } .dim:empty { display: none }
-  #line::before, #dots i { content: ""; display: inline-block; width: 10px; height: 10px; border: 2px solid;
-                           border-radius: 50%; color: var(--accent); margin-right: .25rem }
-  #line::before { color: var(--good) } #line:not(.away)::before, #dots :first-child { background: currentColor }
+  #line, small, label, .error, .plain, .row p { font-size: .875rem } .dim:empty { display: none }
+  #line::before { content: ""; display: inline-block; width: 10px; height: 10px; border: 2px solid; border-radius: 50%;
+                  color: var(--good); margin-right: .25rem } #line:not(.away)::before { background: currentColor }
   #line.away, .away::before { color: var(--warn) !important; border-color: currentColor }
   #wait { font-variant-numeric: tabular-nums } main { flex: 1; display: grid; gap: 1rem; min-height: 0 }
   section { min-width: 0; min-height: 0; overflow: auto; padding: 1rem 1rem 0; background: var(--card);
@@ -6258,9 +6489,9 @@ PAGE = """<!doctype html>
   #comments .mine { align-self: flex-end; background: var(--tint); border-radius: 1rem 0 1rem 1rem }
   time { margin-left: .6rem; font-size: .75rem; white-space: nowrap } .seen { position: absolute; opacity: 0 }
   li { padding: .75rem .2rem .75rem .5rem; margin: 0 -.5rem; border-top: 1px solid var(--line) }
-  li .row { margin-top: .2rem }
+  li .row { margin-top: .2rem } #say [name=nick] { flex: 0 1 27% } label { font-weight: 600 }
   li p { white-space: pre-wrap; max-height: 18rem; overflow: auto } li small { flex: 1 }
-  form.row { flex-wrap: nowrap } .row input { flex: 1 } #search { max-width: 15rem } label { font-weight: 600 }
+  form.row { flex-wrap: nowrap } .row input { flex: 1 } #search { max-width: 15rem }
   input, textarea, button, summary { font: inherit; color: inherit; border: 1px solid var(--edge); border-radius: .5rem;
          padding: .4rem .7rem; background: var(--card); min-height: 2.5rem } label > * { margin-block: .2rem }
   input, textarea { display: block; width: 100%; min-width: 0; font-size: 1rem; font-weight: 400; resize: vertical }
@@ -6273,27 +6504,26 @@ PAGE = """<!doctype html>
   summary { display: flex; align-items: center; justify-content: center; border-style: dashed; font-weight: 600 }
   [open] > summary { border-color: transparent; padding: .4rem 0; justify-content: start; background: none }
   :focus-visible { outline: 2px solid var(--accent); outline-offset: 2px }
-  @media (min-width: 40rem) and (min-height: 30rem) { #comments { max-height: none } header p { order: 0 }
+  @media (min-width: 40rem) and (min-height: 30rem) { #comments { max-height: none }
     body { height: 100dvh } main { grid-template: minmax(0, 1fr) / 1fr 1fr } }
-  @media (max-width: 40rem) { header:has(.away) p { display: none } }
   @media (pointer: coarse) { main :is(input, textarea, button, summary) { min-height: 2.75rem } }
   @media (prefers-reduced-motion: no-preference) { .new { animation: arrive .3s ease-out, flare 2.5s ease-out }
-    svg.new, #dots i { animation: star .8s ease-out } @keyframes arrive { from { opacity: 0; translate: 0 -.6rem } }
+    svg.new { animation: star .8s ease-out } @keyframes arrive { from { opacity: 0; translate: 0 -.6rem } }
     @keyframes flare { from { background: var(--flare) } } @keyframes star { 30% { scale: 1.4; rotate: 45deg } } }
 </style>
 <header>
   <h1><svg viewBox="0 0 24 24" aria-hidden="true"><path d="M12 0q1 11 12 12-11 1-12 12-1-11-12-12 11-1 12-12z"/></svg
     >nova_lite</h1>
-  <p class="dim">Changes appear in every open window.</p>
   <div id="line" class="away"><span id="state" role="status">connecting</span><span id="wait" aria-hidden="true"></span
     ><button id="now" class="plain" aria-label="Reconnect now" hidden>now</button></div>
 </header>
 <main>
   <section aria-labelledby="comments-title">
     <div class="row"><h2 id="comments-title">Live comments</h2>
-      <p id="here" hidden><span id="dots" aria-hidden="true"></span> <span id="count"></span>
+      <p id="here" hidden><span id="count"></span>
         <a id="second" href="/" target="_blank">Open a second window</a></p></div>
     <form id="say" class="row">
+      <input name="nick" aria-label="Your name" placeholder="Your name" autocomplete="nickname" maxlength="40">
       <input name="text" aria-label="Your comment" placeholder="Say something" autocomplete="off" maxlength="2000">
       <button class="main">Send</button></form>
     <p id="hush" class="dim" role="status">No comments yet. The first appears in every window.</p>
@@ -6328,20 +6558,16 @@ function element(tag, className, ...children) {  // children are text: user inpu
   return node;
 }
 
-let unseen = 0;
-function arrived(node) {  // highlights the node and the star; counts in the title of a hidden page
+function arrived(node) {  // highlights the node and the star
   for (const it of [node, document.querySelector("svg")]) {
     it.classList.remove("new");
     void it.clientTop;  // restarts the animation
     it.classList.add("new");
   }
-  if (document.hidden) document.title = `(${++unseen}) nova_lite`;
 }
-document.onvisibilitychange = () => { unseen = 0; document.title = "nova_lite"; };
 
-// The connections, and the number of visitors.
-const comments = new NovaSocket("/comments"), events = new NovaSocket("/notifications?since=");
-const presence = new NovaSocket("/presence"), lines = [comments, events, presence];
+// The connections.
+const comments = new NovaSocket("/chat"), events = new NovaSocket("/notifications?since="), lines = [comments, events];
 let word = "connecting", ticking;
 function report() {
   const away = lines.filter(line => line.state !== "open"), kept = comments.queue.length;
@@ -6351,7 +6577,7 @@ function report() {
   if ($("state").textContent !== word) $("state").textContent = word;  // a screen reader reads changes only
   $("wait").textContent = word !== "offline" && wait < Infinity ? `in ${Math.max(1, Math.ceil(wait / 1000))} s` : "";
   $("now").hidden = !away.length || (word === "connecting" && wait === Infinity);
-  $("here").hidden = presence.state !== "open";
+  $("here").hidden = comments.state !== "open";
   $("line").className = away.length ? "away" : "";
   if (kept) $("hush").textContent = `${kept} comment${kept > 1 ? "s" : ""} will be sent when the line is back.`;
   else if (!away.length && $("comments").children.length) $("hush").textContent = "";
@@ -6361,32 +6587,60 @@ function report() {
 const now = $("now").onclick = () => lines.forEach(line => line.now());
 for (const line of lines) line.on("state", report).on("open", now);  // when one connects, all try again
 
-presence.on("presence", ({ count }) => {
-  while ($("dots").children.length > count) $("dots").lastChild.remove();
-  while ($("dots").children.length < Math.min(count, 12)) $("dots").append(element("i"));
-  $("count").textContent = count > 1 ? `${count} are here` : "Only you are here.";
-  $("second").hidden = count > 1;
-});
-$("second").onclick = event => {  // beside this window, if there is room
-  const half = screen.availWidth >> 1, place = `popup,left=${half},top=0,width=${half},height=${screen.availHeight}`;
-  if (half > 500 && window.open("/", "_blank", place)) event.preventDefault();
-};
+// Visitors: who is here, and who is typing.
+const storage = (() => { try { return localStorage; } catch { return {}; } })();  // the browser may refuse it
+const { nick, text } = $("say").elements, here = new Map();  // JSON of [name, typing] -> how many windows
+let typing = false, quiet;
+nick.value = storage.nova_name ?? "";
+nick.onchange = () => { storage.nova_name = nick.value; tell(false); };
+text.oninput = () => tell(text.value !== "");
+function tell(now) {  // the others; until nothing has been typed for some seconds
+  quiet = clearTimeout(quiet);
+  typing = now;
+  if (typing) quiet = setTimeout(() => tell(false), 4000);
+  if (comments.state === "open") comments.send(`${typing ? "typing" : "here"} ${nick.value}`);
+}
+comments.on("open", () => tell(false)).on("here", people => { here.clear(); count(people, 1); });
+comments.on("moved", ([joins, leaves]) => { count(leaves, -1); count(joins, 1); });
 
-// Comments.
+function count(people, step) {
+  for (const [name, metas] of Object.entries(people)) for (const { typing } of metas) {
+    const who = JSON.stringify([name, typing]), windows = (here.get(who) ?? 0) + step;
+    if (windows) here.set(who, windows); else here.delete(who);
+  }
+  const names = new Map(), own = nick.value.trim() || "Someone";
+  let total = 0;
+  for (const [who, windows] of here) {
+    const [name, busy] = JSON.parse(who);
+    total += windows;
+    if (busy && windows > (typing && name === own)) names.set(name, `${name} is typing`);
+    else if (name !== "Someone" && !names.has(name)) names.set(name, name);
+  }
+  const some = [...names.values()].sort().slice(0, 12).join(", "), more = names.size > 12 ? ", …" : "";
+  $("count").textContent = total > 1 ? `${total} are here${some && ": "}${some}${more}` : "Only you are here.";
+  $("second").hidden = total > 1;
+}
+
+// Comments: first those that are kept. A replay may repeat some: they are known by their position.
 const mine = [];  // sent, and not received yet
-comments.on("message", text => {
-  const own = mine.indexOf(text), time = new Date().toLocaleTimeString([], { timeStyle: "short" });
-  const comment = element("p", own < 0 ? "" : "mine", text, element("time", "", time));
+let past = true;  // until "live", comments are replayed
+for (const event of ["here", "live"]) comments.on(event, () => { past = event === "here"; });
+comments.on("new_comment", said => {
+  const { position } = comments, own = mine.indexOf(said), { children } = $("comments");
+  if (position && [...children].some(other => other.position === position)) return;
+  const time = past ? "earlier" : new Date().toLocaleTimeString([], { timeStyle: "short" });
+  const comment = Object.assign(element("p", own < 0 ? "" : "mine", said, element("time", "", time)), { position });
   if (own >= 0) mine.splice(own, 1), comment.prepend(element("span", "seen", "You: "));
   $("comments").prepend(comment);
-  if ($("comments").children.length > 200) $("comments").lastChild.remove();
-  arrived(comment);
+  if (children.length > 200) $("comments").lastChild.remove();
+  if (!past) arrived(comment);
   report();
 });
 $("say").onsubmit = event => {
   event.preventDefault();
-  const { text } = event.target.elements, said = text.value.trim();
-  if (said && comments.send(said)) mine.push(said), text.value = "";
+  const name = nick.value.trim(), said = text.value.trim(), line = name ? `${name}: ${said}` : said;
+  if (said && comments.send(`say ${line}`)) mine.push(line), text.value = "";
+  if (typing) tell(false);
   report();
 };
 
@@ -6638,8 +6892,7 @@ def parse_options() -> argparse.Namespace:
         description="Serves the demo: live comments, notes and their notifications. Open the URL in two windows.",
         epilog="HOST and PORT in the environment are the defaults for --host and --port. "
         "`nova_lite.py broadcast --help`: send a message into a running cluster, from a shell or a cron job. "
-        "`nova_lite.py vendor --help`: write the copy for your project, without the demo. "
-        "To build your own: from nova_lite import Nova, WebSocketHandler, pubsub.",
+        "`nova_lite.py vendor --help`: write the copy for your project, without the demo.",
     )
     env, add = os.environ, parser.add_argument
     add("--host", default=env.get("HOST", "127.0.0.1"), help="address to listen on (%(default)s)")
@@ -6711,10 +6964,8 @@ def serve(db: str, **options: Any) -> int:
 
 def broadcast_main(arguments: list[str]) -> int:
     """Runs `nova_lite.py broadcast` and returns the exit code."""
-    parser = argparse.ArgumentParser(
-        prog="nova_lite.py broadcast",
-        description="Sends a message to all members of a channel, on all nodes of a cluster.",
-    )
+    what = "Sends a message to all members of a channel, on all nodes of a cluster."
+    parser = argparse.ArgumentParser("nova_lite.py broadcast", description=what)
     parser.add_argument("channel")
     parser.add_argument("topic")
     parser.add_argument("payload", help="JSON, unless --text is given")
@@ -6736,10 +6987,8 @@ def broadcast_main(arguments: list[str]) -> int:
 
 def vendor_main(arguments: list[str]) -> int:
     """Runs `nova_lite.py vendor` and returns the exit code."""
-    parser = argparse.ArgumentParser(
-        prog="nova_lite.py vendor",
-        description="Writes the copy of nova_lite for your project: without the demo, and without the rooms you name.",
-    )
+    what = "Writes the copy of nova_lite for your project: without the demo, and without the rooms you name."
+    parser = argparse.ArgumentParser("nova_lite.py vendor", description=what)
     parser.add_argument("--without", metavar="ROOM,...", default="", help="rooms to leave out; see --list")
     parser.add_argument("-o", "--output", metavar="FILE", help="the file to write (standard output)")
     parser.add_argument("--list", action="store_true", help="show the rooms: lines, what is lost without them, needs")

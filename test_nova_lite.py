@@ -126,6 +126,7 @@ from nova_lite import (
     is_process_alive,
     link,
     monitor,
+    presence,
     printable,
     process_flag,
     pubsub,
@@ -7156,6 +7157,255 @@ def test_a_supervisor_that_makes_no_sense_is_a_value_error_that_says_why(specs, 
         start_supervisor(specs, **options)
 
 
+# -- presence ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(autouse=True)
+def nobody_is_left():
+    """After each test nobody is tracked, and no event is still to be sent."""
+    yield
+    until(lambda: not presence.entries)
+    until(lambda: not presence.changes)
+
+
+@pytest.fixture
+def someone(begin):
+    """someone(): a process that calls what it is sent."""
+    return lambda: begin(spawn, obey)
+
+
+@pytest.fixture
+def in_room():
+    """The test is a member."""
+    pubsub.join("room")
+    yield
+    pubsub.leave("room")
+
+
+def in_process(pid, fn, *args):
+    """What `fn` answers in the process `pid`, which obeys."""
+    done = gevent.event.AsyncResult()
+    pid.send(lambda: done.set(fn(*args)))
+    return done.get(timeout=PATIENCE)
+
+
+def is_diff(message):
+    return isinstance(message, tuple) and message[0] == "nova_presence"
+
+
+def applied(known, events):
+    """{key: [meta, ...]} after these events; what leaves must have been there."""
+    known = {key: [*metas] for key, metas in known.items()}
+    for _, _, joins, leaves in events:
+        for key, metas in leaves.items():
+            for meta in metas:
+                known[key].remove(meta)
+        for key, metas in joins.items():
+            known.setdefault(key, []).extend(metas)
+    return known
+
+
+def in_any_order(known):
+    """The same for the same people, whatever their order."""
+    return {key: sorted(map(repr, metas)) for key, metas in known.items() if metas}
+
+
+def test_who_is_tracked_is_listed_by_key_until_it_says_otherwise_or_ends(someone):
+    phone, laptop, ann = someone(), someone(), someone()
+    assert presence.list("room") == {}
+    assert presence.track("room", "bob", {"on": "phone"}, phone) == "ok"
+    assert presence.track("room", "bob", {"on": "laptop"}, laptop) == "ok"
+    assert presence.track("room", "ann", {}, ann) == "ok"
+    assert presence.track("elsewhere", "ann", {"away": True}, ann) == "ok"
+    assert presence.list("room") == {"bob": [{"on": "phone"}, {"on": "laptop"}], "ann": [{}]}
+    assert presence.get_by_key("room", "bob") == [{"on": "phone"}, {"on": "laptop"}]
+    assert presence.update("room", "bob", {"on": "tablet"}, phone) == "ok"
+    assert presence.untrack("room", "ann", ann) == "ok"
+    assert presence.list("room") == {"bob": [{"on": "tablet"}, {"on": "laptop"}]}
+    assert presence.list("elsewhere") == {"ann": [{"away": True}]}
+    exit(phone, "kill")
+    until(lambda: presence.list("room") == {"bob": [{"on": "laptop"}]})
+    assert presence.get_by_key("room", "ann") == presence.get_by_key("nowhere", "ann") == []
+
+
+def test_the_caller_is_tracked_and_may_have_several_keys(me):
+    for key in ("ann", "admin"):
+        assert presence.track("room", key, {"by": key}) == "ok"
+    assert presence.update("room", "admin", {"by": "itself"}) == "ok"
+    assert presence.list("room") == {"ann": [{"by": "ann"}], "admin": [{"by": "itself"}]}
+    assert [presence.untrack("room", key) for key in ("ann", "admin")] == ["ok", "ok"]
+    assert me.owned == {}
+
+
+def test_what_is_expected_and_changes_nothing_is_a_value(someone):
+    ann, dead = someone(), spawn(lambda: None)
+    reason_of(dead)
+    assert presence.update("room", "ann", {}, ann) == presence.untrack("room", "ann", ann) == "not_tracked"
+    assert presence.track("room", "ann", {"first": 1}, ann) == "ok"
+    assert presence.track("room", "ann", {"second": 2}, ann) == "already_tracked"
+    assert presence.update("room", "bob", {}, ann) == presence.untrack("elsewhere", "ann", ann) == "not_tracked"
+    assert presence.track("room", "dead", {}, dead) == "ok"
+    assert presence.list("room") == {"ann": [{"first": 1}]}
+
+
+@pytest.mark.parametrize(
+    ("channel", "key", "meta", "pid", "error"),
+    [
+        ("", "ann", {}, None, ValueError),
+        (None, "ann", {}, None, TypeError),
+        ("room", "", {}, None, ValueError),
+        ("room", 7, {}, None, TypeError),
+        ("room", "ann", None, None, TypeError),
+        ("room", "ann", [("a", 1)], None, TypeError),
+        ("room", "ann", {}, "ann", TypeError),
+    ],
+)
+def test_a_presence_that_makes_no_sense_is_refused_before_anything_happens(channel, key, meta, pid, error):
+    for act in (presence.track, presence.update):
+        with pytest.raises(error):
+            act(channel, key, meta, pid)
+    assert presence.entries == {}
+    with pytest.raises(RuntimeError, match="other than the hub's"):
+        in_thread(presence.list, "room")
+
+
+def test_a_meta_that_is_modified_after_tracking_is_an_update_like_any_other(in_room):
+    meta = {"typing": False}
+    presence.track("room", "ann", meta)
+    meta["typing"] = True
+    assert presence.list("room") == {"ann": [{"typing": False}]}
+    presence.update("room", "ann", meta)
+    assert expect() == ("nova_presence", "room", {"ann": [{"typing": True}]}, {"ann": [{"typing": False}]})
+    presence.untrack("room", "ann")
+
+
+def test_members_hear_of_joins_updates_and_leaves_and_others_do_not(in_room, someone):
+    ann, deaf = someone(), someone()
+    pubsub.join("elsewhere", deaf)
+    presence.track("room", "ann", {"typing": False}, ann)
+    assert expect() == ("nova_presence", "room", {"ann": [{"typing": False}]}, {})
+    presence.update("room", "ann", {"typing": True}, ann)
+    assert expect() == ("nova_presence", "room", {"ann": [{"typing": True}]}, {"ann": [{"typing": False}]})
+    exit(ann, "kill")
+    assert expect() == ("nova_presence", "room", {}, {"ann": [{"typing": True}]})
+    assert not deaf.mailbox
+
+
+def test_what_ends_as_it_began_is_no_event_and_several_changes_are_their_sum(in_room, someone):
+    ann, bob = someone(), someone()
+    presence.track("room", "ann", {"n": 1}, ann)
+    presence.track("room", "bob", {"n": 1}, bob)
+    presence.untrack("room", "bob", bob)
+    presence.update("room", "ann", {"n": 2}, ann)
+    assert expect() == ("nova_presence", "room", {"ann": [{"n": 2}]}, {})
+    presence.track("room", "bob", {}, bob)
+    presence.untrack("room", "bob", bob)
+    until(lambda: not presence.changes)
+    assert drain() == []
+
+
+def test_a_thousand_who_come_together_are_one_message_and_its_json_is_encoded_once(begin, me):
+    encoded = []
+    as_json = eval("lambda event: encoded.append(1) or json.dumps(event[2:])", {"encoded": encoded, "json": json})
+
+    def member():
+        pubsub.join("room")
+        me.send(expect(is_diff).once(as_json))
+
+    for _ in range(3):
+        begin(spawn, member)
+    until(lambda: len(pubsub.get_members("room")) == 3)
+    pids = [begin(spawn, obey) for _ in range(1000)]
+    for number, pid in enumerate(pids):
+        presence.track("room", f"user {number}", {"n": number}, pid)
+    texts = [expect() for _ in range(3)]
+    assert json.loads(texts[0]) == [{f"user {number}": [{"n": number}] for number in range(1000)}, {}]
+    assert texts[0] is texts[1] is texts[2]
+    assert encoded == [1]
+
+
+def test_a_list_takes_the_place_of_the_events_before_it_and_of_nothing_else(in_room, someone):
+    ann, bob = someone(), someone()
+    pubsub.join("elsewhere")
+    pubsub.broadcast("room", "topic", "stays")
+    presence.track("room", "ann", {}, ann)
+    presence.track("elsewhere", "ann", {}, ann)
+    until(lambda: not presence.changes)  # the event is in the mailbox
+    presence.track("room", "bob", {"n": 1}, bob)  # this one is still to come
+    assert presence.list("room") == {"ann": [{}], "bob": [{"n": 1}]}
+    presence.update("room", "bob", {"n": 2}, bob)
+    assert expect()[4] == "stays"
+    assert expect() == ("nova_presence", "elsewhere", {"ann": [{}]}, {})
+    assert expect() == ("nova_presence", "room", {"bob": [{"n": 2}]}, {"bob": [{"n": 1}]})
+    assert presence.list("room") == {"ann": [{}], "bob": [{"n": 2}]}
+    pubsub.leave("elsewhere")
+
+
+def test_a_receive_whose_predicate_calls_list_misses_no_message(in_room, someone):
+    presence.track("room", "ann", {}, someone())
+    until(lambda: not presence.changes)
+    self_pid().send("after the event")
+    assert receive(0, lambda message: presence.list("room") and message == "after the event") == "after the event"
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_a_list_and_the_events_after_it_add_up_to_every_later_list(seed, someone):
+    chance, known = random.Random(seed), {}
+    users, members = [someone() for _ in range(3)], [someone() for _ in range(3)]
+    acts = ["track", "track", "update", "untrack", "end", "join", "list", "read", "flush"]
+
+    def read(member):
+        events = in_process(member, lambda: [*iter(lambda: receive(0, is_diff), None)])
+        if member in known:
+            known[member] = applied(known[member], events)
+
+    for act in [*chance.choices(acts, k=100), "flush"]:
+        number, member, key = chance.randrange(3), chance.choice(members), chance.choice(["ann", "bob"])
+        meta = {"n": chance.randrange(2)}  # equal metas of different processes count separately
+        if act in ("track", "update"):
+            getattr(presence, act)("room", key, meta, users[number])
+        elif act == "untrack":
+            presence.untrack("room", key, users[number])
+        elif act == "end":
+            exit(users[number], "kill")
+            users[number] = someone()
+        elif act == "join":
+            pubsub.join("room", member)
+        elif act == "list" and member in pubsub.get_members("room"):
+            known[member] = in_process(member, presence.list, "room")
+        elif act == "read":
+            read(member)
+        elif act == "flush":
+            gevent.sleep(0)
+            presence._flush()
+    for member in members:
+        read(member)
+    there = in_any_order(presence.list("room"))
+    assert known
+    assert [in_any_order(here) for here in known.values()] == [there] * len(known)
+
+
+def test_a_small_room_costs_the_same_however_many_are_elsewhere(begin):
+    def cost():
+        """CPU seconds of lists and joins, at best."""
+
+        def act():
+            for _ in range(200):
+                assert len(presence.list("room")) == 50
+                presence.track("room", "late", {})
+                presence.untrack("room", "late")
+
+        return min(cpu_seconds(act) for _ in range(5))
+
+    everybody = begin(spawn, obey)
+    for number in range(50):
+        presence.track("room", f"user {number}", {"n": number}, everybody)
+    before = cost()
+    for number in range(10_000):
+        presence.track(f"room {number % 200}", f"user {number}", {"n": number}, everybody)
+    assert cost() < 3 * before + 0.01
+
+
 # -- replay -----------------------------------------------------------------------------------------------------------
 
 
@@ -7177,6 +7427,19 @@ def test_who_joins_at_a_position_gets_what_came_behind_it_and_then_what_comes(ke
     pubsub.join("c", since=positions[heard])
     pubsub.broadcast("c", "t", 3)
     assert [message[4] for message in drain()] == [0, 1, 2, 3][heard:]
+
+
+def test_who_joins_since_the_first_gets_all_that_is_kept_and_never_a_resync(kept):
+    for sent in range(6):
+        pubsub.join("c", since="first")
+        assert [message[4] for message in drain()] == list(range(sent))[-3:]
+        pubsub.leave("c")
+        pubsub.broadcast("c", "t", sent)
+    pubsub.histories["c"].forget()
+    pubsub.join("c", since="first")
+    assert drain() == []
+    pubsub.join("other", since="first")  # it is not kept
+    assert drain() == [("nova_resync", "other")]
 
 
 def test_a_message_knows_its_position(kept):
@@ -7996,9 +8259,10 @@ def test_an_idle_cluster_stays_together(haste, pair):
 NODE = """
 from gevent import monkey; monkey.patch_all()
 import sys
-from nova_lite import Nova, pubsub, spawn, receive
+from nova_lite import Nova, presence, pubsub, spawn, receive
 def member():
     pubsub.join("room")
+    presence.track("room", "other", {"n": 1})
     while True:
         receive()
 spawn(member)
@@ -8037,6 +8301,24 @@ def test_the_members_of_a_killed_node_are_gone_within_seven_seconds_and_no_ghost
             assert drain() == [(changes, "join", "room", [new]), (changes, "leave", "room", [pid])]
             assert others(a) == ["other"]
     a.demonitor(changes)
+
+
+def test_who_was_tracked_on_a_killed_node_is_gone_within_seven_seconds(node, shared_redis, member, someone):
+    here, url = node(), shared_redis.url(node.prefix)
+    place = nova_lite.Presence(here)
+    place.track("room", "ann", {}, someone())
+    with other_node(url) as process:
+        until(lambda: place.get_by_key("room", "other") == [{"n": 1}])
+        member(here, "room")
+        process.kill()
+        killed = time.monotonic()
+        with other_node(url):
+            until(lambda: place.get_by_key("room", "other") == [{"n": 1}] * 2)
+            events = [expect()[1], receive(8)[1]]
+            assert time.monotonic() - killed < 7
+            one = {"other": [{"n": 1}]}
+            assert events == [("nova_presence", "room", one, {}), ("nova_presence", "room", {}, one)]
+            assert place.list("room") == {"ann": [{}], **one}
 
 
 def test_a_goodbye_is_heard_at_once(node, shared_redis):
@@ -8318,6 +8600,155 @@ def test_nodes_that_start_at_once_agree_within_two_seconds(node, begin, me, coun
     assert time.monotonic() - start_time < 2
 
 
+# -- presence in a cluster --------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def places(nodes):
+    """The presence of each node."""
+    return [nova_lite.Presence(node) for node in nodes]
+
+
+def all_list(places, channel, expected):
+    until(lambda: all(in_any_order(place.list(channel)) == in_any_order(expected) for place in places))
+
+
+def test_who_is_tracked_on_one_node_is_listed_on_all_until_it_ends(places, someone):
+    ann, bob, again = someone(), someone(), someone()
+    places[0].track("room", "ann", {"on": ("phone", ann)}, ann)
+    places[-1].track("room", "bob", {"n": 1}, bob)
+    places[-1].track("room", "ann", {"on": "laptop"}, again)
+    until(lambda: all(len(place.get_by_key("room", "ann")) == 2 for place in places))
+    assert [
+        meta["on"][1].serial for place in places for meta in place.get_by_key("room", "ann")[:1] if place is places[0]
+    ]
+    places[0].update("room", "ann", {"on": "tablet"}, ann)
+    all_list(places, "room", {"ann": [{"on": "tablet"}, {"on": "laptop"}], "bob": [{"n": 1}]})
+    places[-1].untrack("room", "ann", again)
+    all_list(places, "room", {"ann": [{"on": "tablet"}], "bob": [{"n": 1}]})
+    exit(ann, "kill")
+    all_list(places, "room", {"bob": [{"n": 1}]})
+    exit(bob, "kill")
+    all_list(places, "room", {})
+    assert [place.entries for place in places] == [{}] * len(places)
+
+
+def test_members_on_every_node_hear_of_the_same_people(places, nodes, member, someone):
+    for number, node in enumerate(nodes):
+        member(node, "room", number)
+    users = [someone() for _ in range(20)]
+    chance, known = random.Random(1), [{} for _ in nodes]
+
+    def hear(timeout=0):
+        while event := receive(timeout):
+            known[event[0]] = applied(known[event[0]], [event[1]])
+
+    for act in chance.choices(["track", "update", "untrack", "end", "wait"], k=300):
+        user, place = chance.randrange(20), chance.choice(places)
+        pid, key = users[user], f"user {user % 5}"
+        if act in ("track", "update"):
+            getattr(place, act)("room", key, {"n": chance.randrange(2)}, pid)
+        elif act == "untrack":
+            place.untrack("room", key, pid)
+        elif act == "end":
+            exit(pid, "kill")
+            users[user] = someone()
+        else:
+            gevent.sleep(0.002)
+            hear()
+    until(lambda: len({str(sorted(in_any_order(place.list("room")).items())) for place in places}) == 1)
+    until(lambda: not any(place.changes for place in places))
+    hear(0.2)
+    assert list(map(in_any_order, known)) == [in_any_order(places[0].list("room"))] * len(nodes)
+
+
+def test_a_node_that_comes_later_or_comes_back_knows_who_is_here_and_nobody_twice(pair, node, member, someone):
+    one, other = map(nova_lite.Presence, pair)
+    for number in range(100):
+        one.track("room", f"user {number}", {"n": number}, someone())
+    late = nova_lite.Presence(node())
+    expected = {f"user {number}": [{"n": number}] for number in range(100)}
+    all_list([one, other, late], "room", expected)
+    member(pair[1], "room")
+    disconnect(pair[0])
+    one.untrack("room", "user 0", next(iter(one.entries["room"]["user 0"])))
+    one.track("room", "new", {}, someone())
+    del expected["user 0"]
+    until(lambda: pair[0].adapter.connected)
+    all_list([one, other, late], "room", {**expected, "new": [{}]})
+    events = []
+    while applied({"user 0": [{"n": 0}]}, events) != {"user 0": [], "new": [{}]}:
+        _, event = expect()
+        events += [event] if is_diff(event) else []  # the others are resyncs
+
+
+@pytest.mark.parametrize("says_goodbye", [True, False])
+def test_who_was_tracked_on_a_node_that_goes_leaves_with_it(haste, pair, member, someone, says_goodbye):
+    one, other = map(nova_lite.Presence, pair)
+    member(pair[0], "room")
+    other.track("room", "ann", {"n": 1}, someone())
+    assert expect() == ("got", ("nova_presence", "room", {"ann": [{"n": 1}]}, {}))
+    if says_goodbye:
+        pair[1].disconnect()
+        assert other.list("room") == {"ann": [{"n": 1}]}
+    else:
+        pair[1].adapter.transport.reader.kill()
+        pair[1].adapter.timer.close()
+    assert expect(lambda message: is_diff(message[1]))[1][2:] == ({}, {"ann": [{"n": 1}]})
+    assert one.list("room") == {}
+
+
+def test_a_meta_that_cannot_cross_is_a_type_error_before_anything_happens(pair, node, someone):
+    one, other = map(nova_lite.Presence, pair)
+    with pytest.raises(TypeError, match="cannot cross"):
+        one.track("room", "ann", {"lock": object()}, someone())
+    ann = someone()
+    one.track("room", "ann", {"n": 1}, ann)
+    with pytest.raises(TypeError, match="cannot cross"):
+        one.update("room", "ann", {"lock": object()}, ann)
+    all_list([one, other], "room", {"ann": [{"n": 1}]})
+    alone = node(url=None)
+    nova_lite.Presence(alone).track("room", "ann", {"lock": object()}, ann)
+    with pytest.raises(TypeError, match="cannot cross"):
+        alone.connect("redis://127.0.0.1:1")
+    assert alone.disconnect() == "not_connected"
+
+
+def test_only_processes_of_this_node_are_tracked(pair, me):
+    with pytest.raises(TypeError, match="a process of this node"):
+        nova_lite.Presence(pair[0]).track("room", "ann", {}, seen(me, pair[1], pair[0]))
+
+
+def test_a_node_without_the_room_presence_takes_part_in_all_else(pair, member, someone, monkeypatch):
+    one = nova_lite.Presence(pair[0])
+    one.track("room", "ann", {}, someone())
+    pid = member(pair[1], "room")
+    all_see(pair, "room", pid)
+    pair[0].broadcast("room", "t", 1)
+    assert expect()[1][4] == 1
+    assert pair[1].presence is None
+
+
+def test_ten_thousand_on_each_of_two_nodes_are_known_and_a_small_room_costs_what_it_holds(pair, someone):
+    places, everybody = [nova_lite.Presence(node) for node in pair], [someone(), someone()]
+
+    def cost():
+        return min(cpu_seconds(lambda: [places[0].list("room 7") for _ in range(100)]) for _ in range(5))
+
+    def track(numbers):
+        for place, pid in zip(places, everybody, strict=True):
+            for number in numbers:
+                place.track(f"room {number % 400}", f"user {number}", {"n": number}, pid)
+
+    track(range(7, 10_000, 400))
+    until(lambda: all(len(place.list("room 7")) == 25 for place in places))
+    before = cost()
+    track(range(10_000))
+    until(lambda: all(len(place.get_by_key(f"room {9999 % 400}", "user 9999")) == 2 for place in places))
+    assert [len(metas) for metas in places[0].list("room 7").values()] == [2] * 25
+    assert cost() < 3 * before + 0.01
+
+
 # -- replay in a cluster ----------------------------------------------------------------------------------------------
 
 
@@ -8354,6 +8785,20 @@ def test_a_node_that_starts_later_knows_what_was_kept(keepers, node):
     until(lambda: late.get_position("k") == start.replace(".0", ".3"))
     late.join("k", since=start)
     assert [expect()[4] for _ in range(3)] == [0, 1, 2]
+    late.leave("k")
+
+
+def test_who_joins_since_the_first_gets_what_all_nodes_have_kept_even_while_it_is_loaded(keepers, node):
+    for number in range(10):
+        keepers[number % 2].broadcast("k", "t", number)
+    until(lambda: all(keeper.get_position("k").endswith(".10") for keeper in keepers))
+    late = node()
+    late.keep("k", size=1000)
+    late.join("k", since="first")
+    keepers[0].broadcast("k", "t", 10)
+    heard = [expect()[4] for _ in range(11)]
+    assert sorted(heard[:10]) == list(range(10))
+    assert heard[10] == 10
     late.leave("k")
 
 
@@ -9211,9 +9656,39 @@ def test_workers_share_a_port_and_what_one_broadcasts_reaches_the_clients_of_all
         status, note = team.notes("POST", "", NOTE)
         assert status == 201
         for client in clients:
-            assert json.loads(client.recv(PATIENCE)) == {"event": "note_created", "data": note}
+            event = json.loads(client.recv(PATIENCE))
+            assert (event["event"], event["data"]) == ("note_created", note)
     indexed = re.compile(r"(\d+) INFO indexing note 1")
     until(lambda: set(indexed.findall("".join(team.log))) == set(map(str, workers_of(team).values())))
+
+
+def test_visitors_and_what_was_said_are_known_to_the_clients_of_all_workers(team):
+    def reads(client, kind):
+        """The next event of this kind."""
+        while (event := json.loads(client.recv(PATIENCE)))["event"] != kind:
+            if event["event"] == "here":
+                known[client] = event["data"]
+            elif event["event"] == "moved":
+                known[client] = applied(known[client], [(None, None, *event["data"])])
+        known[client] = applied(known[client], [(None, None, *event["data"])] if kind == "moved" else [])
+        return event.get("data")
+
+    known = {}
+    with ExitStack() as stack:
+        clients = [stack.enter_context(ws(team, "/chat")) for _ in range(12)]  # on one worker only: 1 in 2,048
+        for number, client in enumerate(clients):
+            reads(client, "live")
+            client.send(f"here user {number}")
+        everybody = {f"user {number}": [{"typing": False}] for number in range(12)}
+        for client in clients:
+            while in_any_order(known[client]) != in_any_order(everybody):
+                reads(client, "moved")
+        clients[0].send("say hello")
+        assert [reads(client, "new_comment") for client in clients] == ["hello"] * 12
+        for _ in range(6):
+            client = stack.enter_context(ws(team, "/chat"))
+            assert reads(client, "new_comment") == "hello"
+            assert in_any_order(known[client]) == in_any_order(everybody)
 
 
 def test_a_worker_that_crashes_is_started_again(team):
@@ -10220,11 +10695,11 @@ def test_the_client_is_served_as_a_script_that_is_not_kept_without_asking(demo):
     assert b"class NovaSocket" in body
 
 
-@pytest.mark.parametrize("path", ["/comments", "/notifications", "/presence"])
+@pytest.mark.parametrize("path", ["/comments", "/notifications", "/chat"])
 def test_the_heartbeat_of_the_client_is_answered(demo, path):
     with ws(demo, path) as client:
         client.send(b"")
-        assert until(lambda: client.recv(PATIENCE) == b"")  # in /presence after a count, or before
+        assert until(lambda: client.recv(PATIENCE) == b"")  # in /chat after what is kept
 
 
 @pytest.mark.parametrize(
@@ -10252,21 +10727,54 @@ def test_a_word_is_found_while_it_is_being_typed(demo):
     demo.notes("DELETE", f"/{id}")
 
 
-def test_presence_follows_who_comes_and_goes_and_many_at_once_are_few_messages(demo):
-    def heard(count):
-        while (said := json.loads(watcher.recv(PATIENCE))) != {"event": "presence", "data": {"count": count}}:
-            told.append(said)
-        return True
+def test_visitors_are_shown_by_name_and_many_at_once_are_few_messages(demo):
+    def next_event(kind):
+        return next(event for event in iter(lambda: json.loads(watcher.recv(PATIENCE)), None) if event["event"] == kind)
 
-    told = []
-    with ws(demo, "/presence") as watcher:
-        assert heard(0)
+    def heard(*names):
+        """Reads until these are here; returns the number of messages."""
+        number = 0
+        while sorted(name for name, metas in here.items() for _ in metas) != sorted(names):
+            number += 1
+            event = next_event("moved")
+            here.update(applied(here, [(None, None, *event["data"])]))
+        return number
+
+    with ws(demo, "/chat") as watcher:
+        here = next_event("here")["data"]
+        assert here == {}
+        watcher.send("typing  Ada ")
+        heard("Ada")
+        assert here["Ada"] == [{"typing": True}]
+        watcher.send("here ")
+        heard("Someone")
         with ExitStack() as clients:
-            for _ in range(100):
-                clients.enter_context(ws(demo, "/comments"))
-            assert heard(100)
-        assert heard(0)
-    assert len(told) < 30
+            for number in range(100):
+                client = clients.enter_context(bare(demo, handshake("/chat")))  # which reads nothing
+                client.sendall(masked(TEXT, f"here user {number}".encode()))
+            assert heard("Someone", *[f"user {number}" for number in range(100)]) < 50
+        heard("Someone")
+        watcher.send("here " + "x" * 1000)  # too long: it changes nothing
+        watcher.send(b"")
+        assert watcher.recv(PATIENCE) == b""
+
+
+def test_a_client_of_the_history_gets_what_was_said_before_and_then_what_is_said(demo):
+    with ws(demo, "/comments") as speaker:
+        for text in ("one", "two"):
+            speaker.send(text)
+            assert speaker.recv(PATIENCE) == text
+        with ws(demo, "/chat") as client:
+
+            def heard():
+                event = json.loads(client.recv(PATIENCE))
+                return event["event"], event.get("data")
+
+            events = [*iter(heard, ("live", None))]
+            assert events[0] == ("here", {})
+            assert events[-2:] == [("new_comment", "one"), ("new_comment", "two")]
+            client.send("say three")
+            assert (heard(), speaker.recv(PATIENCE)) == (("new_comment", "three"), "three")
 
 
 # -- in a browser -----------------------------------------------------------------------------------------------------
@@ -10353,7 +10861,7 @@ class Stage:
 
         self.program, self.expect = Path(file).with_name("nova_lite.py"), expect
         self.folder = tempfile.TemporaryDirectory()
-        self.port, self.server = 0, None
+        self.port, self.server, self.spoken = 0, None, False
         self.playwright = sync_playwright().start()
         self.browser = self.playwright.chromium.launch(executable_path=browser, args=self.OPTIONS)
 
@@ -10369,8 +10877,12 @@ class Stage:
 
     @contextmanager
     def curtain(self):
-        """Around a scene: it begins without notes, and leaves no page behind."""
+        """Around a scene: it begins without notes and comments, and leaves no page behind."""
         self.errors = []
+        if self.spoken:  # a server that starts keeps no comments
+            self.kill()
+            self.serve()
+        self.spoken = False
         for note in self.api("GET")["notes"]:
             self.api("DELETE", f"/{note['id']}")
         try:
@@ -10423,6 +10935,7 @@ class Stage:
         self.expect(page.locator(selector).locator("visible=true")).to_have_text(text, timeout=10_000)
 
     def says(self, page, text):
+        self.spoken = True
         page.get_by_label("Your comment").fill(text)
         page.get_by_role("button", name="Send").click()
 
@@ -10584,9 +11097,53 @@ def test_presence_moves_when_a_window_opens_and_closes(stage):
         one.get_by_role("link", name="Open a second window").click()
     for page in (one, opened.value):
         stage.sees(page, "#count", "2 are here")
-    assert one.locator("#dots i").count() == 2
     opened.value.close()
     stage.sees(one, "#count", "Only you are here.")
+
+
+@scene
+def test_a_name_is_asked_for_once_and_shows_who_is_here_and_who_is_typing(stage):
+    evil = "<img src=x onerror='document.title=1'>"
+    one, two = stage.open(), stage.open()
+    for page, name in ((one, "Ada"), (two, evil)):
+        page.get_by_label("Your name").fill(name)
+        page.get_by_label("Your comment").focus()
+    for page in (one, two):
+        stage.sees(page, "#count", f"2 are here: {evil}, Ada")
+    two.get_by_label("Your comment").press_sequentially("Hi")
+    stage.sees(one, "#count", f"2 are here: {evil} is typing, Ada")
+    stage.sees(two, "#count", f"2 are here: {evil}, Ada")
+    stage.says(two, "Hi")
+    stage.sees(one, "#comments p", [re.compile(re.escape(f"{evil}: Hi"))])
+    stage.sees(two, "#comments .mine", [re.compile(re.escape(f"You: {evil}: Hi"))])
+    stage.sees(one, "#count", f"2 are here: {evil}, Ada")
+    one.reload()
+    stage.expect(one.get_by_label("Your name")).to_have_value("Ada")
+    stage.sees(two, "#count", f"2 are here: {evil}, Ada")
+    two.close()
+    stage.sees(one, "#count", "Only you are here.")
+    assert one.locator("main img").count() == 0
+    assert one.title() == "nova_lite"
+
+
+@scene
+def test_a_window_that_comes_or_comes_back_has_what_was_said_before(stage):
+    one = stage.open()
+    for text in ("First", "Second"):
+        stage.says(one, text)
+    both = [re.compile("^(You: )?Second"), re.compile("^(You: )?First")]
+    stage.sees(one, "#comments p", both)
+    late = stage.open()
+    stage.sees(late, "#comments p", both)
+    stage.sees(late, "#comments time", ["earlier", "earlier"])
+    stage.goes_away(late)
+    stage.says(one, "Third")
+    stage.sees(one, "#comments p", [re.compile("^You: Third"), *both])
+    late.get_by_role("button", name="Reconnect now").click()
+    stage.sees(late, "#comments p", [re.compile("^Third"), *both])  # what it had is not there twice
+    stage.says(one, "Fourth")
+    stage.sees(late, "#comments p", [re.compile("^Fourth"), re.compile("^Third"), *both])
+    assert one.locator("#comments time").first.inner_text() != "earlier"
 
 
 @scene
