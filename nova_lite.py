@@ -36,7 +36,8 @@ The map. A room uses only the rooms above it. Those after a cut line can be dele
     gen_server              servers with calls; supervisors
     presence                who is in a channel, by name
     replay                  channels that keep their last messages
-    launch                  reloading, workers
+    launch                  reloading, workers, the application's children
+    codec                   what crosses to another node
     cluster                 other nodes, through Redis
     board                   the state of this node, as JSON and as a page
     demo, main              Nova's tutorial; the command line
@@ -4806,9 +4807,101 @@ rooms["launch"] = SimpleNamespace(
 )
 
 
+# ----- cut here: without codec ---------------------------------------------------------------------------------------
+# Lost: what a cluster sends: MessagePack with tuples, pids and datetimes. Without it there is no cluster.
+# Needs: the package msgpack, once a cluster is asked for.
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Codec: the wire format of a cluster, and the pids of its processes.
+# Invariant: bytes in, values out; whatever the bytes are, no code of theirs runs.
+# ---------------------------------------------------------------------------------------------------------------------
+
+MAGIC = b"N1"  # with the version of the wire format
+MAX_PAYLOAD = 16 * 1024 * 1024  # bytes of a message between nodes; Redis disconnects subscribers that are 32 MB behind
+MAX_DEPTH = 32  # nested tuples: each takes 40 KB of the C stack in msgpack, which overflows with a segfault
+_TUPLE, _PID, _DATETIME = 1, 2, 3  # MessagePack's extension types
+
+
+class Codec:
+    """MessagePack with tuples, pids and datetimes."""
+
+    def __init__(self, remote_pid: Any, node_id: bytes) -> None:
+        self.remote_pid, self.node_id = remote_pid, node_id
+        self.msgpack = _import_package("msgpack")
+
+    def encode(self, value: Any) -> bytes:
+        """Returns a message. Raises TypeError for what cannot cross to a node, ValueError for what is too large."""
+        try:
+            data = self._pack(value, 0)
+        except (TypeError, ValueError, OverflowError, RecursionError) as error:
+            raise TypeError(f"this cannot cross to another node: {error}") from None
+        if len(data) > MAX_PAYLOAD - 64:
+            raise ValueError(f"{len(data)} bytes are too many to cross to another node: the limit is {MAX_PAYLOAD}")
+        return MAGIC + self.node_id + data
+
+    def _pack(self, value: Any, depth: int) -> bytes:
+        if depth > MAX_DEPTH:
+            raise ValueError(f"tuples nested more than {MAX_DEPTH} deep")
+        # strict: msgpack passes tuples, and subclasses of its types, to `_extend`
+        extend = partial(self._extend, depth)
+        return self.msgpack.packb(value, default=extend, strict_types=True, unicode_errors="surrogatepass")
+
+    def _extend(self, depth: int, value: Any) -> Any:
+        if isinstance(value, tuple):
+            return self.msgpack.ExtType(_TUPLE, self._pack(list(value), depth + 1))
+        if isinstance(value, Pid):
+            if isinstance(value, Alias):
+                _aliases[value.serial] = value
+            node = getattr(value, "node", self.node_id)
+            return self.msgpack.ExtType(_PID, node + value.serial.to_bytes(8, "big"))
+        if isinstance(value, datetime):
+            return self.msgpack.ExtType(_DATETIME, value.isoformat().encode())
+        raise TypeError(f"{type(value).__name__} {value!r:.80}")
+
+    def decode(self, message: bytes) -> tuple[bytes, Any]:
+        """Returns the sender's id and the value. Raises any exception for bytes that are not a message."""
+        if not message.startswith(MAGIC) or len(message) > MAX_PAYLOAD:
+            raise ValueError("not a message of this version, or too large")
+        return message[2:10], self._unpack(message[10:], 0)
+
+    def _unpack(self, data: bytes, depth: int) -> Any:
+        if depth > MAX_DEPTH:
+            raise ValueError(f"tuples nested more than {MAX_DEPTH} deep")
+        restore = partial(self._restore, depth)
+        return self.msgpack.unpackb(data, ext_hook=restore, strict_map_key=False, unicode_errors="surrogatepass")
+
+    def _restore(self, depth: int, code: int, data: bytes) -> Any:
+        if code == _TUPLE:
+            return tuple(self._unpack(data, depth + 1))
+        if code == _DATETIME:
+            return datetime.fromisoformat(data.decode())
+        if code != _PID or len(data) != 16:
+            raise ValueError(f"an extension of type {code} and {len(data)} bytes")
+        return self.pid(data[:8], int.from_bytes(data[8:], "big"))
+
+    def pid(self, node: bytes, serial: int) -> Pid:
+        local = node == self.node_id and (processes.get(serial) or _aliases.get(serial))
+        return local or self.remote_pid(node, serial)
+
+
+# Aliases that were sent to another node, by serial.
+_aliases: weakref.WeakValueDictionary[int, Alias] = weakref.WeakValueDictionary()
+
+
+def _import_package(name: str) -> Any:
+    try:
+        return importlib.import_module(name)
+    except ImportError:
+        raise ImportError("a cluster needs two more packages: pip install redis hiredis msgpack") from None
+
+
+rooms["codec"] = SimpleNamespace(Codec=Codec, MAGIC=MAGIC, import_package=_import_package)
+
+
 # ----- cut here: without cluster -------------------------------------------------------------------------------------
 # Lost: cluster=URL, pubsub.connect, publish. A node does not connect to others.
-# Needs: the packages redis and msgpack, once a cluster is asked for.
+# Needs: the room codec, and the packages redis and msgpack.
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -4839,20 +4932,16 @@ rooms["launch"] = SimpleNamespace(
 #   any           to DISCONNECTED when a connection fails, Redis does not respond, or the transport is closed
 # ---------------------------------------------------------------------------------------------------------------------
 
-MAGIC = b"N1"  # with the version of the wire format
 KEPT_MARK = b"@"  # opens a message of a kept channel: its position, a space, and the message follow
 HEARTBEAT_INTERVAL = 2.0  # seconds
 NODE_TIMEOUT = 6.2  # seconds of silence after which a node is removed: with a tick, less than 7
 TRANSPORT_TIMEOUT = 4.0  # seconds without the node's own beat until it reconnects: with a tick, less than 5
 TICK = 0.5  # seconds
 FIRST_DELAY, LAST_DELAY = 0.1, 5.0  # seconds before reconnecting, doubled each time, with jitter
-MAX_PAYLOAD = 16 * 1024 * 1024  # bytes of a message between nodes; Redis disconnects subscribers that are 32 MB behind
 MAX_OUTBOX = 64 * 1024 * 1024  # bytes that may wait for Redis; beyond, broadcasts are lost, which is announced
 JOIN_TIME = 5.0  # seconds that `join` waits for its subscription at most, and `connect` for Redis
 MAX_NAMES = 1000  # names of nodes that have left; a pid of an earlier one prints the node's id
 MAX_LOST = 10_000  # channels announced one by one; beyond, all channels are
-MAX_DEPTH = 32  # nested tuples: each takes 40 KB of the C stack in msgpack, which overflows with a segfault
-_TUPLE, _PID, _DATETIME = 1, 2, 3  # MessagePack's extension types
 DISCONNECTED, CONNECTING, SUBSCRIBING, CONNECTED, LEAVING = range(5)
 
 
@@ -4888,97 +4977,17 @@ class RemotePid(Pid):
             self.cluster.send_to_node(self.node, "unwatch", self.serial, ref)
 
     def signal(self, source: Pid, reason: Any) -> None:
-        self.cluster.send_to_node(self.node, "exit", self.serial, source, self.cluster.codec.exit_reason(reason))
+        self.cluster.send_to_node(self.node, "exit", self.serial, source, self.cluster.exit_reason(reason))
 
     def kill(self, reason: Any) -> None:
         self.cluster.send_to_node(self.node, "exit", self.serial, None, "kill")
-
-
-class Codec:
-    """MessagePack with tuples, pids and datetimes."""
-
-    def __init__(self, cluster: Any, node_id: bytes) -> None:
-        self.cluster, self.node_id = cluster, node_id
-        self.msgpack = _import_package("msgpack")
-
-    def encode(self, value: Any) -> bytes:
-        """Returns a message. Raises TypeError for what cannot cross to a node, ValueError for what is too large."""
-        try:
-            data = self._pack(value, 0)
-        except (TypeError, ValueError, OverflowError, RecursionError) as error:
-            raise TypeError(f"this cannot cross to another node: {error}") from None
-        if len(data) > MAX_PAYLOAD - 64:
-            raise ValueError(f"{len(data)} bytes are too many to cross to another node: the limit is {MAX_PAYLOAD}")
-        return MAGIC + self.node_id + data
-
-    def _pack(self, value: Any, depth: int) -> bytes:
-        if depth > MAX_DEPTH:
-            raise ValueError(f"tuples nested more than {MAX_DEPTH} deep")
-        # strict: msgpack passes tuples, and subclasses of its types, to `_extend`
-        extend = partial(self._extend, depth)
-        return self.msgpack.packb(value, default=extend, strict_types=True, unicode_errors="surrogatepass")
-
-    def _extend(self, depth: int, value: Any) -> Any:
-        if isinstance(value, tuple):
-            return self.msgpack.ExtType(_TUPLE, self._pack(list(value), depth + 1))
-        if isinstance(value, Pid):
-            if isinstance(value, Alias):
-                _aliases[value.serial] = value
-            node = value.node if isinstance(value, RemotePid) else self.node_id
-            return self.msgpack.ExtType(_PID, node + value.serial.to_bytes(8, "big"))
-        if isinstance(value, datetime):
-            return self.msgpack.ExtType(_DATETIME, value.isoformat().encode())
-        raise TypeError(f"{type(value).__name__} {value!r:.80}")
-
-    def exit_reason(self, reason: Any) -> Any:
-        """Returns the reason if it can cross, else (an exception, for example) its text."""
-        with suppress(TypeError, ValueError):
-            self.encode(reason)
-            return reason
-        return repr(reason)
-
-    def decode(self, message: bytes) -> tuple[bytes, Any]:
-        """Returns the sender's id and the value. Raises any exception for bytes that are not a message."""
-        if not message.startswith(MAGIC) or len(message) > MAX_PAYLOAD:
-            raise ValueError("not a message of this version, or too large")
-        return message[2:10], self._unpack(message[10:], 0)
-
-    def _unpack(self, data: bytes, depth: int) -> Any:
-        if depth > MAX_DEPTH:
-            raise ValueError(f"tuples nested more than {MAX_DEPTH} deep")
-        restore = partial(self._restore, depth)
-        return self.msgpack.unpackb(data, ext_hook=restore, strict_map_key=False, unicode_errors="surrogatepass")
-
-    def _restore(self, depth: int, code: int, data: bytes) -> Any:
-        if code == _TUPLE:
-            return tuple(self._unpack(data, depth + 1))
-        if code == _DATETIME:
-            return datetime.fromisoformat(data.decode())
-        if code != _PID or len(data) != 16:
-            raise ValueError(f"an extension of type {code} and {len(data)} bytes")
-        return self.pid(data[:8], int.from_bytes(data[8:], "big"))
-
-    def pid(self, node: bytes, serial: int) -> Pid:
-        local = node == self.node_id and (processes.get(serial) or _aliases.get(serial))
-        return local or RemotePid(self.cluster, node, serial)
-
-
-# Aliases that were sent to another node, by serial.
-_aliases: weakref.WeakValueDictionary[int, Alias] = weakref.WeakValueDictionary()
-
-
-def _import_package(name: str) -> Any:
-    try:
-        return importlib.import_module(name)
-    except ImportError:
-        raise ImportError("a cluster needs two more packages: pip install redis hiredis msgpack") from None
 
 
 class Redis:
     """Opens connections to the Redis of a URL, and names its keys and channels."""
 
     def __init__(self, url: str) -> None:
-        self.module = _import_package("redis")
+        self.module = room("codec").import_package("redis")
         parts = urlsplit(url)
         query = dict(parse_qsl(parts.query, keep_blank_values=True))
         self.prefix = query.pop("prefix", "nova") + ":"
@@ -5242,7 +5251,7 @@ class Membership:
             serials = members.setdefault(channel, set())
             if (change == "join") != (serial in serials):
                 (serials.add if change == "join" else serials.discard)(serial)
-                self.pubsub.notify_monitors(channel, change, RemotePid(self.cluster, node_id, serial))
+                self.pubsub.notify_monitors(channel, change, self.cluster.codec.pid(node_id, serial))
             if not serials:
                 del members[channel]
 
@@ -5255,7 +5264,7 @@ class Membership:
         else:
             metas[owner] = meta
         if "presence" in rooms:
-            room("presence").set_meta(self.pubsub, channel, key, RemotePid(self.cluster, node_id, serial), meta)
+            room("presence").set_meta(self.pubsub, channel, key, self.cluster.codec.pid(node_id, serial), meta)
 
     def remove_node(self, node_id: bytes, why: str) -> None:
         if node_id not in self.nodes:
@@ -5283,7 +5292,7 @@ class RemoteMonitors:
                 self.cluster.send_to_node(pid.node, "watch", pid.serial, ref)
 
     def on_watch(self, node_id: bytes, serial: int, ref: Any) -> None:
-        process = processes.get(serial) or RemotePid(self.cluster, self.cluster.id, serial)  # answers "noproc"
+        process = self.cluster.codec.pid(self.cluster.id, serial)  # an ended one responds with "noproc"
         process.watch((node_id, ref), self)
 
     def on_unwatch(self, node_id: bytes, serial: int, ref: Any) -> None:
@@ -5296,7 +5305,7 @@ class RemoteMonitors:
 
     def down(self, key: tuple[bytes, Any], process: Pid, reason: Any) -> None:
         """A process of this node that another node monitors has ended."""
-        self.cluster.publish_control(key[0], "down", process.serial, key[1], self.cluster.codec.exit_reason(reason))
+        self.cluster.publish_control(key[0], "down", process.serial, key[1], self.cluster.exit_reason(reason))
 
     def remove_node(self, node_id: bytes) -> None:
         for ref, (pid, _) in list(self.monitoring.items()):
@@ -5318,7 +5327,8 @@ class Cluster(Adapter):
     def __init__(self, pubsub: PubSub, url: str, name: str) -> None:
         super().__init__(pubsub)
         self.id = os.urandom(8)
-        self.redis, self.codec = Redis(url), Codec(self, self.id)
+        self.redis, self.codec = Redis(url), room("codec").Codec(partial(RemotePid, self), self.id)
+        self.header = room("codec").MAGIC + self.id  # of what this node sends
         self.own_key, self.channel_prefix = self.redis.key("node:", self.id.hex()), self.redis.key("channel:")
         self.first_connected = gevent.event.Event()
         self.had_gap = False  # the node was not connected for a time
@@ -5423,7 +5433,7 @@ class Cluster(Adapter):
 
     def get_members(self, channel: str) -> list[Pid]:
         nodes = self.membership.nodes.items()
-        return [RemotePid(self, node_id, serial) for node_id, node in nodes for serial in node.members.get(channel, ())]
+        return [self.codec.pid(node_id, serial) for node_id, node in nodes for serial in node.members.get(channel, ())]
 
     def count_members(self, channel: str) -> int:
         return sum(len(node.members.get(channel, ())) for node in self.membership.nodes.values())
@@ -5463,6 +5473,13 @@ class Cluster(Adapter):
         if self.lost_channels:
             lost, self.lost_channels = self.lost_channels, set()
             self.publish_control(None, "resync", list(lost) if len(lost) <= MAX_LOST else None)
+
+    def exit_reason(self, reason: Any) -> Any:
+        """Returns the reason if it can cross, else (an exception, for example) its text."""
+        with suppress(TypeError, ValueError):
+            self.codec.encode(reason)
+            return reason
+        return repr(reason)
 
     # -- events of the transport
 
@@ -5505,7 +5522,7 @@ class Cluster(Adapter):
         return key[len(self.channel_prefix) :].decode("utf-8", "surrogatepass")
 
     def _on_message(self, key: bytes, data: bytes) -> None:
-        if data.startswith(MAGIC + self.id):
+        if data.startswith(self.header):
             self.transport.last_heard = self.clock
             if key != self.own_key:
                 return
@@ -5529,7 +5546,7 @@ class Cluster(Adapter):
 
     def _on_broadcast(self, channel: str, data: bytes) -> None:
         position, data = data.split(b" ", 1) if data.startswith(KEPT_MARK) else (b"", data)
-        if position and self.in_flight and data.startswith(MAGIC + self.id):  # in the order in which they were sent
+        if position and self.in_flight and data.startswith(self.header):  # in the order in which they were sent
             message, exclude = self.in_flight.popleft()
             message.position = position[1:].decode() or None
         else:
@@ -5644,7 +5661,7 @@ def publish(url: str, channel: str, topic: str | bytes, payload: Any) -> int:
     Raises OSError or redis.RedisError if Redis cannot be reached, and the errors of `connect` and `broadcast`.
     """
     redis, message = Redis(url), pubsub.make_message(channel, topic, payload)
-    data = Codec(None, os.urandom(8)).encode([*message[2:], None])
+    data = room("codec").Codec(None, os.urandom(8)).encode([*message[2:], None])
     with redis.client:
         return redis.client.publish(redis.key("channel:", channel), data)
 
