@@ -117,10 +117,14 @@ class PartProcess:
         return 128 - code if code < 0 else code or int(self.totals is None)
 
 
+def cores():
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+
+
 def run_in_parts():
     """Runs all tests in parts; returns the worst exit code, 130 after Ctrl-C."""
     started, parts, was_interrupted = time.monotonic(), [], False
-    signal.signal(signal.SIGTERM, lambda *_: os.kill(os.getpid(), signal.SIGINT))
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     with tempfile.TemporaryDirectory() as folder:  # each program that a test starts would compile nova_lite
         os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
         os.environ["PYTHONPYCACHEPREFIX"] = folder
@@ -147,11 +151,12 @@ def report_parts(parts, seconds):
         if part.report:
             print(f"\n{f' part {part.name} ':#^80}", *part.report, sep="\n")
         for number, what in re.findall(r"(\d+) ([a-z]+)", (part.totals or "").partition(" in ")[0]):
+            what = {"error": "errors", "warning": "warnings"}.get(what, what)
             totals[what] = totals.get(what, 0) + int(number)
     for part in parts:
         if part.totals is None:
             print(f"part {part.name} ended before its end, with exit code {part.process.returncode}")
-    print(", ".join(f"{number} {what}" for what, number in totals.items()), f"in {seconds:.0f}s", flush=True)
+    print(", ".join(f"{number} {what}" for what, number in sorted(totals.items())), f"in {seconds:.0f}s", flush=True)
     return max(part.code for part in parts)
 
 
@@ -160,10 +165,13 @@ if __name__ == "__main__":
         above, title, section = Path(__file__).read_text(encoding="utf-8").partition("\n# -- benchmark --")
         exec(compile("\n" * above.count("\n") + title + section, __file__, "exec"))
 
-    if not sys.argv[1:] and len(getattr(os, "sched_getaffinity", lambda _: range(os.cpu_count() or 1))(0)) > 1:
+    if not sys.argv[1:] and cores() > 1:
         sys.exit(run_in_parts())
 
-    plugins, args = ([Part(sys.argv[2])], []) if sys.argv[1:2] == ["part"] else ([], sys.argv[1:])
+    plugins, args = [], sys.argv[1:]
+    if args[:1] == ["part"]:
+        plugins, args = [Part(args[1])], args[2:]
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # even below a shell that ignores it
 
     from gevent import monkey  # pytest imports this file once more: what it needs is patched and imported there
 
@@ -9590,6 +9598,82 @@ def test_it_stays_lite(room):
 
 def test_no_line_is_longer_than_120_characters():
     assert [line for line in PROGRAM_TEXT.splitlines() if len(line) > 120] == []
+
+
+# -- the tests in parts
+
+PARTED = """
+@alone
+def test_of_time():
+    assert Path("first ended").exists() and Path("second ended").exists()
+
+@pytest.mark.parametrize("number", range(2))
+def test_above(number):
+    assert number == 0
+
+def test_first():
+    Path("first began").write_text(str(os.getpid()))
+    until(lambda: Path("second began").exists())
+    Path("first ended").touch()
+    FIRST
+
+# -- house rules --
+
+def test_second():
+    Path("second began").write_text(str(os.getpid()))
+    until(lambda: Path("first began").exists())
+    Path("second ended").touch()
+    SECOND
+"""
+
+
+@contextmanager
+def running_in_parts(folder, first, second):
+    """Runs this file's `main` with the tests above, two of which end as they are told to."""
+    main = Path(__file__).read_text(encoding="utf-8").partition("import _socket\n")[0].replace("and cores() > 1", "")
+    until = "import pytest\ndef until(condition):\n    while not condition(): time.sleep(0.01)\n"
+    tests = PARTED.replace("FIRST", first).replace("SECOND", second)
+    (folder / "test_parts.py").write_text(main + until + tests)
+    options = {"env": {**os.environ, "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}, "stderr": subprocess.STDOUT, "text": True}
+    command, pipe = [sys.executable, "test_parts.py"], subprocess.PIPE
+    process = subprocess.Popen(command, cwd=folder, stdout=pipe, **options)
+    try:
+        yield process
+    finally:
+        process.terminate()
+        process.wait(2 * PATIENCE)
+        process.stdout.close()
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "code", "lines"),
+    [
+        ("pass", "os.abort()", 134, ["part second ended before its end, with exit code -6", "1 failed, 3 passed in "]),
+        (
+            "assert 0",
+            "os._exit(0)",
+            1,
+            ["part second ended before its end, with exit code 0", "2 failed, 2 passed in "],
+        ),
+    ],
+)
+def test_parts_run_at_once_and_then_those_of_time_and_a_crash_is_a_failure(tmp_path, first, second, code, lines):
+    with running_in_parts(tmp_path, first, second) as process:
+        said = process.stdout.read()
+        assert process.wait(PATIENCE) == code, said
+    shown = said.splitlines()
+    assert shown[-2] == lines[0]
+    assert shown[-1].startswith(lines[1])
+    assert "FAILED test_parts.py::test_above[1] - assert 1 == 0" in shown
+    assert re.search(r"^ alone \. +\[100%\]$", said, re.MULTILINE)
+
+
+def test_an_interrupt_ends_all_parts(tmp_path):
+    with running_in_parts(tmp_path, "time.sleep(60)", "time.sleep(60)") as process:
+        until(lambda: all((tmp_path / f"{name} ended").exists() for name in ("first", "second")))
+        process.send_signal(signal.SIGTERM)  # as Ctrl-C; that one may be ignored here
+        assert process.wait(PATIENCE) == 130
+        assert not any(alive((tmp_path / f"{name} began").read_text()) for name in ("first", "second"))
 
 
 # -- layers
