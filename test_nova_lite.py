@@ -170,7 +170,7 @@ if __name__ == "__main__":
 
     plugins, args = [], sys.argv[1:]
     if args[:1] == ["part"]:
-        plugins, args = [Part(args[1])], args[2:]
+        plugins, args = [Part(args[1])], ["--color=no"]
         signal.signal(signal.SIGINT, signal.default_int_handler)  # even below a shell that ignores it
 
     from gevent import monkey  # pytest imports this file once more: what it needs is patched and imported there
