@@ -21,9 +21,12 @@ import gc
 import json
 import os
 import re
+import signal
 import socket
 import subprocess
 import sys
+import tempfile
+import threading
 import time
 from array import array
 from bisect import bisect
@@ -31,10 +34,144 @@ from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from pathlib import Path
 from types import SimpleNamespace
 
+# -- in parts ---------------------------------------------------------------------------------------------------------
+#
+# Without arguments `main` runs the tests in three processes: two halves of the file at the same time, then, on a quiet
+# machine, what measures time. With arguments, as for pytest, or on one core, it is one process.
+
+SECOND_HALF = "\n# -- house rules --"  # begins with this section; PostgreSQL is used above it, the browsers below
+PART_LIMIT = 1200  # seconds after which a part is ended
+
+
+def alone(test):
+    """Marks a test that fails, or says nothing, where other tests compute meanwhile."""
+    test.runs_alone = True
+    return test
+
+
+class Part:
+    """A plugin for pytest that leaves the tests of one part: "first", "second" or "alone"."""
+
+    def __init__(self, name):
+        above, title, _ = Path(__file__).read_text(encoding="utf-8").partition(SECOND_HALF)
+        assert title, f"there is no section {SECOND_HALF.strip()}"
+        self.name, self.boundary = name, above.count("\n") + 1
+
+    def part_of(self, item):
+        if hasattr(item.function, "runs_alone"):
+            return "alone"
+        return "first" if item.location[1] < self.boundary else "second"
+
+    def pytest_collection_modifyitems(self, items):
+        items[:] = [item for item in items if self.part_of(item) == self.name]
+
+
+class PartProcess:
+    """A part in a process of its own. Its progress is shown immediately, what pytest says in the end is kept."""
+
+    PROGRESS = re.compile(r"[.FEsxX]+(\s+\[ *\d+%\])?")
+    TOTALS = re.compile(r"\W*\d+ [a-z]+(, \d+ [a-z]+)* in .*")
+
+    def __init__(self, name):
+        self.name, self.report, self.totals, self.was_ended = name, [], None, False
+        pipe, command = subprocess.PIPE, [sys.executable, __file__, "part", name]
+        options = {"encoding": "utf-8", "errors": "replace", "start_new_session": True}
+        self.process = subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=pipe, stderr=subprocess.STDOUT, **options
+        )
+        self.reader = threading.Thread(target=self.read, daemon=True)
+        self.reader.start()
+
+    def read(self):
+        for line in map(str.rstrip, self.process.stdout):
+            if not self.report and self.PROGRESS.fullmatch(line):
+                print(f"{self.name:>6} {line}", flush=True)
+            elif self.TOTALS.fullmatch(line):
+                self.totals = line
+                print(f"{self.name:>6} {line}", flush=True)
+            elif line or self.report:
+                self.report.append(line)
+
+    def wait(self):
+        try:
+            self.process.wait(PART_LIMIT)
+        except subprocess.TimeoutExpired:
+            self.report.append(f"not done after {PART_LIMIT} seconds")
+            self.end()
+        self.reader.join(10)  # a program that a test left behind may hold the pipe
+
+    def end(self):
+        """Interrupts pytest, which ends what its fixtures have started; kills all of it if that takes too long."""
+        with suppress(ProcessLookupError):
+            self.process.send_signal(signal.SIGINT)
+        with suppress(subprocess.TimeoutExpired):
+            self.process.wait(20)
+        with suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
+
+    @property
+    def code(self):
+        """The exit code; of a part that a signal has ended, or that has not come to its end, it is no success."""
+        code = self.process.returncode
+        return 128 - code if code < 0 else code or int(self.totals is None)
+
+
+def cores():
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+
+
+def run_in_parts():
+    """Runs all tests in parts; returns the worst exit code, 130 after Ctrl-C."""
+    started, parts, was_interrupted = time.monotonic(), [], False
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    with tempfile.TemporaryDirectory() as folder:  # each program that a test starts would compile nova_lite
+        os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+        os.environ["PYTHONPYCACHEPREFIX"] = folder
+        try:
+            for names in (["first", "second"], ["alone"]):
+                for name in names:
+                    parts.append(PartProcess(name))
+                for part in parts[-len(names) :]:
+                    part.wait()
+        except KeyboardInterrupt:
+            was_interrupted = True
+            ending = [threading.Thread(target=part.end) for part in parts]
+            for thread in ending:
+                thread.start()
+            for thread in ending:
+                thread.join()
+    return 130 if was_interrupted else report_parts(parts, time.monotonic() - started)
+
+
+def report_parts(parts, seconds):
+    """Prints what failed in all parts, and the sum of their totals; returns the worst exit code."""
+    totals = {}
+    for part in parts:
+        if part.report:
+            print(f"\n{f' part {part.name} ':#^80}", *part.report, sep="\n")
+        for number, what in re.findall(r"(\d+) ([a-z]+)", (part.totals or "").partition(" in ")[0]):
+            what = {"error": "errors", "warning": "warnings"}.get(what, what)
+            totals[what] = totals.get(what, 0) + int(number)
+    for part in parts:
+        if part.totals is None:
+            print(f"part {part.name} ended before its end, with exit code {part.process.returncode}")
+    print(", ".join(f"{number} {what}" for what, number in sorted(totals.items())), f"in {seconds:.0f}s", flush=True)
+    return max(part.code for part in parts)
+
+
 if __name__ == "__main__":
     if sys.argv[1:2] == ["bench"]:  # runs the last section alone, before anything is patched, and ends there
         above, title, section = Path(__file__).read_text(encoding="utf-8").partition("\n# -- benchmark --")
         exec(compile("\n" * above.count("\n") + title + section, __file__, "exec"))
+
+    if not sys.argv[1:] and cores() > 1:
+        sys.exit(run_in_parts())
+
+    plugins, args = [], sys.argv[1:]
+    if args[:1] == ["part"]:
+        plugins, args = [Part(args[1])], ["--color=no"]
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # even below a shell that ignores it
 
     from gevent import monkey  # pytest imports this file once more: what it needs is patched and imported there
 
@@ -42,7 +179,7 @@ if __name__ == "__main__":
 
     import pytest
 
-    sys.exit(pytest.main([__file__, "-q", "-p", "no:cacheprovider", *sys.argv[1:]]))
+    sys.exit(pytest.main([__file__, "-q", "-p", "no:cacheprovider", *args], plugins))
 
 import _socket
 import ast
@@ -52,10 +189,8 @@ import http.client
 import logging
 import random
 import shutil
-import signal
 import ssl
 import symtable
-import tempfile
 import traceback
 import tracemalloc
 import types
@@ -5484,6 +5619,7 @@ def test_a_new_connection_is_never_late_however_often_the_time_limits_are_looked
         assert {message[1] for message in drain() if message[0] == "terminate"} == {("remote", 1000, "")}
 
 
+@alone
 def test_bursts_of_websockets_are_all_served_and_none_is_closed(outside):
     before = get_json(outside, "/endings")[1]
     for _phase in bursts(outside):
@@ -5503,6 +5639,7 @@ def test_bursts_of_websockets_are_all_served_and_none_is_closed(outside):
     }
 
 
+@alone
 def test_bursts_of_short_requests_are_all_answered_and_no_connection_is_closed_before_its_time(outside):
     for _phase in bursts(outside):
         socks = burst(outside, as_request("GET", "/heartbeat"))
@@ -5579,6 +5716,7 @@ def longest_waits(server, flooder, first, again, clients):
     return max(echoes), max(beats)
 
 
+@alone
 @pytest.mark.parametrize(
     ("clients", "first", "again"),
     [(1, *flood) for flood in FLOODS.values()] + [(40, *FLOODS["chunks of one byte /body"])],
@@ -8286,6 +8424,7 @@ def other_node(url):
         process.stderr.close()
 
 
+@alone
 def test_the_members_of_a_killed_node_are_gone_within_seven_seconds_and_no_ghost_stays(node, shared_redis):
     a, url = node(), shared_redis.url(node.prefix)
     with other_node(url) as process:
@@ -9021,8 +9160,11 @@ def postgres_url():
 
 
 def free_port():
-    with socket.create_server(("127.0.0.1", 0)) as sock:
-        return sock.getsockname()[1]
+    """A port below those that the system gives to others meanwhile."""
+    while True:
+        port = random.SystemRandom().randrange(20_000, 32_000)  # not what hypothesis has seeded in another process too
+        with suppress(OSError), socket.create_server(("127.0.0.1", port)):
+            return port
 
 
 @pytest.fixture(scope="module", params=["sqlite", "postgresql"])
@@ -9247,7 +9389,12 @@ def test_reload_starts_again_when_the_file_changes_with_sockets_open(tmp_path, m
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_to_the_reloader_ends_its_child_as_well(tmp_path, number):
-    with Demo("--reload", "--db", ":memory:", cwd=tmp_path) as demo:
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell that runs the tests with & ignores it
+    try:
+        demo = Demo("--reload", "--db", ":memory:", cwd=tmp_path)
+    finally:
+        signal.signal(signal.SIGINT, before)
+    with demo:
         demo.process.send_signal(number)
         assert demo.process.wait(PATIENCE) == 0
         with pytest.raises(ConnectionRefusedError):
@@ -9930,6 +10077,82 @@ def test_no_line_is_longer_than_120_characters():
     assert [line for line in PROGRAM_TEXT.splitlines() if len(line) > 120] == []
 
 
+# -- the tests in parts
+
+PARTED = """
+@alone
+def test_of_time():
+    assert Path("first ended").exists() and Path("second ended").exists()
+
+@pytest.mark.parametrize("number", range(2))
+def test_above(number):
+    assert number == 0
+
+def test_first():
+    Path("first began").write_text(str(os.getpid()))
+    until(lambda: Path("second began").exists())
+    Path("first ended").touch()
+    FIRST
+
+# -- house rules --
+
+def test_second():
+    Path("second began").write_text(str(os.getpid()))
+    until(lambda: Path("first began").exists())
+    Path("second ended").touch()
+    SECOND
+"""
+
+
+@contextmanager
+def running_in_parts(folder, first, second):
+    """Runs this file's `main` with the tests above, two of which end as they are told to."""
+    main = Path(__file__).read_text(encoding="utf-8").partition("import _socket\n")[0].replace("and cores() > 1", "")
+    until = "import pytest\ndef until(condition):\n    while not condition(): time.sleep(0.01)\n"
+    tests = PARTED.replace("FIRST", first).replace("SECOND", second)
+    (folder / "test_parts.py").write_text(main + until + tests)
+    options = {"env": {**os.environ, "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}, "stderr": subprocess.STDOUT, "text": True}
+    command, pipe = [sys.executable, "test_parts.py"], subprocess.PIPE
+    process = subprocess.Popen(command, cwd=folder, stdout=pipe, **options)
+    try:
+        yield process
+    finally:
+        process.terminate()
+        process.wait(2 * PATIENCE)
+        process.stdout.close()
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "code", "lines"),
+    [
+        ("pass", "os.abort()", 134, ["part second ended before its end, with exit code -6", "1 failed, 3 passed in "]),
+        (
+            "assert 0",
+            "os._exit(0)",
+            1,
+            ["part second ended before its end, with exit code 0", "2 failed, 2 passed in "],
+        ),
+    ],
+)
+def test_parts_run_at_once_and_then_those_of_time_and_a_crash_is_a_failure(tmp_path, first, second, code, lines):
+    with running_in_parts(tmp_path, first, second) as process:
+        said = process.stdout.read()
+        assert process.wait(PATIENCE) == code, said
+    shown = said.splitlines()
+    assert shown[-2] == lines[0]
+    assert shown[-1].startswith(lines[1])
+    assert "FAILED test_parts.py::test_above[1] - assert 1 == 0" in shown
+    assert re.search(r"^ alone \. +\[100%\]$", said, re.MULTILINE)
+
+
+def test_an_interrupt_ends_all_parts(tmp_path):
+    with running_in_parts(tmp_path, "time.sleep(60)", "time.sleep(60)") as process:
+        until(lambda: all((tmp_path / f"{name} ended").exists() for name in ("first", "second")))
+        process.send_signal(signal.SIGTERM)  # as Ctrl-C; that one may be ignored here
+        assert process.wait(PATIENCE) == 130
+        assert not any(alive((tmp_path / f"{name} began").read_text()) for name in ("first", "second"))
+
+
 # -- layers
 
 BANNER = re.compile(r"^# -{100,}\n# (gen_server|pub/sub|[A-Z])([\w/, ]*): ", re.MULTILINE)
@@ -10122,8 +10345,8 @@ def vendored(folder, without):
     return text
 
 
-def undefined_and_unused(source):
-    """Returns the names that a module uses and does not define, and those that it imports and does not use."""
+def names_in(source):
+    """Returns the names that a module uses from outside its functions, those that it defines, and those it imports."""
 
     def symbols(table):
         is_module = table.get_type() == "module"
@@ -10135,20 +10358,44 @@ def undefined_and_unused(source):
 
     lazy = "from __future__ import annotations\n"  # with it, the symbol table leaves out what annotations use
     module = symtable.symtable(source.replace(lazy, ""), "a copy", "exec")
-    used = set(symbols(module))
     defined = {symbol.get_name() for symbol in module.get_symbols() if symbol.is_assigned() or symbol.is_imported()}
-    imported = {symbol.get_name() for symbol in module.get_symbols() if symbol.is_imported()}
-    return used - defined - set(dir(builtins)) - {"__file__"}, imported - used
+    return set(symbols(module)), defined, {symbol.get_name() for symbol in module.get_symbols() if symbol.is_imported()}
+
+
+ALWAYS_THERE = {*dir(builtins), "__file__"}
+EVERY_SET = """
+from __future__ import annotations  # inherited by what is compiled here
+import sys, types
+core, *rooms = [(name, compile(text, name, "exec")) for name, text in PIECES.items()]
+for number, without in enumerate(SETS):
+    module = sys.modules[f"copy_{number}"] = types.ModuleType(f"copy_{number}")
+    for name, code in [core, *rooms]:
+        if name not in without:
+            exec(code, module.__dict__)
+    exec(f"from copy_{number} import *", {})
+"""
 
 
 def test_every_set_of_rooms_can_be_left_out(tmp_path):
-    for number, without in enumerate(SETS):
-        (tmp_path / f"copy_{number}").mkdir()
-        text = vendored(tmp_path / f"copy_{number}", without)
-        assert undefined_and_unused(text) == (set(), set()), without
-        assert set(nova_lite.find_rooms(text + "# ----- delete from here")) == set(ROOMS) - set(without)
-    code = "for number in range({}): exec(f'from copy_{{number}}.nova_lite import *', {{}})"
-    assert python(code.format(len(SETS)), tmp_path) == ""
+    lines = PROGRAM_TEXT.splitlines(keepends=True)
+    parts = {"core": slice(0, min(part.start for part in ROOMS.values())), **ROOMS}
+    pieces = {name: "".join(lines[part]) for name, part in parts.items()}  # each is read and compiled once
+    names = {name: names_in(text)[:2] for name, text in pieces.items()}
+    for without in SETS:
+        used, defined = (
+            set().union(*kind) for kind in zip(*[names[n] for n in names if n not in without], strict=True)
+        )
+        assert used - defined - ALWAYS_THERE == set(), without
+    (tmp_path / "sets.py").write_text(EVERY_SET.replace("PIECES", repr(pieces)).replace("SETS", repr(SETS)))
+    assert python("import sets", tmp_path) == ""
+
+
+@pytest.mark.parametrize("without", [[], *([room] for room in ROOMS), [*ROOMS]], ids="-".join)
+def test_a_copy_has_the_rooms_and_imports_that_it_uses_without(without):
+    text = nova_lite.vendor(PROGRAM_TEXT, without)
+    used, defined, imported = names_in(text)
+    assert (used - defined - ALWAYS_THERE, imported - used) == (set(), set())
+    assert set(nova_lite.find_rooms(text + "# ----- delete from here")) == set(ROOMS) - set(without)
 
 
 @pytest.mark.parametrize("without", [*([room] for room in ROOMS), [*ROOMS]], ids="-".join)
@@ -10613,13 +10860,15 @@ expect(page.locator("#processes .empty")).to_have_text("Nothing matches the filt
 def test_a_board_that_is_paused_stays_as_it_is(browse):
     with board_shown() as server:
         browse(server, "/any/board", """
-page.goto(url)
+with page.expect_websocket() as live:
+    page.goto(url)
 row = page.locator("#processes tbody tr", has_text="Parrot")
 expect(page.locator("#state")).to_have_text("live")
 page.get_by_role("button", name="Pause").click()
 expect(page.locator("#state")).to_have_text("paused")
 page.evaluate("window.other = new WebSocket(location.origin.replace('http', 'ws') + '/echo')")
-page.wait_for_timeout(1500)
+for _ in range(2):  # when the second comes, the page has dealt with the first
+    live.value.wait_for_event("framereceived", lambda data: "Parrot" in data)
 expect(row).to_have_count(0)
 page.get_by_role("button", name="Pause").click()
 expect(row).to_have_count(1)
