@@ -4238,7 +4238,7 @@ def test_a_websocket_may_follow_an_ordinary_request_on_the_same_connection(recor
 @with_either_http
 @pytest.mark.parametrize("reads", [True, False])
 def test_the_body_of_a_request_for_an_upgrade_is_not_the_next_request(reads):
-    with serving(("/", lambda req: reads and req["body"] and ("status", 200) or ("status", 202))) as server:
+    with serving(("/", lambda req: ("status", 200 if reads and req["body"] else 202))) as server:
         smuggled = b"GET /secret HTTP/1.1\r\nHost: x\r\n\r\n"
         head = f"POST / HTTP/1.1\r\nHost: x\r\nUpgrade: websocket\r\nContent-Length: {len(smuggled)}\r\n\r\n"
         last = b"GET / HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n"
