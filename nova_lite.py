@@ -4417,6 +4417,7 @@ rooms["replay"] = SimpleNamespace(keep=_keep)
 
 
 _RELOADED = "NOVA_LITE_RELOADED"  # in the environment of the process that serves
+RELOAD_TIME = 10.0  # seconds after which a process that does not stop, or not start, is killed for a reload
 
 
 def reload_on_change() -> None:
@@ -4443,6 +4444,9 @@ def reload_on_change() -> None:
         finally:
             if child.poll() is None:
                 child.terminate()
+                with suppress(subprocess.TimeoutExpired):
+                    child.wait(RELOAD_TIME)
+                child.kill()
             child.wait()
         log.info("a file has changed: restarting")
 

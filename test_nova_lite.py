@@ -9261,6 +9261,23 @@ def test_children_work_in_the_child_of_a_reload_only(run_tree):
     assert (event, pid != str(tree.process.pid)) == ("started", True)
 
 
+def test_a_reload_does_not_wait_for_a_child_that_never_starts(tmp_path):
+    program = tmp_path / "starting.py"
+    lines = ["nova_lite.RELOAD_TIME = 0.2", "app.run(port=0, reload=True, children=[{'id': 1, 'start': (start,)}])"]
+    begins = "from gevent import monkey; monkey.patch_all()\nimport gevent, nova_lite\napp = nova_lite.Nova()\n"
+    hangs = "def start():\n    print('starting', flush=True)\n    gevent.sleep(1e6)\n"
+    program.write_text("\n".join([begins, hangs, *lines]))
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    with subprocess.Popen([sys.executable, program], stdout=subprocess.PIPE, env=env, text=True) as reloader:
+        try:
+            assert reloader.stdout.readline() == "starting\n"
+            gevent.sleep(0.3)  # the reloader reads the stamps before it starts the child
+            program.write_text("print('restarted', flush=True)")
+            assert reloader.stdout.readline() == "restarted\n"
+        finally:
+            reloader.terminate()
+
+
 # -- workers, the command line of a cluster ---------------------------------------------------------------------------
 
 
