@@ -340,7 +340,8 @@ class Process(Pid):
             return getattr(error, "reason", "killed")
         known = vars(error)  # `Message.once` raises one error in all receivers: it is logged for the first
         if not isinstance(error, KeyboardInterrupt | SystemExit) and not known.get("_is_logged"):
-            log.error("%r%s crashed%s", self, self.title(), where and f" in {where}", exc_info=error)
+            with suppress(Exception):  # a filter of the application's raises: this process must end all the same
+                log.error("%r%s crashed%s", self, self.title(), where and f" in {where}", exc_info=error)
         if "_is_logged" in known:
             known["_is_logged"] = True
             error.with_traceback(None)  # the message would keep this receiver's frames

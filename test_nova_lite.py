@@ -722,6 +722,24 @@ def test_a_crash_is_logged_once_with_its_traceback(caplog):
     assert "divide" in record.getMessage()
 
 
+@pytest.mark.parametrize(
+    "crash", [lambda _me: spawn(divide), lambda me: start_link(Obedient, me)], ids=["spawn", "server"]
+)
+def test_a_log_filter_that_raises_stops_no_other_process(me, crash):
+    process_flag("trap_exit", True)
+    nova_lite.log.addFilter(fails := lambda _record: divide())
+    try:
+        pid = crash(me)
+        ref = monitor(pid)
+        cast(pid, lambda state: ("stop", "badly", state))
+        assert isinstance(expect(down(ref))[4], ZeroDivisionError)
+        spawn(me.send, "alive")
+        expect(lambda message: message == "alive")
+    finally:
+        nova_lite.log.removeFilter(fails)
+        process_flag("trap_exit", False)
+
+
 def test_a_function_without_a_repr_crashes_as_any_other(me, caplog):
     class Silent:
         __repr__ = __call__ = divide
