@@ -2612,9 +2612,6 @@ class RequestHandler(UpgradeHandler):
         self.busy = True
         return super().read_request(raw_requestline)
 
-    def _connection_upgrade_requested(self) -> bool:
-        return False  # otherwise pywsgi ignores the body, and takes it for the next request
-
     def _handle_client_error(self, ex: Exception) -> Any:
         """Returns the refusal of a request that cannot be read. pywsgi closes: the start of the next one is unknown."""
         late = "408 Request Timeout" if isinstance(ex, TimeoutError) else "400 Bad Request"
@@ -2656,6 +2653,9 @@ class RequestHandler(UpgradeHandler):
         finally:
             for connection in upgrading:  # a hook or a plugin has replaced the 101, or it could not be sent
                 connection.interrupt(("error", "closed"))
+
+    def _connection_upgrade_requested(self) -> bool:
+        return False  # otherwise pywsgi ignores the body, and takes it for the next request
 
     def handle_error(self, kind: Any, error: Any, tb: Any) -> None:
         if (self.code or 0) < 0:  # the client is gone
