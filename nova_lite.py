@@ -2640,6 +2640,9 @@ class RequestHandler(UpgradeHandler):
             if process is not None:  # a request that asked for its pid
                 process.finish("normal")
 
+    def _connection_upgrade_requested(self) -> bool:
+        return False  # otherwise pywsgi ignores the body, and takes it for the next request
+
     def run_application(self) -> None:
         upgrading: list[Connection] = []
         self.environ[UPGRADING_KEY], self.environ[REGISTRY_KEY] = upgrading, self.server.registry
@@ -2653,9 +2656,6 @@ class RequestHandler(UpgradeHandler):
         finally:
             for connection in upgrading:  # a hook or a plugin has replaced the 101, or it could not be sent
                 connection.interrupt(("error", "closed"))
-
-    def _connection_upgrade_requested(self) -> bool:
-        return False  # otherwise pywsgi ignores the body, and takes it for the next request
 
     def handle_error(self, kind: Any, error: Any, tb: Any) -> None:
         if (self.code or 0) < 0:  # the client is gone

@@ -9273,12 +9273,6 @@ def test_children_work_in_each_worker_and_a_worker_whose_tree_gives_up_is_replac
     until(lambda: re.search(r"worker \d, process \d+, ended with 1$", "".join(tree.log), re.MULTILINE))
 
 
-def test_children_work_in_the_child_of_a_reload_only(run_tree):
-    tree = run_tree(reload=True)
-    ((event, pid),) = tree.events()
-    assert (event, pid != str(tree.process.pid)) == ("started", True)
-
-
 def test_a_reload_does_not_wait_for_a_child_that_never_starts(tmp_path):
     program = tmp_path / "starting.py"
     lines = ["nova_lite.RELOAD_TIME = 0.2", "app.run(port=0, reload=True, children=[{'id': 1, 'start': (start,)}])"]
@@ -9294,6 +9288,12 @@ def test_a_reload_does_not_wait_for_a_child_that_never_starts(tmp_path):
             assert reloader.stdout.readline() == "restarted\n"
         finally:
             reloader.terminate()
+
+
+def test_children_work_in_the_child_of_a_reload_only(run_tree):
+    tree = run_tree(reload=True)
+    ((event, pid),) = tree.events()
+    assert (event, pid != str(tree.process.pid)) == ("started", True)
 
 
 # -- workers, the command line of a cluster ---------------------------------------------------------------------------
