@@ -82,7 +82,7 @@ import weakref
 import zlib
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, fields, replace
 from datetime import datetime
 from functools import cache, lru_cache, partial
@@ -342,7 +342,8 @@ class Process(Pid):
             return getattr(error, "reason", "killed")
         known = vars(error)  # `Message.once` raises one error in all receivers: it is logged for the first
         if not isinstance(error, KeyboardInterrupt | SystemExit) and not known.get("_is_logged"):
-            log.error("%r%s crashed%s", self, self.title(), where and f" in {where}", exc_info=error)
+            with suppress(Exception):  # a filter of the application's raises: this process must end all the same
+                log.error("%r%s crashed%s", self, self.title(), where and f" in {where}", exc_info=error)
         if "_is_logged" in known:
             known["_is_logged"] = True
             error.with_traceback(None)  # the message would keep this receiver's frames
@@ -402,7 +403,7 @@ class FunctionProcess(Process):
         self.finish("normal")
 
     def role(self) -> str:
-        return getattr(self.fn, "__qualname__", repr(self.fn))
+        return getattr(self.fn, "__qualname__", type(self.fn).__qualname__)
 
 
 class GreenletProcess(Process):
@@ -520,7 +521,8 @@ class Scheduler:
             if now - before > HOLD_LIMIT and now >= self.next_warning and process is not None:
                 self.next_warning = now + 60
                 name, milliseconds = f"{process!r}{process.title()}", (now - before) * 1000
-                log.warning("%s: a callback of %s held the hub for %d ms", name, process.role(), milliseconds)
+                text = "%s: a callback of %s held the hub for %d ms"
+                gevent.spawn_raw(log.warning, text, name, process.role(), milliseconds)  # a log handler may block
             self.runner = self.last = None
         self.scheduled = bool(self.ready or self.yielded)
         if self.scheduled:  # by a timer: gevent would run 50 callbacks before it polls sockets
@@ -2650,6 +2652,9 @@ class RequestHandler(UpgradeHandler):
             if process is not None:  # a request that asked for its pid
                 process.finish("normal")
 
+    def _connection_upgrade_requested(self) -> bool:
+        return False  # otherwise pywsgi ignores the body, and takes it for the next request
+
     def run_application(self) -> None:
         upgrading: list[Connection] = []
         self.environ[UPGRADING_KEY], self.environ[REGISTRY_KEY] = upgrading, self.server.registry
@@ -2949,9 +2954,9 @@ def run(
     `pubsub.connect`), and `name` is this node's name there. `workers` is the number of processes on the port (see
     `run_workers`); more than one need a cluster. `reload` restarts the program when one of its files changes.
     `children` (see `start_supervisor`) are started in each process that serves, before it does, and stopped after the
-    drain; if their supervisor ends, the server drains and the exit code is 1. `options` are `Server`'s. Raises OSError
-    if the address is in use, ValueError for a bad child and for workers without a cluster, RuntimeError for a child
-    that cannot be started and for a room that this copy lacks.
+    drain, also if a signal comes while they start; if their supervisor ends, the server drains and the exit code is 1.
+    `options` are `Server`'s. Raises OSError if the address is in use, ValueError for a bad child and for workers
+    without a cluster, RuntimeError for a child that cannot be started and for a room that this copy lacks.
     """
     process = "%(process)d " if workers > 1 else ""
     logging.basicConfig(level=log_level.upper(), format=f"%(asctime)s {process}%(levelname)s %(name)s: %(message)s")
@@ -2979,9 +2984,13 @@ def _serve(server: Server, shutdown_delay: float, cluster: str | None, name: str
     server.on_failure = asked_to_stop.set
     if cluster is not None:
         pubsub.connect(cluster, name)
-    with server:
-        watchers = [gevent.signal_handler(sign, _on_signal, asked_to_stop) for sign in (signal.SIGINT, signal.SIGTERM)]
-        closers = [close for hook in while_serving if (close := hook(asked_to_stop.set))]
+    signals = count()
+    with ExitStack() as closers:
+        for sign in (signal.SIGINT, signal.SIGTERM):  # before the server: children may take long to start
+            closers.callback(gevent.signal_handler(sign, _on_signal, signals, asked_to_stop).cancel)
+        for close in filter(None, [hook(asked_to_stop.set) for hook in while_serving]):
+            closers.callback(close)
+        closers.enter_context(server)
         host = server.address[0]
         scheme, shown = "https" if server.ssl_enabled else "http", f"[{host}]" if ":" in host else host
         log.info("serving on %s://%s:%d/ (Ctrl-C stops)", scheme, shown, server.port)
@@ -2994,8 +3003,6 @@ def _serve(server: Server, shutdown_delay: float, cluster: str | None, name: str
             server.registry.leaving = True
             gevent.sleep(shutdown_delay)
         log.info("stopping: %d requests and WebSockets to finish", server.active_count())
-    for close in [watcher.cancel for watcher in watchers] + closers:
-        close()
     if server.failed:
         sys.exit(1)
 
@@ -3004,9 +3011,9 @@ rooms["server"] = SimpleNamespace(run=run)
 while_serving: list[Callable[[Callable[[], None]], Any]] = []  # hooks: take what stops the server, return a closer
 
 
-def _on_signal(asked_to_stop: gevent.event.Event) -> None:
-    if asked_to_stop.is_set():
-        os._exit(1)  # the second signal
+def _on_signal(signals: Iterator[int], asked_to_stop: gevent.event.Event) -> None:
+    if next(signals):
+        os._exit(1)  # the second one
     asked_to_stop.set()
 
 
@@ -3340,9 +3347,6 @@ class StrictRequestHandler(RequestHandler):
             self.socket.shutdown(_socket.SHUT_WR)
             while left > 0 and (part := self.rfile.read1(READ_AHEAD)):
                 left -= len(part)
-
-    def _connection_upgrade_requested(self) -> bool:
-        return False  # otherwise pywsgi ignores the body, and takes it for the next request
 
     def _headers(self) -> Iterator[tuple[str, str]]:
         return ((key, value) for name, value in self.headers.items() if (key := _environ_key(name)))
@@ -4627,6 +4631,7 @@ rooms["replay"] = SimpleNamespace(keep=_keep)
 
 
 _RELOADED = "NOVA_LITE_RELOADED"  # in the environment of the process that serves
+RELOAD_TIME = 10.0  # seconds after which a process that does not stop, or not start, is killed for a reload
 
 
 def reload_on_change() -> None:
@@ -4653,6 +4658,9 @@ def reload_on_change() -> None:
         finally:
             if child.poll() is None:
                 child.terminate()
+                with suppress(subprocess.TimeoutExpired):
+                    child.wait(RELOAD_TIME)
+                child.kill()
             child.wait()
         log.info("a file has changed: restarting")
 
@@ -4695,8 +4703,8 @@ class Workers:
         quick_ends = 0
         while not self.asked_to_stop.is_set():
             child = self.children[number] = self._start(number)
-            if self.asked_to_stop.is_set():  # while it started
-                self.stop()
+            if self.asked_to_stop.is_set():  # while it started; a second SIGTERM would cut the others' drains short
+                self._end(child)
             started, code = monotonic(), child.wait()
             if self.asked_to_stop.is_set():
                 return
@@ -4719,9 +4727,12 @@ class Workers:
         """Sends SIGTERM; a second call makes workers exit immediately. Kills those that outlive the drain by 5 s."""
         self.asked_to_stop.set()
         for child in self.children.values():
-            if child.poll() is None:
-                child.terminate()
-                gevent.spawn_later(self.drain_time + 5, child.kill)
+            self._end(child)
+
+    def _end(self, child: Any) -> None:
+        if child.poll() is None:
+            child.terminate()
+            gevent.spawn_later(self.drain_time + 5, child.kill)
 
 
 def _on_orphaned(stop_server: Callable[[], None]) -> Any:

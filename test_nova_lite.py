@@ -858,6 +858,34 @@ def test_a_crash_is_logged_once_with_its_traceback(caplog):
     assert "divide" in record.getMessage()
 
 
+@pytest.mark.parametrize(
+    "crash", [lambda _me: spawn(divide), lambda me: start_link(Obedient, me)], ids=["spawn", "server"]
+)
+def test_a_log_filter_that_raises_stops_no_other_process(me, crash):
+    process_flag("trap_exit", True)
+    nova_lite.log.addFilter(fails := lambda _record: divide())
+    try:
+        pid = crash(me)
+        ref = monitor(pid)
+        cast(pid, lambda state: ("stop", "badly", state))
+        assert isinstance(expect(down(ref))[4], ZeroDivisionError)
+        spawn(me.send, "alive")
+        expect(lambda message: message == "alive")
+    finally:
+        nova_lite.log.removeFilter(fails)
+        process_flag("trap_exit", False)
+
+
+def test_a_function_without_a_repr_crashes_as_any_other(me, caplog):
+    class Silent:
+        __repr__ = __call__ = divide
+
+    assert isinstance(reason_of(spawn(Silent())), TypeError)
+    assert "Silent" in crashes(caplog)[0].getMessage()
+    spawn(me.send, "alive")
+    assert expect() == "alive"
+
+
 @pytest.mark.parametrize("ending", [ending for ending in ENDINGS if ending != "raises"])
 def test_an_exit_that_is_no_crash_is_not_logged(begin, caplog, ending):
     pid = begin(spawn, obey)
@@ -1571,7 +1599,7 @@ def test_a_callback_that_holds_the_hub_is_logged_with_its_process_and_millisecon
     call(server, lambda _from, state: (gevent.sleep(0), busy(0.001), ("reply", 1, state))[-1])
     assert held(caplog) == []
     call(server, lambda _from, state: (busy(0.15), then(), ("reply", 1, state))[-1])
-    (line,) = held(caplog)
+    (line,) = until(lambda: held(caplog))
     assert repr(server) in line
     assert "Obedient" in line
     assert 140 < int(re.search(r"(\d+) ms", line)[1]) < 1000 * PATIENCE
@@ -1581,11 +1609,27 @@ def test_a_function_that_holds_the_hub_until_its_end_is_logged_as_well_and_not_k
     ref = weakref.ref(treasure := type("Treasure", (), {})())
     pid, down_ref = spawn_monitor(lambda _treasure: busy(0.15), treasure)
     expect(down(down_ref))
-    assert repr(pid) in held(caplog)[0]
+    assert repr(pid) in until(lambda: held(caplog))[0]
     del pid, treasure
     caplog.clear()
     gc.collect()
     assert ref() is None
+
+
+def test_a_log_handler_that_blocks_while_a_turn_is_logged_stops_no_process(watchful, me):
+    handler = logging.Handler()
+    handler.emit = lambda _record: gevent.sleep(0.05)  # holding the handler's lock
+    nova_lite.log.addHandler(handler)
+    try:
+        gevent.spawn(nova_lite.log.warning, "first")
+        gevent.sleep(0)
+        spawn(busy, 0.15)
+        gevent.sleep(0.01)
+        spawn(me.send, "alive")
+        assert expect() == "alive"
+        gevent.sleep(0.1)
+    finally:
+        nova_lite.log.removeHandler(handler)
 
 
 def test_holds_are_logged_once_a_minute_at_most_and_waiting_is_none(begin, watchful, caplog, me):
@@ -1594,10 +1638,10 @@ def test_holds_are_logged_once_a_minute_at_most_and_waiting_is_none(begin, watch
     assert held(caplog) == []
     for _ in range(2):
         call(server, lambda _from, state: (busy(0.15), ("reply", 1, state))[-1])
-    assert len(held(caplog)) == 1
+    until(lambda: len(held(caplog)) == 1)
     nova_lite.scheduler.next_warning -= 60
     call(server, lambda _from, state: (busy(0.15), ("reply", 1, state))[-1])
-    assert len(held(caplog)) == 2
+    until(lambda: len(held(caplog)) == 2)
 
 
 # -- pub/sub ----------------------------------------------------------------------------------------------------------
@@ -4343,6 +4387,18 @@ def test_a_websocket_may_follow_an_ordinary_request_on_the_same_connection(recor
             assert sock.recv(1000).endswith(b"hello")
             sock.sendall(handshake() + masked(1, b"hi") + masked(8))
             assert b"\x81\x02hi" in read_to_end(sock)
+
+
+@with_either_http
+@pytest.mark.parametrize("reads", [True, False])
+def test_the_body_of_a_request_for_an_upgrade_is_not_the_next_request(reads):
+    with serving(("/", lambda req: ("status", 200 if reads and req["body"] else 202))) as server:
+        smuggled = b"GET /secret HTTP/1.1\r\nHost: x\r\n\r\n"
+        head = f"POST / HTTP/1.1\r\nHost: x\r\nUpgrade: websocket\r\nContent-Length: {len(smuggled)}\r\n\r\n"
+        last = b"GET / HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n"
+        with bare(server, head.encode() + smuggled + last) as sock:
+            statuses = re.findall(rb"HTTP/1.1 (\d+)", read_to_end(sock))
+        assert statuses == [b"200" if reads else b"202", b"202"]
 
 
 def tells_its_pid(me):
@@ -9751,6 +9807,44 @@ def test_run_stops_its_children_and_returns(run_tree):
     assert tree.events() == [("started", str(tree.process.pid)), ("ended", str(tree.process.pid))]
 
 
+STARTING = """
+from gevent import monkey; monkey.patch_all()
+import sys, gevent
+from nova_lite import GenServer, Nova, process_flag, start_link
+
+class Slow(GenServer):
+    def init(self, is_slow):
+        process_flag("trap_exit", True)
+        if is_slow:
+            print("starting", flush=True)
+            gevent.get_hub().threadpool.apply(sys.stdin.readline)
+        return "ok", is_slow
+    def terminate(self, reason, state):
+        print("terminate", state, reason, flush=True)
+
+Nova().run(port=0, children=[{"id": n, "start": (start_link, Slow, n)} for n in (False, True)])
+"""
+
+
+@pytest.mark.parametrize("signs", [[signal.SIGTERM], [signal.SIGINT], [signal.SIGTERM, signal.SIGTERM]])
+def test_a_signal_while_children_start_ends_those_that_have_started_and_a_second_one_the_process(tmp_path, signs):
+    env, pipes = {**os.environ, "PYTHONPATH": str(ROOT)}, dict.fromkeys(("stdin", "stdout"), subprocess.PIPE)
+    program = subprocess.Popen([sys.executable, "-c", STARTING], cwd=tmp_path, env=env, text=True, **pipes)
+    with program:
+        try:
+            assert program.stdout.readline() == "starting\n"
+            program.send_signal(signs[0])
+            gevent.sleep(0.1)
+            if signs[1:]:
+                program.send_signal(signs[1])
+                assert program.wait(PATIENCE) == 1
+            else:
+                assert program.communicate("go\n", PATIENCE)[0] == "terminate True shutdown\nterminate False shutdown\n"
+                assert program.returncode == 0
+        finally:
+            program.kill()
+
+
 def test_a_process_whose_tree_gives_up_drains_and_ends_with_1(run_tree):
     tree = run_tree()
     with ws(tree) as client:
@@ -9771,6 +9865,23 @@ def test_children_work_in_each_worker_and_a_worker_whose_tree_gives_up_is_replac
     until(lambda: len({pid for event, pid in tree.events() if event == "started"}) == 3)
     assert str(tree.process.pid) not in {pid for _, pid in tree.events()}
     until(lambda: re.search(r"worker \d, process \d+, ended with 1$", "".join(tree.log), re.MULTILINE))
+
+
+def test_a_reload_does_not_wait_for_a_child_that_never_starts(tmp_path):
+    program = tmp_path / "starting.py"
+    lines = ["nova_lite.RELOAD_TIME = 0.2", "app.run(port=0, reload=True, children=[{'id': 1, 'start': (start,)}])"]
+    begins = "from gevent import monkey; monkey.patch_all()\nimport gevent, nova_lite\napp = nova_lite.Nova()\n"
+    hangs = "def start():\n    print('starting', flush=True)\n    gevent.sleep(1e6)\n"
+    program.write_text("\n".join([begins, hangs, *lines]))
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    with subprocess.Popen([sys.executable, program], stdout=subprocess.PIPE, env=env, text=True) as reloader:
+        try:
+            assert reloader.stdout.readline() == "starting\n"
+            gevent.sleep(0.3)  # the reloader reads the stamps before it starts the child
+            program.write_text("print('restarted', flush=True)")
+            assert reloader.stdout.readline() == "restarted\n"
+        finally:
+            reloader.terminate()
 
 
 def test_children_work_in_the_child_of_a_reload_only(run_tree):
@@ -9863,6 +9974,32 @@ def test_workers_end_when_their_master_is_killed(team):
     pids = workers_of(team).values()
     team.process.kill()
     until(lambda: not any(alive(pid) for pid in pids))
+
+
+def test_a_worker_that_starts_while_the_others_stop_costs_them_no_second_signal(monkeypatch):
+    class Child:
+        def __init__(self):
+            self.signals, self.ended, self.pid = 0, gevent.event.Event(), 0
+            self.wait, self.kill = self.ended.wait, self.ended.set
+
+        def poll(self):
+            return 0 if self.ended.is_set() else None
+
+        def terminate(self):
+            self.signals += 1
+            gevent.spawn_later(0.01, self.ended.set)
+
+    def start(number):
+        if number == 2:
+            gevent.sleep(0)
+            workers.stop()
+        return children[number]
+
+    workers, children = nova_lite.Workers(0, drain_time=0), {1: Child(), 2: Child()}
+    monkeypatch.setattr(workers, "_start", start)
+    with gevent.Timeout(PATIENCE):
+        gevent.joinall([gevent.spawn(workers._keep, number) for number in children])
+    assert [child.signals for child in children.values()] == [1, 1]
 
 
 def alive(pid):
