@@ -62,29 +62,22 @@ import codecs
 import errno
 import gc
 import importlib
-import io
 import json
 import logging
 import os
 import random
 import re
-import shutil
 import signal
-import subprocess
 import sys
-import sysconfig
-import tempfile
 import time
 import traceback
 import weakref
-import zlib
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, fields, replace
 from datetime import datetime
 from functools import cache, lru_cache, partial
-from heapq import nlargest
 from http.cookies import SimpleCookie
 from io import BytesIO
 from itertools import count, islice
@@ -104,7 +97,6 @@ import gevent.local
 import gevent.monkey
 import gevent.pywsgi
 import gevent.socket
-import gevent.subprocess
 from bottle import HTTPError, HTTPResponse
 from gevent.hub import Hub, Waiter, get_hub
 from geventwebsocket.handler import WebSocketHandler as UpgradeHandler
@@ -536,19 +528,16 @@ class Scheduler:
         if getattr(caller, "iteration", None) != iteration:
             caller.iteration, caller.slice_end = iteration, max(self.slice_end, now + TIME_SLICE / 10)
         elif now > caller.slice_end and not isinstance(caller, Hub):
-            self._yield()
+            if get_ident() == self.thread:
+                waiter = Waiter()
+                self.yielded.append(waiter)
+                if not self.scheduled:
+                    self.scheduled = True
+                    self.timer.start(self.serve)
+                waiter.get()
+            else:
+                gevent.sleep(YIELD_DELAY)
             caller.iteration, caller.slice_end = self.iteration, self.slice_end
-
-    def _yield(self) -> None:
-        if get_ident() != self.thread:
-            gevent.sleep(YIELD_DELAY)
-            return
-        waiter = Waiter()
-        self.yielded.append(waiter)
-        if not self.scheduled:
-            self.scheduled = True
-            self.timer.start(self.serve)
-        waiter.get()
 
     def bind_thread(self) -> None:
         """Binds all processes to this thread and its hub, unless they are bound."""
@@ -601,16 +590,11 @@ def self_pid() -> Pid:
     return process
 
 
-def check_thread() -> None:
-    """Raises RuntimeError in a thread that is not the hub's."""
+def calling_process() -> Process:
+    """Returns the calling process. Raises RuntimeError in a thread that is not the hub's: it has no mailbox."""
     scheduler.bind_thread()
     if get_ident() != scheduler.thread:
         raise RuntimeError("only send, broadcast and exit work from a thread other than the hub's")
-
-
-def calling_process() -> Process:
-    """Returns the calling process. Raises RuntimeError in a thread that is not the hub's: it has no mailbox."""
-    check_thread()
     return self_pid()  # type: ignore[return-value]
 
 
@@ -648,7 +632,7 @@ def spawn(fn: Callable[..., Any], *args: Any) -> Pid:
 
 def spawn_link(fn: Callable[..., Any], *args: Any) -> Pid:
     """Does what `spawn` does, and links the process to the caller before it runs (erlang:spawn_link/1)."""
-    check_thread()
+    calling_process()  # raises before anything starts
     process = spawn(fn, *args)
     link(process)
     return process
@@ -656,7 +640,7 @@ def spawn_link(fn: Callable[..., Any], *args: Any) -> Pid:
 
 def spawn_monitor(fn: Callable[..., Any], *args: Any) -> tuple[Pid, int]:
     """Returns (pid, ref) of a process that is monitored before it runs (erlang:spawn_monitor/1)."""
-    check_thread()
+    calling_process()  # raises before anything starts
     process = spawn(fn, *args)
     return process, monitor(process)
 
@@ -688,10 +672,10 @@ def receive(timeout: float | None = None, match: Callable[[Any], Any] | None = N
     if mailbox or timeout == 0:
         scheduler.yield_after_slice()
     while True:
-        if me.exiting is not None and me.exiting is not TERMINATING:
-            raise me.exiting
         if match is not None:
             refused = _count_refused(me, match, refused)
+        if me.exiting is not None and me.exiting is not TERMINATING:  # `match` may have blocked
+            raise me.exiting
         if refused < len(mailbox):
             message = mailbox[refused]
             del mailbox[refused]
@@ -709,8 +693,6 @@ def _count_refused(me: Process, match: Callable[[Any], Any], refused: int) -> in
         # Copies, since `match` may send to this process; of growing size, so that the cost stays linear.
         for message in list(islice(mailbox, refused, 2 * refused + 16)):
             accepted = match(message)
-            if me.exiting is not None and me.exiting is not TERMINATING:  # `match` has blocked
-                raise me.exiting
             if me.handled != handled:  # `match` has received a message, which moved the others
                 refused, handled = 0, me.handled
                 break
@@ -783,13 +765,8 @@ def demonitor(ref: int, flush: bool = False) -> bool:
     if target is not None:
         target.unwatch(ref)
     elif flush:
-        receive(0, is_down(ref))
+        receive(0, lambda message: isinstance(message, tuple) and message[:2] == ("DOWN", ref))
     return target is not None
-
-
-def is_down(ref: int) -> Callable[[Any], bool]:
-    """Returns a predicate that accepts the DOWN of this monitor only."""
-    return lambda message: isinstance(message, tuple) and message[:2] == ("DOWN", ref)
 
 
 def link(pid: Pid) -> bool:
@@ -798,16 +775,14 @@ def link(pid: Pid) -> bool:
     Raises TypeError for a process of another node.
     """
     me, other = calling_process(), resolve(pid)
-    if other is me:
-        return True
     if other is not None and not isinstance(other, Process):
         raise TypeError(f"{other!r} is a process of another node: monitor it, links do not cross nodes")
     if other is None or other.mailbox is DEAD_MAILBOX:
-        me.signal(pid if other is None else other, "noproc")
-        return True
-    me.links, other.links = me.links or set(), other.links or set()
-    me.links.add(other)
-    other.links.add(me)
+        me.signal(other or pid, "noproc")
+    elif other is not me:
+        me.links, other.links = me.links or set(), other.links or set()
+        me.links.add(other)
+        other.links.add(me)
     return True
 
 
@@ -1223,8 +1198,8 @@ class PubSub:
 
 
 def _local_process(pid: Pid | None) -> Process:
-    check_thread()
-    process = self_pid() if pid is None else pid
+    me = calling_process()
+    process = me if pid is None else pid
     if not isinstance(process, Process):
         raise TypeError(f"expected a process of this node, got {pid!r}")
     return process
@@ -3042,6 +3017,10 @@ def _raise_descriptor_limit() -> None:
 # Invariant: a message whose end is in doubt is the last one of its connection.
 # ---------------------------------------------------------------------------------------------------------------------
 
+import io
+import shutil
+import tempfile
+
 MAX_HEADERS = 16_384  # bytes
 MAX_LINE = 8192  # bytes of a request line, 414 beyond
 READ_AHEAD = 8192  # bytes of a client's buffer
@@ -3601,6 +3580,8 @@ rooms["views"] = SimpleNamespace(to_response=_to_response)
 # Invariant: neither side keeps a window between messages. So a broadcast is compressed once for all clients with the
 # same window, and an idle connection holds no window.
 # ---------------------------------------------------------------------------------------------------------------------
+
+import zlib
 
 # A server may demand both, whatever the client offers (RFC 7692 §7.1.1).
 NO_TAKEOVER = "; server_no_context_takeover; client_no_context_takeover"
@@ -4412,6 +4393,10 @@ rooms["replay"] = SimpleNamespace(keep=_keep)
 # Invariant: starts the program with its own command line; does not depend on what it serves.
 # ---------------------------------------------------------------------------------------------------------------------
 
+import subprocess
+import sysconfig
+
+import gevent.subprocess
 
 _RELOADED = "NOVA_LITE_RELOADED"  # in the environment of the process that serves
 
@@ -5412,6 +5397,8 @@ rooms["cluster"] = SimpleNamespace(connect=_connect, disconnect=_disconnect)
 # Board: figures of this node, as a dict and as a page.
 # Invariant: reads the state of other rooms and never changes it.
 # ---------------------------------------------------------------------------------------------------------------------
+
+from heapq import nlargest
 
 BOARD_TIME = 1.0  # seconds between updates
 BOARD_SIZE = 500  # processes in `stats` at most
