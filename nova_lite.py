@@ -1369,10 +1369,6 @@ def parse_origin(text: Any) -> tuple[str, str, int] | None:
     return scheme, match[2].lower(), int(match[3] or {"http": 80, "https": 443}.get(scheme, 0))
 
 
-class BadBody(HTTPError, OSError):
-    """The body cannot be read: a 400, 408 or 413 for bottle, an OSError for any other WSGI application."""
-
-
 def read_body(environ: dict[str, Any], limit: int) -> bytes:
     """Returns the body, which bottle's `request` may read again.
 
@@ -2554,13 +2550,10 @@ class RequestHandler(UpgradeHandler):
     detached = False  # the socket belongs to a connection's process
     client_address: Any
     response_headers: list[tuple[bytes, bytes]]
-    environ: dict[str, Any]
     rfile: Any
     socket: Any
-    websocket: Any
     code: Any
     provided_date: Any
-    provided_content_length: Any
     logger = log  # gevent-websocket would set up one of its own
 
     def handle(self) -> None:
@@ -2584,16 +2577,6 @@ class RequestHandler(UpgradeHandler):
     def read_request(self, raw_requestline: str) -> bool:
         self.busy = True
         return super().read_request(raw_requestline)
-
-    def _handle_client_error(self, ex: Exception) -> Any:
-        """Returns the refusal of a request that cannot be read. pywsgi closes: the start of the next one is unknown."""
-        late = "408 Request Timeout" if isinstance(ex, TimeoutError) else "400 Bad Request"
-        status, reason = getattr(ex, "status_line", late), printable(getattr(ex, "body", None) or ex)
-        log.info('%s "%s" refused: %s (%s)', self.peer(), printable(self.requestline or ""), status, reason)
-        self._orig_status = status
-        kind, body = error_body(status, status[4:], "")
-        head = f"HTTP/1.1 {status}\r\nContent-Type: {kind}\r\nContent-Length: {len(body)}\r\nConnection: close\r\n\r\n"
-        return status[:3], head.encode() + body
 
     def end_tls(self) -> None:
         """Sends close_notify: without it a complete response looks truncated (RFC 9112 §9.8)."""
@@ -2630,7 +2613,7 @@ class RequestHandler(UpgradeHandler):
     def handle_error(self, kind: Any, error: Any, tb: Any) -> None:
         if (self.code or 0) < 0:  # the client is gone
             self.close_connection = True
-        elif isinstance(error, BadBody):
+        elif isinstance(error, HTTPError):
             self._refuse(error.status_code, str(error.body))
         elif isinstance(error, SystemExit | KeyboardInterrupt):
             super().handle_error(kind, error, tb)
@@ -2684,18 +2667,6 @@ class RequestHandler(UpgradeHandler):
         if self.close_connection and self.code != 101:
             headers = [header for header in self.response_headers if header[0].lower() != b"connection"]
             self.response_headers = [*headers, (b"Connection", b"close")]
-
-    def _write_with_headers(self, data: Any) -> None:
-        """Sends head and body in one packet: with two, a client's delayed ACK holds the second one back for 40 ms."""
-        self.finalize_headers()
-        self.headers_sent = True  # not earlier: a failure above must still become a 500
-        lines = [b"HTTP/1.1 " + self.status, *(b"%b: %b" % header for header in self.response_headers), b"\r\n"]
-        head = b"\r\n".join(lines)
-        if self.response_use_chunked or len(data) > 65536:
-            self._sendall(head)
-            self._write(data)
-        else:
-            self._sendall(head + data)
 
     # -- detaching
 
@@ -2774,7 +2745,7 @@ class Server(gevent.pywsgi.WSGIServer):
         self.on_failure: Callable[[], Any] = partial(gevent.spawn, self.stop)
         tls = {"ssl_context": _tls_context(certfile, keyfile)} if certfile else {}
         if reuse_port:
-            self.get_listener = lambda _address, backlog, _family: bound_socket(host, port, backlog)
+            self.get_listener = lambda _address, backlog, _family: room("launch").bound_socket(host, port, backlog)
         handler = rooms["http"].handler if "http" in rooms else RequestHandler
         super().__init__((host, port), app, BACKLOG, log=None, error_log=log, handler_class=handler, **tls)
 
@@ -2861,21 +2832,6 @@ class Server(gevent.pywsgi.WSGIServer):
     def active_count(self) -> int:
         """Returns the number of active requests and WebSockets."""
         return sum(handler.busy for handler in self.handlers) + len(self.registry.connections)
-
-
-def bound_socket(host: str, port: int, backlog: int | None) -> Any:
-    """Returns a socket on a port that may be shared. It listens if there is a backlog."""
-    sock = gevent.socket.socket(gevent.socket.AF_INET6 if ":" in host else gevent.socket.AF_INET)
-    sock.setsockopt(gevent.socket.SOL_SOCKET, gevent.socket.SO_REUSEPORT, 1)
-    sock.setsockopt(gevent.socket.SOL_SOCKET, gevent.socket.SO_REUSEADDR, 1)
-    try:
-        sock.bind((host, port))
-        if backlog is not None:
-            sock.listen(backlog)
-    except OSError:
-        sock.close()
-        raise
-    return sock
 
 
 def _tls_context(certfile: str, keyfile: str | None) -> Any:
@@ -3116,6 +3072,10 @@ class ClientStream(io.RawIOBase):
         return self.sock.recv_into(buffer)
 
 
+class BadBody(HTTPError, OSError):
+    """The body cannot be read: a 400, 408 or 413 for bottle, an OSError for any other WSGI application."""
+
+
 class Body(io.RawIOBase):
     """Reads the body of a request up to its end (RFC 9112 §6.2, §7.1). Raises BadBody."""
 
@@ -3292,9 +3252,15 @@ class StrictRequestHandler(RequestHandler):
         return True
 
     def _handle_client_error(self, ex: Exception) -> None:
-        _, response = super()._handle_client_error(ex)
+        """Refuses a request that cannot be read, and closes: the start of the next one is unknown."""
+        late = "408 Request Timeout" if isinstance(ex, TimeoutError) else "400 Bad Request"
+        status, reason = getattr(ex, "status_line", late), printable(getattr(ex, "body", None) or ex)
+        log.info('%s "%s" refused: %s (%s)', self.peer(), printable(self.requestline or ""), status, reason)
+        self._orig_status = status
+        kind, body = error_body(status, status[4:], "")
+        head = f"HTTP/1.1 {status}\r\nContent-Type: {kind}\r\nContent-Length: {len(body)}\r\nConnection: close\r\n\r\n"
         with suppress(OSError):
-            self._sendall(response)
+            self._sendall(head.encode() + body)
         self.stream.deadline = monotonic() + DISCARD_TIME
         self._await_close()
 
@@ -3429,6 +3395,18 @@ class StrictRequestHandler(RequestHandler):
             options.append("keep-alive")
         if options:
             self.response_headers.append((b"Connection", ", ".join(options).encode("latin-1")))
+
+    def _write_with_headers(self, data: Any) -> None:
+        """Sends head and body in one packet: with two, a client's delayed ACK holds the second one back for 40 ms."""
+        self.finalize_headers()
+        self.headers_sent = True  # not earlier: a failure above must still become a 500
+        lines = [b"HTTP/1.1 " + self.status, *(b"%b: %b" % header for header in self.response_headers), b"\r\n"]
+        head = b"\r\n".join(lines)
+        if self.response_use_chunked or len(data) > 65536:
+            self._sendall(head)
+            self._write(data)
+        else:
+            self._sendall(head + data)
 
     def _sendall(self, data: bytes) -> None:
         """Sends in 64 KiB pieces, each with its own time limit."""
@@ -4385,7 +4363,7 @@ rooms["replay"] = SimpleNamespace(keep=_keep)
 
 
 # ----- cut here: without launch --------------------------------------------------------------------------------------
-# Lost: reload=True, workers=N, children=[...], reload_on_change, run_workers.
+# Lost: reload=True, workers=N, children=[...], reuse_port=True, reload_on_change, run_workers.
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -4443,6 +4421,21 @@ def run_workers(count: int, host: str, port: int, drain_time: float = DRAIN_TIME
         return number, port
     reserved = bound_socket(host, port, None)  # so that all workers get the same port if it is 0
     sys.exit(Workers(reserved.getsockname()[1], drain_time).run(count))
+
+
+def bound_socket(host: str, port: int, backlog: int | None) -> Any:
+    """Returns a socket on a port that may be shared. It listens if there is a backlog."""
+    sock = gevent.socket.socket(gevent.socket.AF_INET6 if ":" in host else gevent.socket.AF_INET)
+    sock.setsockopt(gevent.socket.SOL_SOCKET, gevent.socket.SO_REUSEPORT, 1)
+    sock.setsockopt(gevent.socket.SOL_SOCKET, gevent.socket.SO_REUSEADDR, 1)
+    try:
+        sock.bind((host, port))
+        if backlog is not None:
+            sock.listen(backlog)
+    except OSError:
+        sock.close()
+        raise
+    return sock
 
 
 class Workers:
@@ -4575,7 +4568,10 @@ class ApplicationTree:
 while_serving.append(_on_orphaned)
 __all__ += ["reload_on_change", "run_workers"]
 rooms["launch"] = SimpleNamespace(
-    ApplicationTree=ApplicationTree, reload_on_change=reload_on_change, run_workers=run_workers
+    ApplicationTree=ApplicationTree,
+    bound_socket=bound_socket,
+    reload_on_change=reload_on_change,
+    run_workers=run_workers,
 )
 
 
