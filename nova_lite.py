@@ -835,15 +835,14 @@ class Timer:
             self.stop()
         send(target, message)
 
-    def stop(self) -> None:
+    def stop(self, *_down: Any) -> None:
         """Stops the timer and releases the message."""
         self.watcher.close()
         if isinstance(self.target, Pid):
             self.target.unwatch(self.ref)
         self.target = self.message = None
 
-    def down(self, *_down: Any) -> None:
-        self.stop()
+    down = stop  # the process has ended
 
 
 def send_after(seconds: float, target: Pid | str, message: Any) -> Timer:
@@ -1863,7 +1862,7 @@ class Stream(Process):
                     outgoing.append(data)
                     size += len(data)
             else:
-                size += self._handle_result(result, info)
+                size += self.handle_result(result, info)
             if not mailbox or size > READ_SIZE or self.write_buffer or self.exiting is not None:
                 break  # the rest waits in the mailbox, where it is shared with other connections, and counted
             if not done % 8 and monotonic() > deadline:  # checked for each message, it would cost a flood 5 %
@@ -1884,7 +1883,7 @@ class Stream(Process):
                     self._queue_frame(("pong", frame[1]))
                 self.handled += 1
                 result = self.handler.websocket_handle(frame, self.state)
-            size += self._handle_result(result)
+            size += self.handle_result(result)
             if size > READ_SIZE or self.write_buffer or self.exiting is not None or monotonic() > deadline:
                 break  # the rest waits for the next turn, or until the client has read
         del inbox[:done]
@@ -1893,7 +1892,7 @@ class Stream(Process):
         if not self.reader.active and not self._should_pause():
             self.reader.start(self.readable)
 
-    def _handle_result(self, result: Any, _info: Any = None) -> int:
+    def handle_result(self, result: Any, _info: Any = None) -> int:
         """Keeps the state and queues the frames that a callback returned. Returns their size in bytes."""
         match result:
             case ("reply", frames, state) | ("reply", frames, state, "hibernate"):
@@ -2057,7 +2056,9 @@ class Stream(Process):
         return " {} {}:{}".format(printable(self.req["path"]), *self.req["peer"])
 
     def _start_close(self, close: Close) -> None:
-        """Sends what is queued. From here on the socket does without the process."""
+        """Sends what is queued and the close frame. From here on the socket does without the process."""
+        if close.code is not None:
+            self.outgoing.append(self.encode("close" if close.code == NO_STATUS else ("close", close.code, close.text)))
         self.flush()
         self.phase, self.stalled_for, self.inbox = CLOSING, 0.0, []
         if close.reason == ("error", "closed"):
@@ -2110,11 +2111,6 @@ class Connection(Stream):
         self.input_over = self.parser.done
         return frames
 
-    def _start_close(self, close: Close) -> None:
-        if close.code is not None:
-            self.outgoing.append(close_frame(close.code, close.text))
-        super()._start_close(close)
-
     def abort(self) -> None:
         super().abort()
         self.parser.reset()
@@ -2135,10 +2131,11 @@ class EventStream(Stream):
         super().__init__(handler, req, replace(settings, ping_interval=interval, idle_timeout=inf), registry)
 
     def open(self, sock: Any, early: bytes) -> None:
-        """Also sends the position as of the join, immediately: only then does Firefox fire `open`."""
-        position = next(filter(None, dict(self.channels).values()), None)  # one will do: the other channels resync
-        self.outgoing.append(f"retry: {random.randint(*self.RETRY)}\n".encode() + (_position_event(position) or b"\n"))
+        self.outgoing.append(self.preamble())  # immediately: only then does Firefox fire `open`
         super().open(sock, early)
+
+    def preamble(self, fields: bytes = b"") -> bytes:
+        return f"retry: {random.randint(*self.RETRY)}\n".encode() + (fields or b"\n")
 
     def parse(self, _data: bytes) -> list[Any]:
         return []
@@ -2155,25 +2152,9 @@ class EventStream(Stream):
                 return b""
         raise ValueError(f"not an event: {frame!r}")
 
-    def _handle_result(self, result: Any, info: Any = None) -> int:
-        queued = len(self.outgoing)
-        size = super()._handle_result(result)
-        match info:
-            case Message(position=str(position)) if len(self.outgoing) > queued:
-                self.outgoing[-1] = f"id: {position}\n".encode() + self.outgoing[-1]
-            # After the resync, never before: a client that has not received it must resync again. What is still in the
-            # mailbox brings positions of its own.
-            case ("nova_resync", str(channel)) if channel in self.channels and not self.mailbox:
-                self.outgoing.append(_position_event(pubsub.get_position(channel)))
-        return size
-
     def _start_close(self, close: Close) -> None:
         self.input_over = True  # there is no close frame to wait for
         super()._start_close(close)
-
-
-def _position_event(position: str | None) -> bytes:
-    return f"event: position\nid: {position}\ndata:\n\n".encode() if position else b""
 
 
 SLOW = Close(1013, "too slow", ("error", "slow"))
@@ -2434,7 +2415,8 @@ class _WebSocketEndpoint(_Endpoint):
         answer = None if wants_events else check_handshake(req.environ)
         answer = answer or check_opening(req) or self.check_security(req)
         if answer is None and wants_events:
-            answer = self.accept_connection(EventStream, req, dict(EVENT_STREAM))
+            kind = rooms["replay"].event_stream if "replay" in rooms else EventStream
+            answer = self.accept_connection(kind, req, dict(EVENT_STREAM))
         return self.answer(answer or self.upgrade(req), req)
 
     def upgrade(self, req: Request) -> HTTPResponse:
@@ -2545,7 +2527,7 @@ class TLS:
 class RequestHandler(UpgradeHandler):
     """An HTTP connection. gevent-websocket's upgrade runs once the application has returned a 101."""
 
-    busy = False  # between a request's first line and the end of its response
+    busy = False  # until the end of a response; from the request's first line if the room http is there
     agreed = False  # the response is that of the connection that is upgrading
     detached = False  # the socket belongs to a connection's process
     client_address: Any
@@ -2574,10 +2556,6 @@ class RequestHandler(UpgradeHandler):
             self.end_tls()
         return result
 
-    def read_request(self, raw_requestline: str) -> bool:
-        self.busy = True
-        return super().read_request(raw_requestline)
-
     def end_tls(self) -> None:
         """Sends close_notify: without it a complete response looks truncated (RFC 9112 §9.8)."""
         if self.server.ssl_enabled:
@@ -2588,6 +2566,7 @@ class RequestHandler(UpgradeHandler):
     # -- the application
 
     def handle_one_response(self) -> None:
+        self.busy = True
         try:
             super().handle_one_response()
         finally:
@@ -2623,9 +2602,6 @@ class RequestHandler(UpgradeHandler):
                 log.error('%s "%s" crashed', self.peer(), line, exc_info=(kind, error, tb))
             self._refuse(500)
 
-    def _send_error_response_if_possible(self, error_code: int) -> None:
-        self._refuse(error_code)
-
     def _refuse(self, status: int, text: str = "") -> None:
         """Sends an error instead of the application's response, or closes if that has begun."""
         self.close_connection = True
@@ -2636,6 +2612,8 @@ class RequestHandler(UpgradeHandler):
         with suppress(OSError):
             self.start_response(error.status_line, [("Content-Type", kind), ("Content-Length", str(len(body)))])
             self.write(body)
+
+    _send_error_response_if_possible = _refuse
 
     # -- the response
 
@@ -2649,7 +2627,11 @@ class RequestHandler(UpgradeHandler):
         headers = [header for header in self.response_headers if header[0] != b"Content-Length"]  # bottle's 0
         if self.code == 101:
             self.upgrade_connection()
-            self._disarm(self.environ.pop("wsgi.websocket"))
+            # gevent-websocket's object would write a close frame when it is freed, and its cycle with this handler
+            # would hold 7 KiB until the next garbage collection.
+            websocket, self.websocket = self.environ.pop("wsgi.websocket"), None
+            websocket.closed = True
+            del websocket.handler, websocket.stream
             headers = self.response_headers + [header for header in headers if header[0] != b"Content-Type"]
         self.response_headers, self.close_connection = headers, True
         self.provided_content_length = False  # pywsgi adds none
@@ -2669,12 +2651,6 @@ class RequestHandler(UpgradeHandler):
             self.response_headers = [*headers, (b"Connection", b"close")]
 
     # -- detaching
-
-    def _disarm(self, websocket: Any) -> None:
-        """Disables gevent-websocket's object: its __del__ would write a close frame, and its cycle with this handler
-        would hold 7 KiB until the next garbage collection."""
-        websocket.closed, self.websocket = True, None
-        del websocket.handler, websocket.stream
 
     def _detach(self, connection: Connection) -> None:
         """Moves the socket to the connection's process. pywsgi's handler, buffers and greenlet are freed."""
@@ -2830,7 +2806,7 @@ class Server(gevent.pywsgi.WSGIServer):
             self.tree.stop()
 
     def active_count(self) -> int:
-        """Returns the number of active requests and WebSockets."""
+        """Returns the number of requests and WebSockets."""
         return sum(handler.busy for handler in self.handlers) + len(self.registry.connections)
 
 
@@ -2875,15 +2851,14 @@ def run(
     process = "%(process)d " if workers > 1 else ""
     logging.basicConfig(level=log_level.upper(), format=f"%(asctime)s {process}%(levelname)s %(name)s: %(message)s")
     options["children"] = room("gen_server").check_children(children) if children else ()  # before there are workers
-    launch = room("launch") if reload or workers > 1 or children else None
-    if launch and reload:
-        launch.reload_on_change()
-    if launch and workers > 1:
+    if reload:
+        room("launch").reload_on_change()
+    if workers > 1:
         if cluster is None:
             raise ValueError("workers need a cluster: without one a broadcast would reach one worker's clients only")
-        number, port = launch.run_workers(workers, host, port, drain_time + shutdown_delay)
+        number, port = room("launch").run_workers(workers, host, port, drain_time + shutdown_delay)
         options["reuse_port"], name = True, f"{name or scheduler.node}-{number}"
-    _raise_descriptor_limit()
+    _descriptor_limit(raised=True)
     if reload:
         drain_time, shutdown_delay = min(drain_time, 0.3), 0.0
     try:
@@ -2947,20 +2922,16 @@ def _check_patch() -> None:
         )
 
 
-def _descriptor_limit() -> int:
-    with suppress(ImportError):
+def _descriptor_limit(raised: bool = False) -> int:
+    """Returns how many descriptors this process may have open, `raised` to as many as it may allow itself."""
+    with suppress(ImportError, OSError, ValueError):
         import resource  # not on Windows
 
-        return resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+        limit, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        if raised:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+        return limit
     return 10_000
-
-
-def _raise_descriptor_limit() -> None:
-    with suppress(ImportError, OSError, ValueError):
-        import resource
-
-        _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 # ----- cut here: without http ----------------------------------------------------------------------------------------
@@ -4359,7 +4330,34 @@ def _start_history(pubsub: PubSub, channel: str, size: int, seconds: float) -> N
         pubsub.adapter.on_keep(channel)
 
 
-rooms["replay"] = SimpleNamespace(keep=_keep)
+class ResumableEventStream(EventStream):
+    """An event stream that tells the client the position up to which it has received a kept channel."""
+
+    __slots__ = ()
+
+    def preamble(self, _fields: bytes = b"") -> bytes:
+        """Returns also the position as of the join."""
+        position = next(filter(None, dict(self.channels).values()), None)  # one will do: the other channels resync
+        return super().preamble(_position_event(position))
+
+    def handle_result(self, result: Any, info: Any = None) -> int:
+        queued = len(self.outgoing)
+        size = super().handle_result(result)
+        match info:
+            case Message(position=str(position)) if len(self.outgoing) > queued:
+                self.outgoing[-1] = f"id: {position}\n".encode() + self.outgoing[-1]
+            # After the resync, never before: a client that has not received it must resync again. What is still in the
+            # mailbox brings positions of its own.
+            case ("nova_resync", str(channel)) if channel in self.channels and not self.mailbox:
+                self.outgoing.append(_position_event(pubsub.get_position(channel)))
+        return size
+
+
+def _position_event(position: str | None) -> bytes:
+    return f"event: position\nid: {position}\ndata:\n\n".encode() if position else b""
+
+
+rooms["replay"] = SimpleNamespace(event_stream=ResumableEventStream, keep=_keep)
 
 
 # ----- cut here: without launch --------------------------------------------------------------------------------------
