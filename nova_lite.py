@@ -78,7 +78,6 @@ from contextlib import suppress
 from dataclasses import dataclass, fields, replace
 from datetime import datetime
 from functools import cache, lru_cache, partial
-from http.cookies import SimpleCookie
 from io import BytesIO
 from itertools import count, islice
 from math import inf, isnan
@@ -91,7 +90,6 @@ from typing import Any, NoReturn
 from urllib.parse import parse_qsl, unquote_to_bytes, urlencode, urlsplit
 
 import bottle
-import gevent
 import gevent.event
 import gevent.local
 import gevent.monkey
@@ -157,7 +155,6 @@ class Settings:
 
 TIME_SLICE = 0.003  # seconds of turns before sockets and timers are looked at: none must wait for 5 ms
 YIELD_DELAY = 1e-6  # seconds: the shortest sleep that polls sockets; after sleep(0) gevent runs 50 callbacks first
-_FOREVER = 1e9  # seconds
 HOLD_LIMIT = 0.1  # seconds of one turn; what holds the hub longer, and so keeps all others waiting, is logged
 SPARE_RUNNERS = 64  # idle runners kept: a burst of blocking callbacks must not keep as many stacks
 
@@ -273,8 +270,6 @@ class Process(Pid):
         """Ends `own`; returns the thing, or None."""
         return self.owned.pop(ref, None) if self.owned else None
 
-    # -- signals
-
     def signal(self, source: Pid, reason: Any) -> None:
         if self.trapping:
             self.deliver(("EXIT", source, reason))
@@ -308,8 +303,6 @@ class Process(Pid):
         runner = self.runner
         if runner is not None and self.exiting is signal and signal.__traceback__ is None:
             runner.throw(signal)
-
-    # -- the end
 
     def handle_exit(self, error: BaseException) -> None:
         """Ends the process after `error` left its turn, or after a signal between turns. Never raises."""
@@ -409,10 +402,8 @@ class GreenletProcess(Process):
             current.rawlink(self._ended)
 
     def _ended(self, done: gevent.Greenlet) -> None:
-        if isinstance(done.value, gevent.GreenletExit):
-            self.finish(getattr(done.value, "reason", "killed"))
-        else:
-            self.finish(done.exception or "normal")
+        is_exit = isinstance(done.value, gevent.GreenletExit)
+        self.finish(getattr(done.value, "reason", "killed") if is_exit else done.exception or "normal")
 
     def finish(self, reason: Any) -> None:
         super().finish(reason)
@@ -612,7 +603,7 @@ def wait_for(waiter: Waiter, timeout: float | None) -> Any:
     if timeout is None and getcurrent().parent is not None:
         return waiter.get()
     # Without a timer, gevent would raise LoopExit in the main greenlet, though a thread may still send.
-    seconds = _FOREVER if timeout is None else max(timeout, 0)
+    seconds = 1e9 if timeout is None else max(timeout, 0)
     if isnan(seconds):
         raise ValueError("expected seconds, got NaN")
     with get_hub().loop.timer(seconds) as timer:
@@ -835,14 +826,15 @@ class Timer:
             self.stop()
         send(target, message)
 
-    def stop(self, *_down: Any) -> None:
+    def stop(self) -> None:
         """Stops the timer and releases the message."""
         self.watcher.close()
         if isinstance(self.target, Pid):
             self.target.unwatch(self.ref)
         self.target = self.message = None
 
-    down = stop  # the process has ended
+    def down(self, *_down: Any) -> None:
+        self.stop()
 
 
 def send_after(seconds: float, target: Pid | str, message: Any) -> Timer:
@@ -2368,7 +2360,7 @@ class _Endpoint:
         merged.status, merged.body = response.status, response.body
         merged._headers.update(response._headers)
         if response._cookies:
-            merged._cookies = SimpleCookie({**(merged._cookies or {}), **response._cookies})
+            merged._cookies = bottle.SimpleCookie({**(merged._cookies or {}), **response._cookies})
         return merged
 
     def guarded_call(self, fn: Any, req: Request) -> Any:
@@ -2535,7 +2527,6 @@ class RequestHandler(UpgradeHandler):
     rfile: Any
     socket: Any
     code: Any
-    provided_date: Any
     logger = log  # gevent-websocket would set up one of its own
 
     def handle(self) -> None:
@@ -2546,24 +2537,6 @@ class RequestHandler(UpgradeHandler):
             super().handle()
         finally:
             self.server.handlers.discard(self)
-
-    # -- the request
-
-    def handle_one_request(self) -> Any:
-        scheduler.yield_after_slice()  # a client may pipeline many requests
-        result = super().handle_one_request()
-        if result is None and self.socket is not None:
-            self.end_tls()
-        return result
-
-    def end_tls(self) -> None:
-        """Sends close_notify: without it a complete response looks truncated (RFC 9112 §9.8)."""
-        if self.server.ssl_enabled:
-            self.socket.settimeout(0)  # does not wait for the client's
-            with suppress(OSError, ValueError):
-                self.socket.unwrap()
-
-    # -- the application
 
     def handle_one_response(self) -> None:
         self.busy = True
@@ -2588,34 +2561,6 @@ class RequestHandler(UpgradeHandler):
         finally:
             for connection in upgrading:  # a hook or a plugin has replaced the 101, or it could not be sent
                 connection.interrupt(("error", "closed"))
-
-    def handle_error(self, kind: Any, error: Any, tb: Any) -> None:
-        if (self.code or 0) < 0:  # the client is gone
-            self.close_connection = True
-        elif isinstance(error, HTTPError):
-            self._refuse(error.status_code, str(error.body))
-        elif isinstance(error, SystemExit | KeyboardInterrupt):
-            super().handle_error(kind, error, tb)
-        else:
-            if not isinstance(error, gevent.GreenletExit):
-                line = printable(self.requestline or "")
-                log.error('%s "%s" crashed', self.peer(), line, exc_info=(kind, error, tb))
-            self._refuse(500)
-
-    def _refuse(self, status: int, text: str = "") -> None:
-        """Sends an error instead of the application's response, or closes if that has begun."""
-        self.close_connection = True
-        if self.headers_sent:
-            return
-        error = HTTPError(status)
-        kind, body = error_body(error.status_line, text or error.status_line[4:], self.environ.get("HTTP_ACCEPT", ""))
-        with suppress(OSError):
-            self.start_response(error.status_line, [("Content-Type", kind), ("Content-Length", str(len(body)))])
-            self.write(body)
-
-    _send_error_response_if_possible = _refuse
-
-    # -- the response
 
     def process_result(self) -> None:
         upgrading = self.environ[UPGRADING_KEY]
@@ -2650,7 +2595,17 @@ class RequestHandler(UpgradeHandler):
             headers = [header for header in self.response_headers if header[0].lower() != b"connection"]
             self.response_headers = [*headers, (b"Connection", b"close")]
 
-    # -- detaching
+    def _write_with_headers(self, data: Any) -> None:
+        """Sends head and body in one packet: with two, a client's delayed ACK holds the second one back for 40 ms."""
+        self.finalize_headers()
+        self.headers_sent = True  # not earlier: a failure above must still become a 500
+        lines = [b"HTTP/1.1 " + self.status, *(b"%b: %b" % header for header in self.response_headers), b"\r\n"]
+        head = b"\r\n".join(lines)
+        if self.response_use_chunked or len(data) > 65536:
+            self._sendall(head)
+            self._write(data)
+        else:
+            self._sendall(head + data)
 
     def _detach(self, connection: Connection) -> None:
         """Moves the socket to the connection's process. pywsgi's handler, buffers and greenlet are freed."""
@@ -2672,8 +2627,6 @@ class RequestHandler(UpgradeHandler):
         connection.open(raw, early)
         if self.server.registry.draining:
             connection.interrupt("shutdown")
-
-    # -- the log
 
     def log_request(self) -> None:
         if log.isEnabledFor(logging.INFO):
@@ -2775,10 +2728,9 @@ class Server(gevent.pywsgi.WSGIServer):
 
     def stop(self, timeout: float | None = None) -> None:
         """Closes the listener, waits for requests, and closes WebSockets with 1001; aborts the rest after `timeout`.
-        Then stops the children.
 
         The 1001s are spread over at most half of that time, so that clients do not reconnect all at once. A request on
-        a kept-alive connection is still answered, with `Connection: close`.
+        a kept-alive connection is still answered, with `Connection: close`. The children are stopped last.
         """
         timeout = self.drain_time if timeout is None else timeout
         deadline = monotonic() + timeout
@@ -2935,8 +2887,8 @@ def _descriptor_limit(raised: bool = False) -> int:
 
 
 # ----- cut here: without http ----------------------------------------------------------------------------------------
-# Lost: strict HTTP (limits of size and time, framing checks, 100-continue, chunked bodies for bottle). What remains is
-# pywsgi's, for use behind a proxy that is strict.
+# Lost: strict HTTP (limits of size and time, framing checks, 100-continue, chunked bodies for bottle, close_notify, and
+# errors in the form that the client accepts). What remains is pywsgi's, for use behind a proxy that is strict.
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -3172,6 +3124,7 @@ class StrictRequestHandler(RequestHandler):
     """Reads requests within limits of size and time, and checks the framing of both messages (RFC 9112)."""
 
     path: Any
+    provided_date: Any
     wsgi_input: Any = _NO_BODY
     body_left: int | None = None  # bytes of the response that Content-Length still allows; None: no limit
     expects_continue = False  # the client waits for a 100 before it sends its body
@@ -3182,6 +3135,13 @@ class StrictRequestHandler(RequestHandler):
         self.rfile = io.BufferedReader(self.stream, READ_AHEAD)
 
     # -- the request
+
+    def handle_one_request(self) -> Any:
+        scheduler.yield_after_slice()  # a client may pipeline many requests
+        result = super().handle_one_request()
+        if result is None and self.socket is not None:
+            self.end_tls()
+        return result
 
     def read_requestline(self) -> str:
         """Returns the request line, or "" if there is none, or if it has been refused."""
@@ -3235,6 +3195,13 @@ class StrictRequestHandler(RequestHandler):
         self.stream.deadline = monotonic() + DISCARD_TIME
         self._await_close()
 
+    def end_tls(self) -> None:
+        """Sends close_notify: without it a complete response looks truncated (RFC 9112 §9.8)."""
+        if self.server.ssl_enabled:
+            self.socket.settimeout(0)  # does not wait for the client's
+            with suppress(OSError, ValueError):
+                self.socket.unwrap()
+
     def _await_close(self) -> None:
         """Shuts down writing and reads until `deadline`: closing with unread bytes would reset the connection, and the
         client could lose its response (RFC 9112 §9.6)."""
@@ -3274,6 +3241,32 @@ class StrictRequestHandler(RequestHandler):
             self.expects_continue = False
             self.socket.settimeout(self.server.WRITE_TIME)
             self.socket.sendall(b"HTTP/1.1 100 Continue\r\n\r\n")
+
+    def handle_error(self, kind: Any, error: Any, tb: Any) -> None:
+        if (self.code or 0) < 0:  # the client is gone
+            self.close_connection = True
+        elif isinstance(error, BadBody):
+            self._refuse(error.status_code, str(error.body))
+        elif isinstance(error, SystemExit | KeyboardInterrupt):
+            super().handle_error(kind, error, tb)
+        else:
+            if not isinstance(error, gevent.GreenletExit):
+                line = printable(self.requestline or "")
+                log.error('%s "%s" crashed', self.peer(), line, exc_info=(kind, error, tb))
+            self._refuse(500)
+
+    def _refuse(self, status: int, text: str = "") -> None:
+        """Sends an error instead of the application's response, or closes if that has begun."""
+        self.close_connection = True
+        if self.headers_sent:
+            return
+        error = HTTPError(status)
+        kind, body = error_body(error.status_line, text or error.status_line[4:], self.environ.get("HTTP_ACCEPT", ""))
+        with suppress(OSError):
+            self.start_response(error.status_line, [("Content-Type", kind), ("Content-Length", str(len(body)))])
+            self.write(body)
+
+    _send_error_response_if_possible = _refuse
 
     # -- the response
 
@@ -3366,18 +3359,6 @@ class StrictRequestHandler(RequestHandler):
             options.append("keep-alive")
         if options:
             self.response_headers.append((b"Connection", ", ".join(options).encode("latin-1")))
-
-    def _write_with_headers(self, data: Any) -> None:
-        """Sends head and body in one packet: with two, a client's delayed ACK holds the second one back for 40 ms."""
-        self.finalize_headers()
-        self.headers_sent = True  # not earlier: a failure above must still become a 500
-        lines = [b"HTTP/1.1 " + self.status, *(b"%b: %b" % header for header in self.response_headers), b"\r\n"]
-        head = b"\r\n".join(lines)
-        if self.response_use_chunked or len(data) > 65536:
-            self._sendall(head)
-            self._write(data)
-        else:
-            self._sendall(head + data)
 
     def _sendall(self, data: bytes) -> None:
         """Sends in 64 KiB pieces, each with its own time limit."""
