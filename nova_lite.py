@@ -680,7 +680,7 @@ def receive(timeout: float | None = None, match: Callable[[Any], Any] | None = N
 def _count_refused(me: Process, match: Callable[[Any], Any], refused: int) -> int:
     """Returns how many messages precede the first that `match` accepts."""
     mailbox, handled = me.mailbox, me.handled
-    while refused < len(mailbox):
+    while refused < len(mailbox) and me.exiting in (None, TERMINATING):
         # Copies, since `match` may send to this process; of growing size, so that the cost stays linear.
         for message in list(islice(mailbox, refused, 2 * refused + 16)):
             accepted = match(message)
