@@ -64,30 +64,22 @@ import codecs
 import errno
 import gc
 import importlib
-import io
 import json
 import logging
 import os
 import random
 import re
-import shutil
 import signal
-import subprocess
 import sys
-import sysconfig
-import tempfile
 import time
 import traceback
 import weakref
-import zlib
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, fields, replace
 from datetime import datetime
 from functools import cache, lru_cache, partial
-from heapq import nlargest
-from http.cookies import SimpleCookie
 from io import BytesIO
 from itertools import count, islice
 from math import inf, isnan
@@ -100,13 +92,11 @@ from typing import Any, NoReturn
 from urllib.parse import parse_qsl, unquote_to_bytes, urlencode, urlsplit
 
 import bottle
-import gevent
 import gevent.event
 import gevent.local
 import gevent.monkey
 import gevent.pywsgi
 import gevent.socket
-import gevent.subprocess
 from bottle import HTTPError, HTTPResponse
 from gevent.hub import Hub, Waiter, get_hub
 from geventwebsocket.handler import WebSocketHandler as UpgradeHandler
@@ -167,7 +157,6 @@ class Settings:
 
 TIME_SLICE = 0.003  # seconds of turns before sockets and timers are looked at: none must wait for 5 ms
 YIELD_DELAY = 1e-6  # seconds: the shortest sleep that polls sockets; after sleep(0) gevent runs 50 callbacks first
-_FOREVER = 1e9  # seconds
 HOLD_LIMIT = 0.1  # seconds of one turn; what holds the hub longer, and so keeps all others waiting, is logged
 SPARE_RUNNERS = 64  # idle runners kept: a burst of blocking callbacks must not keep as many stacks
 
@@ -283,8 +272,6 @@ class Process(Pid):
         """Ends `own`; returns the thing, or None."""
         return self.owned.pop(ref, None) if self.owned else None
 
-    # -- signals
-
     def signal(self, source: Pid, reason: Any) -> None:
         if self.trapping:
             self.deliver(("EXIT", source, reason))
@@ -318,8 +305,6 @@ class Process(Pid):
         runner = self.runner
         if runner is not None and self.exiting is signal and signal.__traceback__ is None:
             runner.throw(signal)
-
-    # -- the end
 
     def handle_exit(self, error: BaseException) -> None:
         """Ends the process after `error` left its turn, or after a signal between turns. Never raises."""
@@ -420,10 +405,8 @@ class GreenletProcess(Process):
             current.rawlink(self._ended)
 
     def _ended(self, done: gevent.Greenlet) -> None:
-        if isinstance(done.value, gevent.GreenletExit):
-            self.finish(getattr(done.value, "reason", "killed"))
-        else:
-            self.finish(done.exception or "normal")
+        is_exit = isinstance(done.value, gevent.GreenletExit)
+        self.finish(getattr(done.value, "reason", "killed") if is_exit else done.exception or "normal")
 
     def finish(self, reason: Any) -> None:
         super().finish(reason)
@@ -540,19 +523,16 @@ class Scheduler:
         if getattr(caller, "iteration", None) != iteration:
             caller.iteration, caller.slice_end = iteration, max(self.slice_end, now + TIME_SLICE / 10)
         elif now > caller.slice_end and not isinstance(caller, Hub):
-            self._yield()
+            if get_ident() == self.thread:
+                waiter = Waiter()
+                self.yielded.append(waiter)
+                if not self.scheduled:
+                    self.scheduled = True
+                    self.timer.start(self.serve)
+                waiter.get()
+            else:
+                gevent.sleep(YIELD_DELAY)
             caller.iteration, caller.slice_end = self.iteration, self.slice_end
-
-    def _yield(self) -> None:
-        if get_ident() != self.thread:
-            gevent.sleep(YIELD_DELAY)
-            return
-        waiter = Waiter()
-        self.yielded.append(waiter)
-        if not self.scheduled:
-            self.scheduled = True
-            self.timer.start(self.serve)
-        waiter.get()
 
     def bind_thread(self) -> None:
         """Binds all processes to this thread and its hub, unless they are bound."""
@@ -605,16 +585,11 @@ def self_pid() -> Pid:
     return process
 
 
-def check_thread() -> None:
-    """Raises RuntimeError in a thread that is not the hub's."""
+def calling_process() -> Process:
+    """Returns the calling process. Raises RuntimeError in a thread that is not the hub's: it has no mailbox."""
     scheduler.bind_thread()
     if get_ident() != scheduler.thread:
         raise RuntimeError("only send, broadcast and exit work from a thread other than the hub's")
-
-
-def calling_process() -> Process:
-    """Returns the calling process. Raises RuntimeError in a thread that is not the hub's: it has no mailbox."""
-    check_thread()
     return self_pid()  # type: ignore[return-value]
 
 
@@ -632,7 +607,7 @@ def wait_for(waiter: Waiter, timeout: float | None) -> Any:
     if timeout is None and getcurrent().parent is not None:
         return waiter.get()
     # Without a timer, gevent would raise LoopExit in the main greenlet, though a thread may still send.
-    seconds = _FOREVER if timeout is None else max(timeout, 0)
+    seconds = 1e9 if timeout is None else max(timeout, 0)
     if isnan(seconds):
         raise ValueError("expected seconds, got NaN")
     with get_hub().loop.timer(seconds) as timer:
@@ -652,7 +627,7 @@ def spawn(fn: Callable[..., Any], *args: Any) -> Pid:
 
 def spawn_link(fn: Callable[..., Any], *args: Any) -> Pid:
     """Does what `spawn` does, and links the process to the caller before it runs (erlang:spawn_link/1)."""
-    check_thread()
+    calling_process()  # raises before anything starts
     process = spawn(fn, *args)
     link(process)
     return process
@@ -660,7 +635,7 @@ def spawn_link(fn: Callable[..., Any], *args: Any) -> Pid:
 
 def spawn_monitor(fn: Callable[..., Any], *args: Any) -> tuple[Pid, int]:
     """Returns (pid, ref) of a process that is monitored before it runs (erlang:spawn_monitor/1)."""
-    check_thread()
+    calling_process()  # raises before anything starts
     process = spawn(fn, *args)
     return process, monitor(process)
 
@@ -692,10 +667,10 @@ def receive(timeout: float | None = None, match: Callable[[Any], Any] | None = N
     if mailbox or timeout == 0:
         scheduler.yield_after_slice()
     while True:
-        if me.exiting is not None and me.exiting is not TERMINATING:
-            raise me.exiting
         if match is not None:
             refused = _count_refused(me, match, refused)
+        if me.exiting is not None and me.exiting is not TERMINATING:  # `match` may have blocked
+            raise me.exiting
         if refused < len(mailbox):
             message = mailbox[refused]
             del mailbox[refused]
@@ -709,12 +684,10 @@ def receive(timeout: float | None = None, match: Callable[[Any], Any] | None = N
 def _count_refused(me: Process, match: Callable[[Any], Any], refused: int) -> int:
     """Returns how many messages precede the first that `match` accepts."""
     mailbox, handled = me.mailbox, me.handled
-    while refused < len(mailbox):
+    while refused < len(mailbox) and me.exiting in (None, TERMINATING):
         # Copies, since `match` may send to this process; of growing size, so that the cost stays linear.
         for message in list(islice(mailbox, refused, 2 * refused + 16)):
             accepted = match(message)
-            if me.exiting is not None and me.exiting is not TERMINATING:  # `match` has blocked
-                raise me.exiting
             if me.handled != handled:  # `match` has received a message, which moved the others
                 refused, handled = 0, me.handled
                 break
@@ -787,13 +760,8 @@ def demonitor(ref: int, flush: bool = False) -> bool:
     if target is not None:
         target.unwatch(ref)
     elif flush:
-        receive(0, is_down(ref))
+        receive(0, lambda message: isinstance(message, tuple) and message[:2] == ("DOWN", ref))
     return target is not None
-
-
-def is_down(ref: int) -> Callable[[Any], bool]:
-    """Returns a predicate that accepts the DOWN of this monitor only."""
-    return lambda message: isinstance(message, tuple) and message[:2] == ("DOWN", ref)
 
 
 def link(pid: Pid) -> bool:
@@ -802,16 +770,14 @@ def link(pid: Pid) -> bool:
     Raises TypeError for a process of another node.
     """
     me, other = calling_process(), resolve(pid)
-    if other is me:
-        return True
     if other is not None and not isinstance(other, Process):
         raise TypeError(f"{other!r} is a process of another node: monitor it, links do not cross nodes")
     if other is None or other.mailbox is DEAD_MAILBOX:
-        me.signal(pid if other is None else other, "noproc")
-        return True
-    me.links, other.links = me.links or set(), other.links or set()
-    me.links.add(other)
-    other.links.add(me)
+        me.signal(other or pid, "noproc")
+    elif other is not me:
+        me.links, other.links = me.links or set(), other.links or set()
+        me.links.add(other)
+        other.links.add(me)
     return True
 
 
@@ -1237,8 +1203,8 @@ class PubSub:
 
 
 def _local_process(pid: Pid | None) -> Process:
-    check_thread()
-    process = self_pid() if pid is None else pid
+    me = calling_process()
+    process = me if pid is None else pid
     if not isinstance(process, Process):
         raise TypeError(f"expected a process of this node, got {pid!r}")
     return process
@@ -1406,10 +1372,6 @@ def parse_origin(text: Any) -> tuple[str, str, int] | None:
         return None
     scheme = match[1].lower()
     return scheme, match[2].lower(), int(match[3] or {"http": 80, "https": 443}.get(scheme, 0))
-
-
-class BadBody(HTTPError, OSError):
-    """The body cannot be read: a 400, 408 or 413 for bottle, an OSError for any other WSGI application."""
 
 
 def read_body(environ: dict[str, Any], limit: int) -> bytes:
@@ -1906,7 +1868,7 @@ class Stream(Process):
                     outgoing.append(data)
                     size += len(data)
             else:
-                size += self._handle_result(result, info)
+                size += self.handle_result(result, info)
             if not mailbox or size > READ_SIZE or self.write_buffer or self.exiting is not None:
                 break  # the rest waits in the mailbox, where it is shared with other connections, and counted
             if not done % 8 and monotonic() > deadline:  # checked for each message, it would cost a flood 5 %
@@ -1927,7 +1889,7 @@ class Stream(Process):
                     self._queue_frame(("pong", frame[1]))
                 self.handled += 1
                 result = self.handler.websocket_handle(frame, self.state)
-            size += self._handle_result(result)
+            size += self.handle_result(result)
             if size > READ_SIZE or self.write_buffer or self.exiting is not None or monotonic() > deadline:
                 break  # the rest waits for the next turn, or until the client has read
         del inbox[:done]
@@ -1936,7 +1898,7 @@ class Stream(Process):
         if not self.reader.active and not self._should_pause():
             self.reader.start(self.readable)
 
-    def _handle_result(self, result: Any, _info: Any = None) -> int:
+    def handle_result(self, result: Any, _info: Any = None) -> int:
         """Keeps the state and queues the frames that a callback returned. Returns their size in bytes."""
         match result:
             case ("reply", frames, state) | ("reply", frames, state, "hibernate"):
@@ -2100,7 +2062,9 @@ class Stream(Process):
         return " {} {}:{}".format(printable(self.req["path"]), *self.req["peer"])
 
     def _start_close(self, close: Close) -> None:
-        """Sends what is queued. From here on the socket does without the process."""
+        """Sends what is queued and the close frame. From here on the socket does without the process."""
+        if close.code is not None:
+            self.outgoing.append(self.encode("close" if close.code == NO_STATUS else ("close", close.code, close.text)))
         self.flush()
         self.phase, self.stalled_for, self.inbox = CLOSING, 0.0, []
         if close.reason == ("error", "closed"):
@@ -2153,11 +2117,6 @@ class Connection(Stream):
         self.input_over = self.parser.done
         return frames
 
-    def _start_close(self, close: Close) -> None:
-        if close.code is not None:
-            self.outgoing.append(close_frame(close.code, close.text))
-        super()._start_close(close)
-
     def abort(self) -> None:
         super().abort()
         self.parser.reset()
@@ -2178,10 +2137,11 @@ class EventStream(Stream):
         super().__init__(handler, req, replace(settings, ping_interval=interval, idle_timeout=inf), registry)
 
     def open(self, sock: Any, early: bytes) -> None:
-        """Also sends the position as of the join, immediately: only then does Firefox fire `open`."""
-        position = next(filter(None, dict(self.channels).values()), None)  # one will do: the other channels resync
-        self.outgoing.append(f"retry: {random.randint(*self.RETRY)}\n".encode() + (_position_event(position) or b"\n"))
+        self.outgoing.append(self.preamble())  # immediately: only then does Firefox fire `open`
         super().open(sock, early)
+
+    def preamble(self, fields: bytes = b"") -> bytes:
+        return f"retry: {random.randint(*self.RETRY)}\n".encode() + (fields or b"\n")
 
     def parse(self, _data: bytes) -> list[Any]:
         return []
@@ -2198,25 +2158,9 @@ class EventStream(Stream):
                 return b""
         raise ValueError(f"not an event: {frame!r}")
 
-    def _handle_result(self, result: Any, info: Any = None) -> int:
-        queued = len(self.outgoing)
-        size = super()._handle_result(result)
-        match info:
-            case Message(position=str(position)) if len(self.outgoing) > queued:
-                self.outgoing[-1] = f"id: {position}\n".encode() + self.outgoing[-1]
-            # After the resync, never before: a client that has not received it must resync again. What is still in the
-            # mailbox brings positions of its own.
-            case ("nova_resync", str(channel)) if channel in self.channels and not self.mailbox:
-                self.outgoing.append(_position_event(pubsub.get_position(channel)))
-        return size
-
     def _start_close(self, close: Close) -> None:
         self.input_over = True  # there is no close frame to wait for
         super()._start_close(close)
-
-
-def _position_event(position: str | None) -> bytes:
-    return f"event: position\nid: {position}\ndata:\n\n".encode() if position else b""
 
 
 SLOW = Close(1013, "too slow", ("error", "slow"))
@@ -2430,7 +2374,7 @@ class _Endpoint:
         merged.status, merged.body = response.status, response.body
         merged._headers.update(response._headers)
         if response._cookies:
-            merged._cookies = SimpleCookie({**(merged._cookies or {}), **response._cookies})
+            merged._cookies = bottle.SimpleCookie({**(merged._cookies or {}), **response._cookies})
         return merged
 
     def guarded_call(self, fn: Any, req: Request) -> Any:
@@ -2477,7 +2421,8 @@ class _WebSocketEndpoint(_Endpoint):
         answer = None if wants_events else check_handshake(req.environ)
         answer = answer or check_opening(req) or self.check_security(req)
         if answer is None and wants_events:
-            answer = self.accept_connection(EventStream, req, dict(EVENT_STREAM))
+            kind = rooms["replay"].event_stream if "replay" in rooms else EventStream
+            answer = self.accept_connection(kind, req, dict(EVENT_STREAM))
         return self.answer(answer or self.upgrade(req), req)
 
     def upgrade(self, req: Request) -> HTTPResponse:
@@ -2588,18 +2533,14 @@ class TLS:
 class RequestHandler(UpgradeHandler):
     """An HTTP connection. gevent-websocket's upgrade runs once the application has returned a 101."""
 
-    busy = False  # between a request's first line and the end of its response
+    busy = False  # until the end of a response; from the request's first line if the room http is there
     agreed = False  # the response is that of the connection that is upgrading
     detached = False  # the socket belongs to a connection's process
     client_address: Any
     response_headers: list[tuple[bytes, bytes]]
-    environ: dict[str, Any]
     rfile: Any
     socket: Any
-    websocket: Any
     code: Any
-    provided_date: Any
-    provided_content_length: Any
     logger = log  # gevent-websocket would set up one of its own
 
     def handle(self) -> None:
@@ -2611,39 +2552,8 @@ class RequestHandler(UpgradeHandler):
         finally:
             self.server.handlers.discard(self)
 
-    # -- the request
-
-    def handle_one_request(self) -> Any:
-        scheduler.yield_after_slice()  # a client may pipeline many requests
-        result = super().handle_one_request()
-        if result is None and self.socket is not None:
-            self.end_tls()
-        return result
-
-    def read_request(self, raw_requestline: str) -> bool:
-        self.busy = True
-        return super().read_request(raw_requestline)
-
-    def _handle_client_error(self, ex: Exception) -> Any:
-        """Returns the refusal of a request that cannot be read. pywsgi closes: the start of the next one is unknown."""
-        late = "408 Request Timeout" if isinstance(ex, TimeoutError) else "400 Bad Request"
-        status, reason = getattr(ex, "status_line", late), printable(getattr(ex, "body", None) or ex)
-        log.info('%s "%s" refused: %s (%s)', self.peer(), printable(self.requestline or ""), status, reason)
-        self._orig_status = status
-        kind, body = error_body(status, status[4:], "")
-        head = f"HTTP/1.1 {status}\r\nContent-Type: {kind}\r\nContent-Length: {len(body)}\r\nConnection: close\r\n\r\n"
-        return status[:3], head.encode() + body
-
-    def end_tls(self) -> None:
-        """Sends close_notify: without it a complete response looks truncated (RFC 9112 §9.8)."""
-        if self.server.ssl_enabled:
-            self.socket.settimeout(0)  # does not wait for the client's
-            with suppress(OSError, ValueError):
-                self.socket.unwrap()
-
-    # -- the application
-
     def handle_one_response(self) -> None:
+        self.busy = True
         try:
             super().handle_one_response()
         finally:
@@ -2669,35 +2579,6 @@ class RequestHandler(UpgradeHandler):
             for connection in upgrading:  # a hook or a plugin has replaced the 101, or it could not be sent
                 connection.interrupt(("error", "closed"))
 
-    def handle_error(self, kind: Any, error: Any, tb: Any) -> None:
-        if (self.code or 0) < 0:  # the client is gone
-            self.close_connection = True
-        elif isinstance(error, BadBody):
-            self._refuse(error.status_code, str(error.body))
-        elif isinstance(error, SystemExit | KeyboardInterrupt):
-            super().handle_error(kind, error, tb)
-        else:
-            if not isinstance(error, gevent.GreenletExit):
-                line = printable(self.requestline or "")
-                log.error('%s "%s" crashed', self.peer(), line, exc_info=(kind, error, tb))
-            self._refuse(500)
-
-    def _send_error_response_if_possible(self, error_code: int) -> None:
-        self._refuse(error_code)
-
-    def _refuse(self, status: int, text: str = "") -> None:
-        """Sends an error instead of the application's response, or closes if that has begun."""
-        self.close_connection = True
-        if self.headers_sent:
-            return
-        error = HTTPError(status)
-        kind, body = error_body(error.status_line, text or error.status_line[4:], self.environ.get("HTTP_ACCEPT", ""))
-        with suppress(OSError):
-            self.start_response(error.status_line, [("Content-Type", kind), ("Content-Length", str(len(body)))])
-            self.write(body)
-
-    # -- the response
-
     def process_result(self) -> None:
         upgrading = self.environ[UPGRADING_KEY]
         # Otherwise nothing is upgrading, or a hook or a plugin has replaced the response.
@@ -2708,7 +2589,11 @@ class RequestHandler(UpgradeHandler):
         headers = [header for header in self.response_headers if header[0] != b"Content-Length"]  # bottle's 0
         if self.code == 101:
             self.upgrade_connection()
-            self._disarm(self.environ.pop("wsgi.websocket"))
+            # gevent-websocket's object would write a close frame when it is freed, and its cycle with this handler
+            # would hold 7 KiB until the next garbage collection.
+            websocket, self.websocket = self.environ.pop("wsgi.websocket"), None
+            websocket.closed = True
+            del websocket.handler, websocket.stream
             headers = self.response_headers + [header for header in headers if header[0] != b"Content-Type"]
         self.response_headers, self.close_connection = headers, True
         self.provided_content_length = False  # pywsgi adds none
@@ -2739,14 +2624,6 @@ class RequestHandler(UpgradeHandler):
         else:
             self._sendall(head + data)
 
-    # -- detaching
-
-    def _disarm(self, websocket: Any) -> None:
-        """Disables gevent-websocket's object: its __del__ would write a close frame, and its cycle with this handler
-        would hold 7 KiB until the next garbage collection."""
-        websocket.closed, self.websocket = True, None
-        del websocket.handler, websocket.stream
-
     def _detach(self, connection: Connection) -> None:
         """Moves the socket to the connection's process. pywsgi's handler, buffers and greenlet are freed."""
         sock, early = self.socket, b""
@@ -2767,8 +2644,6 @@ class RequestHandler(UpgradeHandler):
         connection.open(raw, early)
         if self.server.registry.draining:
             connection.interrupt("shutdown")
-
-    # -- the log
 
     def log_request(self) -> None:
         if log.isEnabledFor(logging.INFO):
@@ -2816,7 +2691,7 @@ class Server(gevent.pywsgi.WSGIServer):
         self.on_failure: Callable[[], Any] = partial(gevent.spawn, self.stop)
         tls = {"ssl_context": _tls_context(certfile, keyfile)} if certfile else {}
         if reuse_port:
-            self.get_listener = lambda _address, backlog, _family: bound_socket(host, port, backlog)
+            self.get_listener = lambda _address, backlog, _family: room("launch").bound_socket(host, port, backlog)
         handler = rooms["http"].handler if "http" in rooms else RequestHandler
         super().__init__((host, port), app, BACKLOG, log=None, error_log=log, handler_class=handler, **tls)
 
@@ -2870,10 +2745,9 @@ class Server(gevent.pywsgi.WSGIServer):
 
     def stop(self, timeout: float | None = None) -> None:
         """Closes the listener, waits for requests, and closes WebSockets with 1001; aborts the rest after `timeout`.
-        Then stops the children.
 
         The 1001s are spread over at most half of that time, so that clients do not reconnect all at once. A request on
-        a kept-alive connection is still answered, with `Connection: close`.
+        a kept-alive connection is still answered, with `Connection: close`. The children are stopped last.
         """
         timeout = self.drain_time if timeout is None else timeout
         deadline = monotonic() + timeout
@@ -2901,23 +2775,8 @@ class Server(gevent.pywsgi.WSGIServer):
             self.tree.stop()
 
     def active_count(self) -> int:
-        """Returns the number of active requests and WebSockets."""
+        """Returns the number of requests and WebSockets."""
         return sum(handler.busy for handler in self.handlers) + len(self.registry.connections)
-
-
-def bound_socket(host: str, port: int, backlog: int | None) -> Any:
-    """Returns a socket on a port that may be shared. It listens if there is a backlog."""
-    sock = gevent.socket.socket(gevent.socket.AF_INET6 if ":" in host else gevent.socket.AF_INET)
-    sock.setsockopt(gevent.socket.SOL_SOCKET, gevent.socket.SO_REUSEPORT, 1)
-    sock.setsockopt(gevent.socket.SOL_SOCKET, gevent.socket.SO_REUSEADDR, 1)
-    try:
-        sock.bind((host, port))
-        if backlog is not None:
-            sock.listen(backlog)
-    except OSError:
-        sock.close()
-        raise
-    return sock
 
 
 def _tls_context(certfile: str, keyfile: str | None) -> Any:
@@ -2961,15 +2820,14 @@ def run(
     process = "%(process)d " if workers > 1 else ""
     logging.basicConfig(level=log_level.upper(), format=f"%(asctime)s {process}%(levelname)s %(name)s: %(message)s")
     options["children"] = room("gen_server").check_children(children) if children else ()  # before there are workers
-    launch = room("launch") if reload or workers > 1 or children else None
-    if launch and reload:
-        launch.reload_on_change()
-    if launch and workers > 1:
+    if reload:
+        room("launch").reload_on_change()
+    if workers > 1:
         if cluster is None:
             raise ValueError("workers need a cluster: without one a broadcast would reach one worker's clients only")
-        number, port = launch.run_workers(workers, host, port, drain_time + shutdown_delay)
+        number, port = room("launch").run_workers(workers, host, port, drain_time + shutdown_delay)
         options["reuse_port"], name = True, f"{name or scheduler.node}-{number}"
-    _raise_descriptor_limit()
+    _descriptor_limit(raised=True)
     if reload:
         drain_time, shutdown_delay = min(drain_time, 0.3), 0.0
     try:
@@ -3035,31 +2893,31 @@ def _check_patch() -> None:
         )
 
 
-def _descriptor_limit() -> int:
-    with suppress(ImportError):
+def _descriptor_limit(raised: bool = False) -> int:
+    """Returns how many descriptors this process may have open, `raised` to as many as it may allow itself."""
+    with suppress(ImportError, OSError, ValueError):
         import resource  # not on Windows
 
-        return resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+        limit, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        if raised:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+        return limit
     return 10_000
 
 
-def _raise_descriptor_limit() -> None:
-    with suppress(ImportError, OSError, ValueError):
-        import resource
-
-        _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-
-
 # ----- cut here: without http ----------------------------------------------------------------------------------------
-# Lost: strict HTTP (limits of size and time, framing checks, 100-continue, chunked bodies for bottle). What remains is
-# pywsgi's, for use behind a proxy that is strict.
+# Lost: strict HTTP (limits of size and time, framing checks, 100-continue, chunked bodies for bottle, close_notify, and
+# errors in the form that the client accepts). What remains is pywsgi's, for use behind a proxy that is strict.
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # HTTP: reads requests strictly, within limits of size and time, and checks the framing of responses (RFC 9112).
 # Invariant: a message whose end is in doubt is the last one of its connection.
 # ---------------------------------------------------------------------------------------------------------------------
+
+import io
+import shutil
+import tempfile
 
 MAX_HEADERS = 16_384  # bytes
 MAX_LINE = 8192  # bytes of a request line, 414 beyond
@@ -3154,6 +3012,10 @@ class ClientStream(io.RawIOBase):
                 raise TimeoutError("the client takes too long")
             self.sock.settimeout(left)
         return self.sock.recv_into(buffer)
+
+
+class BadBody(HTTPError, OSError):
+    """The body cannot be read: a 400, 408 or 413 for bottle, an OSError for any other WSGI application."""
 
 
 class Body(io.RawIOBase):
@@ -3281,6 +3143,7 @@ class StrictRequestHandler(RequestHandler):
     """Reads requests within limits of size and time, and checks the framing of both messages (RFC 9112)."""
 
     path: Any
+    provided_date: Any
     wsgi_input: Any = _NO_BODY
     body_left: int | None = None  # bytes of the response that Content-Length still allows; None: no limit
     expects_continue = False  # the client waits for a 100 before it sends its body
@@ -3291,6 +3154,13 @@ class StrictRequestHandler(RequestHandler):
         self.rfile = io.BufferedReader(self.stream, READ_AHEAD)
 
     # -- the request
+
+    def handle_one_request(self) -> Any:
+        scheduler.yield_after_slice()  # a client may pipeline many requests
+        result = super().handle_one_request()
+        if result is None and self.socket is not None:
+            self.end_tls()
+        return result
 
     def read_requestline(self) -> str:
         """Returns the request line, or "" if there is none, or if it has been refused."""
@@ -3332,11 +3202,24 @@ class StrictRequestHandler(RequestHandler):
         return True
 
     def _handle_client_error(self, ex: Exception) -> None:
-        _, response = super()._handle_client_error(ex)
+        """Refuses a request that cannot be read, and closes: the start of the next one is unknown."""
+        late = "408 Request Timeout" if isinstance(ex, TimeoutError) else "400 Bad Request"
+        status, reason = getattr(ex, "status_line", late), printable(getattr(ex, "body", None) or ex)
+        log.info('%s "%s" refused: %s (%s)', self.peer(), printable(self.requestline or ""), status, reason)
+        self._orig_status = status
+        kind, body = error_body(status, status[4:], "")
+        head = f"HTTP/1.1 {status}\r\nContent-Type: {kind}\r\nContent-Length: {len(body)}\r\nConnection: close\r\n\r\n"
         with suppress(OSError):
-            self._sendall(response)
+            self._sendall(head.encode() + body)
         self.stream.deadline = monotonic() + DISCARD_TIME
         self._await_close()
+
+    def end_tls(self) -> None:
+        """Sends close_notify: without it a complete response looks truncated (RFC 9112 §9.8)."""
+        if self.server.ssl_enabled:
+            self.socket.settimeout(0)  # does not wait for the client's
+            with suppress(OSError, ValueError):
+                self.socket.unwrap()
 
     def _await_close(self) -> None:
         """Shuts down writing and reads until `deadline`: closing with unread bytes would reset the connection, and the
@@ -3374,6 +3257,32 @@ class StrictRequestHandler(RequestHandler):
             self.expects_continue = False
             self.socket.settimeout(self.server.WRITE_TIME)
             self.socket.sendall(b"HTTP/1.1 100 Continue\r\n\r\n")
+
+    def handle_error(self, kind: Any, error: Any, tb: Any) -> None:
+        if (self.code or 0) < 0:  # the client is gone
+            self.close_connection = True
+        elif isinstance(error, BadBody):
+            self._refuse(error.status_code, str(error.body))
+        elif isinstance(error, SystemExit | KeyboardInterrupt):
+            super().handle_error(kind, error, tb)
+        else:
+            if not isinstance(error, gevent.GreenletExit):
+                line = printable(self.requestline or "")
+                log.error('%s "%s" crashed', self.peer(), line, exc_info=(kind, error, tb))
+            self._refuse(500)
+
+    def _refuse(self, status: int, text: str = "") -> None:
+        """Sends an error instead of the application's response, or closes if that has begun."""
+        self.close_connection = True
+        if self.headers_sent:
+            return
+        error = HTTPError(status)
+        kind, body = error_body(error.status_line, text or error.status_line[4:], self.environ.get("HTTP_ACCEPT", ""))
+        with suppress(OSError):
+            self.start_response(error.status_line, [("Content-Type", kind), ("Content-Length", str(len(body)))])
+            self.write(body)
+
+    _send_error_response_if_possible = _refuse
 
     # -- the response
 
@@ -3617,6 +3526,8 @@ rooms["views"] = SimpleNamespace(to_response=_to_response)
 # Invariant: neither side keeps a window between messages. So a broadcast is compressed once for all clients with the
 # same window, and an idle connection holds no window.
 # ---------------------------------------------------------------------------------------------------------------------
+
+import zlib
 
 # A server may demand both, whatever the client offers (RFC 7692 §7.1.1).
 NO_TAKEOVER = "; server_no_context_takeover; client_no_context_takeover"
@@ -4617,11 +4528,38 @@ def _start_history(pubsub: PubSub, channel: str, size: int, seconds: float) -> N
         pubsub.adapter.on_keep(channel)
 
 
-rooms["replay"] = SimpleNamespace(keep=_keep)
+class ResumableEventStream(EventStream):
+    """An event stream that tells the client the position up to which it has received a kept channel."""
+
+    __slots__ = ()
+
+    def preamble(self, _fields: bytes = b"") -> bytes:
+        """Returns also the position as of the join."""
+        position = next(filter(None, dict(self.channels).values()), None)  # one will do: the other channels resync
+        return super().preamble(_position_event(position))
+
+    def handle_result(self, result: Any, info: Any = None) -> int:
+        queued = len(self.outgoing)
+        size = super().handle_result(result)
+        match info:
+            case Message(position=str(position)) if len(self.outgoing) > queued:
+                self.outgoing[-1] = f"id: {position}\n".encode() + self.outgoing[-1]
+            # After the resync, never before: a client that has not received it must resync again. What is still in the
+            # mailbox brings positions of its own.
+            case ("nova_resync", str(channel)) if channel in self.channels and not self.mailbox:
+                self.outgoing.append(_position_event(pubsub.get_position(channel)))
+        return size
+
+
+def _position_event(position: str | None) -> bytes:
+    return f"event: position\nid: {position}\ndata:\n\n".encode() if position else b""
+
+
+rooms["replay"] = SimpleNamespace(event_stream=ResumableEventStream, keep=_keep)
 
 
 # ----- cut here: without launch --------------------------------------------------------------------------------------
-# Lost: reload=True, workers=N, children=[...], reload_on_change, run_workers.
+# Lost: reload=True, workers=N, children=[...], reuse_port=True, reload_on_change, run_workers.
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -4629,6 +4567,10 @@ rooms["replay"] = SimpleNamespace(keep=_keep)
 # Invariant: starts the program with its own command line; does not depend on what it serves.
 # ---------------------------------------------------------------------------------------------------------------------
 
+import subprocess
+import sysconfig
+
+import gevent.subprocess
 
 _RELOADED = "NOVA_LITE_RELOADED"  # in the environment of the process that serves
 RELOAD_TIME = 10.0  # seconds after which a process that does not stop, or not start, is killed for a reload
@@ -4679,6 +4621,21 @@ def run_workers(count: int, host: str, port: int, drain_time: float = DRAIN_TIME
         return number, port
     reserved = bound_socket(host, port, None)  # so that all workers get the same port if it is 0
     sys.exit(Workers(reserved.getsockname()[1], drain_time).run(count))
+
+
+def bound_socket(host: str, port: int, backlog: int | None) -> Any:
+    """Returns a socket on a port that may be shared. It listens if there is a backlog."""
+    sock = gevent.socket.socket(gevent.socket.AF_INET6 if ":" in host else gevent.socket.AF_INET)
+    sock.setsockopt(gevent.socket.SOL_SOCKET, gevent.socket.SO_REUSEPORT, 1)
+    sock.setsockopt(gevent.socket.SOL_SOCKET, gevent.socket.SO_REUSEADDR, 1)
+    try:
+        sock.bind((host, port))
+        if backlog is not None:
+            sock.listen(backlog)
+    except OSError:
+        sock.close()
+        raise
+    return sock
 
 
 class Workers:
@@ -4814,7 +4771,10 @@ class ApplicationTree:
 while_serving.append(_on_orphaned)
 __all__ += ["reload_on_change", "run_workers"]
 rooms["launch"] = SimpleNamespace(
-    ApplicationTree=ApplicationTree, reload_on_change=reload_on_change, run_workers=run_workers
+    ApplicationTree=ApplicationTree,
+    bound_socket=bound_socket,
+    reload_on_change=reload_on_change,
+    run_workers=run_workers,
 )
 
 
@@ -5689,6 +5649,8 @@ rooms["cluster"] = SimpleNamespace(connect=_connect, disconnect=_disconnect)
 # Board: figures of this node, as a dict and as a page.
 # Invariant: reads the state of other rooms and never changes it.
 # ---------------------------------------------------------------------------------------------------------------------
+
+from heapq import nlargest
 
 BOARD_TIME = 1.0  # seconds between updates
 BOARD_SIZE = 500  # processes in `stats` at most

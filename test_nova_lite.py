@@ -10199,7 +10199,7 @@ def test_functions_are_short():
 
 
 # Lines, blanks and comments counted. The core is to come down to 2,900, the cluster to 800.
-BUDGETS = {**dict.fromkeys(ROOMS, 600), "core": 3630, "cluster": 800, "demo and main": 1050}
+BUDGETS = {**dict.fromkeys(ROOMS, 600), "core": 2900, "cluster": 800, "presence": 250, "demo and main": 1050}
 
 
 @pytest.mark.parametrize("room", BUDGETS)
