@@ -4315,10 +4315,7 @@ class Presence:
         A member that goes on from this list applies the events that it receives afterwards. Those that were waiting in
         its mailbox are removed: the list includes their changes. To miss none, join the channel before.
         """
-        check_thread()
-        caller = current_process()
-        if caller is not None:
-            self._skip_events(check_channel(channel), caller)
+        self._skip_events(check_channel(channel), calling_process())
         return {key: [*owners.values()] for key, owners in self.entries.get(channel, {}).items()}
 
     def get_by_key(self, channel: str, key: str) -> _Metas:
@@ -4412,8 +4409,8 @@ def _is_event_of(channel: str, message: Any) -> bool:
 
 
 def _local_owner(pid: Pid | None) -> Process:
-    process = calling_process() if pid is None else pid
-    check_thread()
+    me = calling_process()
+    process = me if pid is None else pid
     if not isinstance(process, Process):
         raise TypeError(f"expected a process of this node, got {pid!r}")
     return process
