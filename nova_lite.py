@@ -37,6 +37,7 @@ The map. A room uses only the rooms above it. Those after a cut line can be dele
     replay                  channels that keep their last messages
     launch                  reloading, workers
     cluster                 other nodes, through Redis
+    leases                  a child that runs on one node of the cluster
     board                   the state of this node, as JSON and as a page
     demo, main              Nova's tutorial; the command line
 
@@ -376,7 +377,7 @@ class Process(Pid):
             other.links.discard(self)
             other.signal(self, reason)
 
-    def down(self, ref: int, process: Pid | str, reason: Any) -> None:
+    def down(self, ref: int, process: Any, reason: Any) -> None:
         """Delivers the DOWN of a process that this one monitors."""
         self.disown(ref)
         self.deliver(("DOWN", ref, "process", process, reason))
@@ -614,12 +615,14 @@ def calling_process() -> Process:
     return self_pid()  # type: ignore[return-value]
 
 
-def resolve(target: Pid | str) -> Any:
+def resolve(target: Pid | str | tuple[str, str]) -> Any:
     """Returns a pid itself, a name's process or None. Raises TypeError for anything else."""
     if isinstance(target, str):
         return registered.get(target)
     if isinstance(target, Pid):
         return target
+    if isinstance(target, tuple) and len(target) == 2 and target[0] == "cluster":
+        return room("leases").resolve(target[1])
     raise TypeError(f"expected a pid or a registered name, got {target!r}")
 
 
@@ -671,7 +674,7 @@ def is_process_alive(pid: Pid) -> bool:
     return pid.mailbox is not DEAD_MAILBOX and pid.exiting in (None, TERMINATING)
 
 
-def send(target: Pid | str, message: Any) -> Any:
+def send(target: Pid | str | tuple[str, str], message: Any) -> Any:
     """Sends to a pid or a registered name, and returns the message (erlang:send/2). Silent if there is no process."""
     process = resolve(target)
     if process is not None:
@@ -758,12 +761,12 @@ def unregister(name: str) -> None:
     registered.pop(name).name = None
 
 
-def whereis(name: str) -> Pid | None:
-    """Returns the process registered as `name`, or None (erlang:whereis/1)."""
-    return registered.get(name)
+def whereis(name: str | tuple[str, str]) -> Pid | None:
+    """Returns the process registered as `name`, or None; ("cluster", id) names a child (erlang:whereis/1)."""
+    return resolve(name) if isinstance(name, tuple) else registered.get(name)
 
 
-def monitor(target: Pid | str) -> int:
+def monitor(target: Pid | str | tuple[str, str]) -> int:
     """Sends one ("DOWN", ref, "process", pid, reason) to the caller when `target` ends; returns ref.
 
     Immediately, with "noproc", if it is dead (erlang:monitor/2).
@@ -3962,7 +3965,7 @@ def start_link(cls: Any, args: Any = None, name: str | None = None, timeout: flo
     return "ignore"
 
 
-def call(server: Pid | str, request: Any, timeout: float | None = 5.0) -> Any:
+def call(server: Pid | str | tuple[str, str], request: Any, timeout: float | None = 5.0) -> Any:
     """Sends a request to a server and returns its reply (gen_server:call/3); `timeout` in seconds, None for no limit.
 
     Raises CallTimeout, NoProc or ServerDied, all of them CallError.
@@ -3982,7 +3985,7 @@ def call(server: Pid | str, request: Any, timeout: float | None = 5.0) -> Any:
     raise CallTimeout(f"no reply from {server!r} to {request!r} in {timeout} s")
 
 
-def cast(server: Pid | str, request: Any) -> str:
+def cast(server: Pid | str | tuple[str, str], request: Any) -> str:
     """Sends a request without a reply. Returns "ok", whether the server exists or not (gen_server:cast/2)."""
     send(server, ("$gen_cast", request))
     return "ok"
@@ -5307,7 +5310,8 @@ class Cluster(Adapter):
     def resync(self, channels: Iterable[str] | None = None) -> None:
         """Tells local members, by default of all channels, that messages may be missing: they should reload."""
         for channel in list(self.pubsub.channels) if channels is None else channels:
-            for process in self.pubsub.channels.get(channel, ()):
+            is_named = channel.startswith("$")  # it gives its members a name, for the room leases
+            for process in () if is_named else self.pubsub.channels.get(channel, ()):
                 process.deliver(("nova_resync", channel))
 
     # -- kept channels
@@ -5389,6 +5393,11 @@ def _disconnect(pubsub: PubSub) -> str:
     return "ok"
 
 
+def _find_redis_of(adapter: Any) -> Any:
+    """Returns what the room leases needs of a cluster's Redis, None for a node that is alone."""
+    return (adapter.redis.connect, adapter.redis.key) if isinstance(adapter, Cluster) else None
+
+
 def publish(url: str, channel: str, topic: str | bytes, payload: Any) -> int:
     """Broadcasts without being a node. Returns how many nodes have members in the channel.
 
@@ -5401,7 +5410,333 @@ def publish(url: str, channel: str, topic: str | bytes, payload: Any) -> int:
 
 
 __all__ += ["publish"]
-rooms["cluster"] = SimpleNamespace(connect=_connect, disconnect=_disconnect)
+rooms["cluster"] = SimpleNamespace(connect=_connect, disconnect=_disconnect, find_redis=_find_redis_of)
+
+
+# ----- cut here: without leases --------------------------------------------------------------------------------------
+# Lost: "scope": "cluster" (such a child then runs on every node), names like ("cluster", id), lease_number.
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Leases: a child with "scope": "cluster" runs on one node of the cluster, the one that holds its lease in Redis.
+# Invariant: a child runs only while, by this node's clock, its lease is not over.
+#
+# In place of the child the supervisor starts a keeper, which waits for the lease and then starts the child. This node
+# counts LEASE_TIME from before its request was sent, Redis from when it handled it: the lease ends here first. Since
+# the last renewal has passed, in parts of LEASE_TIME:
+#
+#   1/4    a greenlet renews the lease, and tries again until 5/8
+#   5/8    the keeper ends the child: by "shutdown", and from 13/16 by "kill"
+#   15/16  the guard, a timer, kills what the keeper has started, whatever the keeper itself waits for
+#   1      another node's keeper gets the lease; after a release it does so immediately
+#
+# A restarted Redis may have lost leases that nodes still count on: it grants none before LEASE_TIME is over.
+# ---------------------------------------------------------------------------------------------------------------------
+
+LEASE_TIME = 9.0  # seconds: by then, the members of a dead node have left its channels, the child among them
+CHILD_CHANNEL = "$lease "  # with the child's id: its only member is the child
+KEEPER_CHANNEL = "$keepers "  # with the child's id: its members learn that the lease was released
+
+# KEYS: the lease, the last number. ARGV: the owner, milliseconds. The first returns a fencing number, or the negative
+# milliseconds to wait. If the owner has the lease already, the response to an earlier request was lost. The numbers
+# begin with the time, so that they grow even if Redis loses the last one.
+_ACQUIRE = """
+local is_known, info = pcall(redis.call, 'INFO', 'server')
+local uptime = is_known and tonumber(string.match(info, 'uptime_in_seconds:(%d+)'))
+local left = uptime and ARGV[2] + 1000 - uptime * 1000 or 0
+if left > 0 then return -left end
+if redis.call('GET', KEYS[1]) == ARGV[1] then
+  redis.call('PEXPIRE', KEYS[1], ARGV[2])
+elseif not redis.call('SET', KEYS[1], ARGV[1], 'NX', 'PX', ARGV[2]) then
+  return -math.max(redis.call('PTTL', KEYS[1]), 1)
+end
+redis.call('SET', KEYS[2], redis.call('TIME')[1], 'NX')
+return redis.call('INCR', KEYS[2])
+"""
+_RENEW = "return redis.call('GET', KEYS[1]) == ARGV[1] and redis.call('PEXPIRE', KEYS[1], ARGV[2]) or 0"
+_RELEASE = "return redis.call('GET', KEYS[1]) == ARGV[1] and redis.call('DEL', KEYS[1]) or 0"
+
+
+class Lease:
+    """A lease in Redis, over a connection of its own. One greenlet uses it at a time."""
+
+    def __init__(self, redis: Any, child_id: str) -> None:
+        self.open_connection, name_key = redis
+        self.keys = name_key("lease:", child_id), name_key("lease_number:", child_id)
+        self.owner = os.urandom(16).hex()
+        self.connection: Any = None  # None until the first request, and after a failure
+        self.number = 0  # the fencing number, while `end` is not over
+        self.end = 0.0  # when the lease is over, by `monotonic`
+
+    def time_left(self, part: float) -> float:
+        """Returns the seconds until `part` of LEASE_TIME remains; negative if less does."""
+        return self.end - part * LEASE_TIME - monotonic()
+
+    def acquire(self) -> float | None:
+        """Returns None if the lease is granted, else the seconds after which to try again. Raises OSError."""
+        asked = monotonic()
+        answer = self._request(_ACQUIRE, LEASE_TIME / 8)
+        if answer < 0:
+            return min(-answer / 1000, LEASE_TIME / 4)
+        self.number, self.end = answer, asked + LEASE_TIME
+        return None if self.time_left(3 / 8) > 0 else 0.0  # this process may have been stopped meanwhile
+
+    def renew(self, seconds: float) -> bool:
+        """Returns False if the lease is another's, or lost. Raises OSError."""
+        asked = monotonic()
+        is_renewed = self._request(_RENEW, seconds) == 1
+        self.end = asked + LEASE_TIME if is_renewed else 0.0
+        return is_renewed
+
+    def release(self) -> None:
+        """Ends the lease, if it is not over. It is over by itself if Redis cannot be reached."""
+        if self.time_left(0) > 0:
+            with suppress(OSError):
+                self._request(_RELEASE, LEASE_TIME / 8)
+        self.end = 0.0
+
+    def _request(self, script: str, seconds: float) -> int:
+        """Returns Redis' response. Raises OSError, after `seconds` at the latest, however the connection hangs."""
+        timeout = gevent.Timeout.start_new(seconds)
+        try:
+            self.connection = self.connection or self.open_connection()
+            self.connection.send_command("EVAL", script, 2, *self.keys, self.owner, int(LEASE_TIME * 1000))
+            return int(self.connection.read_response())
+        except BaseException as error:
+            self.close()  # a late response must not be taken for the next one
+            if error is timeout:
+                raise OSError(f"no response in {seconds:.1f} s") from None
+            if isinstance(error, Exception):
+                raise OSError(str(error)) from error
+            raise
+        finally:
+            timeout.close()
+
+    def close(self) -> None:
+        connection, self.connection = self.connection, None
+        if connection is not None:
+            connection.disconnect()
+
+
+class Keeper:
+    """A process that runs a child while this node holds the lease."""
+
+    def __init__(self, spec: dict[str, Any], redis: Any) -> None:
+        self.spec, self.id, self.adapter = spec, spec["id"], pubsub.adapter
+        self.supervisor = calling_process()
+        self.me: Any = None
+        self.child: Any = None  # None unless it runs
+        self.is_starting = False
+        self.lease = Lease(redis, self.id)
+        self.timer: Any = None  # calls `_guard`
+        self.failure: Any = None  # why the last request to Redis failed
+
+    def run(self) -> None:
+        """Runs until the child or the supervisor ends. What it has started ends with it, even if it is killed."""
+        self.me = calling_process()
+        keepers[self.me] = self
+        process_flag("trap_exit", True)
+        try:
+            pubsub.join(KEEPER_CHANNEL + self.id)
+            while True:
+                self._wait_for_lease()
+                renewer = gevent.spawn(self._renew)
+                try:
+                    self._guard()
+                    self._hold_lease()
+                finally:
+                    renewer.kill()
+                    self.timer.close()
+        finally:
+            self._end_child("brutal_kill")
+            del keepers[self.me]
+            if self.lease.time_left(0) > 0:
+                self.lease.release()
+                pubsub.broadcast(KEEPER_CHANNEL + self.id, "released", self.id)
+            self.lease.close()
+
+    def _wait_for_lease(self) -> None:
+        while True:
+            try:
+                seconds = self.lease.acquire()
+                self.failure = None
+            except OSError as error:
+                if self.failure is None:
+                    log.warning("cluster child %r cannot run here while Redis is away: %s", self.id, error)
+                seconds, self.failure = LEASE_TIME / 8, error
+            if seconds is None:
+                log.info("cluster child %r runs here, with number %d", self.id, self.lease.number)
+                return
+            self._receive(seconds)
+
+    def _hold_lease(self) -> None:
+        """Runs the child until the lease is lost."""
+        self._start_child()
+        while (seconds := self.lease.time_left(3 / 8)) > 0:
+            self._receive(min(seconds, LEASE_TIME / 4))
+        why = self.failure or "Redis has lost it, or this process was stopped"
+        log.warning("cluster child %r ends here, its lease was not renewed: %s", self.id, why)
+        self._end_child(min(self.spec["shutdown"], LEASE_TIME * 3 / 16, key=_as_seconds))
+
+    def _start_child(self) -> None:
+        fn, *args = self.spec["start"]
+        self.is_starting = True
+        result = fn(*args)
+        self.is_starting = False
+        if isinstance(result, Pid):
+            link(result)
+            self.child = result
+            spawn(pubsub.join, CHILD_CHANNEL + self.id, result)  # it may wait for Redis, this process must not
+        elif result != "ignore" and self.lease.time_left(1 / 16) > 0:
+            reason = result[1] if isinstance(result, tuple) and len(result) == 2 else result
+            log.error("%r cannot start cluster child %r: %r", self.me, self.id, reason)
+            raise ProcessExit(reason)
+
+    def _receive(self, seconds: float) -> None:
+        """Handles one message. Raises ProcessExit if this process must end."""
+        match receive(seconds):
+            case ("EXIT", pid, reason) if pid is self.supervisor:
+                self._end_child(self.spec["shutdown"])
+                raise ProcessExit(reason)
+            case ("EXIT", pid, reason) if pid is self.child:
+                self.child = None
+                is_done = self.spec["restart"] != "permanent" and is_normal(reason)  # not to be run by another node
+                if not is_done and self.lease.time_left(1 / 16) > 0:
+                    raise ProcessExit(reason)
+        if self.adapter is not pubsub.adapter:
+            self._end_child(self.spec["shutdown"])
+            raise ProcessExit("cluster_changed")
+
+    def _renew(self) -> None:
+        """Runs in a greenlet while the lease is held."""
+        seconds = LEASE_TIME / 4
+        while True:
+            gevent.sleep(seconds)
+            left = self.lease.time_left(3 / 8)
+            if left <= 0:
+                return
+            try:
+                if not self.lease.renew(min(left, LEASE_TIME / 8)):
+                    self.me.send("lost")
+                    return
+                seconds, self.failure = LEASE_TIME / 4, None
+            except OSError as error:
+                seconds, self.failure = LEASE_TIME / 32, error
+
+    def _started(self) -> list[Any]:
+        """Returns the processes that this one has started: its child, or what is to become it."""
+        linked = {self.child, *self.me.links} - {self.supervisor}
+        return [process for process in linked if isinstance(process, Process)]
+
+    def _end_child(self, shutdown: Any) -> None:
+        """Ends what was started and waits for that: as the supervisor does, but for as many kills as it takes."""
+        is_killed = shutdown == "brutal_kill"
+        for process in self._started():
+            exit(process, "kill" if is_killed else "shutdown")
+            seconds = 0.1 if is_killed else _as_seconds(shutdown)
+            while send_and_wait(process, Alias(), None if seconds == inf else seconds) is None:
+                exit(process, "kill")  # again: a process may catch one
+                seconds = 0.1
+        self.child = None
+
+    def _guard(self) -> None:
+        """Kills what was started, once the lease is nearly over; until then, calls itself again. A hub callback.
+
+        Its timer has the highest priority: of all that is due after this process was stopped for a time, it runs first.
+        """
+        seconds = self.lease.time_left(1 / 16)
+        if seconds > 0:
+            self.timer = scheduler.hub.loop.timer(seconds, priority=scheduler.hub.loop.MAXPRI)
+            self.timer.start(self._guard, update=True)
+            return
+        for process in self._started() + [self.me] * self.is_starting:
+            process.kill("killed")
+            signal, runner = process.exiting, process.runner
+            if runner is not None and signal not in (None, TERMINATING) and signal.__traceback__ is None:
+                runner.throw(signal)  # now: the next callback may be the one that the process waits for
+
+
+def _as_seconds(shutdown: Any) -> float:
+    return {"brutal_kill": 0.0, "infinity": inf}.get(shutdown, shutdown)
+
+
+keepers: dict[Process, Keeper] = {}  # by their processes
+
+
+def lease_number() -> int:
+    """Returns the fencing number of the cluster child that the caller is, starts, or is linked to.
+
+    Each start of the child has a higher number. It is 0 on a node without a cluster. Ends the caller (ProcessExit) if
+    the lease is over by this node's clock. Raises RuntimeError in any other process.
+    """
+    keeper = _find_keeper(calling_process())
+    if keeper is None:
+        if _find_redis() is None:
+            return 0
+        raise RuntimeError("lease_number is for a child with 'scope': 'cluster', and for processes linked to it")
+    if keeper.lease.time_left(1 / 16) <= 0:
+        raise ProcessExit("lease_lost")
+    return keeper.lease.number
+
+
+def _find_keeper(process: Process) -> Keeper | None:
+    if process in keepers:  # while it starts the child
+        return keepers[process]
+    seen, waiting = {process}, [process]
+    while waiting:
+        process = waiting.pop()
+        for other in set(process.links) - seen:
+            if other not in keepers:
+                seen.add(other)
+                waiting.append(other)
+            elif process is not keepers[other].supervisor:
+                return keepers[other]
+    return None
+
+
+def _find_redis() -> Any:
+    return rooms["cluster"].find_redis(pubsub.adapter) if "cluster" in rooms else None
+
+
+def _start_in_cluster(spec: dict[str, Any]) -> Any:
+    """Returns what a supervisor starts for a spec with "scope": "cluster"."""
+    if not isinstance(spec["id"], str):
+        raise ValueError(f"the id of a child in the cluster must be a string, got {spec['id']!r}")
+    redis = _find_redis()
+    return (spawn_link, Keeper(spec, redis).run) if redis else (_start_alone, spec)
+
+
+def _start_alone(spec: dict[str, Any]) -> Any:
+    fn, *args = spec["start"]
+    result = fn(*args)
+    if isinstance(result, Pid):
+        pubsub.join(CHILD_CHANNEL + spec["id"], result)
+    return result
+
+
+def _resolve(child_id: str) -> Pid | None:
+    """Returns the process that ("cluster", child_id) names, on whichever node, or None."""
+    members = pubsub.get_members(CHILD_CHANNEL + child_id)  # those of this node first
+    return members[0] if members else None
+
+
+def _list_leases() -> list[dict[str, Any]]:
+    """Returns the children in the cluster by id, each as {"id", "node", "pid", "number"}: None while unknown here."""
+    channels = [channel for channel in pubsub.which_channels() if channel.startswith(CHILD_CHANNEL)]
+    numbers = {keeper.id: keeper.lease.number for keeper in keepers.values() if keeper.child is not None}
+    ids = {channel[len(CHILD_CHANNEL) :] for channel in channels} | {keeper.id for keeper in keepers.values()}
+    pids = [(child_id, _resolve(child_id)) for child_id in sorted(ids)]
+    return [
+        {"id": child_id, "node": pid and repr(pid)[1:].rpartition(".")[0], "pid": pid and repr(pid),
+         "number": numbers.get(child_id)}
+        for child_id, pid in pids
+    ]  # fmt: skip
+
+
+if "gen_server" in rooms:
+    rooms["gen_server"].scopes["cluster"] = _start_in_cluster
+__all__ += ["lease_number"]
+rooms["leases"] = SimpleNamespace(resolve=_resolve, list_leases=_list_leases)
 
 
 # ----- cut here: without board ---------------------------------------------------------------------------------------
@@ -5446,7 +5781,19 @@ def stats() -> dict[str, Any]:
         "processes": [_process_info(process, process in ready) for process in busiest],
         "channels": [_channel_info(channel) for channel in sorted(pubsub.which_channels())],
         "cluster": pubsub.adapter.info(),
+        "supervisors": _list_supervisors() if "gen_server" in rooms else None,
+        "leases": rooms["leases"].list_leases() if "leases" in rooms else None,
     }
+
+
+def _list_supervisors() -> list[dict[str, Any]]:
+    entries = []
+    for pid, entry in rooms["gen_server"].supervisors(BOARD_SIZE).items():
+        children = [{"id": str(key), "pid": repr(child), "type": kind} for key, child, kind in entry["children"]]
+        entries.append(
+            {**entry, "pid": repr(pid), "name": pid.name, "parent": repr(entry["parent"]), "children": children}
+        )
+    return entries
 
 
 def _process_info(process: Process, is_ready: bool) -> dict[str, Any]:

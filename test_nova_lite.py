@@ -9185,6 +9185,221 @@ def test_children_work_in_the_child_of_a_reload_only(run_tree):
     assert (event, pid != str(tree.process.pid)) == ("started", True)
 
 
+# -- leases: a child that runs on one node of the cluster -------------------------------------------------------------
+
+MAILER = """
+from gevent import monkey; monkey.patch_all()
+import json, sys, time, gevent, redis
+import nova_lite
+from nova_lite import *
+
+options = json.loads(sys.argv[-1])
+key, is_stubborn, url = options.pop("key"), options.pop("stubborn"), options.pop("store")
+nova_lite.LEASE_TIME = options.pop("lease")
+store = redis.Redis.from_url(url)
+write = store.register_script('''
+    local is_fenced = tonumber(ARGV[2]) < tonumber(redis.call('GET', KEYS[2]) or 0)
+    if not is_fenced then redis.call('SET', KEYS[2], ARGV[2]) end
+    return redis.call('RPUSH', KEYS[1], cjson.encode({ARGV[1], tonumber(ARGV[2]), ARGV[3], is_fenced}))
+''')
+
+class Mailer(GenServer):
+    def init(self, args):
+        process_flag("trap_exit", is_stubborn)
+        spawn_link(lambda: register("helper", self_pid()) and None or receive())
+        return "ok", lease_number(), 0.01
+    def handle_info(self, info, number):
+        if info == "timeout":
+            self.write(number)
+        return "noreply", number, 0.01
+    def handle_call(self, request, from_, number):
+        return "reply", [options["name"], number, str(self_pid())], number, 0.01
+    def handle_cast(self, request, number):
+        1 / 0
+    def terminate(self, reason, number):
+        while is_stubborn:
+            self.write(number)
+            gevent.sleep(0.01)
+    def write(self, number):
+        write([key + "written", key + "highest"], [options["name"], number, time.monotonic()])
+
+def ask(_req):
+    try:
+        return "json", call(("cluster", "mailer"), "who")
+    except CallError as error:
+        return "status", 503
+
+def find(_req):
+    return "json", [str(whereis(("cluster", "mailer"))), nova_lite.stats()["leases"]]
+
+def crash(_req):
+    return "json", cast(("cluster", "mailer"), "crash")
+
+def number(_req):
+    try:
+        return "json", lease_number()
+    except RuntimeError as error:
+        return "json", str(error)
+
+app = Nova([{"routes": [("/ask", ask), ("/find", find), ("/number", number), ("/crash", crash)]}])
+app.run(port=0, children=[{"id": "mailer", "start": (start_link, Mailer), "scope": "cluster"}], **options)
+"""
+
+
+@pytest.fixture
+def mailers(tmp_path, monkeypatch, shared_redis):
+    """mailers(url, count): a cluster of nodes that all have the child `mailer`, which writes into a list in Redis."""
+    (tmp_path / "mailer.py").write_text(MAILER)
+    monkeypatch.setattr(sys.modules[__name__], "PROGRAM", tmp_path / "mailer.py")
+    key = random.randbytes(6).hex()
+    with ExitStack() as stack:
+
+        def mailers(url, count, lease=2.0, stubborn=False):
+            options = {
+                "key": key,
+                "cluster": url,
+                "store": f"redis://127.0.0.1:{shared_redis.port}",
+                "lease": lease,
+                "stubborn": stubborn,
+            }
+            nodes = []
+            for number in range(count):
+                command = json.dumps({**options, "name": f"node{number}"})
+                nodes.append(Tree(command, cwd=tmp_path, env={"PYTHONPATH": str(ROOT)}))
+                stack.push(partial(end_mailer, nodes[-1]))
+            return nodes
+
+        mailers.written = lambda: [json.loads(entry) for entry in shared_redis.client.lrange(key + "written", 0, -1)]
+        yield mailers
+
+
+def end_mailer(node, *_):
+    if node.process.poll() is None:
+        node.process.send_signal(signal.SIGCONT)
+        node.process.terminate()
+    node.wait()
+
+
+def holder(nodes, written, above=0):
+    """The node whose child writes, with a number above `above`; and that number."""
+    name, number, *_ = until(lambda: [entry for entry in written() if entry[1] > above])[-1]
+    return nodes[int(name[-1])], number
+
+
+def never_two(written, fenced=0):
+    """No write is by one that has been replaced: but for as many as the fence has refused."""
+    accepted = [(number, name) for name, number, _, is_fenced in written if not is_fenced]
+    assert accepted == sorted(accepted)
+    assert len({number for number, _ in accepted}) == len(set(accepted))
+    assert sum(is_fenced for *_, is_fenced in written) <= fenced
+
+
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_a_child_of_the_cluster_runs_on_one_node_and_is_reached_from_all(mailers, redis_url, count):
+    nodes = mailers(redis_url, count)
+    home, number = holder(nodes, mailers.written)
+    name = f"node{nodes.index(home)}"
+    for node in nodes:
+        until(lambda node=node: http_request(node, "GET", "/ask")[0] == 200)
+        assert get_json(node, "/ask")[1][:2] == [name, number]
+        pid, leases = get_json(node, "/find")[1]
+        assert pid == get_json(node, "/ask")[1][2]
+        number_here = number if node is home else None
+        assert leases == [{"id": "mailer", "node": name, "pid": pid, "number": number_here}]
+    assert get_json(home, "/number")[1].startswith("lease_number is for a child with 'scope': 'cluster'")
+    never_two(mailers.written())
+
+
+def test_another_node_takes_over_immediately_after_a_goodbye(mailers, own_redis):
+    redis = own_redis()
+    redis.client.execute_command("ACL", "SETUSER", "default", "-info")  # else its first lease would have to wait
+    nodes = mailers(redis.url(), 2, lease=60.0)
+    home, number = holder(nodes, mailers.written)
+    home.process.terminate()
+    started = time.monotonic()
+    assert holder(nodes, mailers.written, number)[0] is not home
+    assert time.monotonic() - started < 10  # a quarter of a lease later the other node would have looked by itself
+    never_two(mailers.written())
+
+
+@pytest.mark.parametrize("sign", [signal.SIGKILL, signal.SIGSTOP], ids=["killed", "paused"])
+def test_another_node_takes_over_from_one_that_is_killed_or_paused(mailers, redis_url, sign):
+    nodes = mailers(redis_url, 3)
+    home, number = holder(nodes, mailers.written)
+    home.process.send_signal(sign)
+    other, next_number = holder(nodes, mailers.written, number)
+    assert (other is not home, next_number > number) == (True, True)
+    if sign == signal.SIGSTOP:
+        home.process.send_signal(signal.SIGCONT)
+        until(lambda: "'mailer' ends here, its lease was not renewed" in "".join(home.log))
+    until(lambda: http_request(other, "GET", "/ask")[0] == 200)
+    never_two(mailers.written(), fenced=sign == signal.SIGSTOP)  # it may have been paused while it wrote
+
+
+@pytest.mark.parametrize("stubborn", [False, True])
+def test_while_redis_hangs_no_node_has_the_child(mailers, own_redis, stubborn):
+    redis = own_redis()
+    nodes = mailers(redis.url(), 2, stubborn=stubborn)
+    home, number = holder(nodes, mailers.written)
+    redis.process.send_signal(signal.SIGSTOP)
+    stopped = time.monotonic()
+    until(lambda: "'mailer' ends here, its lease was not renewed: no response" in "".join(home.log))
+    gevent.sleep(max(0, stopped + 2.5 - time.monotonic()))
+    assert float(mailers.written()[-1][2]) < stopped + 2.0
+    assert http_request(home, "GET", "/ask")[0] == 503
+    redis.process.send_signal(signal.SIGCONT)
+    assert holder(nodes, mailers.written, number)[1] > number
+    waiting = next(node for node in nodes if node is not home)
+    assert "".join(waiting.log).count("'mailer' cannot run here while Redis is away") == 1
+    never_two(mailers.written())
+
+
+def test_a_redis_that_restarts_without_its_data_grants_no_second_lease_and_no_lower_number(mailers, own_redis):
+    redis = own_redis()
+    nodes = mailers(redis.url(), 2)
+    _, number = holder(nodes, mailers.written)
+    redis.stop()
+    redis.start()
+    assert holder(nodes, mailers.written, number)[1] > number
+    never_two(mailers.written())
+
+
+def test_a_child_that_crashes_starts_again_on_any_node_with_a_higher_number(mailers, redis_url):
+    nodes = mailers(redis_url, 2)
+    _, number = holder(nodes, mailers.written)
+    until(lambda: http_request(nodes[0], "GET", "/ask")[0] == 200)
+    assert get_json(nodes[0], "/crash")[1] == "ok"
+    assert holder(nodes, mailers.written, number)[1] > number
+    never_two(mailers.written())
+
+
+def test_a_node_without_a_cluster_runs_the_child_and_finds_it_by_the_same_name(begin):
+    class Mailer(GenServer):
+        def handle_call(self, request, from_, state):
+            return "reply", (request, nova_lite.lease_number()), state
+
+    assert whereis(("cluster", "mailer")) is None
+    with pytest.raises(NoProc):
+        call(("cluster", "mailer"), "hello")
+    sup = begin(start_supervisor, [{"id": "mailer", "start": (start_link, Mailer), "scope": "cluster"}])
+    ((_, pid, _),) = which_children(sup)
+    assert whereis(("cluster", "mailer")) is pid
+    assert call(("cluster", "mailer"), "hello") == ("hello", 0)
+    ref = monitor(("cluster", "mailer"))
+    exit(("cluster", "mailer"), "kill")
+    assert expect(down(ref))[3:] == (pid, "killed")
+    assert until(lambda: whereis(("cluster", "mailer"))) is not pid
+
+
+def test_the_id_of_a_child_of_the_cluster_is_a_string():
+    result = start_supervisor([{"id": 1, "start": (spawn, obey), "scope": "cluster"}])
+    match result:
+        case ("error", ("shutdown", ("failed_to_start_child", 1, ValueError() as error))):
+            assert str(error) == "the id of a child in the cluster must be a string, got 1"
+        case _:
+            raise AssertionError(result)
+
+
 # -- workers, the command line of a cluster ---------------------------------------------------------------------------
 
 
