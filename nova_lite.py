@@ -5393,9 +5393,10 @@ def _disconnect(pubsub: PubSub) -> str:
     return "ok"
 
 
-def _find_redis_of(adapter: Any) -> Any:
-    """Returns what the room leases needs of a cluster's Redis, None for a node that is alone."""
-    return (adapter.redis.connect, adapter.redis.key) if isinstance(adapter, Cluster) else None
+def _find_redis() -> Any:
+    """Returns (a connection to the cluster's Redis that opens by itself, what names keys), None for a node alone."""
+    redis = pubsub.adapter.redis if isinstance(pubsub.adapter, Cluster) else None
+    return redis and (redis.client.connection_pool.make_connection(), redis.key)
 
 
 def publish(url: str, channel: str, topic: str | bytes, payload: Any) -> int:
@@ -5410,7 +5411,7 @@ def publish(url: str, channel: str, topic: str | bytes, payload: Any) -> int:
 
 
 __all__ += ["publish"]
-rooms["cluster"] = SimpleNamespace(connect=_connect, disconnect=_disconnect, find_redis=_find_redis_of)
+rooms["cluster"] = SimpleNamespace(connect=_connect, disconnect=_disconnect, find_redis=_find_redis)
 
 
 # ----- cut here: without leases --------------------------------------------------------------------------------------
@@ -5421,25 +5422,22 @@ rooms["cluster"] = SimpleNamespace(connect=_connect, disconnect=_disconnect, fin
 # Leases: a child with "scope": "cluster" runs on one node of the cluster, the one that holds its lease in Redis.
 # Invariant: a child runs only while, by this node's clock, its lease is not over.
 #
-# In place of the child the supervisor starts a keeper, which waits for the lease and then starts the child. This node
-# counts LEASE_TIME from before its request was sent, Redis from when it handled it: the lease ends here first. Since
-# the last renewal has passed, in parts of LEASE_TIME:
+# In place of the child the supervisor starts a keeper, which waits for the lease and then starts the child. Its node
+# counts LEASE_TIME from before a request is sent, Redis from when it handles it: the lease is over here first. Parts
+# of LEASE_TIME after the last renewal:
 #
-#   1/4    a greenlet renews the lease, and tries again until 5/8
-#   5/8    the keeper ends the child: by "shutdown", and from 13/16 by "kill"
-#   15/16  the guard, a timer, kills what the keeper has started, whatever the keeper itself waits for
-#   1      another node's keeper gets the lease; after a release it does so immediately
-#
-# A restarted Redis may have lost leases that nodes still count on: it grants none before LEASE_TIME is over.
+#   1/4    a greenlet renews the lease, and tries until 5/8
+#   5/8    the keeper ends the child by "shutdown", from 13/16 by "kill"
+#   15/16  the guard, a timer, kills what the keeper has started, whatever the keeper waits for
+#   1      another node's keeper gets the lease (after a release, immediately)
 # ---------------------------------------------------------------------------------------------------------------------
 
 LEASE_TIME = 9.0  # seconds: by then, the members of a dead node have left its channels, the child among them
-CHILD_CHANNEL = "$lease "  # with the child's id: its only member is the child
-KEEPER_CHANNEL = "$keepers "  # with the child's id: its members learn that the lease was released
+CHILD_CHANNEL, KEEPERS_CHANNEL = "$lease ", "$keepers "  # with an id: of the child alone; for releases
 
-# KEYS: the lease, the last number. ARGV: the owner, milliseconds. The first returns a fencing number, or the negative
-# milliseconds to wait. If the owner has the lease already, the response to an earlier request was lost. The numbers
-# begin with the time, so that they grow even if Redis loses the last one.
+# KEYS: the lease, the last number. ARGV: the owner, milliseconds. Returns a fencing number, or -(milliseconds to wait).
+# A restarted Redis may have lost leases: it waits until they are over. It may have lost the last number: the first is
+# the time. If the owner has the lease already, an earlier response was lost.
 _ACQUIRE = """
 local is_known, info = pcall(redis.call, 'INFO', 'server')
 local uptime = is_known and tonumber(string.match(info, 'uptime_in_seconds:(%d+)'))
@@ -5455,128 +5453,95 @@ return redis.call('INCR', KEYS[2])
 """
 _RENEW = "return redis.call('GET', KEYS[1]) == ARGV[1] and redis.call('PEXPIRE', KEYS[1], ARGV[2]) or 0"
 _RELEASE = "return redis.call('GET', KEYS[1]) == ARGV[1] and redis.call('DEL', KEYS[1]) or 0"
-
-
-class Lease:
-    """A lease in Redis, over a connection of its own. One greenlet uses it at a time."""
-
-    def __init__(self, redis: Any, child_id: str) -> None:
-        self.open_connection, name_key = redis
-        self.keys = name_key("lease:", child_id), name_key("lease_number:", child_id)
-        self.owner = os.urandom(16).hex()
-        self.connection: Any = None  # None until the first request, and after a failure
-        self.number = 0  # the fencing number, while `end` is not over
-        self.end = 0.0  # when the lease is over, by `monotonic`
-
-    def time_left(self, part: float) -> float:
-        """Returns the seconds until `part` of LEASE_TIME remains; negative if less does."""
-        return self.end - part * LEASE_TIME - monotonic()
-
-    def acquire(self) -> float | None:
-        """Returns None if the lease is granted, else the seconds after which to try again. Raises OSError."""
-        asked = monotonic()
-        answer = self._request(_ACQUIRE, LEASE_TIME / 8)
-        if answer < 0:
-            return min(-answer / 1000, LEASE_TIME / 4)
-        self.number, self.end = answer, asked + LEASE_TIME
-        return None if self.time_left(3 / 8) > 0 else 0.0  # this process may have been stopped meanwhile
-
-    def renew(self, seconds: float) -> bool:
-        """Returns False if the lease is another's, or lost. Raises OSError."""
-        asked = monotonic()
-        is_renewed = self._request(_RENEW, seconds) == 1
-        self.end = asked + LEASE_TIME if is_renewed else 0.0
-        return is_renewed
-
-    def release(self) -> None:
-        """Ends the lease, if it is not over. It is over by itself if Redis cannot be reached."""
-        if self.time_left(0) > 0:
-            with suppress(OSError):
-                self._request(_RELEASE, LEASE_TIME / 8)
-        self.end = 0.0
-
-    def _request(self, script: str, seconds: float) -> int:
-        """Returns Redis' response. Raises OSError, after `seconds` at the latest, however the connection hangs."""
-        timeout = gevent.Timeout.start_new(seconds)
-        try:
-            self.connection = self.connection or self.open_connection()
-            self.connection.send_command("EVAL", script, 2, *self.keys, self.owner, int(LEASE_TIME * 1000))
-            return int(self.connection.read_response())
-        except BaseException as error:
-            self.close()  # a late response must not be taken for the next one
-            if error is timeout:
-                raise OSError(f"no response in {seconds:.1f} s") from None
-            if isinstance(error, Exception):
-                raise OSError(str(error)) from error
-            raise
-        finally:
-            timeout.close()
-
-    def close(self) -> None:
-        connection, self.connection = self.connection, None
-        if connection is not None:
-            connection.disconnect()
+keepers: dict[Process, Keeper] = {}  # by their processes
+_redis_of_cluster: Callable[[], Any] = getattr(rooms.get("cluster"), "find_redis", lambda: None)
 
 
 class Keeper:
     """A process that runs a child while this node holds the lease."""
 
     def __init__(self, spec: dict[str, Any], redis: Any) -> None:
-        self.spec, self.id, self.adapter = spec, spec["id"], pubsub.adapter
-        self.supervisor = calling_process()
+        self.spec, self.id, self.supervisor, self.adapter = spec, spec["id"], calling_process(), pubsub.adapter
+        self.shutdown = {"brutal_kill": 0.0, "infinity": 1e9}.get(spec["shutdown"], spec["shutdown"])  # seconds
         self.me: Any = None
         self.child: Any = None  # None unless it runs
-        self.is_starting = False
-        self.lease = Lease(redis, self.id)
-        self.timer: Any = None  # calls `_guard`
-        self.failure: Any = None  # why the last request to Redis failed
+        self.is_starting = self.is_away = False  # the child; Redis, which is logged
+        self.number, self.end = 0, 0.0  # the fencing number; when the lease is over, by `monotonic`
+        self.owner, (self.connection, name_key) = os.urandom(16).hex(), redis  # it connects by itself
+        self.keys = name_key("lease:", self.id), name_key("lease_number:", self.id)
 
     def run(self) -> None:
         """Runs until the child or the supervisor ends. What it has started ends with it, even if it is killed."""
-        self.me = calling_process()
+        self.me, loop, renewer = calling_process(), scheduler.hub.loop, gevent.Greenlet()
         keepers[self.me] = self
         process_flag("trap_exit", True)
+        # With the highest priority: of all that is due after this process was stopped for a time, it runs first.
+        guard = loop.timer(LEASE_TIME / 32, LEASE_TIME / 32, priority=loop.MAXPRI)
+        guard.start(self._guard)
         try:
-            pubsub.join(KEEPER_CHANNEL + self.id)
+            pubsub.join(KEEPERS_CHANNEL + self.id)
             while True:
                 self._wait_for_lease()
                 renewer = gevent.spawn(self._renew)
-                try:
-                    self._guard()
-                    self._hold_lease()
-                finally:
-                    renewer.kill()
-                    self.timer.close()
+                self._hold_lease()
+                renewer.kill()
         finally:
-            self._end_child("brutal_kill")
+            self.is_starting = False
+            self._end_child(0)
+            renewer.kill()
+            guard.close()
             del keepers[self.me]
-            if self.lease.time_left(0) > 0:
-                self.lease.release()
-                pubsub.broadcast(KEEPER_CHANNEL + self.id, "released", self.id)
-            self.lease.close()
+            if self.time_left(0) > 0 and self._request(_RELEASE, LEASE_TIME / 8):
+                pubsub.broadcast(KEEPERS_CHANNEL + self.id, "released", None)
+            self.connection.disconnect()
+
+    def time_left(self, part: float) -> float:
+        """Returns the seconds until only `part` of LEASE_TIME is left."""
+        return self.end - part * LEASE_TIME - monotonic()
+
+    def _request(self, script: str, seconds: float) -> int | None:
+        """Returns Redis' response, or None if there is none within `seconds`, however the connection hangs."""
+        response, failure = None, f"no response in {seconds:.1f} s"
+        try:
+            with gevent.Timeout(seconds, False):
+                self.connection.send_command("EVAL", script, 2, *self.keys, self.owner, int(LEASE_TIME * 1000))
+                response = int(self.connection.read_response())
+        except Exception as error:
+            failure = str(error)
+        finally:
+            if response is None:
+                self.connection.disconnect()  # a late response must not be taken for the next one
+        if response is None and not self.is_away:
+            log.warning("no node can run the cluster child %r while Redis is away: %s", self.id, failure)
+        self.is_away = response is None
+        return response
 
     def _wait_for_lease(self) -> None:
-        while True:
-            try:
-                seconds = self.lease.acquire()
-                self.failure = None
-            except OSError as error:
-                if self.failure is None:
-                    log.warning("cluster child %r cannot run here while Redis is away: %s", self.id, error)
-                seconds, self.failure = LEASE_TIME / 8, error
-            if seconds is None:
-                log.info("cluster child %r runs here, with number %d", self.id, self.lease.number)
-                return
-            self._receive(seconds)
+        while self.time_left(3 / 8) <= 0:  # as after an acquisition during which this process was stopped
+            asked, response = monotonic(), self._request(_ACQUIRE, LEASE_TIME / 8)
+            if response is not None and response > 0:
+                self.number, self.end = response, asked + LEASE_TIME
+            else:
+                self._receive(min(-(response or -1e6) / 1000, LEASE_TIME / 4))
 
     def _hold_lease(self) -> None:
         """Runs the child until the lease is lost."""
         self._start_child()
-        while (seconds := self.lease.time_left(3 / 8)) > 0:
+        while (seconds := self.time_left(3 / 8)) > 0:
             self._receive(min(seconds, LEASE_TIME / 4))
-        why = self.failure or "Redis has lost it, or this process was stopped"
-        log.warning("cluster child %r ends here, its lease was not renewed: %s", self.id, why)
-        self._end_child(min(self.spec["shutdown"], LEASE_TIME * 3 / 16, key=_as_seconds))
+        log.warning("cluster child %r ends here: its lease was not renewed", self.id)
+        self._end_child(min(self.shutdown, LEASE_TIME * 3 / 16))
+
+    def _renew(self) -> None:
+        """Runs in a greenlet while the lease is held."""
+        gevent.sleep(LEASE_TIME / 4)
+        while (left := self.time_left(3 / 8)) > 0:
+            asked = monotonic()
+            response = self._request(_RENEW, min(left, LEASE_TIME / 8))
+            if response is not None:
+                self.end = asked + LEASE_TIME if response else 0.0
+            gevent.sleep(LEASE_TIME / (32 if response is None else 4))
+        self.me.send("lost")
 
     def _start_child(self) -> None:
         fn, *args = self.spec["start"]
@@ -5586,155 +5551,98 @@ class Keeper:
         if isinstance(result, Pid):
             link(result)
             self.child = result
-            spawn(pubsub.join, CHILD_CHANNEL + self.id, result)  # it may wait for Redis, this process must not
-        elif result != "ignore" and self.lease.time_left(1 / 16) > 0:
-            reason = result[1] if isinstance(result, tuple) and len(result) == 2 else result
-            log.error("%r cannot start cluster child %r: %r", self.me, self.id, reason)
-            raise ProcessExit(reason)
+            spawn(pubsub.join, CHILD_CHANNEL + self.id, result)  # it may wait for Redis; the keeper must not
+            log.info("cluster child %r runs here, with number %d", self.id, self.number)
+        elif result != "ignore" and self.time_left(1 / 16) > 0:
+            raise ProcessExit(result)
 
     def _receive(self, seconds: float) -> None:
-        """Handles one message. Raises ProcessExit if this process must end."""
+        """Handles one message. Raises ProcessExit if the keeper must end."""
         match receive(seconds):
             case ("EXIT", pid, reason) if pid is self.supervisor:
-                self._end_child(self.spec["shutdown"])
+                self._end_child(self.shutdown)
                 raise ProcessExit(reason)
             case ("EXIT", pid, reason) if pid is self.child:
                 self.child = None
-                is_done = self.spec["restart"] != "permanent" and is_normal(reason)  # not to be run by another node
-                if not is_done and self.lease.time_left(1 / 16) > 0:
+                is_done = self.spec["restart"] != "permanent" and is_normal(reason)  # the lease is kept: it ran once
+                if not is_done and self.time_left(1 / 16) > 0:
                     raise ProcessExit(reason)
         if self.adapter is not pubsub.adapter:
-            self._end_child(self.spec["shutdown"])
+            self._end_child(self.shutdown)
             raise ProcessExit("cluster_changed")
 
-    def _renew(self) -> None:
-        """Runs in a greenlet while the lease is held."""
-        seconds = LEASE_TIME / 4
-        while True:
-            gevent.sleep(seconds)
-            left = self.lease.time_left(3 / 8)
-            if left <= 0:
-                return
-            try:
-                if not self.lease.renew(min(left, LEASE_TIME / 8)):
-                    self.me.send("lost")
-                    return
-                seconds, self.failure = LEASE_TIME / 4, None
-            except OSError as error:
-                seconds, self.failure = LEASE_TIME / 32, error
-
     def _started(self) -> list[Any]:
-        """Returns the processes that this one has started: its child, or what is to become it."""
+        """Returns the processes that the keeper has started: its child, or what is to become it."""
         linked = {self.child, *self.me.links} - {self.supervisor}
         return [process for process in linked if isinstance(process, Process)]
 
-    def _end_child(self, shutdown: Any) -> None:
-        """Ends what was started and waits for that: as the supervisor does, but for as many kills as it takes."""
-        is_killed = shutdown == "brutal_kill"
+    def _end_child(self, seconds: float) -> None:
+        """Ends what was started, and waits for that. Kills it after `seconds`, for as many times as it takes."""
         for process in self._started():
-            exit(process, "kill" if is_killed else "shutdown")
-            seconds = 0.1 if is_killed else _as_seconds(shutdown)
-            while send_and_wait(process, Alias(), None if seconds == inf else seconds) is None:
-                exit(process, "kill")  # again: a process may catch one
+            exit(process, "shutdown")
+            while send_and_wait(process, Alias(), seconds) is None:
+                exit(process, "kill")
                 seconds = 0.1
         self.child = None
 
     def _guard(self) -> None:
-        """Kills what was started, once the lease is nearly over; until then, calls itself again. A hub callback.
-
-        Its timer has the highest priority: of all that is due after this process was stopped for a time, it runs first.
-        """
-        seconds = self.lease.time_left(1 / 16)
-        if seconds > 0:
-            self.timer = scheduler.hub.loop.timer(seconds, priority=scheduler.hub.loop.MAXPRI)
-            self.timer.start(self._guard, update=True)
+        """Hub callback: kills what was started if the lease is nearly over."""
+        if self.time_left(1 / 16) > 0:
             return
         for process in self._started() + [self.me] * self.is_starting:
             process.kill("killed")
             signal, runner = process.exiting, process.runner
-            if runner is not None and signal not in (None, TERMINATING) and signal.__traceback__ is None:
+            if runner is not None and signal is not None and signal.__traceback__ is None:
                 runner.throw(signal)  # now: the next callback may be the one that the process waits for
 
 
-def _as_seconds(shutdown: Any) -> float:
-    return {"brutal_kill": 0.0, "infinity": inf}.get(shutdown, shutdown)
-
-
-keepers: dict[Process, Keeper] = {}  # by their processes
-
-
 def lease_number() -> int:
-    """Returns the fencing number of the cluster child that the caller is, starts, or is linked to.
+    """Returns the fencing number, for the child in the cluster and for the function that starts it.
 
-    Each start of the child has a higher number. It is 0 on a node without a cluster. Ends the caller (ProcessExit) if
-    the lease is over by this node's clock. Raises RuntimeError in any other process.
+    Each start of the child has a higher one. It is 0 on a node without a cluster. Ends the caller, by ProcessExit, if
+    the lease is over by this node's clock. Raises RuntimeError in any other process, those that the child starts too.
     """
-    keeper = _find_keeper(calling_process())
-    if keeper is None:
-        if _find_redis() is None:
-            return 0
-        raise RuntimeError("lease_number is for a child with 'scope': 'cluster', and for processes linked to it")
-    if keeper.lease.time_left(1 / 16) <= 0:
-        raise ProcessExit("lease_lost")
-    return keeper.lease.number
+    me = calling_process()
+    for keeper in filter(None, map(keepers.get, [me, *me.links])):
+        if keeper.supervisor is not me:
+            if keeper.time_left(1 / 16) <= 0:
+                raise ProcessExit("lease_lost")
+            return keeper.number
+    if _redis_of_cluster():
+        raise RuntimeError("lease_number is for a child with 'scope': 'cluster'")
+    return 0
 
 
-def _find_keeper(process: Process) -> Keeper | None:
-    if process in keepers:  # while it starts the child
-        return keepers[process]
-    seen, waiting = {process}, [process]
-    while waiting:
-        process = waiting.pop()
-        for other in set(process.links) - seen:
-            if other not in keepers:
-                seen.add(other)
-                waiting.append(other)
-            elif process is not keepers[other].supervisor:
-                return keepers[other]
-    return None
-
-
-def _find_redis() -> Any:
-    return rooms["cluster"].find_redis(pubsub.adapter) if "cluster" in rooms else None
-
-
-def _start_in_cluster(spec: dict[str, Any]) -> Any:
-    """Returns what a supervisor starts for a spec with "scope": "cluster"."""
+def _start(spec: dict[str, Any]) -> Any:
+    """Returns what a supervisor starts for a child with "scope": "cluster"."""
     if not isinstance(spec["id"], str):
         raise ValueError(f"the id of a child in the cluster must be a string, got {spec['id']!r}")
-    redis = _find_redis()
-    return (spawn_link, Keeper(spec, redis).run) if redis else (_start_alone, spec)
+    redis = _redis_of_cluster()
+    return (spawn_link, Keeper(spec, redis).run) if redis else (_start_alone, spec["id"], *spec["start"])
 
 
-def _start_alone(spec: dict[str, Any]) -> Any:
-    fn, *args = spec["start"]
+def _start_alone(child_id: str, fn: Callable[..., Any], *args: Any) -> Any:
     result = fn(*args)
     if isinstance(result, Pid):
-        pubsub.join(CHILD_CHANNEL + spec["id"], result)
+        pubsub.join(CHILD_CHANNEL + child_id, result)
     return result
 
 
 def _resolve(child_id: str) -> Pid | None:
     """Returns the process that ("cluster", child_id) names, on whichever node, or None."""
-    members = pubsub.get_members(CHILD_CHANNEL + child_id)  # those of this node first
-    return members[0] if members else None
+    return next(iter(pubsub.get_members(CHILD_CHANNEL + child_id)), None)
 
 
 def _list_leases() -> list[dict[str, Any]]:
-    """Returns the children in the cluster by id, each as {"id", "node", "pid", "number"}: None while unknown here."""
-    channels = [channel for channel in pubsub.which_channels() if channel.startswith(CHILD_CHANNEL)]
-    numbers = {keeper.id: keeper.lease.number for keeper in keepers.values() if keeper.child is not None}
-    ids = {channel[len(CHILD_CHANNEL) :] for channel in channels} | {keeper.id for keeper in keepers.values()}
-    pids = [(child_id, _resolve(child_id)) for child_id in sorted(ids)]
-    return [
-        {"id": child_id, "node": pid and repr(pid)[1:].rpartition(".")[0], "pid": pid and repr(pid),
-         "number": numbers.get(child_id)}
-        for child_id, pid in pids
-    ]  # fmt: skip
+    """Returns the children in the cluster that this node knows, each as {"id", "node", "pid"}: None if none has it."""
+    channels = {*pubsub.which_channels(), *(CHILD_CHANNEL + keeper.id for keeper in keepers.values())}
+    ids = sorted(name.removeprefix(CHILD_CHANNEL) for name in channels if name.startswith(CHILD_CHANNEL))
+    pids = [(child_id, str(_resolve(child_id) or "")) for child_id in ids]
+    return [{"id": key, "node": pid[1:].rpartition(".")[0] or None, "pid": pid or None} for key, pid in pids]
 
 
 if "gen_server" in rooms:
-    rooms["gen_server"].scopes["cluster"] = _start_in_cluster
+    rooms["gen_server"].scopes["cluster"] = _start
 __all__ += ["lease_number"]
 rooms["leases"] = SimpleNamespace(resolve=_resolve, list_leases=_list_leases)
 
@@ -5789,7 +5697,9 @@ def stats() -> dict[str, Any]:
 def _list_supervisors() -> list[dict[str, Any]]:
     entries = []
     for pid, entry in rooms["gen_server"].supervisors(BOARD_SIZE).items():
-        children = [{"id": str(key), "pid": repr(child), "type": kind} for key, child, kind in entry["children"]]
+        children = [
+            {"id": str(key), "pid": child and str(child), "type": kind} for key, child, kind in entry["children"]
+        ]
         entries.append(
             {**entry, "pid": repr(pid), "name": pid.name, "parent": repr(entry["parent"]), "children": children}
         )
