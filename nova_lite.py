@@ -5670,7 +5670,9 @@ def stats() -> dict[str, Any]:
     the BOARD_SIZE with the longest mailboxes, each with pid, name, handler, peer, mailbox and handled (messages),
     age_seconds, channels (five at most), state (idle, ready, running, waiting, slow); channels: channel, members (of
     all nodes), local_members, messages (sent to members here, since the channel has some); cluster: None, or up, nodes
-    (name, id, members, silent_seconds) and dropped (messages that could not be read).
+    (name, id, members, silent_seconds) and dropped (messages that could not be read); supervisors: pid, name, strategy,
+    count (of children), children (100 at most: id, pid, "restarting" or None, type); leases, the children in the
+    cluster: id, node and pid, None while no node runs it. Both are None if this copy has no such room.
     """
     busiest = nlargest(BOARD_SIZE, processes.values(), key=lambda process: (len(process.mailbox), process.handled))
     ready = set(scheduler.ready)
@@ -5695,15 +5697,18 @@ def stats() -> dict[str, Any]:
 
 
 def _list_supervisors() -> list[dict[str, Any]]:
-    entries = []
-    for pid, entry in rooms["gen_server"].supervisors(BOARD_SIZE).items():
-        children = [
-            {"id": str(key), "pid": child and str(child), "type": kind} for key, child, kind in entry["children"]
-        ]
-        entries.append(
-            {**entry, "pid": repr(pid), "name": pid.name, "parent": repr(entry["parent"]), "children": children}
-        )
-    return entries
+    return [
+        {
+            "pid": str(pid),
+            "name": pid.name,
+            "strategy": entry["strategy"],
+            "count": entry["count"],
+            "children": [
+                {"id": str(key), "pid": child and str(child), "type": kind} for key, child, kind in entry["children"]
+            ],
+        }
+        for pid, entry in islice(rooms["gen_server"].supervisors().items(), BOARD_SIZE)
+    ]
 
 
 def _process_info(process: Process, is_ready: bool) -> dict[str, Any]:
@@ -5793,7 +5798,8 @@ BOARD_PAGE = """<!doctype html>
   #state { font-size: .875rem; padding: .15rem .7rem; border: 1px solid; border-radius: 1rem } .old main { opacity: .6 }
   section { padding-bottom: .25rem }
   main { display: grid; grid-template-columns: minmax(0, 1fr); gap: 1rem; margin-top: 1rem }
-  .right { text-align: right }
+  .right { text-align: right } ul { margin: 0; padding-left: 1.2rem; list-style: none } details { padding: .2rem 1rem }
+  details details { padding: 0 }
   section, .tile { background: var(--card); border: 1px solid var(--line); border-radius: .75rem; min-width: 0 }
   dl { display: grid; grid-template-columns: repeat(auto-fit, minmax(11rem, 1fr)); gap: 1rem }
   .tile { display: flex; flex-direction: column } .tile, .bar, .empty { padding: .75rem 1rem }
@@ -5818,7 +5824,8 @@ BOARD_PAGE = """<!doctype html>
     opacity: 0 } [aria-sort] button::after { opacity: 1 } [aria-sort=ascending] button::after { content: "▲" }
   tr > .right { padding-right: 1rem } :focus-visible { outline: 2px solid var(--accent); outline-offset: -1px }
   @media (min-width: 64rem) { main { grid-template-columns: minmax(0, 2fr) minmax(0, 3fr) }
-    dl, #processes, [hidden] + #channels { grid-column: 1 / -1 } section:not(#processes) .scroll { max-height: 18rem } }
+    dl, #processes, [hidden] + #channels, [hidden] + #supervisors { grid-column: 1 / -1 }
+    section:not(#processes) .scroll { max-height: 18rem } }
   @media (max-width: 40rem) { body { padding: .75rem .5rem } dl { grid-template-columns: 1fr 1fr }
     main, dl { gap: .5rem } .tile { padding: .6rem .75rem } input { width: 100%; font-size: 16px } #about { order: 1;
     width: 100% } h1 { margin-right: auto } .scroll { max-height: 70vh } tr > :first-child { max-width: 8rem } }
@@ -5935,6 +5942,29 @@ const drawNodes = table("nodes", "id", 0, [["Node", "name"], ["Id", "id"], ["Mem
   ["Silent", "silent_seconds", seconds => `${seconds.toFixed(1)} s`]]);
 const drawChannels = table("channels", "channel", 3, [["Channel", "channel"], ["Last minute"],
   ["Messages/s", "rate", number], ["Members", "members", number], ["Here", "local_members", number]]);
+const drawLeases = table("leases", "id", 0, [["Child in the cluster", "id"], ["Node", "node"], ["Process", "pid"]]);
+const branches = new Map(), tree = element("div", { className: "scroll" });  // pid -> its element, which stays open
+$("main").append(element("section", { id: "supervisors" },
+  element("div", { className: "bar" }, element("h2", { textContent: "Supervisors" })), tree));
+function drawTree(supervisors) {
+  const found = new Map(supervisors.map(item => [item.pid, item]));
+  const inner = new Set(supervisors.flatMap(item => item.children.map(child => child.pid)));
+  const branch = item => {
+    const node = branches.get(item.pid) || element("details", {}, element("summary"), element("ul"));
+    branches.set(item.pid, node);
+    const hidden = item.count - item.children.length, more = hidden ? [`and ${number(hidden)} more`] : [];
+    const lines = item.children.map(child => found.has(child.pid)
+      ? [child.id, branch(found.get(child.pid))] : [`${child.id} ${shorten(child.pid || "does not run")}`]);
+    write(node.firstChild, `${shorten(item.pid)} ${item.name || ""} ${item.strategy}, children: ${number(item.count)}`);
+    if (node.lines !== (node.lines = JSON.stringify([item.children, more])))
+      node.lastChild.replaceChildren(...[...lines, more].map(line => element("li", {}, ...line)));
+    return node;
+  };
+  for (const pid of branches.keys()) if (!found.has(pid)) branches.delete(pid);
+  const roots = supervisors.filter(item => !inner.has(item.pid)).map(branch);
+  if (roots.length !== tree.childElementCount || roots.some((node, index) => node !== tree.children[index]))
+    tree.replaceChildren(...roots);
+}
 const drawProcesses = table("processes", "pid", 2, [["Process", "title"], ["State", "state"],
   ["Mailbox", "mailbox", number], ["Handled/s", "rate", number], ["Handled", "handled", number],
   ["Age", "age_seconds", age], ["Handler", "handler"], ["Channels", "channels"], ["Peer", "peer"]]);
@@ -5953,7 +5983,12 @@ function draw() {
   drawNodes(cluster ? [{ id: "this one", name: node, members, silent_seconds: 0 }, ...cluster.nodes] : [], 0);
   drawChannels(now.channels, now.channels.length);
   drawProcesses(now.processes, now.process_count);
+  $("leases").hidden = !(now.leases && now.leases.length);
+  drawLeases((now.leases || []).map(item => ({ ...item, node: item.node || "none", pid: item.pid || "" })), 0);
+  $("supervisors").hidden = !(now.supervisors && now.supervisors.length);
+  drawTree(now.supervisors || []);
 }
+function shorten(pid, data = now) { return pid.replace(`<${data.node}.`, "<0."); }
 function update(data) {  // rates are the difference from the last update
   const same = now && now.node === data.node && now.uptime_seconds <= data.uptime_seconds, was = same ? now : data;
   const time = data.uptime_seconds - was.uptime_seconds, rate = (value, old) => time && Math.max(0, value - old) / time;
@@ -5963,7 +5998,7 @@ function update(data) {  // rates are the difference from the last update
     for (const item of data[kind]) item.rate = old.has(item[key]) ? rate(item[total], old.get(item[key])) : 0;
   }
   for (const item of data.processes) {  // pids of this node are shortened to <0.N>, as in Erlang
-    item.title = `${item.name || ""} ${item.pid.replace(`<${data.node}.`, "<0.")}`.trim();
+    item.title = `${item.name || ""} ${shorten(item.pid, data)}`.trim();
     Object.assign(item, { handler: item.handler || "", peer: item.peer || "", channels: item.channels.join(", ") });
   }
   now = Object.assign(data, { cpu: 100 * rate(data.cpu_seconds, was.cpu_seconds),

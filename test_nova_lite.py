@@ -9920,6 +9920,7 @@ def test_asking_for_a_room_that_was_cut_off_is_an_error_that_names_it(tmp_path):
         'pubsub.connect("redis://127.0.0.1:1")': "cluster",
         'pubsub.keep("notes")': "replay",
         "app.board()": "board",
+        'whereis(("cluster", "mailer"))': "leases",
         "app.stats()": "board",
         'Nova([{"routes": [("/ws", WebSocketHandler, {"protocol": "ws", "compress": True})]}])': "deflate",
     }
@@ -10161,6 +10162,38 @@ def test_stats_tell_of_connections_and_channels():
         until(lambda: nova_lite.stats()["connections"] == 0)
 
 
+def test_stats_tell_of_supervisors_with_their_children_and_of_children_in_the_cluster(begin):
+    inner = {"id": "inner", "start": (start_supervisor, [], "one_for_all")}
+    outer = begin(start_supervisor, [inner])
+    start_child(outer, {"id": "mailer", "start": (spawn, obey), "scope": "cluster"})
+    figures = nova_lite.stats()
+    assert json.loads(json.dumps(figures)) == figures
+    (_, below, _), (_, mailer, _) = which_children(outer)
+    assert figures["supervisors"] == [
+        {
+            "pid": str(outer),
+            "name": None,
+            "strategy": "one_for_one",
+            "count": 2,
+            "children": [
+                {"id": "inner", "pid": str(below), "type": "supervisor"},
+                {"id": "mailer", "pid": str(mailer), "type": "worker"},
+            ],
+        },
+        {"pid": str(below), "name": None, "strategy": "one_for_all", "count": 0, "children": []},
+    ]
+    assert figures["leases"] == [{"id": "mailer", "node": nova_lite.scheduler.node, "pid": str(mailer)}]
+    terminate_child(outer, "mailer")
+    figures = nova_lite.stats()
+    assert (figures["leases"], figures["supervisors"][0]["children"][1]["pid"]) == ([], None)
+
+
+@pytest.mark.parametrize("missing", ["gen_server", "leases"])
+def test_stats_without_supervisors_or_leases_have_none(monkeypatch, missing):
+    monkeypatch.delitem(nova_lite.rooms, missing)
+    assert nova_lite.stats()[{"gen_server": "supervisors"}.get(missing, missing)] is None
+
+
 def test_at_most_so_many_processes_are_listed(begin, monkeypatch):
     monkeypatch.setattr(nova_lite, "BOARD_SIZE", 2)
     for _ in range(5):
@@ -10298,6 +10331,33 @@ expect(row).to_have_count(1, timeout=2000)
 expect(page.locator(".tile", has_text="Connections").locator(".figure")).to_have_text("2", timeout=2000)
 page.evaluate("other.close()")
 expect(row).to_have_count(0, timeout=2000)
+""")  # fmt: skip
+
+
+def test_the_board_shows_the_tree_folded_and_keeps_what_is_unfolded(browse, begin):
+    inner = {"id": "inner", "start": (start_supervisor, [{"id": "leaf", "start": (spawn, obey)}], "one_for_all")}
+    outer = begin(start_supervisor, [inner], name="outer")
+    start_child(outer, {"id": "mailer", "start": (spawn, obey), "scope": "cluster"})
+    with board_shown() as server:
+        browse(server, "/any/board", """
+page.goto(url)
+expect(page.locator("#leases tbody tr")).to_have_count(1)
+expect(page.locator("#leases tbody tr")).to_contain_text("mailer")
+leaf, tree = page.locator("#supervisors li", has_text="leaf").last, page.locator("#supervisors")
+expect(leaf).not_to_be_visible()
+tree.locator("summary", has_text="outer one_for_one, children: 2").click()
+tree.locator("summary", has_text="one_for_all, children: 1").click()
+expect(leaf).to_be_visible()
+uptime = page.evaluate("now.uptime_seconds")
+page.wait_for_function("now.uptime_seconds > " + str(uptime + 1.5))
+expect(leaf).to_be_visible()
+""")  # fmt: skip
+        stop(outer, "shutdown")
+        browse(server, "/any/board", """
+page.goto(url)
+expect(page.locator("#state")).to_have_text("live")
+expect(page.locator("#supervisors")).to_be_hidden()
+expect(page.locator("#leases")).to_be_hidden()
 """)  # fmt: skip
 
 
