@@ -5441,13 +5441,10 @@ CHILD_CHANNEL, KEEPERS_CHANNEL = "$lease ", "$keepers "  # with an id: of the ch
 _ACQUIRE = """
 local is_known, info = pcall(redis.call, 'INFO', 'server')
 local uptime = is_known and tonumber(string.match(info, 'uptime_in_seconds:(%d+)'))
-local left = uptime and ARGV[2] + 1000 - uptime * 1000 or 0
-if left > 0 then return -left end
-if redis.call('GET', KEYS[1]) == ARGV[1] then
-  redis.call('PEXPIRE', KEYS[1], ARGV[2])
-elseif not redis.call('SET', KEYS[1], ARGV[1], 'NX', 'PX', ARGV[2]) then
-  return -math.max(redis.call('PTTL', KEYS[1]), 1)
-end
+if uptime and (uptime - 1) * 1000 < tonumber(ARGV[2]) then return (uptime - 1) * 1000 - ARGV[2] end
+local is_granted = redis.call('SET', KEYS[1], ARGV[1], 'NX', 'PX', ARGV[2]) or redis.call('GET', KEYS[1]) == ARGV[1]
+if not is_granted then return -math.max(redis.call('PTTL', KEYS[1]), 1) end
+redis.call('PEXPIRE', KEYS[1], ARGV[2])
 redis.call('SET', KEYS[2], redis.call('TIME')[1], 'NX')
 return redis.call('INCR', KEYS[2])
 """
@@ -5475,9 +5472,8 @@ class Keeper:
         self.me, loop, renewer = calling_process(), scheduler.hub.loop, gevent.Greenlet()
         keepers[self.me] = self
         process_flag("trap_exit", True)
-        # With the highest priority: of all that is due after this process was stopped for a time, it runs first.
         guard = loop.timer(LEASE_TIME / 32, LEASE_TIME / 32, priority=loop.MAXPRI)
-        guard.start(self._guard)
+        guard.start(self._guard)  # with the highest priority: the first of all that is due after a pause
         try:
             pubsub.join(KEEPERS_CHANNEL + self.id)
             while True:
@@ -5526,24 +5522,6 @@ class Keeper:
 
     def _hold_lease(self) -> None:
         """Runs the child until the lease is lost."""
-        self._start_child()
-        while (seconds := self.time_left(3 / 8)) > 0:
-            self._receive(min(seconds, LEASE_TIME / 4))
-        log.warning("cluster child %r ends here: its lease was not renewed", self.id)
-        self._end_child(min(self.shutdown, LEASE_TIME * 3 / 16))
-
-    def _renew(self) -> None:
-        """Runs in a greenlet while the lease is held."""
-        gevent.sleep(LEASE_TIME / 4)
-        while (left := self.time_left(3 / 8)) > 0:
-            asked = monotonic()
-            response = self._request(_RENEW, min(left, LEASE_TIME / 8))
-            if response is not None:
-                self.end = asked + LEASE_TIME if response else 0.0
-            gevent.sleep(LEASE_TIME / (32 if response is None else 4))
-        self.me.send("lost")
-
-    def _start_child(self) -> None:
         fn, *args = self.spec["start"]
         self.is_starting = True
         result = fn(*args)
@@ -5555,6 +5533,23 @@ class Keeper:
             log.info("cluster child %r runs here, with number %d", self.id, self.number)
         elif result != "ignore" and self.time_left(1 / 16) > 0:
             raise ProcessExit(result)
+        while (seconds := self.time_left(3 / 8)) > 0:
+            self._receive(min(seconds, LEASE_TIME / 4))
+        log.warning("cluster child %r ends here: its lease was not renewed", self.id)
+        self._end_child(min(self.shutdown, LEASE_TIME * 3 / 16))
+
+    def _renew(self) -> None:
+        """Runs in a greenlet while the lease is held."""
+        response: int | None = 1
+        while response != 0:
+            gevent.sleep(LEASE_TIME / (32 if response is None else 4))
+            asked, left = monotonic(), self.time_left(3 / 8)
+            if left <= 0:
+                return
+            response = self._request(_RENEW, min(left, LEASE_TIME / 8))
+            if response is not None:
+                self.end = asked + LEASE_TIME if response else 0.0
+        self.me.send("lost")
 
     def _receive(self, seconds: float) -> None:
         """Handles one message. Raises ProcessExit if the keeper must end."""
@@ -5573,8 +5568,7 @@ class Keeper:
 
     def _started(self) -> list[Any]:
         """Returns the processes that the keeper has started: its child, or what is to become it."""
-        linked = {self.child, *self.me.links} - {self.supervisor}
-        return [process for process in linked if isinstance(process, Process)]
+        return [process for process in {self.child, *self.me.links} - {self.supervisor} if process is not None]
 
     def _end_child(self, seconds: float) -> None:
         """Ends what was started, and waits for that. Kills it after `seconds`, for as many times as it takes."""
@@ -5641,8 +5635,7 @@ def _list_leases() -> list[dict[str, Any]]:
     return [{"id": key, "node": pid[1:].rpartition(".")[0] or None, "pid": pid or None} for key, pid in pids]
 
 
-if "gen_server" in rooms:
-    rooms["gen_server"].scopes["cluster"] = _start
+getattr(rooms.get("gen_server"), "scopes", {})["cluster"] = _start
 __all__ += ["lease_number"]
 rooms["leases"] = SimpleNamespace(resolve=_resolve, list_leases=_list_leases)
 

@@ -9190,11 +9190,13 @@ def test_children_work_in_the_child_of_a_reload_only(run_tree):
 MAILER = """
 from gevent import monkey; monkey.patch_all()
 import json, sys, time, gevent, redis
+from contextlib import suppress
+from gevent.monkey import get_original
 import nova_lite
 from nova_lite import *
 
 options = json.loads(sys.argv[-1])
-key, is_stubborn, url = options.pop("key"), options.pop("stubborn"), options.pop("store")
+key, is_stubborn, is_plain, url = (options.pop(key) for key in ("key", "stubborn", "plain", "store"))
 nova_lite.LEASE_TIME = options.pop("lease")
 store = redis.Redis.from_url(url)
 write = store.register_script('''
@@ -9206,7 +9208,6 @@ write = store.register_script('''
 class Mailer(GenServer):
     def init(self, args):
         process_flag("trap_exit", is_stubborn)
-        spawn_link(lambda: register("helper", self_pid()) and None or receive())
         return "ok", lease_number(), 0.01
     def handle_info(self, info, number):
         if info == "timeout":
@@ -9217,11 +9218,24 @@ class Mailer(GenServer):
     def handle_cast(self, request, number):
         1 / 0
     def terminate(self, reason, number):
-        while is_stubborn:
-            self.write(number)
-            gevent.sleep(0.01)
-    def write(self, number):
+        for _ in range(2 * is_stubborn):
+            with suppress(ProcessExit):  # of the first kill
+                while True:
+                    self.write(number)
+                    gevent.sleep(0.01)
+    @staticmethod
+    def write(number):
         write([key + "written", key + "highest"], [options["name"], number, time.monotonic()])
+
+def mail_for_ever():
+    number = lease_number()
+    while True:
+        Mailer.write(number)
+        gevent.sleep(0.01)
+
+def pause(_req):
+    get_original("time", "sleep")(3)
+    return "json", "woken up"
 
 def ask(_req):
     try:
@@ -9241,8 +9255,12 @@ def number(_req):
     except RuntimeError as error:
         return "json", str(error)
 
-app = Nova([{"routes": [("/ask", ask), ("/find", find), ("/number", number), ("/crash", crash)]}])
-app.run(port=0, children=[{"id": "mailer", "start": (start_link, Mailer), "scope": "cluster"}], **options)
+def leave(_req):
+    return "json", pubsub.disconnect()
+
+start = (spawn_link, mail_for_ever) if is_plain else (start_link, Mailer)
+app = Nova([{"routes": [("/" + fn.__name__, fn) for fn in (ask, find, number, crash, pause, leave)]}])
+app.run(port=0, children=[{"id": "mailer", "start": start, "scope": "cluster"}], **options)
 """
 
 
@@ -9254,13 +9272,14 @@ def mailers(tmp_path, monkeypatch, shared_redis):
     key = random.randbytes(6).hex()
     with ExitStack() as stack:
 
-        def mailers(url, count, lease=2.0, stubborn=False):
+        def mailers(url, count, lease=2.0, stubborn=False, plain=False):
             options = {
                 "key": key,
                 "cluster": url,
                 "store": f"redis://127.0.0.1:{shared_redis.port}",
                 "lease": lease,
                 "stubborn": stubborn,
+                "plain": plain,
             }
             nodes = []
             for number in range(count):
@@ -9351,6 +9370,39 @@ def test_while_redis_hangs_no_node_has_the_child(mailers, own_redis, stubborn):
     for node, length in zip(nodes, said, strict=True):
         what = "no node can run the cluster child 'mailer' while Redis is away: no response in 0.2 s"
         assert "".join(node.log[length:]).count(what) == 1
+    never_two(mailers.written())
+
+
+def test_after_a_pause_the_child_is_ended_before_anything_that_was_due(mailers, redis_url):
+    nodes = mailers(redis_url, 2, plain=True)
+    home, number = holder(nodes, mailers.written)
+    assert get_json(home, "/pause")[1] == "woken up"  # all but this request waits for a timer, or for Redis
+    until(lambda: "'mailer' ends here: its lease was not renewed" in "".join(home.log))
+    other, next_number = holder(nodes, mailers.written, number)
+    assert (other is not home, next_number > number) == (True, True)
+    never_two(mailers.written())
+
+
+def test_a_node_that_leaves_the_cluster_gives_the_child_back_and_runs_its_own(mailers, redis_url):
+    nodes = mailers(redis_url, 2)
+    home, number = holder(nodes, mailers.written)
+    assert get_json(home, "/leave")[1] == "ok"
+    assert holder(nodes, mailers.written, number)[0] is not home
+    until(lambda: http_request(home, "GET", "/ask")[0] == 200)
+    name, own_number, _ = get_json(home, "/ask")[1]
+    assert (nodes[int(name[-1])], own_number) == (home, 0)
+    assert get_json(home, "/number")[1] == 0
+    never_two([entry for entry in mailers.written() if entry[1]])
+
+
+def test_a_lease_that_redis_has_lost_ends_the_child_at_the_next_renewal(mailers, redis_url, shared_redis):
+    nodes = mailers(redis_url, 1)
+    home, number = holder(nodes, mailers.written)
+    prefix = redis_url.partition("prefix=")[2]
+    assert shared_redis.client.ttl(f"{prefix}:lease_number:mailer") == -1
+    assert shared_redis.client.delete(f"{prefix}:lease:mailer") == 1
+    until(lambda: "'mailer' ends here: its lease was not renewed" in "".join(home.log))
+    assert holder(nodes, mailers.written, number)[1] == number + 1
     never_two(mailers.written())
 
 
