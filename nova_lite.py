@@ -5425,7 +5425,6 @@ rooms["cluster"] = SimpleNamespace(connect=_connect, disconnect=_disconnect, fin
 # In place of the child the supervisor starts a keeper, which waits for the lease and then starts the child. Its node
 # counts LEASE_TIME from before a request is sent, Redis from when it handles it: the lease is over here first. Parts
 # of LEASE_TIME after the last renewal:
-#
 #   1/4    a greenlet renews the lease, and tries until 5/8
 #   5/8    the keeper ends the child by "shutdown", from 13/16 by "kill"
 #   15/16  the guard, a timer, kills what the keeper has started, whatever the keeper waits for
@@ -5558,9 +5557,8 @@ class Keeper:
                 self._end_child(self.shutdown)
                 raise ProcessExit(reason)
             case ("EXIT", pid, reason) if pid is self.child:
-                self.child = None
-                is_done = self.spec["restart"] != "permanent" and is_normal(reason)  # the lease is kept: it ran once
-                if not is_done and self.time_left(1 / 16) > 0:
+                self.child = None  # if it is done, the lease is kept: no other node must do it again
+                if self.time_left(1 / 16) > 0 and (self.spec["restart"] == "permanent" or not is_normal(reason)):
                     raise ProcessExit(reason)
         if self.adapter is not pubsub.adapter:
             self._end_child(self.shutdown)
@@ -5597,14 +5595,12 @@ def lease_number() -> int:
     the lease is over by this node's clock. Raises RuntimeError in any other process, those that the child starts too.
     """
     me = calling_process()
-    for keeper in filter(None, map(keepers.get, [me, *me.links])):
-        if keeper.supervisor is not me:
-            if keeper.time_left(1 / 16) <= 0:
-                raise ProcessExit("lease_lost")
-            return keeper.number
-    if _redis_of_cluster():
+    found = [keeper for keeper in map(keepers.get, [me, *me.links]) if keeper and keeper.supervisor is not me]
+    if not found and _redis_of_cluster():
         raise RuntimeError("lease_number is for a child with 'scope': 'cluster'")
-    return 0
+    if found and found[0].time_left(1 / 16) <= 0:
+        raise ProcessExit("lease_lost")
+    return found[0].number if found else 0
 
 
 def _start(spec: dict[str, Any]) -> Any:

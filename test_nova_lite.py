@@ -9230,6 +9230,7 @@ class Mailer(GenServer):
 def mail_for_ever():
     number = lease_number()
     while True:
+        print("mails", number, file=sys.stderr)
         Mailer.write(number)
         gevent.sleep(0.01)
 
@@ -9333,6 +9334,7 @@ def test_another_node_takes_over_immediately_after_a_goodbye(mailers, own_redis)
     redis.client.execute_command("ACL", "SETUSER", "default", "-info")  # else its first lease would have to wait
     nodes = mailers(redis.url(), 2, lease=60.0)
     home, number = holder(nodes, mailers.written)
+    until(lambda: [client["cmd"] for client in redis.client.client_list()].count("eval") == 2)  # both have asked
     home.process.terminate()
     started = time.monotonic()
     assert holder(nodes, mailers.written, number)[0] is not home
@@ -9376,8 +9378,10 @@ def test_while_redis_hangs_no_node_has_the_child(mailers, own_redis, stubborn):
 def test_after_a_pause_the_child_is_ended_before_anything_that_was_due(mailers, redis_url):
     nodes = mailers(redis_url, 2, plain=True)
     home, number = holder(nodes, mailers.written)
+    until(lambda: len(mailers.written()) > 20)
     assert get_json(home, "/pause")[1] == "woken up"  # all but this request waits for a timer, or for Redis
     until(lambda: "'mailer' ends here: its lease was not renewed" in "".join(home.log))
+    assert f"mails {number}" not in "".join(home.log).partition("GET /pause")[2]
     other, next_number = holder(nodes, mailers.written, number)
     assert (other is not home, next_number > number) == (True, True)
     never_two(mailers.written())
@@ -9411,8 +9415,10 @@ def test_a_redis_that_restarts_without_its_data_grants_no_second_lease_and_no_lo
     nodes = mailers(redis.url(), 2)
     _, number = holder(nodes, mailers.written)
     redis.stop()
+    started = time.monotonic()
     redis.start()
     assert holder(nodes, mailers.written, number)[1] > number
+    assert min(float(at) for _, later, at, _ in mailers.written() if later > number) > started + 2.0
     never_two(mailers.written())
 
 
