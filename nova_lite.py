@@ -39,6 +39,7 @@ The map. A room uses only the rooms above it. Those after a cut line can be dele
     launch                  reloading, workers, the application's children
     codec                   what crosses to another node
     cluster                 other nodes, through Redis
+    leases                  a child that runs on one node of the cluster
     board                   the state of this node, as JSON and as a page
     demo, main              Nova's tutorial; the command line
 
@@ -364,7 +365,7 @@ class Process(Pid):
             other.links.discard(self)
             other.signal(self, reason)
 
-    def down(self, ref: int, process: Pid | str, reason: Any) -> None:
+    def down(self, ref: int, process: Any, reason: Any) -> None:
         """Delivers the DOWN of a process that this one monitors."""
         self.disown(ref)
         self.deliver(("DOWN", ref, "process", process, reason))
@@ -593,12 +594,14 @@ def calling_process() -> Process:
     return self_pid()  # type: ignore[return-value]
 
 
-def resolve(target: Pid | str) -> Any:
+def resolve(target: Pid | str | tuple[str, str]) -> Any:
     """Returns a pid itself, a name's process or None. Raises TypeError for anything else."""
     if isinstance(target, str):
         return registered.get(target)
     if isinstance(target, Pid):
         return target
+    if isinstance(target, tuple) and len(target) == 2 and target[0] == "cluster":
+        return room("leases").resolve(target[1])
     raise TypeError(f"expected a pid or a registered name, got {target!r}")
 
 
@@ -650,7 +653,7 @@ def is_process_alive(pid: Pid) -> bool:
     return pid.mailbox is not DEAD_MAILBOX and pid.exiting in (None, TERMINATING)
 
 
-def send(target: Pid | str, message: Any) -> Any:
+def send(target: Pid | str | tuple[str, str], message: Any) -> Any:
     """Sends to a pid or a registered name, and returns the message (erlang:send/2). Silent if there is no process."""
     process = resolve(target)
     if process is not None:
@@ -735,12 +738,12 @@ def unregister(name: str) -> None:
     registered.pop(name).name = None
 
 
-def whereis(name: str) -> Pid | None:
-    """Returns the process registered as `name`, or None (erlang:whereis/1)."""
-    return registered.get(name)
+def whereis(name: str | tuple[str, str]) -> Pid | None:
+    """Returns the process registered as `name`, or None; ("cluster", id) names a child (erlang:whereis/1)."""
+    return resolve(name) if isinstance(name, tuple) else registered.get(name)
 
 
-def monitor(target: Pid | str) -> int:
+def monitor(target: Pid | str | tuple[str, str]) -> int:
     """Sends one ("DOWN", ref, "process", pid, reason) to the caller when `target` ends; returns ref.
 
     Immediately, with "noproc", if it is dead (erlang:monitor/2).
@@ -1058,7 +1061,7 @@ class PubSub:
         without gap or duplicate, or ("nova_resync", channel) if they are not available; with "first", all that are
         kept. In a cluster, waits until this node receives what others publish there, unless Redis is not connected.
         """
-        process = _local_process(pid)
+        process = local_process(pid)
         if since is not None:
             self.adapter.wait_until_loaded(channel)
         self._join(check_channel(channel), process, since)
@@ -1067,7 +1070,7 @@ class PubSub:
 
     def leave(self, channel: str, pid: Pid | None = None) -> str:
         """Ends a membership and returns "ok", or "not_joined"."""
-        process = _local_process(pid)
+        process = local_process(pid)
         if process not in self.channels.get(check_channel(channel), ()):
             return "not_joined"
         process.channels.pop(channel, None)
@@ -1202,7 +1205,7 @@ class PubSub:
         return Message(("nova_pubsub", check_channel(channel), self_pid(), topic, payload))
 
 
-def _local_process(pid: Pid | None) -> Process:
+def local_process(pid: Pid | None) -> Process:
     me = calling_process()
     process = me if pid is None else pid
     if not isinstance(process, Process):
@@ -3889,7 +3892,7 @@ def start_link(cls: Any, args: Any = None, name: str | None = None, timeout: flo
     return "ignore"
 
 
-def call(server: Pid | str, request: Any, timeout: float | None = 5.0) -> Any:
+def call(server: Pid | str | tuple[str, str], request: Any, timeout: float | None = 5.0) -> Any:
     """Sends a request to a server and returns its reply (gen_server:call/3); `timeout` in seconds, None for no limit.
 
     Raises CallTimeout, NoProc or ServerDied, all of them CallError.
@@ -3909,7 +3912,7 @@ def call(server: Pid | str, request: Any, timeout: float | None = 5.0) -> Any:
     raise CallTimeout(f"no reply from {server!r} to {request!r} in {timeout} s")
 
 
-def cast(server: Pid | str, request: Any) -> str:
+def cast(server: Pid | str | tuple[str, str], request: Any) -> str:
     """Sends a request without a reply. Returns "ok", whether the server exists or not (gen_server:cast/2)."""
     send(server, ("$gen_cast", request))
     return "ok"
@@ -4285,7 +4288,7 @@ class Presence:
         A dead process is not tracked. Raises TypeError for a process of another node, for a meta that is not a dict,
         and in a cluster for one that cannot cross to another node; ValueError for an empty key.
         """
-        process, meta = _local_owner(pid), self._check(channel, key, meta)
+        process, meta = local_process(pid), self._check(channel, key, meta)
         if process in self._owners(channel, key):
             return "already_tracked"
         if process.mailbox is not DEAD_MAILBOX:
@@ -4295,7 +4298,7 @@ class Presence:
 
     def update(self, channel: str, key: str, meta: _Meta, pid: Pid | None = None) -> str:
         """Replaces the meta of `pid`, or of the caller. Returns "ok", or "not_tracked". Raises what `track` does."""
-        process, meta = _local_owner(pid), self._check(channel, key, meta)
+        process, meta = local_process(pid), self._check(channel, key, meta)
         if process not in self._owners(channel, key):
             return "not_tracked"
         self._put_here(channel, key, process, meta)
@@ -4303,7 +4306,7 @@ class Presence:
 
     def untrack(self, channel: str, key: str, pid: Pid | None = None) -> str:
         """Ends the tracking of `pid`, or of the caller. Returns "ok", or "not_tracked"."""
-        process = _local_owner(pid)
+        process = local_process(pid)
         if process.disown((self, channel, key, process)) is None:
             return "not_tracked"
         self._put_here(channel, key, process, None)
@@ -4406,14 +4409,6 @@ def _make_event(channel: str, changes: _Changes) -> Message | None:
 
 def _is_event_of(channel: str, message: Any) -> bool:
     return isinstance(message, Message) and message[:2] == ("nova_presence", channel)
-
-
-def _local_owner(pid: Pid | None) -> Process:
-    me = calling_process()
-    process = me if pid is None else pid
-    if not isinstance(process, Process):
-        raise TypeError(f"expected a process of this node, got {pid!r}")
-    return process
 
 
 def _set_meta(pubsub: PubSub, channel: str, key: str, pid: Pid, meta: _Meta | None) -> None:
@@ -5533,7 +5528,8 @@ class Cluster(Adapter):
     def resync(self, channels: Iterable[str] | None = None) -> None:
         """Tells local members, by default of all channels, that messages may be missing: they should reload."""
         for channel in list(self.pubsub.channels) if channels is None else channels:
-            for process in self.pubsub.channels.get(channel, ()):
+            is_named = channel.startswith("$")  # it gives its members a name, for the room leases
+            for process in () if is_named else self.pubsub.channels.get(channel, ()):
                 process.deliver(("nova_resync", channel))
 
     # -- kept channels
@@ -5623,6 +5619,12 @@ def _disconnect(pubsub: PubSub) -> str:
     return "ok"
 
 
+def _find_redis() -> Any:
+    """Returns (a connection to the cluster's Redis that opens by itself, what names keys), None for a node alone."""
+    redis = pubsub.adapter.redis if isinstance(pubsub.adapter, Cluster) else None
+    return redis and (redis.client.connection_pool.make_connection(), redis.key)
+
+
 def publish(url: str, channel: str, topic: str | bytes, payload: Any) -> int:
     """Broadcasts without being a node. Returns how many nodes have members in the channel.
 
@@ -5635,7 +5637,229 @@ def publish(url: str, channel: str, topic: str | bytes, payload: Any) -> int:
 
 
 __all__ += ["publish"]
-rooms["cluster"] = SimpleNamespace(connect=_connect, disconnect=_disconnect)
+rooms["cluster"] = SimpleNamespace(connect=_connect, disconnect=_disconnect, find_redis=_find_redis)
+
+
+# ----- cut here: without leases --------------------------------------------------------------------------------------
+# Lost: "scope": "cluster" (such a child then runs on every node), names like ("cluster", id), lease_number.
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Leases: a child with "scope": "cluster" runs on one node of the cluster, the one that holds its lease in Redis.
+# Invariant: a child runs only while, by this node's clock, its lease is not over.
+#
+# In place of the child the supervisor starts a keeper, which waits for the lease and then starts the child. Its node
+# counts LEASE_TIME from before a request is sent, Redis from when it handles it: the lease is over here first. Parts
+# of LEASE_TIME after the last renewal:
+#   1/4    a greenlet renews the lease, and tries until 5/8
+#   5/8    the keeper ends the child by "shutdown", from 13/16 by "kill"
+#   15/16  the guard, a timer, kills what the keeper has started, whatever the keeper waits for
+#   1      another node's keeper gets the lease (after a release, immediately)
+# ---------------------------------------------------------------------------------------------------------------------
+
+LEASE_TIME = 9.0  # seconds: by then, the members of a dead node have left its channels, the child among them
+CHILD_CHANNEL, KEEPERS_CHANNEL = "$lease ", "$keepers "  # with an id: of the child alone; for releases
+
+# KEYS: the lease, the last number. ARGV: the owner, milliseconds. Returns a fencing number, or -(milliseconds to wait).
+# A restarted Redis may have lost leases: it waits until they are over. It may have lost the last number: the first is
+# the time. If the owner has the lease already, an earlier response was lost.
+_ACQUIRE = """
+local is_known, info = pcall(redis.call, 'INFO', 'server')
+local uptime = is_known and tonumber(string.match(info, 'uptime_in_seconds:(%d+)'))
+if uptime and (uptime - 1) * 1000 < tonumber(ARGV[2]) then return (uptime - 1) * 1000 - ARGV[2] end
+local is_granted = redis.call('SET', KEYS[1], ARGV[1], 'NX', 'PX', ARGV[2]) or redis.call('GET', KEYS[1]) == ARGV[1]
+if not is_granted then return -math.max(redis.call('PTTL', KEYS[1]), 1) end
+redis.call('PEXPIRE', KEYS[1], ARGV[2])
+redis.call('SET', KEYS[2], redis.call('TIME')[1], 'NX')
+return redis.call('INCR', KEYS[2])
+"""
+_RENEW = "return redis.call('GET', KEYS[1]) == ARGV[1] and redis.call('PEXPIRE', KEYS[1], ARGV[2]) or 0"
+_RELEASE = "return redis.call('GET', KEYS[1]) == ARGV[1] and redis.call('DEL', KEYS[1]) or 0"
+keepers: dict[Process, Keeper] = {}  # by their processes
+_redis_of_cluster: Callable[[], Any] = getattr(rooms.get("cluster"), "find_redis", lambda: None)
+
+
+class Keeper:
+    """A process that runs a child while this node holds the lease."""
+
+    def __init__(self, spec: dict[str, Any], redis: Any) -> None:
+        self.spec, self.id, self.supervisor, self.adapter = spec, spec["id"], calling_process(), pubsub.adapter
+        self.shutdown = {"brutal_kill": 0.0, "infinity": 1e9}.get(spec["shutdown"], spec["shutdown"])  # seconds
+        self.me: Any = None
+        self.child: Any = None  # None unless it runs
+        self.is_starting = self.is_away = False  # the child; Redis, which is logged
+        self.number, self.end = 0, 0.0  # the fencing number; when the lease is over, by `monotonic`
+        self.owner, (self.connection, name_key) = os.urandom(16).hex(), redis  # it connects by itself
+        self.keys = name_key("lease:", self.id), name_key("lease_number:", self.id)
+
+    def run(self) -> None:
+        """Runs until the child or the supervisor ends. What it has started ends with it, even if it is killed."""
+        self.me, loop, renewer = calling_process(), scheduler.hub.loop, gevent.Greenlet()
+        keepers[self.me] = self
+        process_flag("trap_exit", True)
+        guard = loop.timer(LEASE_TIME / 32, LEASE_TIME / 32, priority=loop.MAXPRI)
+        guard.start(self._guard)  # with the highest priority: the first of all that is due after a pause
+        try:
+            pubsub.join(KEEPERS_CHANNEL + self.id)
+            while True:
+                self._wait_for_lease()
+                renewer = gevent.spawn(self._renew)
+                self._hold_lease()
+                renewer.kill()
+        finally:
+            self.is_starting = False
+            self._end_child(0)
+            renewer.kill()
+            guard.close()
+            del keepers[self.me]
+            if self.time_left(0) > 0 and self._request(_RELEASE, LEASE_TIME / 8):
+                pubsub.broadcast(KEEPERS_CHANNEL + self.id, "released", None)
+            self.connection.disconnect()
+
+    def time_left(self, part: float) -> float:
+        """Returns the seconds until only `part` of LEASE_TIME is left."""
+        return self.end - part * LEASE_TIME - monotonic()
+
+    def _request(self, script: str, seconds: float) -> int | None:
+        """Returns Redis' response, or None if there is none within `seconds`, however the connection hangs."""
+        response, failure = None, f"no response in {seconds:.1f} s"
+        try:
+            with gevent.Timeout(seconds, False):
+                self.connection.send_command("EVAL", script, 2, *self.keys, self.owner, int(LEASE_TIME * 1000))
+                response = int(self.connection.read_response())
+        except Exception as error:
+            failure = str(error)
+        finally:
+            if response is None:
+                self.connection.disconnect()  # a late response must not be taken for the next one
+        if response is None and not self.is_away:
+            log.warning("no node can run the cluster child %r while Redis is away: %s", self.id, failure)
+        self.is_away = response is None
+        return response
+
+    def _wait_for_lease(self) -> None:
+        while self.time_left(3 / 8) <= 0:  # as after an acquisition during which this process was stopped
+            asked, response = monotonic(), self._request(_ACQUIRE, LEASE_TIME / 8)
+            if response is not None and response > 0:
+                self.number, self.end = response, asked + LEASE_TIME
+            else:
+                self._receive(min(-(response or -1e6) / 1000, LEASE_TIME / 4))
+
+    def _hold_lease(self) -> None:
+        """Runs the child until the lease is lost."""
+        fn, *args = self.spec["start"]
+        self.is_starting = True
+        result = fn(*args)
+        self.is_starting = False
+        if isinstance(result, Pid):
+            link(result)
+            self.child = result
+            spawn(pubsub.join, CHILD_CHANNEL + self.id, result)  # it may wait for Redis; the keeper must not
+            log.info("cluster child %r runs here, with number %d", self.id, self.number)
+        elif result != "ignore" and self.time_left(1 / 16) > 0:
+            raise ProcessExit(result)
+        while (seconds := self.time_left(3 / 8)) > 0:
+            self._receive(min(seconds, LEASE_TIME / 4))
+        log.warning("cluster child %r ends here: its lease was not renewed", self.id)
+        self._end_child(min(self.shutdown, LEASE_TIME * 3 / 16))
+
+    def _renew(self) -> None:
+        """Runs in a greenlet while the lease is held."""
+        response: int | None = 1
+        while response != 0:
+            gevent.sleep(LEASE_TIME / (32 if response is None else 4))
+            asked, left = monotonic(), self.time_left(3 / 8)
+            if left <= 0:
+                return
+            response = self._request(_RENEW, min(left, LEASE_TIME / 8))
+            if response is not None:
+                self.end = asked + LEASE_TIME if response else 0.0
+        self.me.send("lost")
+
+    def _receive(self, seconds: float) -> None:
+        """Handles one message. Raises ProcessExit if the keeper must end."""
+        match receive(seconds):
+            case ("EXIT", pid, reason) if pid is self.supervisor:
+                self._end_child(self.shutdown)
+                raise ProcessExit(reason)
+            case ("EXIT", pid, reason) if pid is self.child:
+                self.child = None  # if it is done, the lease is kept: no other node must do it again
+                if self.time_left(1 / 16) > 0 and (self.spec["restart"] == "permanent" or not is_normal(reason)):
+                    raise ProcessExit(reason)
+        if self.adapter is not pubsub.adapter:
+            self._end_child(self.shutdown)
+            raise ProcessExit("cluster_changed")
+
+    def _started(self) -> list[Any]:
+        """Returns the processes that the keeper has started: its child, or what is to become it."""
+        return [process for process in {self.child, *self.me.links} - {self.supervisor} if process is not None]
+
+    def _end_child(self, seconds: float) -> None:
+        """Ends what was started, and waits for that. Kills it after `seconds`, for as many times as it takes."""
+        for process in self._started():
+            exit(process, "shutdown")
+            while send_and_wait(process, Alias(), seconds) is None:
+                exit(process, "kill")
+                seconds = 0.1
+        self.child = None
+
+    def _guard(self) -> None:
+        """Hub callback: kills what was started if the lease is nearly over."""
+        if self.time_left(1 / 16) > 0:
+            return
+        for process in self._started() + [self.me] * self.is_starting:
+            process.kill("killed")
+            signal, runner = process.exiting, process.runner
+            if runner is not None and signal is not None and signal.__traceback__ is None:
+                runner.throw(signal)  # now: the next callback may be the one that the process waits for
+
+
+def lease_number() -> int:
+    """Returns the fencing number, for the child in the cluster and for the function that starts it.
+
+    Each start of the child has a higher one. It is 0 on a node without a cluster. Ends the caller, by ProcessExit, if
+    the lease is over by this node's clock. Raises RuntimeError in any other process, those that the child starts too.
+    """
+    me = calling_process()
+    found = [keeper for keeper in map(keepers.get, [me, *me.links]) if keeper and keeper.supervisor is not me]
+    if not found and _redis_of_cluster():
+        raise RuntimeError("lease_number is for a child with 'scope': 'cluster'")
+    if found and found[0].time_left(1 / 16) <= 0:
+        raise ProcessExit("lease_lost")
+    return found[0].number if found else 0
+
+
+def _start(spec: dict[str, Any]) -> Any:
+    """Returns what a supervisor starts for a child with "scope": "cluster"."""
+    if not isinstance(spec["id"], str):
+        raise ValueError(f"the id of a child in the cluster must be a string, got {spec['id']!r}")
+    redis = _redis_of_cluster()
+    return (spawn_link, Keeper(spec, redis).run) if redis else (_start_alone, spec["id"], *spec["start"])
+
+
+def _start_alone(child_id: str, fn: Callable[..., Any], *args: Any) -> Any:
+    result = fn(*args)
+    if isinstance(result, Pid):
+        pubsub.join(CHILD_CHANNEL + child_id, result)
+    return result
+
+
+def _resolve(child_id: str) -> Pid | None:
+    """Returns the process that ("cluster", child_id) names, on whichever node, or None."""
+    return next(iter(pubsub.get_members(CHILD_CHANNEL + child_id)), None)
+
+
+def _list_leases() -> list[dict[str, Any]]:
+    """Returns the children in the cluster that this node knows, each as {"id", "node", "pid"}: None if none has it."""
+    channels = {*pubsub.which_channels(), *(CHILD_CHANNEL + keeper.id for keeper in keepers.values())}
+    ids = sorted(name.removeprefix(CHILD_CHANNEL) for name in channels if name.startswith(CHILD_CHANNEL))
+    pids = [(child_id, str(_resolve(child_id) or "")) for child_id in ids]
+    return [{"id": key, "node": pid[1:].rpartition(".")[0] or None, "pid": pid or None} for key, pid in pids]
+
+
+getattr(rooms.get("gen_server"), "scopes", {})["cluster"] = _start
+__all__ += ["lease_number"]
+rooms["leases"] = SimpleNamespace(resolve=_resolve, list_leases=_list_leases)
 
 
 # ----- cut here: without board ---------------------------------------------------------------------------------------
@@ -5663,7 +5887,9 @@ def stats() -> dict[str, Any]:
     the BOARD_SIZE with the longest mailboxes, each with pid, name, handler, peer, mailbox and handled (messages),
     age_seconds, channels (five at most), state (idle, ready, running, waiting, slow); channels: channel, members (of
     all nodes), local_members, messages (sent to members here, since the channel has some); cluster: None, or up, nodes
-    (name, id, members, silent_seconds) and dropped (messages that could not be read).
+    (name, id, members, silent_seconds) and dropped (messages that could not be read); supervisors: pid, name, strategy,
+    count (of children), children (100 at most: id, pid, "restarting" or None, type); leases, the children in the
+    cluster: id, node and pid, None while no node runs it. Both are None if this copy has no such room.
     """
     busiest = nlargest(BOARD_SIZE, processes.values(), key=lambda process: (len(process.mailbox), process.handled))
     ready = set(scheduler.ready)
@@ -5682,7 +5908,24 @@ def stats() -> dict[str, Any]:
         "processes": [_process_info(process, process in ready) for process in busiest],
         "channels": [_channel_info(channel) for channel in sorted(pubsub.which_channels())],
         "cluster": pubsub.adapter.info(),
+        "supervisors": _list_supervisors() if "gen_server" in rooms else None,
+        "leases": rooms["leases"].list_leases() if "leases" in rooms else None,
     }
+
+
+def _list_supervisors() -> list[dict[str, Any]]:
+    return [
+        {
+            "pid": str(pid),
+            "name": pid.name,
+            "strategy": entry["strategy"],
+            "count": entry["count"],
+            "children": [
+                {"id": str(key), "pid": child and str(child), "type": kind} for key, child, kind in entry["children"]
+            ],
+        }
+        for pid, entry in islice(rooms["gen_server"].supervisors().items(), BOARD_SIZE)
+    ]
 
 
 def _process_info(process: Process, is_ready: bool) -> dict[str, Any]:
@@ -5772,7 +6015,8 @@ BOARD_PAGE = """<!doctype html>
   #state { font-size: .875rem; padding: .15rem .7rem; border: 1px solid; border-radius: 1rem } .old main { opacity: .6 }
   section { padding-bottom: .25rem }
   main { display: grid; grid-template-columns: minmax(0, 1fr); gap: 1rem; margin-top: 1rem }
-  .right { text-align: right }
+  .right { text-align: right } ul { margin: 0; padding-left: 1.2rem; list-style: none } details { padding: .2rem 1rem }
+  details details { padding: 0 }
   section, .tile { background: var(--card); border: 1px solid var(--line); border-radius: .75rem; min-width: 0 }
   dl { display: grid; grid-template-columns: repeat(auto-fit, minmax(11rem, 1fr)); gap: 1rem }
   .tile { display: flex; flex-direction: column } .tile, .bar, .empty { padding: .75rem 1rem }
@@ -5797,7 +6041,8 @@ BOARD_PAGE = """<!doctype html>
     opacity: 0 } [aria-sort] button::after { opacity: 1 } [aria-sort=ascending] button::after { content: "▲" }
   tr > .right { padding-right: 1rem } :focus-visible { outline: 2px solid var(--accent); outline-offset: -1px }
   @media (min-width: 64rem) { main { grid-template-columns: minmax(0, 2fr) minmax(0, 3fr) }
-    dl, #processes, [hidden] + #channels { grid-column: 1 / -1 } section:not(#processes) .scroll { max-height: 18rem } }
+    dl, #processes, [hidden] + #channels, [hidden] + #supervisors { grid-column: 1 / -1 }
+    section:not(#processes) .scroll { max-height: 18rem } }
   @media (max-width: 40rem) { body { padding: .75rem .5rem } dl { grid-template-columns: 1fr 1fr }
     main, dl { gap: .5rem } .tile { padding: .6rem .75rem } input { width: 100%; font-size: 16px } #about { order: 1;
     width: 100% } h1 { margin-right: auto } .scroll { max-height: 70vh } tr > :first-child { max-width: 8rem } }
@@ -5914,6 +6159,29 @@ const drawNodes = table("nodes", "id", 0, [["Node", "name"], ["Id", "id"], ["Mem
   ["Silent", "silent_seconds", seconds => `${seconds.toFixed(1)} s`]]);
 const drawChannels = table("channels", "channel", 3, [["Channel", "channel"], ["Last minute"],
   ["Messages/s", "rate", number], ["Members", "members", number], ["Here", "local_members", number]]);
+const drawLeases = table("leases", "id", 0, [["Child in the cluster", "id"], ["Node", "node"], ["Process", "pid"]]);
+const branches = new Map(), tree = element("div", { className: "scroll" });  // pid -> its element, which stays open
+$("main").append(element("section", { id: "supervisors" },
+  element("div", { className: "bar" }, element("h2", { textContent: "Supervisors" })), tree));
+function drawTree(supervisors) {
+  const found = new Map(supervisors.map(item => [item.pid, item]));
+  const inner = new Set(supervisors.flatMap(item => item.children.map(child => child.pid)));
+  const branch = item => {
+    const node = branches.get(item.pid) || element("details", {}, element("summary"), element("ul"));
+    branches.set(item.pid, node);
+    const hidden = item.count - item.children.length, more = hidden ? [`and ${number(hidden)} more`] : [];
+    const lines = item.children.map(child => found.has(child.pid)
+      ? [child.id, branch(found.get(child.pid))] : [`${child.id} ${shorten(child.pid || "does not run")}`]);
+    write(node.firstChild, `${shorten(item.pid)} ${item.name || ""} ${item.strategy}, children: ${number(item.count)}`);
+    if (node.lines !== (node.lines = JSON.stringify([item.children, more])))
+      node.lastChild.replaceChildren(...[...lines, more].map(line => element("li", {}, ...line)));
+    return node;
+  };
+  for (const pid of branches.keys()) if (!found.has(pid)) branches.delete(pid);
+  const roots = supervisors.filter(item => !inner.has(item.pid)).map(branch);
+  if (roots.length !== tree.childElementCount || roots.some((node, index) => node !== tree.children[index]))
+    tree.replaceChildren(...roots);
+}
 const drawProcesses = table("processes", "pid", 2, [["Process", "title"], ["State", "state"],
   ["Mailbox", "mailbox", number], ["Handled/s", "rate", number], ["Handled", "handled", number],
   ["Age", "age_seconds", age], ["Handler", "handler"], ["Channels", "channels"], ["Peer", "peer"]]);
@@ -5932,7 +6200,12 @@ function draw() {
   drawNodes(cluster ? [{ id: "this one", name: node, members, silent_seconds: 0 }, ...cluster.nodes] : [], 0);
   drawChannels(now.channels, now.channels.length);
   drawProcesses(now.processes, now.process_count);
+  $("leases").hidden = !(now.leases && now.leases.length);
+  drawLeases((now.leases || []).map(item => ({ ...item, node: item.node || "none", pid: item.pid || "" })), 0);
+  $("supervisors").hidden = !(now.supervisors && now.supervisors.length);
+  drawTree(now.supervisors || []);
 }
+function shorten(pid, data = now) { return pid.replace(`<${data.node}.`, "<0."); }
 function update(data) {  // rates are the difference from the last update
   const same = now && now.node === data.node && now.uptime_seconds <= data.uptime_seconds, was = same ? now : data;
   const time = data.uptime_seconds - was.uptime_seconds, rate = (value, old) => time && Math.max(0, value - old) / time;
@@ -5942,7 +6215,7 @@ function update(data) {  // rates are the difference from the last update
     for (const item of data[kind]) item.rate = old.has(item[key]) ? rate(item[total], old.get(item[key])) : 0;
   }
   for (const item of data.processes) {  // pids of this node are shortened to <0.N>, as in Erlang
-    item.title = `${item.name || ""} ${item.pid.replace(`<${data.node}.`, "<0.")}`.trim();
+    item.title = `${item.name || ""} ${shorten(item.pid, data)}`.trim();
     Object.assign(item, { handler: item.handler || "", peer: item.peer || "", channels: item.channels.join(", ") });
   }
   now = Object.assign(data, { cpu: 100 * rate(data.cpu_seconds, was.cpu_seconds),

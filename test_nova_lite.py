@@ -9890,6 +9890,279 @@ def test_children_work_in_the_child_of_a_reload_only(run_tree):
     assert (event, pid != str(tree.process.pid)) == ("started", True)
 
 
+# -- leases: a child that runs on one node of the cluster -------------------------------------------------------------
+
+MAILER = """
+from gevent import monkey; monkey.patch_all()
+import json, sys, time, gevent, redis
+from contextlib import suppress
+from gevent.monkey import get_original
+import nova_lite
+from nova_lite import *
+
+options = json.loads(sys.argv[-1])
+key, is_stubborn, is_plain, url = (options.pop(key) for key in ("key", "stubborn", "plain", "store"))
+nova_lite.LEASE_TIME = options.pop("lease")
+store = redis.Redis.from_url(url)
+write = store.register_script('''
+    local is_fenced = tonumber(ARGV[2]) < tonumber(redis.call('GET', KEYS[2]) or 0)
+    if not is_fenced then redis.call('SET', KEYS[2], ARGV[2]) end
+    return redis.call('RPUSH', KEYS[1], cjson.encode({ARGV[1], tonumber(ARGV[2]), ARGV[3], is_fenced}))
+''')
+
+class Mailer(GenServer):
+    def init(self, args):
+        process_flag("trap_exit", is_stubborn)
+        return "ok", lease_number(), 0.01
+    def handle_info(self, info, number):
+        if info == "timeout":
+            self.write(number)
+        return "noreply", number, 0.01
+    def handle_call(self, request, from_, number):
+        return "reply", [options["name"], number, str(self_pid())], number, 0.01
+    def handle_cast(self, request, number):
+        1 / 0
+    def terminate(self, reason, number):
+        for _ in range(2 * is_stubborn):
+            with suppress(ProcessExit):  # of the first kill
+                while True:
+                    self.write(number)
+                    gevent.sleep(0.01)
+    @staticmethod
+    def write(number):
+        write([key + "written", key + "highest"], [options["name"], number, time.monotonic()])
+
+def mail_for_ever():
+    number = lease_number()
+    while True:
+        print("mails", number, file=sys.stderr)
+        Mailer.write(number)
+        gevent.sleep(0.01)
+
+def pause(_req):
+    get_original("time", "sleep")(3)
+    return "json", "woken up"
+
+def ask(_req):
+    try:
+        return "json", call(("cluster", "mailer"), "who")
+    except CallError as error:
+        return "status", 503
+
+def find(_req):
+    return "json", [str(whereis(("cluster", "mailer"))), nova_lite.stats()["leases"]]
+
+def crash(_req):
+    return "json", cast(("cluster", "mailer"), "crash")
+
+def number(_req):
+    try:
+        return "json", lease_number()
+    except RuntimeError as error:
+        return "json", str(error)
+
+def leave(_req):
+    return "json", pubsub.disconnect()
+
+start = (spawn_link, mail_for_ever) if is_plain else (start_link, Mailer)
+app = Nova([{"routes": [("/" + fn.__name__, fn) for fn in (ask, find, number, crash, pause, leave)]}])
+app.run(port=0, children=[{"id": "mailer", "start": start, "scope": "cluster"}], **options)
+"""
+
+
+@pytest.fixture
+def mailers(tmp_path, monkeypatch, shared_redis):
+    """mailers(url, count): a cluster of nodes that all have the child `mailer`, which writes into a list in Redis."""
+    (tmp_path / "mailer.py").write_text(MAILER)
+    monkeypatch.setattr(sys.modules[__name__], "PROGRAM", tmp_path / "mailer.py")
+    key = random.randbytes(6).hex()
+    with ExitStack() as stack:
+
+        def mailers(url, count, lease=2.0, stubborn=False, plain=False):
+            options = {
+                "key": key,
+                "cluster": url,
+                "store": f"redis://127.0.0.1:{shared_redis.port}",
+                "lease": lease,
+                "stubborn": stubborn,
+                "plain": plain,
+            }
+            nodes = []
+            for number in range(count):
+                command = json.dumps({**options, "name": f"node{number}"})
+                nodes.append(Tree(command, cwd=tmp_path, env={"PYTHONPATH": str(ROOT)}))
+                stack.push(partial(end_mailer, nodes[-1]))
+            return nodes
+
+        mailers.written = lambda: [json.loads(entry) for entry in shared_redis.client.lrange(key + "written", 0, -1)]
+        yield mailers
+
+
+def end_mailer(node, *_):
+    if node.process.poll() is None:
+        node.process.send_signal(signal.SIGCONT)
+        node.process.terminate()
+    node.wait()
+
+
+def holder(nodes, written, above=0):
+    """The node whose child writes, with a number above `above`; and that number."""
+    name, number, *_ = until(lambda: [entry for entry in written() if entry[1] > above])[-1]
+    return nodes[int(name[-1])], number
+
+
+def never_two(written, fenced=0):
+    """No write is by one that has been replaced: but for as many as the fence has refused."""
+    accepted = [(number, name) for name, number, _, is_fenced in written if not is_fenced]
+    assert accepted == sorted(accepted)
+    assert len({number for number, _ in accepted}) == len(set(accepted))
+    assert sum(is_fenced for *_, is_fenced in written) <= fenced
+
+
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_a_child_of_the_cluster_runs_on_one_node_and_is_reached_from_all(mailers, redis_url, count):
+    nodes = mailers(redis_url, count)
+    home, number = holder(nodes, mailers.written)
+    name = f"node{nodes.index(home)}"
+    for node in nodes:
+        until(lambda node=node: http_request(node, "GET", "/ask")[0] == 200)
+        assert get_json(node, "/ask")[1][:2] == [name, number]
+        pid, leases = get_json(node, "/find")[1]
+        assert pid == get_json(node, "/ask")[1][2]
+        assert leases == [{"id": "mailer", "node": name, "pid": pid}]
+    assert get_json(home, "/number")[1].startswith("lease_number is for a child with 'scope': 'cluster'")
+    never_two(mailers.written())
+
+
+def test_another_node_takes_over_immediately_after_a_goodbye(mailers, own_redis):
+    redis = own_redis()
+    redis.client.execute_command("ACL", "SETUSER", "default", "-info")  # else its first lease would have to wait
+    nodes = mailers(redis.url(), 2, lease=60.0)
+    home, number = holder(nodes, mailers.written)
+    until(lambda: [client["cmd"] for client in redis.client.client_list()].count("eval") == 2)  # both have asked
+    home.process.terminate()
+    started = time.monotonic()
+    assert holder(nodes, mailers.written, number)[0] is not home
+    assert time.monotonic() - started < 10  # a quarter of a lease later the other node would have looked by itself
+    never_two(mailers.written())
+
+
+@pytest.mark.parametrize("sign", [signal.SIGKILL, signal.SIGSTOP], ids=["killed", "paused"])
+def test_another_node_takes_over_from_one_that_is_killed_or_paused(mailers, redis_url, sign):
+    nodes = mailers(redis_url, 3)
+    home, number = holder(nodes, mailers.written)
+    home.process.send_signal(sign)
+    other, next_number = holder(nodes, mailers.written, number)
+    assert (other is not home, next_number > number) == (True, True)
+    if sign == signal.SIGSTOP:
+        home.process.send_signal(signal.SIGCONT)
+        until(lambda: "'mailer' ends here: its lease was not renewed" in "".join(home.log))
+    until(lambda: http_request(other, "GET", "/ask")[0] == 200)
+    never_two(mailers.written(), fenced=sign == signal.SIGSTOP)  # it may have been paused while it wrote
+
+
+@pytest.mark.parametrize("stubborn", [False, True])
+def test_while_redis_hangs_no_node_has_the_child(mailers, own_redis, stubborn):
+    redis = own_redis()
+    nodes = mailers(redis.url(), 2, stubborn=stubborn)
+    home, number = holder(nodes, mailers.written)
+    redis.process.send_signal(signal.SIGSTOP)
+    stopped, said = time.monotonic(), [len(node.log) for node in nodes]
+    until(lambda: "'mailer' ends here: its lease was not renewed" in "".join(home.log))
+    gevent.sleep(max(0, stopped + 2.5 - time.monotonic()))
+    assert float(mailers.written()[-1][2]) < stopped + 2.0
+    assert http_request(home, "GET", "/ask")[0] == 503
+    redis.process.send_signal(signal.SIGCONT)
+    assert holder(nodes, mailers.written, number)[1] > number
+    for node, length in zip(nodes, said, strict=True):
+        what = "no node can run the cluster child 'mailer' while Redis is away: no response in 0.2 s"
+        assert "".join(node.log[length:]).count(what) == 1
+    never_two(mailers.written())
+
+
+def test_after_a_pause_the_child_is_ended_before_anything_that_was_due(mailers, redis_url):
+    nodes = mailers(redis_url, 2, plain=True)
+    home, number = holder(nodes, mailers.written)
+    until(lambda: len(mailers.written()) > 20)
+    assert get_json(home, "/pause")[1] == "woken up"  # all but this request waits for a timer, or for Redis
+    until(lambda: "'mailer' ends here: its lease was not renewed" in "".join(home.log))
+    assert f"mails {number}" not in "".join(home.log).partition("GET /pause")[2]
+    other, next_number = holder(nodes, mailers.written, number)
+    assert (other is not home, next_number > number) == (True, True)
+    never_two(mailers.written())
+
+
+def test_a_node_that_leaves_the_cluster_gives_the_child_back_and_runs_its_own(mailers, redis_url):
+    nodes = mailers(redis_url, 2)
+    home, number = holder(nodes, mailers.written)
+    assert get_json(home, "/leave")[1] == "ok"
+    assert holder(nodes, mailers.written, number)[0] is not home
+    until(lambda: http_request(home, "GET", "/ask")[0] == 200)
+    name, own_number, _ = get_json(home, "/ask")[1]
+    assert (nodes[int(name[-1])], own_number) == (home, 0)
+    assert get_json(home, "/number")[1] == 0
+    never_two([entry for entry in mailers.written() if entry[1]])
+
+
+def test_a_lease_that_redis_has_lost_ends_the_child_at_the_next_renewal(mailers, redis_url, shared_redis):
+    nodes = mailers(redis_url, 1)
+    home, number = holder(nodes, mailers.written)
+    prefix = redis_url.partition("prefix=")[2]
+    assert shared_redis.client.ttl(f"{prefix}:lease_number:mailer") == -1
+    assert shared_redis.client.delete(f"{prefix}:lease:mailer") == 1
+    until(lambda: "'mailer' ends here: its lease was not renewed" in "".join(home.log))
+    assert holder(nodes, mailers.written, number)[1] == number + 1
+    never_two(mailers.written())
+
+
+def test_a_redis_that_restarts_without_its_data_grants_no_second_lease_and_no_lower_number(mailers, own_redis):
+    redis = own_redis()
+    nodes = mailers(redis.url(), 2)
+    _, number = holder(nodes, mailers.written)
+    redis.stop()
+    started = time.monotonic()
+    redis.start()
+    assert holder(nodes, mailers.written, number)[1] > number
+    assert min(float(at) for _, later, at, _ in mailers.written() if later > number) > started + 2.0
+    never_two(mailers.written())
+
+
+def test_a_child_that_crashes_starts_again_on_any_node_with_a_higher_number(mailers, redis_url):
+    nodes = mailers(redis_url, 2)
+    _, number = holder(nodes, mailers.written)
+    until(lambda: http_request(nodes[0], "GET", "/ask")[0] == 200)
+    assert get_json(nodes[0], "/crash")[1] == "ok"
+    assert holder(nodes, mailers.written, number)[1] > number
+    never_two(mailers.written())
+
+
+def test_a_node_without_a_cluster_runs_the_child_and_finds_it_by_the_same_name(begin):
+    class Mailer(GenServer):
+        def handle_call(self, request, from_, state):
+            return "reply", (request, nova_lite.lease_number()), state
+
+    assert whereis(("cluster", "mailer")) is None
+    with pytest.raises(NoProc):
+        call(("cluster", "mailer"), "hello")
+    sup = begin(start_supervisor, [{"id": "mailer", "start": (start_link, Mailer), "scope": "cluster"}])
+    ((_, pid, _),) = which_children(sup)
+    assert whereis(("cluster", "mailer")) is pid
+    assert call(("cluster", "mailer"), "hello") == ("hello", 0)
+    ref = monitor(("cluster", "mailer"))
+    exit(("cluster", "mailer"), "kill")
+    assert expect(down(ref))[3:] == (pid, "killed")
+    assert until(lambda: whereis(("cluster", "mailer"))) is not pid
+
+
+def test_the_id_of_a_child_of_the_cluster_is_a_string():
+    result = start_supervisor([{"id": 1, "start": (spawn, obey), "scope": "cluster"}])
+    match result:
+        case ("error", ("shutdown", ("failed_to_start_child", 1, ValueError() as error))):
+            assert str(error) == "the id of a child in the cluster must be a string, got 1"
+        case _:
+            raise AssertionError(result)
+
+
 # -- workers, the command line of a cluster ---------------------------------------------------------------------------
 
 
@@ -10566,6 +10839,7 @@ def test_asking_for_a_room_that_was_cut_off_is_an_error_that_names_it(tmp_path):
         'pubsub.connect("redis://127.0.0.1:1")': "cluster",
         'pubsub.keep("notes")': "replay",
         "app.board()": "board",
+        'whereis(("cluster", "mailer"))': "leases",
         "app.stats()": "board",
         'Nova([{"routes": [("/ws", WebSocketHandler, {"protocol": "ws", "compress": True})]}])': "deflate",
     }
@@ -10807,6 +11081,38 @@ def test_stats_tell_of_connections_and_channels():
         until(lambda: nova_lite.stats()["connections"] == 0)
 
 
+def test_stats_tell_of_supervisors_with_their_children_and_of_children_in_the_cluster(begin):
+    inner = {"id": "inner", "start": (start_supervisor, [], "one_for_all")}
+    outer = begin(start_supervisor, [inner])
+    start_child(outer, {"id": "mailer", "start": (spawn, obey), "scope": "cluster"})
+    figures = nova_lite.stats()
+    assert json.loads(json.dumps(figures)) == figures
+    (_, below, _), (_, mailer, _) = which_children(outer)
+    assert figures["supervisors"] == [
+        {
+            "pid": str(outer),
+            "name": None,
+            "strategy": "one_for_one",
+            "count": 2,
+            "children": [
+                {"id": "inner", "pid": str(below), "type": "supervisor"},
+                {"id": "mailer", "pid": str(mailer), "type": "worker"},
+            ],
+        },
+        {"pid": str(below), "name": None, "strategy": "one_for_all", "count": 0, "children": []},
+    ]
+    assert figures["leases"] == [{"id": "mailer", "node": nova_lite.scheduler.node, "pid": str(mailer)}]
+    terminate_child(outer, "mailer")
+    figures = nova_lite.stats()
+    assert (figures["leases"], figures["supervisors"][0]["children"][1]["pid"]) == ([], None)
+
+
+@pytest.mark.parametrize("missing", ["gen_server", "leases"])
+def test_stats_without_supervisors_or_leases_have_none(monkeypatch, missing):
+    monkeypatch.delitem(nova_lite.rooms, missing)
+    assert nova_lite.stats()[{"gen_server": "supervisors"}.get(missing, missing)] is None
+
+
 def test_at_most_so_many_processes_are_listed(begin, monkeypatch):
     monkeypatch.setattr(nova_lite, "BOARD_SIZE", 2)
     for _ in range(5):
@@ -10944,6 +11250,33 @@ expect(row).to_have_count(1, timeout=2000)
 expect(page.locator(".tile", has_text="Connections").locator(".figure")).to_have_text("2", timeout=2000)
 page.evaluate("other.close()")
 expect(row).to_have_count(0, timeout=2000)
+""")  # fmt: skip
+
+
+def test_the_board_shows_the_tree_folded_and_keeps_what_is_unfolded(browse, begin):
+    inner = {"id": "inner", "start": (start_supervisor, [{"id": "leaf", "start": (spawn, obey)}], "one_for_all")}
+    outer = begin(start_supervisor, [inner], name="outer")
+    start_child(outer, {"id": "mailer", "start": (spawn, obey), "scope": "cluster"})
+    with board_shown() as server:
+        browse(server, "/any/board", """
+page.goto(url)
+expect(page.locator("#leases tbody tr")).to_have_count(1)
+expect(page.locator("#leases tbody tr")).to_contain_text("mailer")
+leaf, tree = page.locator("#supervisors li", has_text="leaf").last, page.locator("#supervisors")
+expect(leaf).not_to_be_visible()
+tree.locator("summary", has_text="outer one_for_one, children: 2").click()
+tree.locator("summary", has_text="one_for_all, children: 1").click()
+expect(leaf).to_be_visible()
+uptime = page.evaluate("now.uptime_seconds")
+page.wait_for_function("now.uptime_seconds > " + str(uptime + 1.5))
+expect(leaf).to_be_visible()
+""")  # fmt: skip
+        stop(outer, "shutdown")
+        browse(server, "/any/board", """
+page.goto(url)
+expect(page.locator("#state")).to_have_text("live")
+expect(page.locator("#supervisors")).to_be_hidden()
+expect(page.locator("#leases")).to_be_hidden()
 """)  # fmt: skip
 
 
