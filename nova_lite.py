@@ -2057,8 +2057,8 @@ class Stream(Process):
 
     def _start_close(self, close: Close) -> None:
         """Sends what is queued and the close frame. From here on the socket does without the process."""
-        if close.code is not None:
-            self.outgoing.append(self.encode("close" if close.code == NO_STATUS else ("close", close.code, close.text)))
+        if close.code is not None and self.STATUS == 101:
+            self.outgoing.append(close_frame(close.code, close.text))
         self.flush()
         self.phase, self.stalled_for, self.inbox = CLOSING, 0.0, []
         if close.reason == ("error", "closed"):
