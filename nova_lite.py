@@ -2282,7 +2282,8 @@ class Nova(bottle.Bottle):
                 raise out.exception
             return super()._cast(out, peek)
         except Exception as error:
-            log.error("the response to %s crashed", printable("{0.method} {0.path}".format(bottle.request)), exc_info=error)
+            where = bottle.request.method, printable(bottle.request.path)
+            log.error("the response to %s %s crashed", *where, exc_info=error)
             return super()._cast(HTTPError(500, exception=error), peek)
 
     def default_error_handler(self, res: HTTPError) -> bytes:
@@ -2746,8 +2747,7 @@ class Server(gevent.pywsgi.WSGIServer):
         deadline = monotonic() + timeout
         self.registry.draining = True
         self.close()
-        connections = list(self.registry.connections)
-        random.shuffle(connections)
+        connections = random.sample(list(self.registry.connections), len(self.registry.connections))  # in any order
         at_once = 1 + int(len(connections) / (250 * timeout + 1))  # no sleep is shorter than a millisecond
         for number, connection in enumerate(connections):
             exit(connection, "shutdown")
