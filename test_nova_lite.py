@@ -11012,6 +11012,46 @@ def test_the_readmes_program_runs_as_printed(tmp_path):
             assert (one.recv(PATIENCE), two.recv(PATIENCE)) == ("hello", "hello")
 
 
+def test_the_readmes_program_with_all_of_it_runs_as_printed_on_two_nodes(shared_redis, tmp_path, monkeypatch):
+    section = (ROOT / "README.md").read_text().partition("## A program with all of it")[2]
+    program = re.search(r"```python\n(.*?)```", section, re.DOTALL)[1]
+    assert program.count("\n") <= 65
+    monkeypatch.setenv("REDIS", shared_redis.url())
+    monkeypatch.setenv("PORT", "0")
+    with ExitStack() as stack:
+        nodes = [stack.enter_context(program_running(program, tmp_path)) for _ in range(2)]
+
+        def enter(node, room, name):
+            return stack.enter_context(ws(nodes[node], f"/rooms/{room}?name={name}"))
+
+        def heard(client, event):
+            """What the client receives next of this kind."""
+            while (message := json.loads(client.recv(PATIENCE)))["event"] != event:
+                pass
+            return message["data"]
+
+        ann, bob, outbox = enter(0, "lobby", "ann"), enter(1, "lobby", "bob"), enter(1, "outbox", "op")
+        while heard(ann, "names") != ["ann", "bob"]:
+            pass
+        for number in range(6):
+            ann.send(f"{number}")
+        assert heard(ann, "error") == "five messages in ten seconds are enough"
+        said = [{"name": "ann", "text": f"{number}"} for number in range(5)]
+        assert [heard(bob, "said") for _ in said] == said
+        cat = enter(1, "lobby", "cat")
+        assert [heard(cat, "said") for _ in said] == said
+        mails = 0
+        while not mails:  # Redis may have just started; then no node has the mailer yet
+            bob.send("@ann")
+            with suppress(TimeoutError):
+                first = json.loads(outbox.recv(2.6))
+                mails = first["event"] == "said" and first["data"]["text"].endswith("to ann: @ann")
+        bob.send("@ann @cat")
+        assert [heard(outbox, "said")["text"].split(": ")[1] for _ in range(2)] == ["to ann", "to cat"]
+        with pytest.raises(InvalidStatus, match="400"):
+            enter(0, "lobby", "no%20name")
+
+
 def test_the_readme_names_the_rooms_and_the_packages_of_the_tests():
     readme = (ROOT / "README.md").read_text()
     assert re.findall(r"^\| (\w+) \| [\d,]+ \|", readme, re.MULTILINE) == ["core", *ROOMS]
