@@ -5626,12 +5626,18 @@ def publish(url: str, channel: str, topic: str | bytes, payload: Any) -> int:
         return redis.client.publish(redis.key("channel:", channel), data)
 
 
+def start_once(spec: dict[str, Any]) -> Any:
+    """Returns what a supervisor starts for a child in the cluster. The room leases replaces this."""
+    return room("leases") if isinstance(pubsub.adapter, Cluster) else spec["start"]
+
+
+getattr(rooms.get("gen_server"), "scopes", {})["cluster"] = start_once
 __all__ += ["publish"]
 rooms["cluster"] = SimpleNamespace(connect=_connect, disconnect=_disconnect, find_redis=_find_redis)
 
 
 # ----- cut here: without leases --------------------------------------------------------------------------------------
-# Lost: "scope": "cluster" (such a child then runs on every node), names like ("cluster", id), lease_number.
+# Lost: children that run on one node of the cluster ("scope": "cluster"), names like ("cluster", id), lease_number.
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -10163,6 +10163,15 @@ def test_the_id_of_a_child_of_the_cluster_is_a_string():
             raise AssertionError(result)
 
 
+def test_a_copy_without_leases_says_so_in_a_cluster_and_runs_the_child_without_one(monkeypatch):
+    monkeypatch.delitem(nova_lite.rooms, "leases")
+    spec = {"id": "mailer", "start": (print,), "scope": "cluster"}
+    assert nova_lite.start_once(spec) == (print,)
+    monkeypatch.setattr(pubsub, "adapter", object.__new__(nova_lite.Cluster))
+    with pytest.raises(RuntimeError, match="this copy of nova_lite has no room 'leases'"):
+        nova_lite.start_once(spec)
+
+
 # -- workers, the command line of a cluster ---------------------------------------------------------------------------
 
 
