@@ -5270,12 +5270,66 @@ class RemoteMonitors:
                     process.unwatch(key)
 
 
-class Cluster(Adapter):
-    """Connects pub/sub with the other nodes; `pubsub.connect` makes it. It runs in the hub's thread.
+class KeptChannels:
+    """Redis keeps what the room replay keeps, and each node a copy of it: it is always subscribed to these channels.
 
-    Redis keeps what the room replay keeps, and each node a copy of it: it is always subscribed to the channels that it
-    keeps. A message to one of them is delivered here when it returns from Redis.
+    A message to one of them is delivered here when it returns from Redis.
     """
+
+    def __init__(self, cluster: Cluster) -> None:
+        self.cluster, self.pubsub, self.redis = cluster, cluster.pubsub, cluster.redis
+        self.in_flight: deque[tuple[Message, Pid | None]] = deque()  # sent to Redis to be kept, not returned yet
+        self.loading: dict[str, Any] = {}  # channel -> the arguments of History.load, while `loaded` is on its way
+        self.loaded: set[str] = set()  # kept channels of which this node has what Redis has, or never will
+
+    def send(self, history: Recorder, message: Message, exclude: Pid | None, data: bytes) -> None:
+        channel, transport = message[1], self.cluster.transport
+        keys = [self.redis.key(kind, channel) for kind in ("life:", "history:", "channel:")]
+        epoch, seconds = os.urandom(4).hex(), max(1, int(history.seconds))
+        transport.send(channel, "EVAL", KEEP, 3, *keys, epoch, transport.run_id, history.size, seconds, data)
+        self.in_flight.append((message, exclude))
+
+    def forget(self) -> None:
+        """Called when the transport is disconnected."""
+        self.loading.clear()
+        self.loaded.clear()
+        for history in self.pubsub.histories.values():
+            history.forget()  # other nodes continue without this one
+        while self.in_flight:  # Redis may have published them, but the members here did not get them
+            self.pubsub.deliver_unrecorded(*self.in_flight.popleft())
+
+    def load(self, channel: str) -> None:
+        """Runs in a greenlet: reads the history from Redis."""
+        history = self.pubsub.histories[channel]
+        try:
+            keys = self.redis.key("life:", channel), self.redis.key("history:", channel)
+            response = self.redis.client.eval(LOAD, 2, *keys, os.urandom(4).hex(), self.cluster.transport.run_id)
+            epoch, offset, now, entries = response
+            aged = [(int(now) - int(fields[1]), fields[3]) for _, fields in entries]
+            recent = [(monotonic() - age, data) for age, data in aged if age <= history.seconds]
+            messages = [(at, self.cluster.read_broadcast(channel, *data.split(b" ", 1))[0]) for at, data in recent]
+            # The transport may not have delivered some of them yet. After it has delivered `loaded`, it has.
+            self.loading[channel] = epoch.decode(), int(offset), messages
+            self.cluster.publish_control(self.cluster.id, "loaded", channel)
+        except Exception as error:  # the transport fails as well; or a stranger has written there
+            log.warning("cluster: cannot read the history of %s: %s", channel, error)
+            history.forget()
+            self.loaded.add(channel)
+
+    def on_loaded(self, node_id: bytes, channel: str) -> None:
+        if node_id == self.cluster.id and channel in self.loading:
+            self.pubsub.histories[channel].load(*self.loading.pop(channel))
+            self.loaded.add(channel)
+
+    def wait_until_loaded(self, channel: str) -> None:
+        if get_ident() == scheduler.thread and not isinstance(getcurrent(), Hub):
+            with gevent.Timeout(JOIN_TIME, False):
+                while self.cluster.connected and channel in self.pubsub.histories and channel not in self.loaded:
+                    gevent.sleep(0.01)
+
+
+class Cluster(Adapter):
+    """Connects pub/sub with the other nodes; `pubsub.connect` makes it. It runs in the hub's thread."""
 
     def __init__(self, pubsub: PubSub, url: str, name: str) -> None:
         super().__init__(pubsub)
@@ -5289,10 +5343,7 @@ class Cluster(Adapter):
         self.dropped, self.logged_drops = 0, 0  # messages that could not be read
         self.last_log = -60.0  # of dropped messages
         self.clock = 0.0  # seconds, in ticks: nothing is silent for longer while this process is blocked
-        self.in_flight: deque[tuple[Message, Pid | None]] = deque()  # sent to Redis to be kept, not returned yet
-        self.loading: dict[str, Any] = {}  # channel -> the arguments of History.load, while `loaded` is on its way
-        self.loaded: set[str] = set()  # kept channels of which this node has what Redis has, or never will
-        self.membership, self.monitors = Membership(self, name), RemoteMonitors(self)
+        self.membership, self.monitors, self.kept = Membership(self, name), RemoteMonitors(self), KeptChannels(self)
         self.codec.encode(self.membership.get_metas())  # raises for what was tracked already and cannot cross
         self.handlers: dict[str, tuple[Any, ...]] = {  # of control messages: with the types of the arguments
             "hello": (self.membership.on_hello, str, int, dict, list),
@@ -5307,7 +5358,7 @@ class Cluster(Adapter):
             "watch": (self.monitors.on_watch, int, object),
             "unwatch": (self.monitors.on_unwatch, int, object),
             "down": (self.monitors.on_down, int, object, object),
-            "loaded": (self._on_loaded, str),
+            "loaded": (self.kept.on_loaded, str),
         }
         self.transport = Transport(self)
         self.timer = get_hub().loop.timer(TICK, TICK)
@@ -5358,10 +5409,7 @@ class Cluster(Adapter):
             self.pubsub.deliver_unrecorded(message, exclude)
             self._publish(self.redis.key("channel:", channel), data, channel)
             return
-        keys = [self.redis.key(kind, channel) for kind in ("life:", "history:", "channel:")]
-        epoch, seconds = os.urandom(4).hex(), max(1, int(history.seconds))
-        transport.send(channel, "EVAL", KEEP, 3, *keys, epoch, transport.run_id, history.size, seconds, data)
-        self.in_flight.append((message, exclude))
+        self.kept.send(history, message, exclude, data)
 
     def dispatch_here(self, message: Message) -> None:
         self.pubsub.deliver(message, None)  # Redis does not keep it
@@ -5378,6 +5426,14 @@ class Cluster(Adapter):
 
     def on_track(self, channel: str, key: str, process: Process, meta: dict[str, Any] | None) -> None:
         self.membership.add_change("meta", channel, process, key, meta)
+
+    def on_keep(self, channel: str) -> None:
+        if self.transport.is_subscribed(channel):
+            gevent.spawn(self.kept.load, channel)
+        self.transport.update_subscription(channel)
+
+    def wait_until_loaded(self, channel: str) -> None:
+        self.kept.wait_until_loaded(channel)
 
     def wait_until_subscribed(self, channel: str) -> None:
         event = self.transport.subscriptions.get(channel)
@@ -5451,12 +5507,7 @@ class Cluster(Adapter):
     def on_disconnect(self) -> None:
         self.had_gap = True
         self.membership.changes.clear()
-        self.loading.clear()
-        self.loaded.clear()
-        for history in self.pubsub.histories.values():
-            history.forget()  # other nodes continue without this one
-        while self.in_flight:  # Redis may have published them, but the members here did not get them
-            self.pubsub.deliver_unrecorded(*self.in_flight.popleft())
+        self.kept.forget()
 
     def on_response(self, response: Any) -> None:
         match response:
@@ -5499,15 +5550,15 @@ class Cluster(Adapter):
 
     def _on_broadcast(self, channel: str, data: bytes) -> None:
         position, data = data.split(b" ", 1) if data.startswith(KEPT_MARK) else (b"", data)
-        if position and self.in_flight and data.startswith(self.header):  # in the order in which they were sent
-            message, exclude = self.in_flight.popleft()
+        if position and self.kept.in_flight and data.startswith(self.header):  # in the order in which they were sent
+            message, exclude = self.kept.in_flight.popleft()
             message.position = position[1:].decode() or None
         else:
-            message, exclude = self._read_broadcast(channel, position, data)
+            message, exclude = self.read_broadcast(channel, position, data)
         deliver = self.pubsub.deliver_unrecorded if message.position is None else self.pubsub.record_and_deliver
         deliver(message, exclude)
 
-    def _read_broadcast(self, channel: str, position: bytes, data: bytes) -> tuple[Message, Any]:
+    def read_broadcast(self, channel: str, position: bytes, data: bytes) -> tuple[Message, Any]:
         _, (sender, topic, payload, exclude) = self.codec.decode(data)
         if not isinstance(sender, Pid) or not isinstance(topic, str | bytes):
             raise ValueError("not a broadcast")
@@ -5521,42 +5572,6 @@ class Cluster(Adapter):
             is_named = channel.startswith("$")  # it gives its members a name, for the room leases
             for process in () if is_named else self.pubsub.channels.get(channel, ()):
                 process.deliver(("nova_resync", channel))
-
-    # -- kept channels
-
-    def on_keep(self, channel: str) -> None:
-        if self.transport.is_subscribed(channel):
-            gevent.spawn(self._load, channel)
-        self.transport.update_subscription(channel)
-
-    def _load(self, channel: str) -> None:
-        """Runs in a greenlet: reads the history from Redis."""
-        history = self.pubsub.histories[channel]
-        try:
-            keys = self.redis.key("life:", channel), self.redis.key("history:", channel)
-            response = self.redis.client.eval(LOAD, 2, *keys, os.urandom(4).hex(), self.transport.run_id)
-            epoch, offset, now, entries = response
-            aged = [(int(now) - int(fields[1]), fields[3]) for _, fields in entries]
-            recent = [(monotonic() - age, data) for age, data in aged if age <= history.seconds]
-            messages = [(at, self._read_broadcast(channel, *data.split(b" ", 1))[0]) for at, data in recent]
-            # The transport may not have delivered some of them yet. After it has delivered `loaded`, it has.
-            self.loading[channel] = epoch.decode(), int(offset), messages
-            self.publish_control(self.id, "loaded", channel)
-        except Exception as error:  # the transport fails as well; or a stranger has written there
-            log.warning("cluster: cannot read the history of %s: %s", channel, error)
-            history.forget()
-            self.loaded.add(channel)
-
-    def _on_loaded(self, node_id: bytes, channel: str) -> None:
-        if node_id == self.id and channel in self.loading:
-            self.pubsub.histories[channel].load(*self.loading.pop(channel))
-            self.loaded.add(channel)
-
-    def wait_until_loaded(self, channel: str) -> None:
-        if get_ident() == scheduler.thread and not isinstance(getcurrent(), Hub):
-            with gevent.Timeout(JOIN_TIME, False):
-                while self.connected and channel in self.pubsub.histories and channel not in self.loaded:
-                    gevent.sleep(0.01)
 
 
 # What Redis does for a kept channel. KEYS: a hash (life: the epoch; number: the offset of the last message; run), a

@@ -8954,7 +8954,7 @@ def keepers(pair):
     """Two nodes that keep a channel, and know what Redis keeps of it."""
     for node in pair:
         node.keep("k", size=1000)
-    until(lambda: len({node.get_position("k") for node in pair}) == 1 and not any(n.adapter.loading for n in pair))
+    until(lambda: len({node.get_position("k") for node in pair}) == 1 and not any(n.adapter.kept.loading for n in pair))
     yield pair
     for node in pair:
         node.leave("k")
@@ -9043,7 +9043,7 @@ def test_a_redis_without_memory_still_carries_what_it_cannot_keep(keepers, own_r
     for member in (one, other):
         member.keep("k")
     other.join("k")
-    until(lambda: one.get_members("k") and subscribed(one, "k") and not one.adapter.loading)
+    until(lambda: one.get_members("k") and subscribed(one, "k") and not one.adapter.kept.loading)
     redis.client.config_set("maxmemory", 1)
     position = one.get_position("k")
     for number in range(3):
@@ -9074,7 +9074,7 @@ def test_a_message_that_comes_while_a_history_is_loaded_is_part_of_it(keepers, m
     monkeypatch.undo()
     for said in held:
         other.adapter.publish_control(*said)
-    until(lambda: not other.adapter.loading)
+    until(lambda: not other.adapter.kept.loading)
     other.join("k", since=position)
     assert expect()[4] == 3
 
