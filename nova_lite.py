@@ -167,7 +167,7 @@ _serials = count(1)
 refs = count(1)
 processes: dict[int, Process] = {}  # every live process, by its serial
 registered: dict[str, Process] = {}
-exit_hooks: list[Callable[[Process], None]] = []  # called by other rooms' choice when a process ends
+exit_hooks: list[Callable[[Process], None]] = []  # of other rooms; each is called with a process that has ended
 
 
 class ProcessExit(gevent.GreenletExit):
@@ -215,14 +215,14 @@ class Process(Pid):
         self.serial = next(_serials)
         self.mailbox: deque[Any] = deque()  # DEAD_MAILBOX after the end
         self.wake: Callable[[Any], None] | None = None  # called when a message arrives; None while ready or running
-        self.runner: Runner | None = None  # the greenlet that runs it, or that it blocks
-        self.exiting: ProcessExit | None = None  # the exit signal; while set, no message is received
+        self.runner: Runner | None = None  # the greenlet of its turn, blocked or not; None between turns
+        self.exiting: ProcessExit | None = None  # a pending exit signal, which `receive` raises; TERMINATING; or None
         self.trapping = False
         self.name: str | None = None
         self.links: Any = ()  # a set once there are some; symmetric
         self.monitored_by: dict[Any, Any] | None = None  # ref -> watcher
         self.owned: dict[Any, Any] | None = None  # ref -> monitor or timer whose `unwatch(ref)` is called at the end
-        self.channels: Any = ()  # of pub/sub; a dict once there are some
+        self.channels: Any = ()  # of pub/sub; a dict once there are some: channel -> position at the join, or None
         self.started_at = monotonic()
         self.handled = 0  # number of messages received
         processes[self.serial] = self
@@ -287,7 +287,7 @@ class Process(Pid):
     def kill(self, reason: Any) -> None:
         """Raises ProcessExit in the process, even in its final callbacks or after it has caught a signal."""
         pending = self.exiting not in (None, TERMINATING) and self.exiting.__traceback__ is None
-        if pending or self.mailbox is DEAD_MAILBOX:  # signals keep their order
+        if pending or self.mailbox is DEAD_MAILBOX:  # of two signals, the first counts
             return
         if self.runner is not None and self.runner.parent is None:
             log.error("%r is the main greenlet and continues; the exit signal was %r", self, reason)
@@ -449,7 +449,7 @@ class Runner(greenlet):
                 return
             scheduler.idle.append(self)
             try:
-                while self in scheduler.idle:  # else the switch was for a callback that has returned
+                while self in scheduler.idle:  # a late switch, for a callback that has returned, resumes it too early
                     scheduler.hub.switch()
             except BaseException:  # a gevent.Timeout that a callback left running
                 scheduler.idle.remove(self)
@@ -471,11 +471,11 @@ class Scheduler:
         self.ready: deque[Process] = deque()
         self.idle: list[Runner] = []
         self.deadline = 0.0  # end of the time slice of `serve`
-        self.yielded: deque[Waiter] = deque()  # of greenlets that yielded, in their order
+        self.yielded: deque[Waiter] = deque()  # one for each greenlet that yielded, in their order
         self.scheduled = False  # whether `serve` is about to be called
         self.timer: Any = None  # calls `serve`
-        self.runner: Runner | None = None  # that `serve` has switched to
-        self.last: Process | None = None  # that this runner has run, once it is idle
+        self.runner: Runner | None = None  # the one that `serve` has switched to; None outside of `serve`
+        self.last: Process | None = None  # the last one that `runner` ran; None until `runner` is idle
         self.next_warning = 0.0  # time before which no turn is logged for its length
         self.iteration = -1  # number of the loop's iteration in which `slice_end` was set; libuv's has none
         self.slice_end = 0.0  # end of the time slice of greenlets that may yield
@@ -815,7 +815,7 @@ class Timer:
     """What `send_after` and `send_interval` return; for `cancel_timer` and `read_timer`."""
 
     def __init__(self, target: Any, message: Any, seconds: float, interval: float = 0.0) -> None:
-        calling_process(), resolve(target)
+        calling_process(), resolve(target)  # for what they raise
         if isnan(seconds):
             raise ValueError("expected seconds, got NaN")
         self.target, self.message, self.interval = target, message, interval
@@ -1036,7 +1036,7 @@ class PubSub:
         self.histories: dict[str, Recorder] = {}  # channel -> its history, of the room replay
         self.message_counts: dict[str, int] = {}  # channel with local members -> messages sent to them
         self._monitored: dict[int, str] = {}  # ref -> channel
-        self.presence: Any = None  # of the room presence
+        self.presence: Any = None  # the `presence` of the room presence; None without that room
         exit_hooks.append(self._on_exit)
 
     def connect(self, url: str, name: str | None = None) -> str:
@@ -1068,7 +1068,7 @@ class PubSub:
         return "ok"
 
     def leave(self, channel: str, pid: Pid | None = None) -> str:
-        """Ends a membership and returns "ok", or "not_joined"."""
+        """Ends a membership and returns "ok", or "not_joined". Messages that are in the mailbox already stay there."""
         process = local_process(pid)
         if process not in self.channels.get(check_channel(channel), ()):
             return "not_joined"
@@ -1194,7 +1194,7 @@ class PubSub:
         if members is None:
             return
         self.message_counts[message[1]] += 1
-        for process in members:  # does not change meanwhile: `deliver` only queues
+        for process in members:  # does not change meanwhile: a process's `deliver` only queues
             if process is not exclude:
                 process.deliver(message)
 
