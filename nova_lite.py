@@ -251,7 +251,7 @@ class Process(Pid):
             self.wake = enqueue
 
     def before_blocking(self) -> None:
-        """Hook: a callback is about to block. Runs in its greenlet; must not block."""
+        """Is called when a callback is about to block, in the callback's greenlet. Must not block."""
 
     def watch(self, ref: Any, watcher: Any) -> None:
         if self.mailbox is DEAD_MAILBOX:
@@ -344,7 +344,7 @@ class Process(Pid):
         return f" {self.name or self.role()}"
 
     def finish(self, reason: Any) -> None:
-        """Ends the process, as nothing else does: releases its name and channels, notifies monitors and links."""
+        """Ends the process, in this method only: releases its name and channels, notifies monitors and links."""
         if self.mailbox is DEAD_MAILBOX:
             return
         if reason == "normal" and self.exiting not in (None, TERMINATING):
@@ -490,7 +490,7 @@ class Scheduler:
             self.hub.loop.run_callback(self.serve)
 
     def serve(self) -> None:
-        """Hub callback: resumes greenlets that yielded and runs ready processes, until the time slice is over."""
+        """Resumes greenlets that yielded, and runs ready processes, until the time slice is over. The hub calls it."""
         end = monotonic() + TIME_SLICE
         if self.yielded:
             self.iteration, self.slice_end = self.hub.loop.iteration, end - TIME_SLICE / 2 if self.ready else end
@@ -515,7 +515,7 @@ class Scheduler:
         """Waits until others have had their turns, once the calling greenlet has used up its time slice.
 
         Greenlets that never wait share one slice per iteration of the loop, in their order. One that has waited gets a
-        little of its own, so that a short request is not queued behind a flood.
+        little of its own, so that a short request does not wait for a flood to end.
         """
         caller, now, iteration = getcurrent(), monotonic(), self.hub.loop.iteration
         if iteration != self.iteration:
@@ -959,10 +959,10 @@ def _is_shareable(fn: Callable[..., Any]) -> bool:
 
 
 class Adapter:
-    """What a cluster has to offer to pub/sub. This one is for a node that is alone.
+    """What pub/sub calls to reach other nodes. This one is for a node without a cluster.
 
     The law: a broadcast reaches every member on every node once. `dispatch` sends it to the local members, by pub/sub's
-    own methods, and to the other nodes. All methods but `encode` and `wait_until_subscribed` run in the hub's thread.
+    own methods, and to the other nodes. Other threads may call `encode` only. The methods `wait_until_...` may block.
     """
 
     connected = True
@@ -1149,7 +1149,7 @@ class PubSub:
         position = self.get_position(channel)
         if since is not None:
             missed = self.histories[channel].since(since) if channel in self.histories else None
-            position = "0" if missed is None else since  # 0 is no position: who returns with it gets a resync
+            position = "0" if missed is None else since  # 0 is no position: a client that returns with it gets a resync
             for message in [("nova_resync", channel)] if missed is None else missed:
                 process.deliver(message)
         if not members:
@@ -1342,7 +1342,7 @@ def _cookies(req: Request) -> dict[str, str]:
     """Returns the cookies that can be read: any page of the domain may have set the others (RFC 6265 §5.4)."""
     cookies = {}
     for pair in req.environ.get("HTTP_COOKIE", "").split(";"):
-        # Strips only what browsers strip: behind another kind of space, `__Host-id` is not the cookie of that name.
+        # Strips only what browsers strip: after another kind of space, `__Host-id` is not the cookie of that name.
         name, equals, value = (part.strip(" \t") for part in pair.partition("="))
         if len(value) > 1 and value[0] == value[-1] == '"':  # as http.cookies writes it
             value = _ESCAPE.sub(lambda found: found[2] or chr(int(found[1], 8)), value[1:-1])
@@ -1798,7 +1798,7 @@ class Stream(Process):
     def start(self) -> bool:
         """Runs `init` in the new process. Returns whether it returned ("ok", state)."""
         scheduler.bind_thread()
-        self.registry.add(self)  # counts from here on: many may be on their way in
+        self.registry.add(self)  # it counts before `init` has returned: many clients may connect together
         init_waiter = self.init_waiter = Alias()
         enqueue(self)
         try:
@@ -2082,7 +2082,7 @@ class Stream(Process):
                     watcher.close()
             self.sock.close()
             self.sock = self.reader = self.writer = None
-            self.write_buffer = b""  # whoever keeps the pid keeps this object
+            self.write_buffer = b""  # freed now: a program that keeps the pid keeps this object
         self.phase = CLOSED
         if self.mailbox is DEAD_MAILBOX:
             self.registry.connections.discard(self)
@@ -2123,7 +2123,7 @@ class EventStream(Stream):
     """
 
     __slots__ = ()
-    KEEPALIVE = 15.0  # seconds between pings, at most: proxies disconnect who is silent
+    KEEPALIVE = 15.0  # seconds between pings, at most: proxies disconnect a silent stream
     RETRY = 1_000, 4_000  # milliseconds after which a client reconnects; random, since many may have lost their server
 
     def __init__(self, handler: Any, req: Request, settings: Settings, registry: ConnectionRegistry) -> None:
@@ -2312,7 +2312,7 @@ def _settings(settings: Settings, options: Mapping[str, Any]) -> Settings:
 
 
 def _rule(prefix: str, path: str) -> str:
-    """Returns Nova's path as a rule of bottle: `:id` is `<id>`, and a prefix alone needs no slash behind it."""
+    """Returns Nova's path as a rule of bottle: `:id` is `<id>`, and a prefix alone needs no slash after it."""
     segments = [part for part in (prefix.strip("/"), path.lstrip("/")) if part]
     rule = re.sub(r"(?<=/):(\w+)", r"<\1>", "/" + "/".join(segments))
     return re.sub(r"(?<=/)\[\.\.\.\]$", f"<{_REST}:re:.*>", rule)
@@ -2489,7 +2489,7 @@ def heartbeat(req: Request) -> Any:
 
 DRAIN_TIME = 5.0  # seconds that a stopping server gives requests and clients to finish
 SHUTDOWN_DELAY = 0.0  # seconds between the signal and the drain; the heartbeat already returns 503
-BACKLOG = 2048  # connections that may wait to be accepted: after a restart all clients come at once
+BACKLOG = 2048  # connections that may wait to be accepted: after a restart all clients connect together
 
 
 class TLS:
