@@ -5631,7 +5631,7 @@ rooms["cluster"] = SimpleNamespace(connect=_connect, disconnect=_disconnect, fin
 
 
 # ----- cut here: without leases --------------------------------------------------------------------------------------
-# Lost: "scope": "cluster" (such a child then runs on every node), names like ("cluster", id), lease_number.
+# Lost: children with "scope": "cluster" (they then run on every node), names like ("cluster", id), lease_number.
 
 
 # ---------------------------------------------------------------------------------------------------------------------
