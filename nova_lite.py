@@ -1239,10 +1239,10 @@ class Request(Mapping[str, Any]):
     """What a controller takes: a read-only mapping, computed lazily, that `match` takes apart.
 
     `method`, `path`, `bindings` (from the route), `params` (the JSON object or form of the body), `json` (any JSON),
-    `body` (bytes), `qs` or `parsed_qs` (the query), `headers` (in any case), `cookies`, `peer` (address, port),
-    `auth_data` (what `security` returned), `subprotocol` (of a WebSocket: the chosen one, or None), `since` (the last
-    position that the client has received of a kept channel: its Last-Event-ID, `since` in the query, or None). `body`,
-    `json` and `params` may raise an HTTPError: 400, 408 or 413.
+    `body` (bytes), `qs` or `parsed_qs` (the query), `headers` (in any case), `cookies`, `peer` (address, port; a
+    proxy's, if there is one in front), `auth_data` (what `security` returned), `subprotocol` (of a WebSocket: the
+    chosen one, or None), `since` (the last position that the client has received of a kept channel: its Last-Event-ID,
+    `since` in the query, or None). `body`, `json` and `params` may raise an HTTPError: 400, 408 or 413.
     """
 
     __slots__ = ("_known", "environ", "settings")
