@@ -21,7 +21,7 @@
 
     Nova([{"routes": [("/chat", Chat, {"protocol": "ws"})]}]).run(port=8080)
 
-The map. A room uses only the rooms above it. Those after a cut line can be deleted there.
+The map. A room uses the rooms above it, others only through `rooms`. Those after a cut line can be deleted there.
 
     processes               mailboxes, runners; spawn, send, receive, monitor, link
     pub/sub                 channels and their members; broadcast
@@ -124,7 +124,7 @@ def room(name: str) -> SimpleNamespace:
 
 @dataclass(frozen=True)
 class Settings:
-    """Sets limits and defaults: `Nova(..., name=value)` for an application, a route's options for one route."""
+    """Holds the limits and options of a route. `Nova(..., name=value)` sets one for all routes."""
 
     max_body: int = 1024 * 1024  # bytes of a request's body, 413 beyond; for uploads use bottle's `request.body`
     max_message_size: int = 1_000_000  # bytes of a message with all fragments; 1009 beyond, before they are held
@@ -132,7 +132,7 @@ class Settings:
     ping_interval: float = 25.0  # seconds of silence between pings: two chances to respond within `idle_timeout`
     mailbox_limit: int = 1_000  # messages waiting for a client that does not read; 1013 beyond
     send_timeout: float = 10.0  # seconds in which a client reads nothing of what is ready for it; then 1013
-    backlog: int = 64  # frames (and `max_message_size` bytes) waiting for their handler before reading pauses
+    backlog: int = 64  # frames, or `max_message_size` bytes, waiting for their handler; reading pauses beyond
     on_slow: str = "close"  # beyond `mailbox_limit`; or "drop_oldest", "drop_new": drops messages, and logs that
     origins: Any = None  # list of origins, or "*"; None: the request's own host, or no Origin header at all
     trust_proxy: int = 0  # proxies in front, True is 1; of X-Forwarded-Proto and -Host, the farthest one's value counts
@@ -167,7 +167,7 @@ _serials = count(1)
 refs = count(1)
 processes: dict[int, Process] = {}  # every live process, by its serial
 registered: dict[str, Process] = {}
-exit_hooks: list[Callable[[Process], None]] = []  # called by other rooms' choice when a process ends
+exit_hooks: list[Callable[[Process], None]] = []  # of other rooms; each is called with a process that has ended
 
 
 class ProcessExit(gevent.GreenletExit):
@@ -215,14 +215,14 @@ class Process(Pid):
         self.serial = next(_serials)
         self.mailbox: deque[Any] = deque()  # DEAD_MAILBOX after the end
         self.wake: Callable[[Any], None] | None = None  # called when a message arrives; None while ready or running
-        self.runner: Runner | None = None  # the greenlet that runs it, or that it blocks
-        self.exiting: ProcessExit | None = None  # the exit signal; while set, no message is received
+        self.runner: Runner | None = None  # the greenlet of its turn, blocked or not; None between turns
+        self.exiting: ProcessExit | None = None  # a pending exit signal, which `receive` raises; TERMINATING; or None
         self.trapping = False
         self.name: str | None = None
         self.links: Any = ()  # a set once there are some; symmetric
         self.monitored_by: dict[Any, Any] | None = None  # ref -> watcher
         self.owned: dict[Any, Any] | None = None  # ref -> monitor or timer whose `unwatch(ref)` is called at the end
-        self.channels: Any = ()  # of pub/sub; a dict once there are some
+        self.channels: Any = ()  # of pub/sub; a dict once there are some: channel -> position at the join, or None
         self.started_at = monotonic()
         self.handled = 0  # number of messages received
         processes[self.serial] = self
@@ -251,7 +251,7 @@ class Process(Pid):
             self.wake = enqueue
 
     def before_blocking(self) -> None:
-        """Hook: a callback is about to block. Runs in its greenlet; must not block."""
+        """Is called when a callback is about to block, in the callback's greenlet. Must not block."""
 
     def watch(self, ref: Any, watcher: Any) -> None:
         if self.mailbox is DEAD_MAILBOX:
@@ -287,7 +287,7 @@ class Process(Pid):
     def kill(self, reason: Any) -> None:
         """Raises ProcessExit in the process, even in its final callbacks or after it has caught a signal."""
         pending = self.exiting not in (None, TERMINATING) and self.exiting.__traceback__ is None
-        if pending or self.mailbox is DEAD_MAILBOX:  # signals keep their order
+        if pending or self.mailbox is DEAD_MAILBOX:  # of two signals, the first counts
             return
         if self.runner is not None and self.runner.parent is None:
             log.error("%r is the main greenlet and continues; the exit signal was %r", self, reason)
@@ -344,7 +344,7 @@ class Process(Pid):
         return f" {self.name or self.role()}"
 
     def finish(self, reason: Any) -> None:
-        """Ends the process, as nothing else does: releases its name and channels, notifies monitors and links."""
+        """Ends the process, in this method only: releases its name and channels, notifies monitors and links."""
         if self.mailbox is DEAD_MAILBOX:
             return
         if reason == "normal" and self.exiting not in (None, TERMINATING):
@@ -449,7 +449,7 @@ class Runner(greenlet):
                 return
             scheduler.idle.append(self)
             try:
-                while self in scheduler.idle:  # else the switch was for a callback that has returned
+                while self in scheduler.idle:  # a late switch, for a callback that has returned, resumes it too early
                     scheduler.hub.switch()
             except BaseException:  # a gevent.Timeout that a callback left running
                 scheduler.idle.remove(self)
@@ -471,11 +471,11 @@ class Scheduler:
         self.ready: deque[Process] = deque()
         self.idle: list[Runner] = []
         self.deadline = 0.0  # end of the time slice of `serve`
-        self.yielded: deque[Waiter] = deque()  # of greenlets that yielded, in their order
+        self.yielded: deque[Waiter] = deque()  # one for each greenlet that yielded, in their order
         self.scheduled = False  # whether `serve` is about to be called
         self.timer: Any = None  # calls `serve`
-        self.runner: Runner | None = None  # that `serve` has switched to
-        self.last: Process | None = None  # that this runner has run, once it is idle
+        self.runner: Runner | None = None  # the one that `serve` has switched to; None outside of `serve`
+        self.last: Process | None = None  # the last one that `runner` ran; None until `runner` is idle
         self.next_warning = 0.0  # time before which no turn is logged for its length
         self.iteration = -1  # number of the loop's iteration in which `slice_end` was set; libuv's has none
         self.slice_end = 0.0  # end of the time slice of greenlets that may yield
@@ -490,7 +490,7 @@ class Scheduler:
             self.hub.loop.run_callback(self.serve)
 
     def serve(self) -> None:
-        """Hub callback: resumes greenlets that yielded and runs ready processes, until the time slice is over."""
+        """Resumes greenlets that yielded, and runs ready processes, until the time slice is over. The hub calls it."""
         end = monotonic() + TIME_SLICE
         if self.yielded:
             self.iteration, self.slice_end = self.hub.loop.iteration, end - TIME_SLICE / 2 if self.ready else end
@@ -515,7 +515,7 @@ class Scheduler:
         """Waits until others have had their turns, once the calling greenlet has used up its time slice.
 
         Greenlets that never wait share one slice per iteration of the loop, in their order. One that has waited gets a
-        little of its own, so that a short request is not queued behind a flood.
+        little of its own, so that a short request does not wait for a flood to end.
         """
         caller, now, iteration = getcurrent(), monotonic(), self.hub.loop.iteration
         if iteration != self.iteration:
@@ -815,7 +815,7 @@ class Timer:
     """What `send_after` and `send_interval` return; for `cancel_timer` and `read_timer`."""
 
     def __init__(self, target: Any, message: Any, seconds: float, interval: float = 0.0) -> None:
-        calling_process(), resolve(target)
+        calling_process(), resolve(target)  # for what they raise
         if isnan(seconds):
             raise ValueError("expected seconds, got NaN")
         self.target, self.message, self.interval = target, message, interval
@@ -959,10 +959,10 @@ def _is_shareable(fn: Callable[..., Any]) -> bool:
 
 
 class Adapter:
-    """What a cluster has to offer to pub/sub. This one is for a node that is alone.
+    """What pub/sub calls to reach other nodes. This one is for a node without a cluster.
 
     The law: a broadcast reaches every member on every node once. `dispatch` sends it to the local members, by pub/sub's
-    own methods, and to the other nodes. All methods but `encode` and `wait_until_subscribed` run in the hub's thread.
+    own methods, and to the other nodes. Other threads may call `encode` only. The methods `wait_until_...` may block.
     """
 
     connected = True
@@ -1036,7 +1036,7 @@ class PubSub:
         self.histories: dict[str, Recorder] = {}  # channel -> its history, of the room replay
         self.message_counts: dict[str, int] = {}  # channel with local members -> messages sent to them
         self._monitored: dict[int, str] = {}  # ref -> channel
-        self.presence: Any = None  # of the room presence
+        self.presence: Any = None  # the `presence` of the room presence; None without that room
         exit_hooks.append(self._on_exit)
 
     def connect(self, url: str, name: str | None = None) -> str:
@@ -1068,7 +1068,7 @@ class PubSub:
         return "ok"
 
     def leave(self, channel: str, pid: Pid | None = None) -> str:
-        """Ends a membership and returns "ok", or "not_joined"."""
+        """Ends a membership and returns "ok", or "not_joined". Messages that are in the mailbox already stay there."""
         process = local_process(pid)
         if process not in self.channels.get(check_channel(channel), ()):
             return "not_joined"
@@ -1149,7 +1149,7 @@ class PubSub:
         position = self.get_position(channel)
         if since is not None:
             missed = self.histories[channel].since(since) if channel in self.histories else None
-            position = "0" if missed is None else since  # 0 is no position: who returns with it gets a resync
+            position = "0" if missed is None else since  # 0 is no position: a client that returns with it gets a resync
             for message in [("nova_resync", channel)] if missed is None else missed:
                 process.deliver(message)
         if not members:
@@ -1194,7 +1194,7 @@ class PubSub:
         if members is None:
             return
         self.message_counts[message[1]] += 1
-        for process in members:  # does not change meanwhile: `deliver` only queues
+        for process in members:  # does not change meanwhile: a process's `deliver` only queues
             if process is not exclude:
                 process.deliver(message)
 
@@ -1239,10 +1239,10 @@ class Request(Mapping[str, Any]):
     """What a controller takes: a read-only mapping, computed lazily, that `match` takes apart.
 
     `method`, `path`, `bindings` (from the route), `params` (the JSON object or form of the body), `json` (any JSON),
-    `body` (bytes), `qs` or `parsed_qs` (the query), `headers` (in any case), `cookies`, `peer` (address, port),
-    `auth_data` (what `security` returned), `subprotocol` (of a WebSocket: the chosen one, or None), `since` (the last
-    position that the client has received of a kept channel: its Last-Event-ID, `since` in the query, or None). `body`,
-    `json` and `params` may raise an HTTPError: 400, 408 or 413.
+    `body` (bytes), `qs` or `parsed_qs` (the query), `headers` (in any case), `cookies`, `peer` (address, port; a
+    proxy's, if there is one in front), `auth_data` (what `security` returned), `subprotocol` (of a WebSocket: the
+    chosen one, or None), `since` (the last position that the client has received of a kept channel: its Last-Event-ID,
+    `since` in the query, or None). `body`, `json` and `params` may raise an HTTPError: 400, 408 or 413.
     """
 
     __slots__ = ("_known", "environ", "settings")
@@ -1342,7 +1342,7 @@ def _cookies(req: Request) -> dict[str, str]:
     """Returns the cookies that can be read: any page of the domain may have set the others (RFC 6265 §5.4)."""
     cookies = {}
     for pair in req.environ.get("HTTP_COOKIE", "").split(";"):
-        # Strips only what browsers strip: behind another kind of space, `__Host-id` is not the cookie of that name.
+        # Strips only what browsers strip: after another kind of space, `__Host-id` is not the cookie of that name.
         name, equals, value = (part.strip(" \t") for part in pair.partition("="))
         if len(value) > 1 and value[0] == value[-1] == '"':  # as http.cookies writes it
             value = _ESCAPE.sub(lambda found: found[2] or chr(int(found[1], 8)), value[1:-1])
@@ -1379,10 +1379,10 @@ def parse_origin(text: Any) -> tuple[str, str, int] | None:
 def read_body(environ: dict[str, Any], limit: int) -> bytes:
     """Returns the body, which bottle's `request` may read again.
 
-    Raises HTTPError: 413 over `limit` bytes, 400 if it is cut off, 408 if it takes too long.
+    Raises HTTPError: 413 over `limit` bytes, 400 if it is cut off, 408 (with the room http) if it takes too long.
     """
     file = environ.get("bottle.request.body")
-    if file is None or getattr(file, "is_unread", False):
+    if file is None or getattr(file, "is_unread", False):  # the room http's, which no hook has read
         file = environ.get("wsgi.input")
     else:  # a hook has read it
         file.seek(0)
@@ -1391,7 +1391,7 @@ def read_body(environ: dict[str, Any], limit: int) -> bytes:
         length = int(environ.get("CONTENT_LENGTH") or 0)
         is_wanted = chunked or 0 < length <= limit
         body = file.read(limit + 1 if chunked else length) if is_wanted else b""  # type: ignore[union-attr]
-    except HTTPError:
+    except HTTPError:  # of the room http: 400, 408 or 413
         raise
     except (AttributeError, OSError, ValueError):
         raise HTTPError(400, "the body could not be read")
@@ -1488,7 +1488,7 @@ _xor_table = cache(lambda key: bytes(byte ^ key for byte in range(256)))
 
 
 class Close(Exception):
-    """Raised to close a connection: close code (None: no close frame), text, reason for `terminate`."""
+    """Raised, or sent as an exit reason, to close a connection: code (None: no frame), text, reason for `terminate`."""
 
     def __init__(self, code: int | None, text: str, reason: Any) -> None:
         super().__init__(code, text, reason)
@@ -1707,7 +1707,7 @@ class Parser:
 #   CLOSED    no socket; `terminate` may still run
 # ---------------------------------------------------------------------------------------------------------------------
 
-REGISTRY_KEY, UPGRADING_KEY = "nova_lite.registry", "nova_lite.upgrading"  # of WSGI's environ
+REGISTRY_KEY, UPGRADING_KEY = "nova_lite.registry", "nova_lite.upgrading"  # in WSGI's environ: see `run_application`
 STARTING, OPEN, CLOSING, CLOSED = "starting", "open", "closing", "closed"
 READ_SIZE = 65536  # bytes per read or send, so that one client's flood leaves room for the others
 SMALL_READ = 4096  # bytes per read of a client whose bytes take long to parse: tiny frames, or compressed ones
@@ -1765,7 +1765,7 @@ class Stream(Process):
     )  # fmt: skip
     STATUS = 200  # of the response after which the server calls `open`
     MAX_READ = READ_SIZE  # bytes per read of a client whose bytes are quickly parsed
-    shared: FrameCache | None = None  # the frames of `encode`; None if a reply depends on more than its frame
+    shared: FrameCache | None = None  # results of `encode`; None if what is sent depends on more than the frame
 
     def __init__(self, handler: Any, req: Request, settings: Settings, registry: ConnectionRegistry) -> None:
         self.handler = handler() if isinstance(handler, type) else handler  # may raise: not a process yet
@@ -1798,12 +1798,12 @@ class Stream(Process):
     def start(self) -> bool:
         """Runs `init` in the new process. Returns whether it returned ("ok", state)."""
         scheduler.bind_thread()
-        self.registry.add(self)  # counts from here on: many may be on their way in
+        self.registry.add(self)  # it counts before `init` has returned: many clients may connect together
         init_waiter = self.init_waiter = Alias()
         enqueue(self)
         try:
             return send_and_wait(self, init_waiter, None) == "ok"
-        except BaseException:  # the caller's end: nothing else would open it
+        except BaseException:  # the caller has ended: nothing else would open the connection
             self.kill("killed")
             raise
 
@@ -1864,7 +1864,7 @@ class Stream(Process):
             else:
                 size += self.handle_result(result, info)
             if not mailbox or size > READ_SIZE or self.write_buffer or self.exiting is not None:
-                break  # the rest waits in the mailbox, where it is shared with other connections, and counted
+                break  # the rest waits in the mailbox, where it is counted, and not yet encoded
             if not done % 8 and monotonic() > deadline:  # checked for each message, it would cost a flood 5 %
                 break
         self.handled += done
@@ -1915,7 +1915,7 @@ class Stream(Process):
         data = self.encode(frame)
         self.outgoing.append(data)
         if frame == "close" or frame[0] == "close":
-            raise Close(None, "", "stop")
+            raise Close(None, "", "stop")  # None: the handler's own close frame is queued
         return len(data)
 
     def reschedule(self) -> None:
@@ -1933,7 +1933,7 @@ class Stream(Process):
     # -- reading and writing
 
     def readable(self) -> None:
-        """Hub callback."""
+        """Reads once. The hub calls it when the client has sent something, or is gone."""
         try:
             data = self.sock.recv(self.read_size)
         except BlockingIOError:
@@ -1950,7 +1950,7 @@ class Stream(Process):
         elif not data:
             self.abort()
         else:
-            self.parse(data)
+            self.parse(data)  # only for the client's close frame
             self._half_close()
 
     def _receive_bytes(self, data: bytes) -> None:
@@ -1989,7 +1989,7 @@ class Stream(Process):
             return len(data)  # the client is gone; `readable` is about to see it, too
 
     def writable(self) -> None:
-        """Hub callback."""
+        """Writes what waits in `write_buffer`. The hub calls it when the socket takes bytes again."""
         if sent := self._send(self.write_buffer):
             self.write_buffer, self.stalled_for = self.write_buffer[sent:], 0.0
         if self.write_buffer:
@@ -2002,7 +2002,7 @@ class Stream(Process):
             self.reschedule()
 
     def check_timeouts(self, seconds: float) -> None:
-        """Pings, or ends the connection, where a limit is exceeded. Called every so many seconds, by the hub."""
+        """Ends the connection if a limit is exceeded; pings after a silence. The hub calls it every so many seconds."""
         if self.phase not in (OPEN, CLOSING):
             return
         settings = self.settings
@@ -2056,7 +2056,7 @@ class Stream(Process):
         return " {} {}:{}".format(printable(self.req["path"]), *self.req["peer"])
 
     def _start_close(self, close: Close) -> None:
-        """Sends what is queued and the close frame. From here on the socket does without the process."""
+        """Sends what is queued and the close frame. After that, the hub's callbacks alone handle the socket."""
         if close.code is not None and self.STATUS == 101:
             self.outgoing.append(close_frame(close.code, close.text))
         self.flush()
@@ -2082,7 +2082,7 @@ class Stream(Process):
                     watcher.close()
             self.sock.close()
             self.sock = self.reader = self.writer = None
-            self.write_buffer = b""  # whoever keeps the pid keeps this object
+            self.write_buffer = b""  # freed now: a program that keeps the pid keeps this object
         self.phase = CLOSED
         if self.mailbox is DEAD_MAILBOX:
             self.registry.connections.discard(self)
@@ -2123,7 +2123,7 @@ class EventStream(Stream):
     """
 
     __slots__ = ()
-    KEEPALIVE = 15.0  # seconds between pings, at most: proxies disconnect who is silent
+    KEEPALIVE = 15.0  # seconds between pings, at most: proxies disconnect a silent stream
     RETRY = 1_000, 4_000  # milliseconds after which a client reconnects; random, since many may have lost their server
 
     def __init__(self, handler: Any, req: Request, settings: Settings, registry: ConnectionRegistry) -> None:
@@ -2157,12 +2157,12 @@ class EventStream(Stream):
         super()._start_close(close)
 
 
-SLOW = Close(1013, "too slow", ("error", "slow"))
+SLOW = Close(1013, "too slow", ("error", "slow"))  # this one and IDLE are exit reasons that `check_timeouts` sends
 IDLE = Close(1000, "idle", "timeout")
 
 
 def _apply_overflow(connection: Stream) -> None:
-    """Applies `on_slow`. Called per message while the socket is not writable, or not there yet."""
+    """Applies `on_slow`. It is `wake`, called for each message, while the socket takes nothing or is not there yet."""
     policy, mailbox = connection.settings.on_slow, connection.mailbox
     if policy != "close" and len(mailbox) > connection.settings.mailbox_limit:
         at = 0 if policy == "drop_oldest" else -1
@@ -2180,7 +2180,7 @@ class ConnectionRegistry:
     def __init__(self, limit: int) -> None:
         accelerate()
         self.limit = limit  # connections
-        self.leaving = False  # asked to stop, but still serving: see SHUTDOWN_DELAY
+        self.leaving = False  # whether the server is asked to stop, but still serves for SHUTDOWN_DELAY
         self.draining = False
         self.slow_closed = 0  # connections whose client did not read
         self.dropped = 0  # messages, for clients that did not read
@@ -2224,7 +2224,7 @@ _REST = "rest_of_the_path"  # bottle's name for the binding "..."
 
 
 class Nova(bottle.Bottle):
-    """An application made of groups of routes. It is a `bottle.Bottle`, with everything that one can do.
+    """An application made of groups of routes. It is a `bottle.Bottle` and can do what that can.
 
     A group is {"routes": [(path, controller[, options])], "prefix", "security", "plugins"}. A controller is a function
     of `req`, or, with {"protocol": "ws"}, a handler: a class, a module or any object with the callbacks. Options are
@@ -2312,7 +2312,7 @@ def _settings(settings: Settings, options: Mapping[str, Any]) -> Settings:
 
 
 def _rule(prefix: str, path: str) -> str:
-    """Returns Nova's path as a rule of bottle: `:id` is `<id>`, and a prefix alone needs no slash behind it."""
+    """Returns Nova's path as a rule of bottle: `:id` is `<id>`, and a prefix alone needs no slash after it."""
     segments = [part for part in (prefix.strip("/"), path.lstrip("/")) if part]
     rule = re.sub(r"(?<=/):(\w+)", r"<\1>", "/" + "/".join(segments))
     return re.sub(r"(?<=/)\[\.\.\.\]$", f"<{_REST}:re:.*>", rule)
@@ -2489,7 +2489,7 @@ def heartbeat(req: Request) -> Any:
 
 DRAIN_TIME = 5.0  # seconds that a stopping server gives requests and clients to finish
 SHUTDOWN_DELAY = 0.0  # seconds between the signal and the drain; the heartbeat already returns 503
-BACKLOG = 2048  # connections that may wait to be accepted: after a restart all clients come at once
+BACKLOG = 2048  # connections that may wait to be accepted: after a restart all clients connect together
 
 
 class TLS:
@@ -2527,9 +2527,9 @@ class TLS:
 class RequestHandler(UpgradeHandler):
     """An HTTP connection. gevent-websocket's upgrade runs once the application has returned a 101."""
 
-    busy = False  # until the end of a response; from the request's first line if the room http is there
-    agreed = False  # the response is that of the connection that is upgrading
-    detached = False  # the socket belongs to a connection's process
+    busy = False  # whether a response is being made; with the room http, from the request's first line on
+    agreed = False  # whether the response is the one that starts a connection
+    detached = False  # whether the socket belongs to a connection's process
     client_address: Any
     response_headers: list[tuple[bytes, bytes]]
     rfile: Any
@@ -2560,7 +2560,7 @@ class RequestHandler(UpgradeHandler):
         return False  # otherwise pywsgi ignores the body, and takes it for the next request
 
     def run_application(self) -> None:
-        upgrading: list[Connection] = []
+        upgrading: list[Stream] = []  # the connection that this request starts, if any
         self.environ[UPGRADING_KEY], self.environ[REGISTRY_KEY] = upgrading, self.server.registry
         try:
             gevent.pywsgi.WSGIHandler.run_application(self)
@@ -2575,7 +2575,7 @@ class RequestHandler(UpgradeHandler):
 
     def process_result(self) -> None:
         upgrading = self.environ[UPGRADING_KEY]
-        # Otherwise nothing is upgrading, or a hook or a plugin has replaced the response.
+        # False if this request starts no connection, or if a hook or a plugin has replaced the response.
         self.agreed = bool(upgrading) and self._is_response_of(upgrading[0])
         if not self.agreed:
             super().process_result()
@@ -2593,7 +2593,7 @@ class RequestHandler(UpgradeHandler):
         self.provided_content_length = False  # pywsgi adds none
         self.write(b"")
 
-    def _is_response_of(self, connection: Connection) -> bool:
+    def _is_response_of(self, connection: Stream) -> bool:
         kinds = [value for name, value in self.response_headers if name.lower() == b"content-type"]
         is_stream = connection.STATUS == 101 or kinds == [b"text/event-stream"]
         return self.code == connection.STATUS and is_stream and not self.result
@@ -2618,11 +2618,11 @@ class RequestHandler(UpgradeHandler):
         else:
             self._sendall(head + data)
 
-    def _detach(self, connection: Connection) -> None:
+    def _detach(self, connection: Stream) -> None:
         """Moves the socket to the connection's process. pywsgi's handler, buffers and greenlet are freed."""
         sock, early = self.socket, b""
         sock.settimeout(0)
-        with suppress(OSError):  # there are none, or the client is gone, which `open` will notice
+        with suppress(OSError):  # there are none, or the client is gone, which `readable` will notice
             early = self.rfile.peek()  # frames right after the handshake
         self.rfile.close()
         raw: Any
@@ -2660,8 +2660,8 @@ class Server(gevent.pywsgi.WSGIServer):
     read, RuntimeError if a child cannot be started.
     """
 
-    KEEP_ALIVE, HEAD_TIME, BODY_TIME = 75.0, 10.0, 30.0  # seconds for the next request, its head, its body
-    WRITE_TIME = 30.0  # seconds in which a client reads nothing of a response
+    KEEP_ALIVE, HEAD_TIME, BODY_TIME = 75.0, 10.0, 30.0  # seconds, by the room http: next request, head (or TLS), body
+    WRITE_TIME = 30.0  # seconds, by the room http, in which a client reads nothing of a response
 
     def __init__(
         self,
@@ -2679,7 +2679,7 @@ class Server(gevent.pywsgi.WSGIServer):
         self.registry = ConnectionRegistry(_descriptor_limit() - 64 if max_connections is None else max_connections)
         self.handlers: set[RequestHandler] = set()
         self.drain_time = drain_time
-        self.short_of_descriptors = -60.0  # when it was last logged
+        self.short_of_descriptors = -60.0  # time when a lack of descriptors was last logged
         self.tree = room("launch").ApplicationTree(children, self) if children else None
         self.failed = False  # the tree's supervisor has ended
         self.on_failure: Callable[[], Any] = partial(gevent.spawn, self.stop)
@@ -2865,12 +2865,12 @@ def _serve(server: Server, shutdown_delay: float, cluster: str | None, name: str
 
 
 rooms["server"] = SimpleNamespace(run=run)
-while_serving: list[Callable[[Callable[[], None]], Any]] = []  # hooks: take what stops the server, return a closer
+while_serving: list[Callable[[Callable[[], None]], Any]] = []  # called with what stops `run`; may return a closer
 
 
 def _check_patch() -> None:
-    """Warns if the standard library is not patched. What bottle keeps per thread is then kept per greenlet: otherwise
-    one client's response could carry another's cookies."""
+    """Warns if the standard library is not patched, and makes bottle keep each request in its greenlet, not in its
+    thread: otherwise one client's response could carry another's cookies."""
     kinds = vars(bottle.LocalRequest), vars(bottle.LocalResponse)
     kept: list[Any] = [value for kind in kinds for value in kind.values() if isinstance(value, property)]
     cells = [value.fget.__closure__[0] for value in kept]  # each holds a threading.local
@@ -2887,7 +2887,7 @@ def _check_patch() -> None:
 
 
 def _descriptor_limit(raised: bool = False) -> int:
-    """Returns how many descriptors this process may have open, `raised` to as many as it may allow itself."""
+    """Returns how many descriptors this process may have open so far. With `raised`, sets the limit to the highest."""
     with suppress(ImportError, OSError, ValueError):
         import resource  # not on Windows
 
