@@ -6499,7 +6499,7 @@ class ChatHandler(WebSocketHandler):
             case ("text", text) if text.startswith("say "):
                 pubsub.broadcast("comments", "new_comment", text[4:])
             case ("text", text) if len(text) <= 100 and text != self.last:  # each key that is pressed repeats it
-                doing, _, name = text.partition(" ")
+                doing, _, name = re.sub("[\0-\x1f\u202a-\u202e\u2066-\u2069]", "", text).partition(" ")  # reversal
                 presence.untrack("comments", self.name)
                 self.name, self.last = name.strip() or "Someone", text
                 presence.track("comments", self.name, {"typing": doing == "typing"})  # both changes are one event

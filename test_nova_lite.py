@@ -11520,6 +11520,8 @@ def test_visitors_are_shown_by_name_and_many_at_once_are_few_messages(demo):
         watcher.send("typing  Ada ")
         heard("Ada")
         assert here["Ada"] == [{"typing": True}]
+        watcher.send("here \u202eA\0da\u2066")  # a name that would reverse those after it
+        heard("Ada")
         watcher.send("here ")
         heard("Someone")
         with ExitStack() as clients:
