@@ -5865,6 +5865,8 @@ def _start_alone(child_id: str, fn: Callable[..., Any], *args: Any) -> Any:
 
 def _resolve(child_id: str) -> Pid | None:
     """Returns the process that ("cluster", child_id) names, on whichever node, or None."""
+    if not isinstance(child_id, str):
+        raise TypeError(f"expected ('cluster', id) with a string, got {child_id!r}")
     return next(iter(pubsub.get_members(CHILD_CHANNEL + child_id)), None)
 
 

@@ -10194,6 +10194,8 @@ def test_a_node_without_a_cluster_runs_the_child_and_finds_it_by_the_same_name(b
         def handle_call(self, request, from_, state):
             return "reply", (request, nova_lite.lease_number()), state
 
+    with pytest.raises(TypeError, match="with a string, got 5"):
+        whereis(("cluster", 5))
     assert whereis(("cluster", "mailer")) is None
     with pytest.raises(NoProc):
         call(("cluster", "mailer"), "hello")
