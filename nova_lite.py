@@ -5896,6 +5896,7 @@ from heapq import nlargest
 
 BOARD_TIME = 1.0  # seconds between updates
 BOARD_SIZE = 500  # processes in `stats` at most
+ID_LENGTH = 200  # characters of a child's id in `stats` at most: a client may have chosen it
 _started = monotonic()
 
 
@@ -5942,7 +5943,8 @@ def _list_supervisors() -> list[dict[str, Any]]:
             "strategy": entry["strategy"],
             "count": entry["count"],
             "children": [
-                {"id": str(key), "pid": child and str(child), "type": kind} for key, child, kind in entry["children"]
+                {"id": str(key)[:ID_LENGTH], "pid": child and str(child), "type": kind}
+                for key, child, kind in entry["children"]
             ],
         }
         for pid, entry in islice(rooms["gen_server"].supervisors().items(), BOARD_SIZE)

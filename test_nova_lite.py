@@ -11162,6 +11162,15 @@ def test_stats_tell_of_supervisors_with_their_children_and_of_children_in_the_cl
     assert (figures["leases"], figures["supervisors"][0]["children"][1]["pid"]) == ([], None)
 
 
+def test_stats_of_children_whose_ids_a_client_has_chosen_are_short_and_some(begin):
+    rooms = begin(start_supervisor, [])
+    for number in range(200):
+        start_child(rooms, {"id": f"{number}" + "x" * 100_000, "start": (spawn, obey), "restart": "temporary"})
+    figures = nova_lite.stats()
+    assert figures["supervisors"][0]["count"] == 200
+    assert len(json.dumps(figures["supervisors"])) < 30_000
+
+
 @pytest.mark.parametrize("missing", ["gen_server", "leases"])
 def test_stats_without_supervisors_or_leases_have_none(monkeypatch, missing):
     monkeypatch.delitem(nova_lite.rooms, missing)
