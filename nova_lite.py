@@ -4250,6 +4250,8 @@ rooms["gen_server"] = SimpleNamespace(
 # ---------------------------------------------------------------------------------------------------------------------
 
 GATHER_TIME = 0.05  # seconds between a change and the event: short for a reader, long enough for a crowd that connects
+MAX_META = 16 * 1024  # bytes of a meta in a cluster, with its channel and key
+MAX_METAS = 8 * 1024 * 1024  # bytes of all metas of a node: it sends them to a new node in one message
 _Meta = dict[str, Any]
 _Metas = list[_Meta]
 _ByKey = dict[str, _Metas]
@@ -4260,7 +4262,7 @@ class Presence:
     """Who is in which channel, by key. The one instance is `presence`.
 
     A key names a user, for example. Several processes may be tracked under one key, each with a meta of its own: a dict
-    that nobody modifies later. Members of the channel receive ("nova_presence", channel, joins, leaves), both {key:
+    that nobody modifies. Members of the channel receive ("nova_presence", channel, joins, leaves), both {key:
     [meta, ...]}; an update is a leave and a join. The event has the method `once` of a `Message`.
     """
 
@@ -4270,28 +4272,38 @@ class Presence:
         self.changes: dict[str, _Changes] = {}  # channel -> changes that its members have not received
         self.seen: dict[str, dict[Process, int]] = {}  # channel -> caller of `list` -> how many of these it has seen
         self.timer: Any = None  # calls `_flush`
+        self.sizes: dict[tuple[str, str, Process], int] = {}  # bytes of the metas that were tracked here in a cluster
+        self.total_size = 0  # bytes, the sum
         pubsub.presence = self
 
     def track(self, channel: str, key: str, meta: _Meta, pid: Pid | None = None) -> str:
         """Tracks `pid`, or the caller, under `key` until it ends. Returns "ok", or "already_tracked".
 
         A dead process is not tracked. Raises TypeError for a process of another node, for a meta that is not a dict,
-        and in a cluster for one that cannot cross to another node; ValueError for an empty key.
+        and in a cluster for one that cannot cross to another node; ValueError for an empty key, and in a cluster for
+        more than MAX_META bytes, or MAX_METAS on this node.
         """
-        process, meta = local_process(pid), self._check(channel, key, meta)
+        process = local_process(pid)
+        meta, size = self._check(channel, key, meta, process)
         if process in self._owners(channel, key):
             return "already_tracked"
         if process.mailbox is not DEAD_MAILBOX:
             process.own((self, channel, key, process), self)
-            self._put_here(channel, key, process, meta)
+            self._put_here(channel, key, process, meta, size)
         return "ok"
 
     def update(self, channel: str, key: str, meta: _Meta, pid: Pid | None = None) -> str:
-        """Replaces the meta of `pid`, or of the caller. Returns "ok", or "not_tracked". Raises what `track` does."""
-        process, meta = local_process(pid), self._check(channel, key, meta)
-        if process not in self._owners(channel, key):
+        """Replaces the meta of `pid`, or of the caller. Returns "ok", or "not_tracked". Raises what `track` does.
+
+        If the new meta is equal to the old one, members receive no event.
+        """
+        process = local_process(pid)
+        meta, size = self._check(channel, key, meta, process)
+        before = self._owners(channel, key).get(process)
+        if before is None:
             return "not_tracked"
-        self._put_here(channel, key, process, meta)
+        if meta != before:
+            self._put_here(channel, key, process, meta, size)
         return "ok"
 
     def untrack(self, channel: str, key: str, pid: Pid | None = None) -> str:
@@ -4318,15 +4330,21 @@ class Presence:
     def _owners(self, channel: str, key: str) -> dict[Pid, _Meta]:
         return self.entries.get(check_channel(channel), {}).get(key, {})
 
-    def _check(self, channel: str, key: str, meta: _Meta) -> _Meta:
-        """Returns a copy of the meta, which the caller may modify. Raises before anything has changed."""
+    def _check(self, channel: str, key: str, meta: _Meta, process: Process) -> tuple[_Meta, int]:
+        """Returns a copy of the meta, which the caller may modify, and its bytes. Raises before any change."""
         if not isinstance(key, str) or not isinstance(meta, dict):
             raise TypeError(f"expected a key, a string, and a meta, a dict, got {key!r} and {meta!r}")
         if not key:
             raise ValueError("expected a key, got an empty string")
         meta = dict(meta)
-        self.pubsub.adapter.encode(Message(("nova_presence", check_channel(channel), None, key, meta)), None)
-        return meta
+        message = Message(("nova_presence", check_channel(channel), None, channel, [key, meta]))
+        size = len(self.pubsub.adapter.encode(message, None) or b"")
+        if size > MAX_META:
+            raise ValueError(f"the meta of {key!r:.80} has {size} bytes, more than {MAX_META}: keep it small")
+        total = self.total_size + size - self.sizes.get((channel, key, process), 0)
+        if size and total > max(MAX_METAS, self.total_size):
+            raise ValueError(f"the metas of this node would have {total} bytes, more than {MAX_METAS}")
+        return _copy(meta), size
 
     # -- in the hub's thread
 
@@ -4344,7 +4362,10 @@ class Presence:
         if channel in self.pubsub.channels and before is not meta:
             self._gather(channel, (key, pid, before, meta))
 
-    def _put_here(self, channel: str, key: str, process: Process, meta: _Meta | None) -> None:
+    def _put_here(self, channel: str, key: str, process: Process, meta: _Meta | None, size: int = 0) -> None:
+        self.total_size += size - self.sizes.pop((channel, key, process), 0)
+        if size:
+            self.sizes[channel, key, process] = size
         self.put(channel, key, process, meta)
         self.pubsub.adapter.on_track(channel, key, process, meta)
 
@@ -4380,6 +4401,13 @@ class Presence:
                 message = late.get(process, event)
                 if message is not None:
                     process.deliver(message)
+
+
+def _copy(value: Any) -> Any:
+    """Returns a copy of dicts, lists and tuples, with what they contain. Other values are shared."""
+    if isinstance(value, dict):
+        return {key: _copy(item) for key, item in value.items()}
+    return type(value)(map(_copy, value)) if type(value) in (list, tuple) else value
 
 
 def _make_event(channel: str, changes: _Changes) -> Message | None:
@@ -4893,6 +4921,7 @@ TICK = 0.5  # seconds
 FIRST_DELAY, LAST_DELAY = 0.1, 5.0  # seconds before reconnecting, doubled each time, with jitter
 MAX_OUTBOX = 64 * 1024 * 1024  # bytes that may wait for Redis; beyond, broadcasts are lost, which is announced
 JOIN_TIME = 5.0  # seconds that `join` waits for its subscription at most, and `connect` for Redis
+MAX_CHANGES = 500  # in one delta: with the largest metas of presence, it is half of what a message may have
 MAX_NAMES = 1000  # names of nodes that have left; a pid of an earlier one prints the node's id
 MAX_LOST = 10_000  # channels announced one by one; beyond, all channels are
 DISCONNECTED, CONNECTING, SUBSCRIBING, CONNECTED, LEAVING = range(5)
@@ -5143,9 +5172,9 @@ class Membership:
             self.cluster.transport.work.set()
 
     def publish_changes(self) -> None:
-        if self.changes:
+        while self.changes:
             self.sequence += 1
-            changes, self.changes = self.changes, []
+            changes, self.changes = self.changes[:MAX_CHANGES], self.changes[MAX_CHANGES:]
             self.cluster.publish_control(None, "delta", self.sequence, changes)
 
     def send_state(self, node_id: bytes | None = None) -> None:
@@ -5857,6 +5886,8 @@ def _start_alone(child_id: str, fn: Callable[..., Any], *args: Any) -> Any:
 
 def _resolve(child_id: str) -> Pid | None:
     """Returns the process that ("cluster", child_id) names, on whichever node, or None."""
+    if not isinstance(child_id, str):
+        raise TypeError(f"expected ('cluster', id) with a string, got {child_id!r}")
     return next(iter(pubsub.get_members(CHILD_CHANNEL + child_id)), None)
 
 
@@ -5886,6 +5917,7 @@ from heapq import nlargest
 
 BOARD_TIME = 1.0  # seconds between updates
 BOARD_SIZE = 500  # processes in `stats` at most
+ID_LENGTH = 200  # characters of a child's id in `stats` at most: a client may have chosen it
 _started = monotonic()
 
 
@@ -5932,7 +5964,8 @@ def _list_supervisors() -> list[dict[str, Any]]:
             "strategy": entry["strategy"],
             "count": entry["count"],
             "children": [
-                {"id": str(key), "pid": child and str(child), "type": kind} for key, child, kind in entry["children"]
+                {"id": str(key)[:ID_LENGTH], "pid": child and str(child), "type": kind}
+                for key, child, kind in entry["children"]
             ],
         }
         for pid, entry in islice(rooms["gen_server"].supervisors().items(), BOARD_SIZE)
@@ -6477,7 +6510,7 @@ class CommentsHandler(WebSocketHandler):
 class ChatHandler(WebSocketHandler):
     """Sends who is here, the comments that are kept, "live", then changes. Receives "say TEXT", "here|typing NAME"."""
 
-    name = ""
+    name = last = ""  # the visitor's name, and the message that set it
 
     def websocket_init(self, state: Any) -> Any:
         pubsub.join("comments", since="first")
@@ -6490,10 +6523,10 @@ class ChatHandler(WebSocketHandler):
                 return "reply", frame, state
             case ("text", text) if text.startswith("say "):
                 pubsub.broadcast("comments", "new_comment", text[4:])
-            case ("text", text) if len(text) <= 100:
-                doing, _, name = text.partition(" ")
+            case ("text", text) if len(text) <= 100 and text != self.last:  # each key that is pressed repeats it
+                doing, _, name = re.sub("[\0-\x1f\u202a-\u202e\u2066-\u2069]", "", text).partition(" ")  # reversal
                 presence.untrack("comments", self.name)
-                self.name = name.strip() or "Someone"
+                self.name, self.last = name.strip() or "Someone", text
                 presence.track("comments", self.name, {"typing": doing == "typing"})  # both changes are one event
         return "ok", state
 

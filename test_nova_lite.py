@@ -7473,6 +7473,26 @@ def test_a_meta_that_is_modified_after_tracking_is_an_update_like_any_other(in_r
     presence.untrack("room", "ann")
 
 
+def test_what_is_nested_in_a_meta_is_copied_too_and_a_pid_is_not(in_room, me):
+    meta = {"devices": ["phone"], "at": ({"page": 1}, me)}
+    presence.track("room", "ann", meta)
+    meta["devices"].append("laptop")
+    meta["at"][0]["page"] = 2
+    assert presence.list("room") == {"ann": [{"devices": ["phone"], "at": ({"page": 1}, me)}]}
+    presence.update("room", "ann", meta)
+    assert expect()[3] == {"ann": [{"devices": ["phone"], "at": ({"page": 1}, me)}]}
+    assert presence.get_by_key("room", "ann")[0]["at"][1] is me
+    presence.untrack("room", "ann")
+
+
+def test_an_update_that_changes_nothing_is_no_event(in_room, someone):
+    ann = someone()
+    presence.track("room", "ann", {"typing": True}, ann)
+    assert expect()[2] == {"ann": [{"typing": True}]}
+    assert presence.update("room", "ann", {"typing": True}, ann) == "ok"
+    assert presence.changes == {}
+
+
 def test_members_hear_of_joins_updates_and_leaves_and_others_do_not(in_room, someone):
     ann, deaf = someone(), someone()
     pubsub.join("elsewhere", deaf)
@@ -8450,6 +8470,39 @@ def test_an_idle_cluster_stays_together(haste, pair):
     until(lambda: min(node.adapter.transport.last_heard for node in pair) > start + nova_lite.NODE_TIMEOUT)
     assert [connection(node) for node in pair] == connections
     assert [len(others(node)) for node in pair] == [1, 1]
+
+
+def test_metas_that_are_too_large_for_a_cluster_are_refused_where_they_are_tracked(pair, monkeypatch):
+    here, there = (nova_lite.Presence(node) for node in pair)
+    with pytest.raises(ValueError, match="more than 16384"):
+        here.track("room", "ann", {"photo": "x" * 20_000})
+    monkeypatch.setattr(nova_lite, "MAX_METAS", 10_000)
+    for key in ("ann", "bob"):
+        assert here.track("room", key, {"about": "x" * 4000}) == "ok"
+    for act, key in ((here.track, "eve"), (here.update, "bob")):
+        with pytest.raises(ValueError, match="metas of this node"):
+            act("room", key, {"about": "x" * 8000})
+    assert here.update("room", "bob", {"about": "y" * 4000}) == "ok"
+    here.untrack("room", "ann")
+    assert here.track("room", "eve", {"about": "x" * 4000}) == "ok"
+    until(lambda: there.list("room") == here.list("room"))
+    for key in ("bob", "eve"):
+        here.untrack("room", key)
+    assert (here.total_size, here.sizes) == (0, {})
+    until(lambda: not there.entries)
+
+
+def test_more_metas_than_one_message_may_have_are_several_deltas(pair):
+    here, there = (nova_lite.Presence(node) for node in pair)
+    connections = [connection(node) for node in pair]
+    here.track("room", "ann", {})
+    until(lambda: there.list("room"))
+    for number in range(1200):  # 19 MB, without a moment for the writer
+        here.update("room", "ann", {"n": number, "about": "x" * 16_000})
+    until(lambda: [meta.get("n") for meta in there.get_by_key("room", "ann")] == [1199])
+    assert [connection(node) for node in pair] == connections
+    here.untrack("room", "ann")
+    until(lambda: not there.entries)
 
 
 NODE = """
@@ -10141,6 +10194,8 @@ def test_a_node_without_a_cluster_runs_the_child_and_finds_it_by_the_same_name(b
         def handle_call(self, request, from_, state):
             return "reply", (request, nova_lite.lease_number()), state
 
+    with pytest.raises(TypeError, match="with a string, got 5"):
+        whereis(("cluster", 5))
     assert whereis(("cluster", "mailer")) is None
     with pytest.raises(NoProc):
         call(("cluster", "mailer"), "hello")
@@ -11156,6 +11211,15 @@ def test_stats_tell_of_supervisors_with_their_children_and_of_children_in_the_cl
     assert (figures["leases"], figures["supervisors"][0]["children"][1]["pid"]) == ([], None)
 
 
+def test_stats_of_children_whose_ids_a_client_has_chosen_are_short_and_some(begin):
+    rooms = begin(start_supervisor, [])
+    for number in range(200):
+        start_child(rooms, {"id": f"{number}" + "x" * 100_000, "start": (spawn, obey), "restart": "temporary"})
+    figures = nova_lite.stats()
+    assert figures["supervisors"][0]["count"] == 200
+    assert len(json.dumps(figures["supervisors"])) < 30_000
+
+
 @pytest.mark.parametrize("missing", ["gen_server", "leases"])
 def test_stats_without_supervisors_or_leases_have_none(monkeypatch, missing):
     monkeypatch.delitem(nova_lite.rooms, missing)
@@ -11516,6 +11580,8 @@ def test_visitors_are_shown_by_name_and_many_at_once_are_few_messages(demo):
         watcher.send("typing  Ada ")
         heard("Ada")
         assert here["Ada"] == [{"typing": True}]
+        watcher.send("here \u202eA\0da\u2066")  # a name that would reverse those after it
+        heard("Ada")
         watcher.send("here ")
         heard("Someone")
         with ExitStack() as clients:
@@ -11524,7 +11590,8 @@ def test_visitors_are_shown_by_name_and_many_at_once_are_few_messages(demo):
                 client.sendall(masked(TEXT, f"here user {number}".encode()))
             assert heard("Someone", *[f"user {number}" for number in range(100)]) < 50
         heard("Someone")
-        watcher.send("here " + "x" * 1000)  # too long: it changes nothing
+        for text in ("here " + "x" * 1000, "here "):  # too long; already so: they change nothing
+            watcher.send(text)
         watcher.send(b"")
         assert watcher.recv(PATIENCE) == b""
 
