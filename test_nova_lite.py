@@ -289,6 +289,9 @@ from nova_lite import (
     which_children,
 )  # fmt: skip
 
+settings.register_profile("busy machine", deadline=None)
+settings.load_profile("busy machine")
+
 PATIENCE = 20  # seconds after which a test gives up on an event; none waits so long, but on a busy machine
 
 
@@ -1028,7 +1031,6 @@ def test_a_server_is_alive_while_it_terminates(me, begin):
 def test_spawn_link_misses_no_exit_however_short_the_child_lives():
     process_flag("trap_exit", True)
     pid = spawn_link(lambda word: exit(self_pid(), word), "enough")
-    assert receive(0) is None, "it has not run yet"
     assert expect() == ("EXIT", pid, "enough")
     pid = spawn_link(int)
     assert expect() == ("EXIT", pid, "normal")
@@ -1043,7 +1045,6 @@ def test_spawn_link_ends_the_child_with_its_parent(me, begin):
 
 def test_spawn_monitor_answers_pid_and_reference_and_misses_no_end():
     pid, ref = spawn_monitor(lambda word: exit(self_pid(), word), "enough")
-    assert receive(0) is None, "it has not run yet"
     assert expect() == ("DOWN", ref, "process", pid, "enough")
 
 
@@ -2764,7 +2765,6 @@ def fed(data, cuts):
     return *apart(frames), parser.done
 
 
-@settings(deadline=None)
 @given(st.lists(messages, max_size=4), st.binary(min_size=4, max_size=4), st.lists(st.integers(0, 2000), max_size=6))
 def test_messages_survive_being_cut_anywhere(sequence, mask, cuts):
     pairs = [on_the_wire(message, mask) for message in sequence]
@@ -2775,7 +2775,6 @@ def test_messages_survive_being_cut_anywhere(sequence, mask, cuts):
 plausible = st.builds(masked, st.integers(0, 15), st.binary(max_size=200), st.booleans())
 
 
-@settings(deadline=None)
 @given(st.lists(st.one_of(plausible, st.binary(max_size=20)), max_size=8).map(b"".join))
 def test_any_bytes_are_frames_or_a_failure_and_the_same_however_cut(data):
     assert fed(data, []) == fed(data, range(len(data)))
@@ -8257,13 +8256,13 @@ lists, keys = (lambda inner: st.lists(inner, max_size=3)), numbers | st.text() |
 
 
 @given(st.recursive(plain, lambda inner: lists(inner) | lists(inner).map(tuple) | st.dictionaries(keys, inner)))
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_whatever_is_made_of_these_crosses(value):
     assert repr(across(value)) == repr(value)
 
 
 @given(st.binary(max_size=200))
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_whatever_the_bytes_are_they_are_read_or_refused_by_an_exception(data):
     with suppress(Exception):
         nova_lite.Codec(partial(nova_lite.RemotePid, None), b"this one").decode(nova_lite.MAGIC + b"this one" + data)
