@@ -4261,9 +4261,9 @@ _Changes = list[tuple[str, Pid, "_Meta | None", "_Meta | None"]]  # key, process
 class Presence:
     """Who is in which channel, by key. The one instance is `presence`.
 
-    A key names a user, for example. Several processes may be tracked under one key, each with a meta of its own: a dict
-    that nobody modifies. Members of the channel receive ("nova_presence", channel, joins, leaves), both {key:
-    [meta, ...]}; an update is a leave and a join. The event has the method `once` of a `Message`.
+    A key names a user, for example. Several processes may be tracked under one key, each with a meta of its own: a dict,
+    of which a copy is kept. Members of the channel receive ("nova_presence", channel, joins, leaves), both {key:
+    [meta, ...]}. An update is a leave and a join. The event has the method `once` of a `Message`.
     """
 
     def __init__(self, pubsub: PubSub) -> None:
@@ -4324,7 +4324,7 @@ class Presence:
         return {key: [*owners.values()] for key, owners in self.entries.get(channel, {}).items()}
 
     def get_by_key(self, channel: str, key: str) -> _Metas:
-        """Returns the metas of one key, on all nodes; none if nobody is tracked under it."""
+        """Returns the metas of one key, on all nodes. The list may be empty."""
         return [*self._owners(channel, key).values()]
 
     def _owners(self, channel: str, key: str) -> dict[Pid, _Meta]:
