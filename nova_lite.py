@@ -4261,7 +4261,7 @@ _Changes = list[tuple[str, Pid, "_Meta | None", "_Meta | None"]]  # key, process
 class Presence:
     """Who is in which channel, by key. The one instance is `presence`.
 
-    A key names a user, for example. Several processes may be tracked under one key, each with a meta of its own: a dict,
+    A key names a user, for example. Several processes may be tracked under one key, each with a meta of its own, a dict
     of which a copy is kept. Members of the channel receive ("nova_presence", channel, joins, leaves), both {key:
     [meta, ...]}. An update is a leave and a join. The event has the method `once` of a `Message`.
     """
