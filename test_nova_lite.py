@@ -4109,7 +4109,7 @@ def proxied(proto=None, host=None):
                 "http://[example.org]", "http://[::1", "http://::1", "h\u0130ttp://example.org",
             )
         ],
-        # A host that is none is nobody's own, not even if the origin is as wrong, or null.
+        # A malformed Host matches no origin, not even an origin that is malformed in the same way, or null.
         *[(f"http://{host}", {"HTTP_HOST": host}, {}, False) for host in NO_HOSTS],
         *[("null", {"HTTP_HOST": host}, {}, False) for host in NO_HOSTS], ("null", {"HTTP_HOST": None}, {}, False),
         # A list, in the same normal form; or all.
@@ -4846,7 +4846,7 @@ def responses(data, *methods):
 
 
 def talk(server, request):
-    """(responses, kept): what a server says to a request, and whether it answers a further one on the connection."""
+    """Returns the responses to a request, and whether the connection serves another request after it."""
     with bare(server, request + NEXT) as sock:
         said = responses(read_what_comes(sock), request.partition(b" ")[0].decode())
     follow_up = [answer for answer in said if answer[2] == b"next"]
