@@ -11192,6 +11192,13 @@ def test_a_recipe_fits_on_a_screen(name):
     assert max(map(len, RECIPES[name].splitlines())) <= 120
 
 
+def test_the_readmes_links_lead_to_its_headings():
+    readme = (ROOT / "README.md").read_text()
+    headings = re.findall(r"^#+ (.+)$", re.sub(r"```.*?```", "", readme, flags=re.DOTALL), re.MULTILINE)
+    anchors = {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+    assert set(re.findall(r"\]\(#([^)]+)\)", readme)) <= anchors
+
+
 def test_recipe_rooms_have_names_and_a_history(kitchen):
     with recipe_running(kitchen, "rooms.py") as server:
         said = [{"name": "ann", "text": "hello"}, {"name": "bob", "text": "hi"}]
