@@ -40,7 +40,7 @@ The map. A room uses the rooms above it, others only through `rooms`. Those afte
     codec                   what crosses to another node
     cluster                 other nodes, through Redis
     leases                  a child that runs on one node of the cluster
-    board                   the state of this node, as JSON and as a page
+    stats, board            figures of this node and of all nodes; a page that shows them
     demo, main              Nova's tutorial; the command line
 
 Erlang's terms, here. An atom is a string, a tuple a tuple, a pid a `Pid`; `Pid ! Msg` is `pid.send(msg)`, `self()` is
@@ -2268,7 +2268,7 @@ class Nova(bottle.Bottle):
 
     def stats(self) -> dict[str, Any]:
         """Returns figures of this node (see the function `stats`)."""
-        return room("board").stats()
+        return room("stats").stats()
 
     def board(self, path: str = "/board", security: Any = False, logout: str = "") -> None:
         """Adds the board, a page that shows what this node is doing (see the function `board`)."""
@@ -4899,6 +4899,7 @@ rooms["codec"] = SimpleNamespace(Codec=Codec, MAGIC=MAGIC, import_package=_impor
 #   beat [sequence]                   every HEARTBEAT_INTERVAL; a node's own beat, coming back, probes its transport
 #   resync [channels]                 it may have failed to publish there (None: anywhere)
 #   bye                               before it leaves
+#   ask [room, caller]                a room of each other node sends its answer to the caller, see `cluster_stats`
 #
 # and to one node's own channel: state, need (requests `state`), send, exit, watch, unwatch, down; to itself loaded.
 # Wire format: MAGIC, sender id (8 bytes), MessagePack. Anything else is dropped and counted. A restarted node has a
@@ -5382,12 +5383,13 @@ class Cluster(Adapter):
             "beat": (self.membership.on_beat, int),
             "resync": (lambda _node_id, channels: self.resync(channels), list | None),
             "bye": (partial(self.membership.remove_node, why="disconnected"),),
-            "send": (self._on_send, int, object),
+            "send": (lambda _node_id, serial, message: self.codec.pid(self.id, serial).send(message), int, object),
             "exit": (self._on_exit, int, object, object),
             "watch": (self.monitors.on_watch, int, object),
             "unwatch": (self.monitors.on_unwatch, int, object),
             "down": (self.monitors.on_down, int, object, object),
             "loaded": (self.kept.on_loaded, str),
+            "ask": (lambda _node_id, name, caller: room(name).answer(caller), str, Pid),
         }
         self.transport = Transport(self)
         self.timer = get_hub().loop.timer(TICK, TICK)
@@ -5570,9 +5572,6 @@ class Cluster(Adapter):
             raise TypeError(f"not the arguments of {kind}")
         handler(node_id, *arguments)
 
-    def _on_send(self, _node_id: bytes, serial: int, message: Any) -> None:
-        self.codec.pid(self.id, serial).send(message)
-
     def _on_exit(self, _node_id: bytes, serial: int, source: Any, reason: Any) -> None:
         process = self.codec.pid(self.id, serial)
         process.kill("killed") if source is None else process.signal(source, reason)
@@ -5678,6 +5677,7 @@ def start_once(spec: dict[str, Any]) -> Any:
 getattr(rooms.get("gen_server"), "scopes", {})["cluster"] = start_once
 __all__ += ["publish"]
 rooms["cluster"] = SimpleNamespace(connect=_connect, disconnect=_disconnect, find_redis=_find_redis)
+rooms["cluster"].ask = lambda name, caller: pubsub.adapter.publish_control(None, "ask", name, caller)
 
 
 # ----- cut here: without leases --------------------------------------------------------------------------------------
@@ -5904,20 +5904,20 @@ __all__ += ["lease_number"]
 rooms["leases"] = SimpleNamespace(resolve=_resolve, list_leases=_list_leases)
 
 
-# ----- cut here: without board ---------------------------------------------------------------------------------------
-# Lost: app.stats, app.board.
+# ----- cut here: without stats ---------------------------------------------------------------------------------------
+# Lost: app.stats, and with it app.board.
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Board: figures of this node, as a dict and as a page.
+# Stats: figures of this node, and of all nodes of the cluster.
 # Invariant: reads the state of other rooms and never changes it.
 # ---------------------------------------------------------------------------------------------------------------------
 
 from heapq import nlargest
 
-BOARD_TIME = 1.0  # seconds between updates
 BOARD_SIZE = 500  # processes in `stats` at most
 ID_LENGTH = 200  # characters of a child's id in `stats` at most: a client may have chosen it
+SHARE_TIME = 0.5  # seconds in which callers of `cluster_stats` share what the other nodes have answered
 _started = monotonic()
 
 
@@ -6001,6 +6001,85 @@ def _memory() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
+class _Answers(Alias):
+    """The address that other nodes send their figures to."""
+
+    __slots__ = ("expected", "figures", "is_complete")
+
+    def __init__(self, expected: int) -> None:
+        super().__init__()
+        self.expected = expected  # nodes
+        self.figures: list[dict[str, Any]] = []
+        self.is_complete = gevent.event.Event()
+
+    def send(self, message: Any) -> None:
+        if isinstance(message, dict) and len(self.figures) < self.expected:
+            self.figures.append(message)
+        if len(self.figures) == self.expected:
+            self.is_complete.set()
+
+
+class _Gathering:
+    """The figures of the other nodes. Callers within SHARE_TIME share them, so that nodes are not asked more often."""
+
+    def __init__(self) -> None:
+        self.answers: _Answers | None = None
+        self.asked_at = 0.0
+
+    def gather(self, timeout: float) -> list[dict[str, Any]]:
+        nodes = len((pubsub.adapter.info() or {"nodes": ()})["nodes"])
+        if nodes == 0:
+            return []
+        answers = self.answers
+        if answers is None or answers.expected != nodes or monotonic() - self.asked_at > SHARE_TIME:
+            answers, self.asked_at = _Answers(nodes), monotonic()
+            self.answers = answers
+            rooms["cluster"].ask("stats", answers)
+        answers.is_complete.wait(timeout)
+        return sorted(answers.figures, key=lambda figures: str(figures.get("node")))
+
+
+_gathering = _Gathering()
+
+
+def cluster_stats(timeout: float = 1.0) -> list[dict[str, Any]]:
+    """Returns the `stats` of each node of the cluster (workers are nodes), with those of this node first.
+
+    A node that does not answer within `timeout` seconds is missing. Others are asked only here, and at most every
+    SHARE_TIME: calls in between share the answers. An answer has at most BOARD_SIZE channels, those with the most
+    members, and `channel_count`, the number of all. Without a cluster, the list has one entry.
+    """
+    return [_figures_to_share(), *_gathering.gather(timeout)]
+
+
+def _figures_to_share() -> dict[str, Any]:
+    figures = stats()
+    channels = figures["channels"]
+    figures["channels"] = nlargest(BOARD_SIZE, channels, key=itemgetter("members", "messages"))
+    return {**figures, "channel_count": len(channels)}
+
+
+def _answer(caller: Pid) -> None:
+    caller.send(_figures_to_share())
+
+
+__all__ += ["cluster_stats"]
+rooms["stats"] = SimpleNamespace(stats=stats, cluster_stats=cluster_stats, answer=_answer)
+
+
+# ----- cut here: without board ---------------------------------------------------------------------------------------
+# Lost: app.board.
+# Needs: the room stats.
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Board: a page with the figures of this node.
+# Invariant: reads the state of other rooms and never changes it.
+# ---------------------------------------------------------------------------------------------------------------------
+
+BOARD_TIME = 1.0  # seconds between updates
+
+
 class BoardHandler(WebSocketHandler):
     """The board's WebSocket. While a board is open, one process publishes the figures for all boards."""
 
@@ -6011,7 +6090,7 @@ class BoardHandler(WebSocketHandler):
         return "ok", state
 
     def websocket_init(self, state: Any) -> Any:
-        return "reply", ("text", json.dumps(stats())), state
+        return "reply", ("text", json.dumps(room("stats").stats())), state
 
     def websocket_info(self, info: Any, state: Any) -> Any:
         match info:
@@ -6022,7 +6101,7 @@ class BoardHandler(WebSocketHandler):
 
 def _publish_stats() -> None:
     while pubsub.get_local_members("nova_board"):
-        pubsub.local_broadcast("nova_board", "stats", stats())
+        pubsub.local_broadcast("nova_board", "stats", room("stats").stats())
         receive(BOARD_TIME)
 
 
@@ -6031,6 +6110,7 @@ def board(app: Nova, path: str = "/board", security: Any = False, logout: str = 
 
     With `logout`, a path for POST, the page has a button for it.
     """
+    room("stats")  # raises here, and not at the first client, if it was cut off
     page = {"Content-Type": "text/html; charset=utf-8", "Cache-Control": "no-cache"}
     text = BOARD_PAGE.replace('action="" hidden', f'action="{bottle.html_escape(logout)}"') if logout else BOARD_PAGE
     routes = [
@@ -6040,7 +6120,7 @@ def board(app: Nova, path: str = "/board", security: Any = False, logout: str = 
     app.add({"prefix": path, "security": security, "routes": routes})
 
 
-rooms["board"] = SimpleNamespace(stats=stats, board=board)
+rooms["board"] = SimpleNamespace(board=board)
 
 BOARD_PAGE = """<!doctype html>
 <html lang="en">
