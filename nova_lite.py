@@ -31,6 +31,7 @@ The map. A room uses the rooms above it, others only through `rooms`. Those afte
     Nova                    routes as data, security, the checks before the 101
     server                  HTTP, detaching sockets, draining
     http                    strict HTTP: limits, framing               (cut line; so have all rooms below)
+    tls                     https and wss
     views                   templates and files
     deflate                 compression (permessage-deflate)
     gen_server              servers with calls; supervisors
@@ -40,7 +41,8 @@ The map. A room uses the rooms above it, others only through `rooms`. Those afte
     codec                   what crosses to another node
     cluster                 other nodes, through Redis
     leases                  a child that runs on one node of the cluster
-    stats, board            figures of this node and of all nodes; a page that shows them
+    stats                   figures of this node and of all nodes
+    board                   a page that shows them
     demo, main              Nova's tutorial; the command line
 
 Erlang's terms, here. An atom is a string, a tuple a tuple, a pid a `Pid`; `Pid ! Msg` is `pid.send(msg)`, `self()` is
@@ -86,7 +88,6 @@ from itertools import count, islice
 from math import inf, isnan
 from operator import itemgetter
 from socket import IPPROTO_TCP, TCP_NODELAY, gethostname
-from ssl import SSLEOFError, SSLWantReadError, SSLWantWriteError, SSLZeroReturnError
 from time import monotonic
 from types import FunctionType, ModuleType, SimpleNamespace
 from typing import Any, NoReturn
@@ -2492,38 +2493,6 @@ SHUTDOWN_DELAY = 0.0  # seconds between the signal and the drain; the heartbeat 
 BACKLOG = 2048  # connections that may wait to be accepted: after a restart all clients connect together
 
 
-class TLS:
-    """Makes a TLS socket look like a plain non-blocking one: `recv` raises BlockingIOError, `send` returns 0."""
-
-    def __init__(self, sock: Any) -> None:
-        self.sock = sock  # gevent's, which does not wait once its timeout is 0
-        self.fileno, self.close = sock.fileno, sock.close
-
-    def recv(self, size: int) -> bytes:
-        """Returns a whole record: bytes that have left the kernel do not trigger a watcher."""
-        try:
-            data = self.sock.recv(size)
-            while pending := self.sock.pending():
-                data += self.sock.recv(pending)
-            return data
-        except (SSLWantReadError, SSLWantWriteError):
-            raise BlockingIOError from None
-        except (SSLEOFError, SSLZeroReturnError):
-            return b""
-
-    def send(self, data: Any) -> int:
-        try:
-            return self.sock.send(data)
-        except (SSLWantReadError, SSLWantWriteError):
-            return 0
-
-    def shutdown(self, how: int) -> None:
-        """Sends close_notify and TCP's FIN."""
-        with suppress(OSError, ValueError):
-            self.sock._sslobj.shutdown()
-        _socket.socket.shutdown(self.sock._sock, how)
-
-
 class RequestHandler(UpgradeHandler):
     """An HTTP connection. gevent-websocket's upgrade runs once the application has returned a 101."""
 
@@ -2627,9 +2596,8 @@ class RequestHandler(UpgradeHandler):
         self.rfile.close()
         raw: Any
         if self.server.ssl_enabled:
-            with suppress(OSError):
-                early += sock.recv(sock.pending()) if sock.pending() else b""
-            raw = TLS(sock)
+            raw, rest = room("tls").detach(sock)
+            early += rest
         else:
             raw = _socket.socket(sock.family, sock.type, sock.proto, sock.detach())
             raw.setblocking(False)  # whatever socket.setdefaulttimeout says
@@ -2683,7 +2651,7 @@ class Server(gevent.pywsgi.WSGIServer):
         self.tree = room("launch").ApplicationTree(children, self) if children else None
         self.failed = False  # the tree's supervisor has ended
         self.on_failure: Callable[[], Any] = partial(gevent.spawn, self.stop)
-        tls = {"ssl_context": _tls_context(certfile, keyfile)} if certfile else {}
+        tls = {"ssl_context": room("tls").make_context(certfile, keyfile)} if certfile else {}
         if reuse_port:
             self.get_listener = lambda _address, backlog, _family: room("launch").bound_socket(host, port, backlog)
         handler = rooms["http"].handler if "http" in rooms else RequestHandler
@@ -2725,17 +2693,7 @@ class Server(gevent.pywsgi.WSGIServer):
         return None
 
     def wrap_socket_and_handle(self, client_socket: Any, address: Any) -> None:
-        try:
-            with gevent.Timeout(self.HEAD_TIME, TimeoutError("no TLS handshake in time")):
-                sock = self.wrap_socket(client_socket, server_side=True)
-        except OSError as error:
-            log.info("%s:%d refused: %s", *address[:2], error)
-            client_socket.close()
-            return
-        handler = self.handler_class(sock, address, self)
-        handler.handle()
-        if not handler.detached:
-            sock.close()
+        room("tls").handle_client(self, client_socket, address)
 
     def stop(self, timeout: float | None = None) -> None:
         """Closes the listener, waits for requests, and closes WebSockets with 1001; aborts the rest after `timeout`.
@@ -2770,18 +2728,6 @@ class Server(gevent.pywsgi.WSGIServer):
     def active_count(self) -> int:
         """Returns the number of requests and WebSockets."""
         return sum(handler.busy for handler in self.handlers) + len(self.registry.connections)
-
-
-def _tls_context(certfile: str, keyfile: str | None) -> Any:
-    from gevent import ssl
-
-    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
-    context.options |= ssl.OP_NO_RENEGOTIATION  # with it, reading could require writing
-    try:
-        context.load_cert_chain(certfile, keyfile)
-    except OSError as error:  # OpenSSL's message does not name the file
-        raise OSError(error.errno, f"the certificate {certfile} cannot be used: {error.strerror}") from error
-    return context
 
 
 def run(
@@ -3208,11 +3154,9 @@ class StrictRequestHandler(RequestHandler):
         self._await_close()
 
     def end_tls(self) -> None:
-        """Sends close_notify: without it a complete response looks truncated (RFC 9112 §9.8)."""
+        """Sends close_notify, over TLS: without it a complete response looks truncated (RFC 9112 §9.8)."""
         if self.server.ssl_enabled:
-            self.socket.settimeout(0)  # does not wait for the client's
-            with suppress(OSError, ValueError):
-                self.socket.unwrap()
+            room("tls").send_close_notify(self.socket)
 
     def _await_close(self) -> None:
         """Shuts down writing and reads until `deadline`: closing with unread bytes would reset the connection, and the
@@ -3396,6 +3340,100 @@ def _tokens(value: str) -> list[str]:
 
 
 rooms["http"] = SimpleNamespace(handler=StrictRequestHandler)
+# ----- cut here: without tls -----------------------------------------------------------------------------------------
+# Lost: certfile and keyfile: https and wss without a proxy.
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# TLS: https and wss, with gevent's ssl.
+# Invariant: what a connection's process gets behaves like a plain non-blocking socket.
+# ---------------------------------------------------------------------------------------------------------------------
+
+from ssl import SSLEOFError, SSLWantReadError, SSLWantWriteError, SSLZeroReturnError
+
+
+def _make_context(certfile: str, keyfile: str | None) -> Any:
+    """Returns a server's context. Raises OSError if a file cannot be read, or has no certificate or no key."""
+    from gevent import ssl
+
+    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    context.options |= ssl.OP_NO_RENEGOTIATION  # with it, reading could require writing
+    try:
+        context.load_cert_chain(certfile, keyfile)
+    except OSError as error:  # OpenSSL's message does not name the file
+        raise OSError(error.errno, f"the certificate {certfile} cannot be used: {error.strerror}") from error
+    return context
+
+
+class TLS:
+    """Makes a TLS socket look like a plain non-blocking one: `recv` raises BlockingIOError, `send` returns 0."""
+
+    def __init__(self, sock: Any) -> None:
+        self.sock = sock  # gevent's, which does not wait once its timeout is 0
+        self.fileno, self.close = sock.fileno, sock.close
+
+    def recv(self, size: int) -> bytes:
+        """Returns a whole record: bytes that have left the kernel do not trigger a watcher."""
+        try:
+            data = self.sock.recv(size)
+            while pending := self.sock.pending():
+                data += self.sock.recv(pending)
+            return data
+        except (SSLWantReadError, SSLWantWriteError):
+            raise BlockingIOError from None
+        except (SSLEOFError, SSLZeroReturnError):
+            return b""
+
+    def send(self, data: Any) -> int:
+        try:
+            return self.sock.send(data)
+        except (SSLWantReadError, SSLWantWriteError):
+            return 0
+
+    def shutdown(self, how: int) -> None:
+        """Sends close_notify and TCP's FIN."""
+        with suppress(OSError, ValueError):
+            self.sock._sslobj.shutdown()
+        _socket.socket.shutdown(self.sock._sock, how)
+
+
+def _handle_client(server: Server, client_socket: Any, address: Any) -> None:
+    """Serves a client that has just connected. Runs in a greenlet of its own."""
+    try:
+        with gevent.Timeout(server.HEAD_TIME, TimeoutError("no TLS handshake in time")):
+            sock = server.wrap_socket(client_socket, server_side=True)
+    except OSError as error:
+        log.info("%s:%d refused: %s", *address[:2], error)
+        client_socket.close()
+        return
+    handler = server.handler_class(sock, address, server)
+    handler.handle()
+    if not handler.detached:
+        sock.close()
+
+
+def _detach(sock: Any) -> tuple[TLS, bytes]:
+    """Returns the socket for a connection's process, and the bytes that TLS has read ahead."""
+    early = b""
+    with suppress(OSError):
+        early = sock.recv(sock.pending()) if sock.pending() else b""
+    return TLS(sock), early
+
+
+def _send_close_notify(sock: Any) -> None:
+    sock.settimeout(0)  # does not wait for the client's
+    with suppress(OSError, ValueError):
+        sock.unwrap()
+
+
+rooms["tls"] = SimpleNamespace(
+    make_context=_make_context,
+    handle_client=_handle_client,
+    detach=_detach,
+    send_close_notify=_send_close_notify,
+)
+
+
 # ----- cut here: without views ---------------------------------------------------------------------------------------
 # Lost: templates and files: ("ok", variables), ("view", variables), ("sendfile", ...), static.
 

@@ -10904,6 +10904,7 @@ def test_asking_for_a_room_that_was_cut_off_is_an_error_that_names_it(tmp_path):
         "app.run(port=0, reload=True)": "launch",
         'pubsub.connect("redis://127.0.0.1:1")': "cluster",
         'pubsub.keep("notes")': "replay",
+        'Server(app, port=0, certfile="server.pem")': "tls",
         "app.board()": "board",
         'whereis(("cluster", "mailer"))': "leases",
         "app.stats()": "stats",
