@@ -10790,7 +10790,10 @@ def test_the_demo_uses_the_public_api_only():
 
 # -- vendoring
 
-SETS = [kept for size in range(len(ROOMS) + 1) for kept in combinations(ROOMS, size)]  # of rooms left out
+SETS = [left_out for size in range(len(ROOMS) + 1) for left_out in combinations(ROOMS, size)]
+# What a room does while it is imported depends on its names, checked for every set, and on which other rooms are there:
+# two at most left out, or kept, show that.
+IMPORTED_SETS = [left_out for left_out in SETS if len(left_out) <= 2 or len(left_out) >= len(ROOMS) - 2]
 CHAT = """
 from gevent import monkey; monkey.patch_all()
 from nova_lite import Nova, WebSocketHandler, pubsub
@@ -10859,7 +10862,7 @@ def test_every_set_of_rooms_can_be_left_out(tmp_path):
             set().union(*kind) for kind in zip(*[names[n] for n in names if n not in without], strict=True)
         )
         assert used - defined - ALWAYS_THERE == set(), without
-    (tmp_path / "sets.py").write_text(EVERY_SET.replace("PIECES", repr(pieces)).replace("SETS", repr(SETS)))
+    (tmp_path / "sets.py").write_text(EVERY_SET.replace("PIECES", repr(pieces)).replace("SETS", repr(IMPORTED_SETS)))
     assert python("import sets", tmp_path) == ""
 
 
