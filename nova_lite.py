@@ -32,6 +32,7 @@ The map. A room uses the rooms above it, others only through `rooms`. Those afte
     server                  HTTP, detaching sockets, draining
     http                    strict HTTP: limits, framing               (cut line; so have all rooms below)
     tls                     https and wss
+    checks                  mistakes in routes and options, as errors that say what to do
     views                   templates and files
     deflate                 compression (permessage-deflate)
     gen_server              servers with calls; supervisors
@@ -80,7 +81,7 @@ import weakref
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, suppress
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from datetime import datetime
 from functools import cache, lru_cache, partial
 from io import BytesIO
@@ -2222,6 +2223,8 @@ class ConnectionRegistry:
 EVENT_STREAM = {"Content-Type": "text/event-stream", "Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
 _BOTTLES_FORM = vars(bottle.BaseRequest)["POST"].getter.__code__
 _REST = "rest_of_the_path"  # bottle's name for the binding "..."
+GROUP_KEYS = {"plugins", "prefix", "routes", "security"}  # of a group of routes; rooms add theirs
+ROUTE_OPTIONS = {"methods", "protocol"}  # of a route, besides the names in `Settings`; rooms add theirs
 
 
 class Nova(bottle.Bottle):
@@ -2235,31 +2238,28 @@ class Nova(bottle.Bottle):
 
     def __init__(self, groups: Iterable[Mapping[str, Any]] = (), **settings: Any) -> None:
         super().__init__()
-        self.settings = _settings(Settings(), settings)
+        self.settings = _settings("Nova", Settings(), settings)
         self.plugins.insert(0, SimpleNamespace(apply=lambda *args: partial(_call_outermost, *args)))
         for group in [groups] if isinstance(groups, Mapping) else groups:
             self.add(group)
 
     def add(self, group: Mapping[str, Any]) -> None:
         """Adds a group of routes. Raises ValueError for unknown keys and options."""
-        unknown = set(group) - {"prefix", "security", "routes", "plugins"}
-        if unknown:
+        if "checks" in rooms:
+            rooms["checks"].check_group(group)
+        if unknown := set(group) - GROUP_KEYS:  # with a misspelt "security", the group would be open
             raise ValueError(f"a group of routes has no {', '.join(sorted(unknown))}")
-        security = group.get("security", False)
-        if security is not False and not callable(security):
-            raise ValueError(f"security is False or a function of req, not {security!r}")
         for route in group.get("routes", ()):
             self._add(group, *route)
 
     def _add(self, group: Mapping[str, Any], path: str, controller: Any, options: Any = ()) -> None:
         rule, options = _rule(group.get("prefix", ""), path), dict(options)
-        methods, protocol = options.pop("methods", None), options.pop("protocol", "http")
-        if isinstance(methods, str):
-            raise ValueError(f"{rule}: methods is a list")
-        if protocol not in ("http", "ws") or (protocol == "http" and not callable(controller)):
-            raise ValueError(f"{rule}: {controller!r} cannot serve the protocol {protocol!r}")
-        kind, methods = (_WebSocketEndpoint, ["get"]) if protocol == "ws" else (_Endpoint, methods or ["_"])
-        endpoint = kind(controller, group.get("security", False), _settings(self.settings, options))
+        if "checks" in rooms:
+            rooms["checks"].check_route(self, rule, controller, options)
+        settings = {key: value for key, value in options.items() if key not in ROUTE_OPTIONS}
+        methods = ["get"] if options.get("protocol") == "ws" else options.get("methods") or ["_"]
+        kind = _WebSocketEndpoint if options.get("protocol") == "ws" else _Endpoint
+        endpoint = kind(controller, group.get("security", False), _settings(rule, self.settings, settings))
         names = ["ANY" if method == "_" else method.upper() for method in methods]
         self.route(rule, names, endpoint, apply=group.get("plugins", []))
 
@@ -2294,21 +2294,11 @@ class Nova(bottle.Bottle):
         return body
 
 
-def _settings(settings: Settings, options: Mapping[str, Any]) -> Settings:
-    unknown = set(options) - {field.name for field in fields(Settings)}
-    if unknown:
-        raise ValueError(f"there is no option {', '.join(sorted(unknown))}")
-    if isinstance(options.get("origins"), str) and options["origins"] != "*":
-        raise ValueError("origins is a list, or '*'")
-    for origin in () if options.get("origins") in (None, "*") else options["origins"]:
-        if parse_origin(origin) is None:
-            raise ValueError(f"expected an origin such as 'https://example.org', without a path, got {origin!r}")
-    if not isinstance(options.get("trust_proxy", 0), int) or options.get("trust_proxy", 0) < 0:
-        raise ValueError(f"trust_proxy is a number of proxies, or True for one, not {options['trust_proxy']!r}")
-    if isinstance(options.get("subprotocols"), str):
-        raise ValueError("subprotocols is a list")
-    if options.get("on_slow", "close") not in ("close", "drop_oldest", "drop_new"):
-        raise ValueError("on_slow is 'close', 'drop_oldest' or 'drop_new'")
+def _settings(where: str, settings: Settings, options: Mapping[str, Any]) -> Settings:
+    if "checks" in rooms:
+        rooms["checks"].check_settings(where, options)
+    if options.get("trust_proxy", 0) < 0:
+        raise ValueError("trust_proxy is a number of proxies, or True for one")
     return replace(settings, **options)
 
 
@@ -2400,9 +2390,6 @@ class _WebSocketEndpoint(_Endpoint):
     """The gate before the 101: every refusal is plain HTTP."""
 
     def __init__(self, handler: Any, security: Any, settings: Settings) -> None:
-        missing = [name for name in ("init", "websocket_handle", "websocket_info") if not hasattr(handler, name)]
-        if missing:
-            raise ValueError(f"the WebSocket handler {handler!r} lacks {', '.join(missing)}")
         super().__init__(handler, security, settings)
         if settings.compress:
             room("deflate")  # raises here, and not at the first client, if it was cut off
@@ -3434,6 +3421,63 @@ rooms["tls"] = SimpleNamespace(
 )
 
 
+# ----- cut here: without checks --------------------------------------------------------------------------------------
+# Lost: mistakes in routes and options are found, with advice, when the application is made. The core refuses unknown
+# keys of a group; other mistakes show at the request.
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Checks: finds mistakes when the application is made, and says what is wrong, where, and what to do instead.
+# Invariant: a program without mistakes is the same with and without this room. A doubtful case is no mistake.
+# ---------------------------------------------------------------------------------------------------------------------
+
+from dataclasses import fields
+
+CALLBACKS = ("init", "websocket_handle", "websocket_info")  # which each handler must have
+
+
+def _check_group(group: Any) -> None:
+    unknown = set(group) - GROUP_KEYS
+    if unknown:
+        raise ValueError(f"a group of routes has no {', '.join(sorted(unknown))}")
+    security = group.get("security", False)
+    if security is not False and not callable(security):
+        raise ValueError(f"security is False or a function of req, not {security!r}")
+
+
+def _check_route(app: Nova, rule: str, controller: Any, options: Mapping[str, Any]) -> None:
+    protocol = options.get("protocol", "http")
+    if isinstance(options.get("methods"), str):
+        raise ValueError(f"{rule}: methods is a list")
+    if protocol not in ("http", "ws") or (protocol == "http" and not callable(controller)):
+        raise ValueError(f"{rule}: {controller!r} cannot serve the protocol {protocol!r}")
+    missing = [name for name in CALLBACKS if not hasattr(controller, name)]
+    if protocol == "ws" and missing:
+        raise ValueError(f"{rule}: the WebSocket handler {controller!r} lacks {', '.join(missing)}")
+
+
+def _check_settings(where: str, options: Mapping[str, Any]) -> None:
+    unknown = set(options) - {field.name for field in fields(Settings)}
+    if unknown:
+        raise ValueError(f"{where}: there is no option {', '.join(sorted(unknown))}")
+    if isinstance(options.get("origins"), str) and options["origins"] != "*":
+        raise ValueError(f"{where}: origins is a list, or '*'")
+    for origin in () if options.get("origins") in (None, "*") else options["origins"]:
+        if parse_origin(origin) is None:
+            raise ValueError(
+                f"{where}: expected an origin such as 'https://example.org', without a path, got {origin!r}"
+            )
+    if not isinstance(options.get("trust_proxy", 0), int) or options.get("trust_proxy", 0) < 0:
+        raise ValueError(
+            f"{where}: trust_proxy is a number of proxies, or True for one, not {options['trust_proxy']!r}"
+        )
+    if isinstance(options.get("subprotocols"), str):
+        raise ValueError(f"{where}: subprotocols is a list")
+    if options.get("on_slow", "close") not in ("close", "drop_oldest", "drop_new"):
+        raise ValueError(f"{where}: on_slow is 'close', 'drop_oldest' or 'drop_new'")
+
+
+rooms["checks"] = SimpleNamespace(check_group=_check_group, check_route=_check_route, check_settings=_check_settings)
 # ----- cut here: without views ---------------------------------------------------------------------------------------
 # Lost: templates and files: ("ok", variables), ("view", variables), ("sendfile", ...), static.
 

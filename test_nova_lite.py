@@ -10838,7 +10838,7 @@ def names_in(source):
     return set(symbols(module)), defined, {symbol.get_name() for symbol in module.get_symbols() if symbol.is_imported()}
 
 
-ALWAYS_THERE = {*dir(builtins), "__file__"}
+ALWAYS_THERE = {*dir(builtins), "__file__", "__conditional_annotations__"}  # the last by Python 3.14
 EVERY_SET = """
 from __future__ import annotations  # inherited by what is compiled here
 import sys, types
