@@ -32,7 +32,7 @@ The map. A room uses the rooms above it, others only through `rooms`. Those afte
     server                  HTTP, detaching sockets, draining
     http                    strict HTTP: limits, framing               (cut line; so have all rooms below)
     tls                     https and wss
-    views                   templates and files
+    views                   templates and files, the look of pages
     deflate                 compression (permessage-deflate)
     gen_server              servers with calls; supervisors
     presence                who is in a channel, by name
@@ -1469,7 +1469,8 @@ def error_body(status_line: str, text: str, accept: str) -> tuple[str, bytes]:
     """Returns (content type, body) of an error, in the form that the client accepts: a small page, or JSON."""
     if "text/html" in accept.lower():
         title, text = bottle.html_escape(status_line), bottle.html_escape(text)
-        page = f"<!doctype html><meta charset=utf-8><title>{title}</title><h1>{title}</h1><p>{text}</p>\n"
+        plain = f"<!doctype html><meta charset=utf-8><title>{title}</title><h1>{title}</h1><p>{text}</p>\n"
+        page = rooms["views"].error_page(title, text) if "views" in rooms else plain
         return "text/html; charset=utf-8", page.encode("utf-8", "replace")
     return "application/json", json.dumps({"error": text}).encode()
 
@@ -2761,14 +2762,13 @@ def run(
     options["children"] = room("gen_server").check_children(children) if children else ()  # before there are workers
     if reload:
         room("launch").reload_on_change()
+        drain_time, shutdown_delay = min(drain_time, 0.3), 0.0
     if workers > 1:
         if cluster is None:
             raise ValueError("workers need a cluster: without one a broadcast would reach one worker's clients only")
         number, port = room("launch").run_workers(workers, host, port, drain_time + shutdown_delay)
         options["reuse_port"], name = True, f"{name or scheduler.node}-{number}"
     _descriptor_limit(raised=True)
-    if reload:
-        drain_time, shutdown_delay = min(drain_time, 0.3), 0.0
     try:
         _serve(Server(app, host, port, drain_time=drain_time, **options), shutdown_delay, cluster, name)
     finally:
@@ -3435,11 +3435,11 @@ rooms["tls"] = SimpleNamespace(
 
 
 # ----- cut here: without views ---------------------------------------------------------------------------------------
-# Lost: templates and files: ("ok", variables), ("view", variables), ("sendfile", ...), static.
+# Lost: templates and files: ("ok", variables), ("view", variables), ("sendfile", ...), static. Pages look plain.
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Views: templates and files, which bottle renders and sends.
+# Views: templates and files, which bottle renders and sends, and the look that the pages of this file share.
 # Invariant: as in requests and responses, no sockets; a bottle response goes out. No path leads out of a static folder.
 # ---------------------------------------------------------------------------------------------------------------------
 
@@ -3547,7 +3547,52 @@ def _normalize_conditions(environ: dict[str, Any], etag: str) -> None:
         environ.pop("HTTP_RANGE", None)  # RFC 9110 §13.1.5, §14.2
 
 
-rooms["views"] = SimpleNamespace(to_response=_to_response)
+# The look that all pages share. Red (--bad) is for errors and danger only; --accent is for what can be clicked.
+STAR = (
+    "data:image/svg+xml,<svg xmlns='http://www.w3.org/2000/svg' viewBox='0 0 24 24'>"
+    "<path fill='%23cf8a12' d='M12 0q1 11 12 12-11 1-12 12-1-11-12-12 11-1 12-12z'/></svg>"
+)
+STYLE = """
+  :root { color-scheme: light dark; --paper: #f4f3ee; --card: #fffefa; --ink: #1a2426; --dim: #566266; --line: #dedcd2;
+          --edge: #848d8e; --accent: #0c6470; --on: #fff; --tint: #e0efee; --star: #cf8a12; --flare: #ffebb0;
+          --bad: #b02318; --warn: #84500a; --good: #2d7d4f }
+  @media (prefers-color-scheme: dark) { :root { --paper: #0f1518; --card: #171f23; --ink: #e7ece8; --dim: #9aa8aa;
+          --line: #2b373c; --edge: #6b7b80; --accent: #6ccbd0; --on: #08262a; --tint: #17383c; --star: #f2b84b;
+          --flare: #3c3112; --bad: #ff9d90; --warn: #f0ba62; --good: #6cc592 } }
+  * { box-sizing: border-box } [hidden] { display: none !important }
+  body { margin: 0 auto; max-width: 76rem; padding: 1rem; font: 1rem/1.5 system-ui, sans-serif;
+         background: var(--paper); color: var(--ink); overflow-wrap: anywhere }
+  h1, h2, h3, p, ul, dl, dd { margin: 0; padding: 0 } .dim, time, small { color: var(--dim) } a { color: var(--accent) }
+  h1, h2 { font: 600 1.25rem/1.2 ui-monospace, "Cascadia Code", Menlo, Consolas, monospace; letter-spacing: -.04em }
+  h2 { font-size: 1.0625rem } h1 a { color: inherit; text-decoration: none }
+  .home::before { content: ""; display: inline-block; width: 1.1em; height: 1.1em; vertical-align: -.2em;
+         margin-right: .35em; background: url("STAR") }
+  input, textarea, button, summary { font: inherit; color: inherit; border: 1px solid var(--edge); border-radius: .5rem;
+         padding: .4rem .7rem; background: var(--card); min-height: 2.5rem }
+  ::placeholder { color: var(--dim); opacity: 1 } [aria-invalid=true] { border: 2px solid var(--bad) }
+  button, summary { cursor: pointer } button:hover, summary:hover { background: var(--tint) }
+  .main, .main:hover { background: var(--accent); border-color: var(--accent); color: var(--on); font-weight: 600 }
+  .error { color: var(--bad) } :focus-visible { outline: 2px solid var(--accent); outline-offset: 2px }
+""".replace("STAR", STAR)
+HEAD = f"""<!doctype html>
+<html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
+<style>{STYLE}</style>
+"""
+
+
+def _error_page(title: str, text: str) -> str:
+    """Returns the page of an error; `title` and `text` are HTML."""
+    look = "<style>body { max-width: 32rem; padding: 15vh 1rem } p { margin: 1rem 0; color: var(--dim) }</style>"
+    home = '<p><a href="/">Home page</a></p>'
+    return f"{HEAD}<title>{title}</title>{look}<main><h1>{title}</h1><p>{text}</p>{home}</main></html>\n"
+
+
+rooms["views"] = SimpleNamespace(
+    to_response=_to_response,
+    error_page=_error_page,
+    STYLE=STYLE,
+    HEAD=HEAD + f'<link rel="icon" href="{STAR}">\n',  # of the pages of this file; an error's has the site's icon
+)
 # ----- cut here: without deflate -------------------------------------------------------------------------------------
 # Lost: compression (permessage-deflate).
 
@@ -6817,25 +6862,24 @@ def choose_password() -> str:
     return os.environ["NOVA_PASSWORD"]
 
 
-LOGIN_PAGE = """<!doctype html>
-<html lang="en">
-<meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
-<title>Log in - nova_lite</title><link rel="icon" href="data:,">
+LOGIN_PAGE = (
+    room("views").HEAD
+    + """<title>Log in - nova_lite</title>
 <style>
-  :root { color-scheme: light dark; --accent: light-dark(#b3263a, #f0788a) } * { box-sizing: border-box }
-  body { margin: 0; padding: 15vh 1rem 2rem; font: 16px/1.5 system-ui } p:empty { display: none }
-  form { display: grid; gap: .5rem; max-width: 22rem; margin: auto } h1 { font-size: 1.35rem; margin: 0 0 .5rem }
-  p { color: var(--accent); margin: 0 } [aria-invalid=true] { border-color: var(--accent) }
-  input, button { font: inherit; width: 100%; border: 1px solid #888; border-radius: .4rem; padding: .5rem .6rem }
-  :focus-visible { outline: 2px solid var(--accent); outline-offset: 1px }
+  body { padding-top: 15vh } main { max-width: 22rem; margin: auto } p:empty { display: none }
+  form { display: grid; gap: .5rem; margin-top: 1.5rem } input { width: 100% } .dim { margin-bottom: .5rem }
 </style>
-<form method="post" action="/login"><h1>nova_lite</h1><label for="password">Password</label>
+<main><h1><a class="home" href="/">nova_lite</a></h1>
+<form method="post" action="/login">
+  <p class="dim">The board shows what this node does. Its password was printed when the program started.</p>
+  <label for="password">Password</label>
   <input name="username" value="board" autocomplete="username" hidden>
   <input type="password" id="password" name="password" autocomplete="current-password" required autofocus
     aria-invalid="INVALID" aria-describedby="error">
-  <p id="error" role="alert">ERROR</p><button>Log in</button></form>
+  <p id="error" class="error" role="alert">ERROR</p><button class="main">Log in</button></form></main>
 </html>
 """
+)
 
 
 def demo(notes: Notes, password: str | None = None) -> Nova:
@@ -6872,29 +6916,14 @@ def demo(notes: Notes, password: str | None = None) -> Nova:
     return app
 
 
-PAGE = """<!doctype html>
-<html lang="en">
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>nova_lite</title>
-<link rel="icon" href="data:image/svg+xml,<svg xmlns='http://www.w3.org/2000/svg' viewBox='0 0 24 24'><path
-  fill='%23cf8a12' d='M12 0q1 11 12 12-11 1-12 12-1-11-12-12 11-1 12-12z'/></svg>">
+PAGE = (
+    room("views").HEAD
+    + """<title>nova_lite</title>
+<meta name="description" content="Live comments and notes: what one window does, every window shows.">
 <style>
-  :root { color-scheme: light dark; --paper: #f4f3ee; --card: #fffefa; --ink: #1a2426; --dim: #566266; --line: #dedcd2;
-          --edge: #848d8e; --accent: #0c6470; --on: #fff; --tint: #e0efee; --star: #cf8a12; --flare: #ffebb0;
-          --bad: #b02318; --warn: #84500a; --good: #2d7d4f }
-  @media (prefers-color-scheme: dark) { :root { --paper: #0f1518; --card: #171f23; --ink: #e7ece8; --dim: #9aa8aa;
-          --line: #2b373c; --edge: #6b7b80; --accent: #6ccbd0; --on: #08262a; --tint: #17383c; --star: #f2b84b;
-          --flare: #3c3112; --bad: #ff9d90; --warn: #f0ba62; --good: #6cc592 } }
-  * { box-sizing: border-box } [hidden] { display: none !important }
-  body { margin: 0 auto; max-width: 76rem; min-height: 100dvh; padding: 1rem; font: 1rem/1.5 system-ui, sans-serif;
-         background: var(--paper); color: var(--ink); overflow-wrap: anywhere }
   body, section, form, #comments { display: flex; flex-direction: column; gap: .75rem }
   header, .row, #line { display: flex; flex-flow: row wrap; gap: .25rem .75rem; align-items: center }
-  h1, h2, h3, p, ul { margin: 0; padding: 0 } h3 { font-size: 1rem; line-height: 1.35 }
-  h1, h2 { font: 600 1.25rem/1 ui-monospace, "Cascadia Code", Menlo, Consolas, monospace; letter-spacing: -.04em }
-  h2 { font-size: 1.0625rem } h1 svg { width: 1.1em; fill: var(--star); vertical-align: -.2em; margin-right: .35em }
-  header { min-height: 2.25rem } .dim, time, small, #line { color: var(--dim) }
+  h3 { font-size: 1rem; line-height: 1.35 } header { min-height: 2.25rem } #line { color: var(--dim) }
   #line { margin-left: auto; gap: .3rem; padding: 0 .6rem; border: 1px solid transparent; border-radius: 2rem }
   #line, small, label, .error, .plain, .row p { font-size: .875rem } .dim:empty { display: none }
   #line::before { content: ""; display: inline-block; width: 10px; height: 10px; border: 2px solid; border-radius: 50%;
@@ -6914,28 +6943,22 @@ PAGE = """<!doctype html>
   li .row { margin-top: .2rem } #say [name=nick] { flex: 0 1 27% } label { font-weight: 600 }
   li p { white-space: pre-wrap; max-height: 18rem; overflow: auto } li small { flex: 1 }
   form.row { flex-wrap: nowrap } .row input { flex: 1 } #search { max-width: 15rem }
-  input, textarea, button, summary { font: inherit; color: inherit; border: 1px solid var(--edge); border-radius: .5rem;
-         padding: .4rem .7rem; background: var(--card); min-height: 2.5rem } label > * { margin-block: .2rem }
   input, textarea { display: block; width: 100%; min-width: 0; font-size: 1rem; font-weight: 400; resize: vertical }
-  ::placeholder { color: var(--dim); opacity: 1 } [aria-invalid=true] { border: 2px solid var(--bad) }
-  button, summary { cursor: pointer } button:hover, summary:hover { background: var(--tint) }
-  .main, .main:hover { background: var(--accent); border-color: var(--accent); color: var(--on); font-weight: 600 }
-  a, .plain, summary { color: var(--accent) } .plain { min-height: 1.75rem; padding: 0 .3rem; border: 0;
-         background: none; text-decoration: underline } .error { color: var(--bad) }
+  .plain, summary { color: var(--accent) } .plain { min-height: 1.75rem; padding: 0 .3rem; border: 0;
+         background: none; text-decoration: underline } label > * { margin-block: .2rem }
   details:not([open]) > summary::before { content: "+"; margin-right: .4em }
   summary { display: flex; align-items: center; justify-content: center; border-style: dashed; font-weight: 600 }
   [open] > summary { border-color: transparent; padding: .4rem 0; justify-content: start; background: none }
-  :focus-visible { outline: 2px solid var(--accent); outline-offset: 2px }
   @media (min-width: 40rem) and (min-height: 30rem) { #comments { max-height: none }
     body { height: 100dvh } main { grid-template: minmax(0, 1fr) / 1fr 1fr } }
   @media (pointer: coarse) { main :is(input, textarea, button, summary) { min-height: 2.75rem } }
   @media (prefers-reduced-motion: no-preference) { .new { animation: arrive .3s ease-out, flare 2.5s ease-out }
-    svg.new { animation: star .8s ease-out } @keyframes arrive { from { opacity: 0; translate: 0 -.6rem } }
+    .home.new { animation: none } .home.new::before { animation: star .8s ease-out }
+    @keyframes arrive { from { opacity: 0; translate: 0 -.6rem } }
     @keyframes flare { from { background: var(--flare) } } @keyframes star { 30% { scale: 1.4; rotate: 45deg } } }
 </style>
 <header>
-  <h1><svg viewBox="0 0 24 24" aria-hidden="true"><path d="M12 0q1 11 12 12-11 1-12 12-1-11-12-12 11-1 12-12z"/></svg
-    >nova_lite</h1>
+  <h1><a class="home" href="/">nova_lite</a></h1>
   <div id="line" class="away"><span id="state" role="status">connecting</span><span id="wait" aria-hidden="true"></span
     ><button id="now" class="plain" aria-label="Reconnect now" hidden>now</button></div>
 </header>
@@ -6981,7 +7004,7 @@ function element(tag, className, ...children) {  // children are text: user inpu
 }
 
 function arrived(node) {  // highlights the node and the star
-  for (const it of [node, document.querySelector("svg")]) {
+  for (const it of [node, document.querySelector(".home")]) {
     it.classList.remove("new");
     void it.clientTop;  // restarts the animation
     it.classList.add("new");
@@ -7199,6 +7222,7 @@ function fault(field, text) {
 </script>
 </html>
 """
+)
 
 
 CLIENT = """/* A WebSocket that reconnects. Copy it.
