@@ -4339,16 +4339,16 @@ def count_children(supervisor: Pid | str) -> dict[str, int]:
 
 
 def supervisors(limit: int = 100) -> dict[Pid, dict[str, Any]]:
-    """Returns the supervisors of this node, each as {"parent", "strategy", "count", "children"}, without calling them.
+    """Returns the supervisors of this node, each as a dict of its attributes, without calling them.
 
-    "parent" has started it; "children" are the first `limit` of `count`, as `which_children` returns them.
+    "parent" has started it; "children" are the first `limit` of "count": (id, pid, type, restart), see `which_children`.
     """
     found: dict[Pid, dict[str, Any]] = {}
     for process in processes.values():
         if isinstance(process, ServerProcess) and isinstance(process.server, Supervisor):
-            strategy, children = process.server.strategy, process.server.children
-            first = [child.describe() for child in islice(children.values(), limit)]
-            found[process] = {"parent": process.parent, "strategy": strategy, "count": len(children), "children": first}
+            own, children = vars(process.server), process.server.children.values()
+            first = [(*child.describe(), child.spec["restart"]) for child in islice(children, limit)]
+            found[process] = {**own, "parent": process.parent, "count": len(children), "children": first}
     return found
 
 
@@ -6058,11 +6058,23 @@ def stats() -> dict[str, Any]:
     age_seconds, channels (five at most), state (idle, ready, running, waiting, slow); channels: channel, members (of
     all nodes), local_members, messages (sent to members here, since the channel has some); cluster: None, or up, nodes
     (name, id, members, silent_seconds) and dropped (messages that could not be read); supervisors: pid, name, strategy,
-    count (of children), children (100 at most: id, pid, "restarting" or None, type); leases, the children in the
-    cluster: id, node and pid, None while no node runs it. Both are None if this copy has no such room.
+    restarts (in the last period, seconds, of at most intensity), count (of children), children (100 at most: id, pid,
+    "restarting" or None, type, restart); leases, the children in the cluster: id, node and pid, None while no node runs
+    it. Both are None if this copy has no such room.
     """
     busiest = nlargest(BOARD_SIZE, processes.values(), key=lambda process: (len(process.mailbox), process.handled))
     ready = set(scheduler.ready)
+    return {
+        **_summary(),
+        "processes": [_process_info(process, process in ready) for process in busiest],
+        "channels": [_channel_info(channel) for channel in sorted(pubsub.which_channels())],
+        "supervisors": _list_supervisors(),
+        "leases": _leases(),
+    }
+
+
+def _summary() -> dict[str, Any]:
+    """Returns the figures of `stats` that take no time."""
     return {
         "node": scheduler.node,
         "version": __version__,
@@ -6075,32 +6087,33 @@ def stats() -> dict[str, Any]:
         "slow_closed": sum(registry.slow_closed for registry in registries),
         "messages_dropped": sum(registry.dropped for registry in registries),
         "process_count": len(processes),
-        "processes": [_process_info(process, process in ready) for process in busiest],
-        "channels": [_channel_info(channel) for channel in sorted(pubsub.which_channels())],
         "cluster": pubsub.adapter.info(),
-        "supervisors": _list_supervisors() if "gen_server" in rooms else None,
-        "leases": rooms["leases"].list_leases() if "leases" in rooms else None,
     }
 
 
-def _list_supervisors() -> list[dict[str, Any]]:
+def _list_supervisors() -> list[dict[str, Any]] | None:
+    if "gen_server" not in rooms:
+        return None
     return [
         {
             "pid": str(pid),
             "name": pid.name,
-            "strategy": entry["strategy"],
-            "count": entry["count"],
+            **{key: entry[key] for key in ("strategy", "intensity", "period", "count")},
+            "restarts": sum(monotonic() - at <= entry["period"] for at in entry["restarts"]),
             "children": [
-                {"id": str(key)[:ID_LENGTH], "pid": child and str(child), "type": kind}
-                for key, child, kind in entry["children"]
+                {"id": str(key)[:ID_LENGTH], "pid": child and str(child), "type": kind, "restart": restart}
+                for key, child, kind, restart in entry["children"]
             ],
         }
         for pid, entry in islice(rooms["gen_server"].supervisors().items(), BOARD_SIZE)
     ]
 
 
+def _leases() -> list[dict[str, Any]] | None:
+    return rooms["leases"].list_leases() if "leases" in rooms else None
+
+
 def _process_info(process: Process, is_ready: bool) -> dict[str, Any]:
-    states: dict[Any, str] = {enqueue: "idle", None: "ready" if is_ready else "running"}
     return {
         "pid": repr(process),
         "name": process.name,
@@ -6110,8 +6123,16 @@ def _process_info(process: Process, is_ready: bool) -> dict[str, Any]:
         "handled": process.handled,
         "age_seconds": round(monotonic() - process.started_at, 1),
         "channels": sorted(islice(process.channels, 5)),
-        "state": "slow" if getattr(process, "write_buffer", b"") else states.get(process.wake, "waiting"),
+        "state": _state_of(process, is_ready),
     }
+
+
+def _state_of(process: Process, is_ready: bool) -> str:
+    if getattr(process, "write_buffer", b""):
+        return "slow"
+    if process.wake is None:
+        return "ready" if is_ready else "running"
+    return "idle" if process.wake is enqueue else "waiting"
 
 
 def _channel_info(channel: str) -> dict[str, Any]:
@@ -6192,6 +6213,14 @@ def _answer(caller: Pid) -> None:
 
 __all__ += ["cluster_stats"]
 rooms["stats"] = SimpleNamespace(stats=stats, cluster_stats=cluster_stats, answer=_answer)
+vars(rooms["stats"]).update(  # for the board, which asks for what it shows only
+    summary=_summary,
+    process_info=_process_info,
+    channel_info=_channel_info,
+    state_of=_state_of,
+    list_supervisors=_list_supervisors,
+    list_leases=_leases,
+)
 
 
 # ----- cut here: without board ---------------------------------------------------------------------------------------

@@ -7216,10 +7216,11 @@ def test_a_snapshot_shows_the_supervisors_without_calling_them(me, begin):
     spawn(start_child, supervisor, {"id": "slow", "start": (gate.wait,), "restart": "temporary"})
     until(lambda: not supervisor.mailbox and supervisor.runner)  # it is blocked
     found = nova_lite.rooms["gen_server"].supervisors(limit=2)
-    (_, lower, kind), (_, none, _) = found[supervisor]["children"]
+    (_, lower, kind, _), (_, none, _, restart) = found[supervisor]["children"]
+    assert restart == "temporary"
     assert (kind, none, found[supervisor]["count"], found[supervisor]["parent"]) == ("supervisor", None, 2, me)
     assert (found[lower]["parent"], found[lower]["strategy"], found[lower]["count"]) == (supervisor, "one_for_all", 5)
-    assert [id for id, _, _ in found[lower]["children"]] == [0, 1]
+    assert [id for id, *_ in found[lower]["children"]] == [0, 1]
     gate.set()
 
 
@@ -11206,18 +11207,20 @@ def test_stats_tell_of_supervisors_with_their_children_and_of_children_in_the_cl
     figures = nova_lite.stats()
     assert json.loads(json.dumps(figures)) == figures
     (_, below, _), (_, mailer, _) = which_children(outer)
+    limits = {"restarts": 0, "intensity": 1, "period": 5}
     assert figures["supervisors"] == [
         {
             "pid": str(outer),
             "name": None,
             "strategy": "one_for_one",
+            **limits,
             "count": 2,
             "children": [
-                {"id": "inner", "pid": str(below), "type": "supervisor"},
-                {"id": "mailer", "pid": str(mailer), "type": "worker"},
+                {"id": "inner", "pid": str(below), "type": "supervisor", "restart": "permanent"},
+                {"id": "mailer", "pid": str(mailer), "type": "worker", "restart": "permanent"},
             ],
         },
-        {"pid": str(below), "name": None, "strategy": "one_for_all", "count": 0, "children": []},
+        {"pid": str(below), "name": None, "strategy": "one_for_all", **limits, "count": 0, "children": []},
     ]
     assert figures["leases"] == [{"id": "mailer", "node": nova_lite.scheduler.node, "pid": str(mailer)}]
     terminate_child(outer, "mailer")
