@@ -4341,7 +4341,7 @@ def count_children(supervisor: Pid | str) -> dict[str, int]:
 def supervisors(limit: int = 100) -> dict[Pid, dict[str, Any]]:
     """Returns the supervisors of this node, each as a dict of its attributes, without calling them.
 
-    "parent" has started it; "children" are the first `limit` of "count": (id, pid, type, restart), see `which_children`.
+    "parent" has started it; "children" are the first `limit` of "count", each (id, pid, type, restart).
     """
     found: dict[Pid, dict[str, Any]] = {}
     for process in processes.values():

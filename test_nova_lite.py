@@ -26,11 +26,13 @@ import socket
 import subprocess
 import sys
 import tempfile
+import textwrap
 import threading
 import time
 from array import array
 from bisect import bisect
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
+from dataclasses import fields
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -11077,9 +11079,33 @@ def test_a_server_on_a_library_that_is_not_patched_warns_as_run_does(tmp_path):
     assert (done.returncode, done.stderr.count("monkey.patch_all()")) == (0, 1)
 
 
-def test_the_readmes_program_runs_as_printed(tmp_path):
-    program = re.search(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)[1]
-    assert program.count("\n") <= 15
+def read_program(text, section=""):
+    """Returns the first program in Python behind a heading of the README."""
+    return re.search(r"```python\n(.*?)```", text.partition(section)[2] if section else text, re.DOTALL)[1]
+
+
+def test_the_readmes_first_program_and_its_page_run_as_printed(browse, tmp_path):
+    program = read_program((ROOT / "README.md").read_text())
+    assert program.count("\n") <= 25
+    with program_running(program.replace("port=8080", "port=0"), tmp_path) as server:
+        with ws(server, "/chat") as client:
+            browse(server, "/", """
+pages = page, page.context.new_page()
+for one in pages:
+    one.goto(url)
+    one.wait_for_function("socket.readyState === 1")
+page.get_by_label("Say").fill("hello <b>")
+page.get_by_label("Say").press("Enter")
+for one in pages:
+    expect(one.get_by_role("listitem")).to_have_text(["hello <b>"])
+""")  # fmt: skip
+            assert client.recv(PATIENCE) == "hello <b>"
+
+
+def test_the_docstrings_program_runs_as_printed(tmp_path):
+    indented = re.search(r"\n\n((?:    .*\n|\n)+)", nova_lite.__doc__)[1]
+    program = textwrap.dedent(indented)
+    assert program.count("\n") <= 16
     with program_running(program.replace("port=8080", "port=0"), tmp_path) as server:
         with ws(server, "/chat") as one, ws(server, "/chat") as two:
             one.send("hello")
@@ -11139,13 +11165,14 @@ def test_the_readme_names_the_rooms_and_the_packages_of_the_tests():
     assert set(re.findall(r"'([\w\[\]-]+)>=", readme)) == packages
 
 
-def test_the_docstrings_program_is_the_readmes():
-    program = re.search(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)[1]
+@pytest.mark.parametrize("name", sorted(nova_lite.__all__))
+def test_the_readme_explains_every_public_name(name):
+    assert re.search(rf"`[^`\n]*\b{name}\b", (ROOT / "README.md").read_text())
 
-    def squeeze(text):
-        return "".join(text.split())
 
-    assert squeeze(program) in squeeze(nova_lite.__doc__)
+@pytest.mark.parametrize("name", [field.name for field in fields(Settings)])
+def test_the_readme_explains_every_option(name):
+    assert f"`{name}`" in (ROOT / "README.md").read_text()
 
 
 # -- the board --------------------------------------------------------------------------------------------------------
