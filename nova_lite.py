@@ -32,6 +32,7 @@ The map. A room uses the rooms above it, others only through `rooms`. Those afte
     server                  HTTP, detaching sockets, draining
     http                    strict HTTP: limits, framing               (cut line; so have all rooms below)
     tls                     https and wss
+    proxy                   what a proxy in front says of the client
     checks                  mistakes in routes and options, as errors that say what to do
     views                   templates and files, the look of pages
     deflate                 compression (permessage-deflate)
@@ -137,7 +138,7 @@ class Settings:
     backlog: int = 64  # frames, or `max_message_size` bytes, waiting for their handler; reading pauses beyond
     on_slow: str = "close"  # beyond `mailbox_limit`; or "drop_oldest", "drop_new": drops messages, and logs that
     origins: Any = None  # list of origins, or "*"; None: the request's own host, or no Origin header at all
-    trust_proxy: int = 0  # proxies in front, True is 1; of X-Forwarded-Proto and -Host, the farthest one's value counts
+    trust_proxy: int = 0  # proxies in front, True is 1; of each X-Forwarded- list, the farthest one's entry counts
     subprotocols: Any = ()  # the handler's; the first of the client's that is among them is chosen
     compress: bool = False  # permessage-deflate (RFC 7692) with clients that offer it; costs CPU
 
@@ -1241,15 +1242,18 @@ class Request(Mapping[str, Any]):
     """What a controller takes: a read-only mapping, computed lazily, that `match` takes apart.
 
     `method`, `path`, `bindings` (from the route), `params` (the JSON object or form of the body), `json` (any JSON),
-    `body` (bytes), `qs` or `parsed_qs` (the query), `headers` (in any case), `cookies`, `peer` (address, port; a
-    proxy's, if there is one in front), `auth_data` (what `security` returned), `subprotocol` (of a WebSocket: the
-    chosen one, or None), `since` (the last position that the client has received of a kept channel: its Last-Event-ID,
-    `since` in the query, or None). `body`, `json` and `params` may raise an HTTPError: 400, 408 or 413.
+    `body` (bytes), `qs` or `parsed_qs` (the query), `headers` (in any case), `cookies`, `peer` (address, port; with
+    `trust_proxy` the client's, with port 0 if the proxy hides it), `auth_data` (what `security` returned),
+    `subprotocol` (of a WebSocket: the chosen one, or None), `since` (the last position that the client has received of
+    a kept channel: its Last-Event-ID, `since` in the query, or None). `body`, `json` and `params` may raise an
+    HTTPError: 400, 408 or 413.
     """
 
     __slots__ = ("_known", "environ", "settings")
 
     def __init__(self, environ: dict[str, Any], bindings: dict[str, Any], settings: Settings = Settings()) -> None:
+        if settings.trust_proxy:
+            room("proxy").rewrite(environ, settings.trust_proxy)
         self.environ, self.settings = environ, settings
         self._known: dict[str, Any] = {"bindings": bindings, "auth_data": None, "subprotocol": None}
 
@@ -1281,16 +1285,9 @@ class Request(Mapping[str, Any]):
         if origin is None or allowed == "*":
             return True
         if allowed is None:
-            scheme = self._forwarded("PROTO") or self.environ["wsgi.url_scheme"]
-            host = self._forwarded("HOST") or self.environ.get("HTTP_HOST", "")
-            allowed = [re.sub("^ws", "http", f"{scheme}://{host}")]  # some proxies forward wss
+            own = f"{self.environ['wsgi.url_scheme']}://{self.environ.get('HTTP_HOST', '')}"
+            allowed = rooms["proxy"].list_origins(own, self.environ) if "proxy" in rooms else [own]
         return parse_origin(origin) in {parse_origin(text) for text in allowed} - {None}
-
-    def _forwarded(self, name: str) -> str:
-        """Returns what the farthest of `trust_proxy` proxies wrote, or "". Each appends to the list or begins one."""
-        values = [part.strip() for part in self.environ.get(f"HTTP_X_FORWARDED_{name}", "").split(",")]
-        hops = self.settings.trust_proxy
-        return next(iter([value for value in values if value][-hops:]), "") if hops else ""
 
     def content_type(self) -> str:
         return self.environ.get("CONTENT_TYPE", "").partition(";")[0].strip().lower()
@@ -2185,6 +2182,7 @@ class ConnectionRegistry:
         self.limit = limit  # connections
         self.leaving = False  # whether the server is asked to stop, but still serves for SHUTDOWN_DELAY
         self.draining = False
+        self.host = ""  # the address that the server listens on; "" before it does
         self.slow_closed = 0  # connections whose client did not read
         self.dropped = 0  # messages, for clients that did not read
         self.logged, self.logged_drops = -60.0, 0  # when drops were logged last, and how many there were then
@@ -2298,8 +2296,8 @@ class Nova(bottle.Bottle):
 def _settings(where: str, settings: Settings, options: Mapping[str, Any]) -> Settings:
     if "checks" in rooms:
         rooms["checks"].check_settings(where, options)
-    if options.get("trust_proxy", 0) < 0:
-        raise ValueError("trust_proxy is a number of proxies, or True for one")
+    if options.get("trust_proxy"):
+        room("proxy").check_hops(options["trust_proxy"])
     return replace(settings, **options)
 
 
@@ -2603,7 +2601,7 @@ class RequestHandler(UpgradeHandler):
             log.info('%s "%s" %s %d %.1f ms', self.peer(), *line)
 
     def peer(self) -> str:
-        return "{}:{}".format(*self.client_address[:2])
+        return "{REMOTE_ADDR}:{REMOTE_PORT}".format_map(self.environ)  # the client's, if a proxy is trusted
 
 
 class Server(gevent.pywsgi.WSGIServer):
@@ -2611,7 +2609,8 @@ class Server(gevent.pywsgi.WSGIServer):
 
     This is for programs with a main loop of their own; `Nova.run` is for those without. `certfile` (and `keyfile`)
     enable https and wss. `max_connections` limits WebSockets, by default to what the descriptor limit allows. With
-    `reuse_port`, other processes may serve the same port. `children` are the application's, as `run` has them: if their
+    `reuse_port`, other processes may serve the same port. `trust_proxy` is the number of proxies in front, for an
+    application that is no `Nova` with that setting. `children` are the application's, as `run` has them: if their
     supervisor ends, `failed` is set and the server stops. Raises OSError if the address is in use or a file cannot be
     read, RuntimeError if a child cannot be started.
     """
@@ -2630,6 +2629,7 @@ class Server(gevent.pywsgi.WSGIServer):
         keyfile: str | None = None,
         max_connections: int | None = None,
         reuse_port: bool = False,
+        trust_proxy: int = 0,
         children: Iterable[dict[str, Any]] = (),
     ) -> None:
         self.registry = ConnectionRegistry(_descriptor_limit() - 64 if max_connections is None else max_connections)
@@ -2643,6 +2643,8 @@ class Server(gevent.pywsgi.WSGIServer):
         if reuse_port:
             self.get_listener = lambda _address, backlog, _family: room("launch").bound_socket(host, port, backlog)
         handler = rooms["http"].handler if "http" in rooms else RequestHandler
+        if hops := trust_proxy or getattr(getattr(app, "settings", None), "trust_proxy", 0):
+            handler = room("proxy").handler_behind(hops, handler)
         super().__init__((host, port), app, BACKLOG, log=None, error_log=log, handler_class=handler, **tls)
 
     def __enter__(self) -> Server:
@@ -2663,6 +2665,7 @@ class Server(gevent.pywsgi.WSGIServer):
         _check_patch()
         scheduler.bind_thread()
         super().init_socket()
+        self.registry.host = self.address[0]
         self.socket.setsockopt(IPPROTO_TCP, TCP_NODELAY, 1)  # accepted sockets inherit it
 
     def do_read(self) -> Any:
@@ -3131,7 +3134,8 @@ class StrictRequestHandler(RequestHandler):
         """Refuses a request that cannot be read, and closes: the start of the next one is unknown."""
         late = "408 Request Timeout" if isinstance(ex, TimeoutError) else "400 Bad Request"
         status, reason = getattr(ex, "status_line", late), printable(getattr(ex, "body", None) or ex)
-        log.info('%s "%s" refused: %s (%s)', self.peer(), printable(self.requestline or ""), status, reason)
+        line = printable(self.requestline or "")
+        log.info('%s:%d "%s" refused: %s (%s)', *self.client_address[:2], line, status, reason)
         self._orig_status = status
         kind, body = error_body(status, status[4:], "")
         head = f"HTTP/1.1 {status}\r\nContent-Type: {kind}\r\nContent-Length: {len(body)}\r\nConnection: close\r\n\r\n"
@@ -3418,6 +3422,120 @@ rooms["tls"] = SimpleNamespace(
     handle_client=_handle_client,
     detach=_detach,
     send_close_notify=_send_close_notify,
+)
+
+
+# ----- cut here: without proxy ---------------------------------------------------------------------------------------
+# Lost: trust_proxy; and localhost, 127.0.0.1 and [::1] are then different hosts for an Origin.
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Proxy: what a proxy in front says of the client, and by which names a server is called.
+# Invariant: without `trust_proxy`, nothing that a client writes in an X-Forwarded header counts.
+# ---------------------------------------------------------------------------------------------------------------------
+
+from ipaddress import ip_address
+
+LOOPBACK_NAMES = ("localhost", "127.0.0.1", "[::1]")
+_REWRITTEN = "nova_lite.rewritten"  # in WSGI's environ: nothing is rewritten twice
+_SCHEMES = {"http": "http", "https": "https", "ws": "http", "wss": "https"}  # some proxies forward wss
+_AUTHORITY = re.compile(r"([A-Za-z0-9._~-]+|\[[0-9A-Fa-f:.]+\])(?::([0-9]{1,5}))?")
+_ADDRESS = re.compile(r'"?(?:\[([0-9A-Fa-f:.]+)\]|([0-9.]+)|([0-9A-Fa-f:.]+))(?::([0-9]{1,5}))?"?')
+
+
+class ProxiedHandler(RequestHandler):
+    """An HTTP connection from a proxy. Its log has the clients' addresses."""
+
+    hops: int
+
+    def get_environ(self) -> dict[str, Any]:
+        environ = super().get_environ()
+        _rewrite(environ, self.hops)
+        return environ
+
+
+def _handler_behind(hops: Any, handler: type[RequestHandler]) -> Any:
+    """Returns the class of handlers for a server behind so many proxies."""
+    _check_hops(hops)
+    return type(handler.__name__, (ProxiedHandler, handler), {"hops": hops})
+
+
+def _check_hops(hops: Any) -> None:
+    if not isinstance(hops, int) or hops < 0:
+        raise ValueError(f"trust_proxy is a number of proxies, or True for one, not {hops!r}")
+
+
+def _rewrite(environ: dict[str, Any], hops: int) -> None:
+    """Replaces the proxy's address by the client's, and scheme and host by those that the client has asked for.
+
+    Of each list, the entry that the farthest of `hops` proxies wrote counts, or the first if there are fewer. The
+    headers keep what counts, for bottle's `request`.
+    """
+    if _REWRITTEN in environ:
+        return
+    environ[_REWRITTEN] = hops
+    addresses = filter(None, map(_parse_address, _list_believed(environ, "FOR", hops)))  # "unknown" is skipped
+    address, port = next(addresses, ("", ""))
+    scheme = _SCHEMES.get("".join(_list_believed(environ, "PROTO", hops)[:1]).lower(), "")
+    host = "".join(_list_believed(environ, "HOST", hops)[:1])
+    host = host if _AUTHORITY.fullmatch(host) else ""
+    own = {"REMOTE_ADDR": address, "REMOTE_PORT": port, "wsgi.url_scheme": scheme, "HTTP_HOST": host}
+    environ |= {key: value for key, value in own.items() if value}
+    for name, value in (("FOR", address), ("PROTO", scheme), ("HOST", host)):
+        environ.pop(f"HTTP_X_FORWARDED_{name}", None)
+        if value:
+            environ[f"HTTP_X_FORWARDED_{name}"] = value
+
+
+def _list_believed(environ: Mapping[str, Any], name: str, hops: int) -> list[str]:
+    """Returns the entries that the proxies wrote, the farthest one's first. Each proxy appends one or begins a list."""
+    values = [part.strip() for part in environ.get(f"HTTP_X_FORWARDED_{name}", "").split(",")]
+    return [value for value in values if value][-hops:]
+
+
+def _parse_address(text: str) -> tuple[str, str] | None:
+    """Returns (address, port) in normal form, the port "0" if there is none; or None for what is not an address."""
+    match = _ADDRESS.fullmatch(text)
+    if match is None or int(match[4] or 0) > 65535:
+        return None
+    with suppress(ValueError):
+        address = ip_address(match[1] or match[2] or match[3])
+        return str(getattr(address, "ipv4_mapped", None) or address), match[4] or "0"
+    return None
+
+
+def _list_origins(own: str, environ: Mapping[str, Any]) -> list[str]:
+    """Returns the origins of a request's own host, `own` and the same under other names.
+
+    A Host without a port may come from a proxy that hides it: then the port is not compared. On a server that only
+    this machine can reach, the names of the loopback address are one host, if the Host is one of them: a name that an
+    attacker's DNS resolves to that address is not.
+    """
+    scheme, _, host = own.partition("://")
+    match, origin = _AUTHORITY.fullmatch(host), parse_origin(environ.get("HTTP_ORIGIN"))
+    if match is None:
+        return [own]
+    origins, port = [own], f":{match[2]}" if match[2] else ""
+    if _REWRITTEN in environ and not port and origin is not None:
+        origins.append(f"{own}:{origin[2]}")
+    if match[1].lower() in LOOPBACK_NAMES and REGISTRY_KEY in environ and is_loopback(environ[REGISTRY_KEY].host):
+        origins += [f"{scheme}://{name}{port}" for name in LOOPBACK_NAMES]
+    return origins
+
+
+@lru_cache(maxsize=16)
+def is_loopback(host: str) -> bool:
+    """Returns whether only this machine reaches a server that listens on `host`, an address or "localhost"."""
+    with suppress(ValueError):
+        return host == "localhost" or ip_address(host).is_loopback
+    return False
+
+
+rooms["proxy"] = SimpleNamespace(
+    check_hops=_check_hops,
+    handler_behind=_handler_behind,
+    list_origins=_list_origins,
+    rewrite=_rewrite,
 )
 
 

@@ -205,7 +205,7 @@ from datetime import datetime, timedelta, timezone
 from functools import partial, reduce
 from http.cookies import SimpleCookie
 from io import BytesIO, StringIO
-from itertools import combinations, pairwise
+from itertools import combinations, pairwise, permutations
 
 import bottle
 import gevent
@@ -4078,6 +4078,14 @@ NO_HOSTS = (
 )
 
 
+LOOPBACK = "localhost", "127.0.0.1", "[::1]"
+
+
+def listening(host):
+    """What a request on a server that listens on this address has besides."""
+    return {nova_lite.REGISTRY_KEY: SimpleNamespace(host=host)}
+
+
 def proxied(proto=None, host=None):
     """What a server behind a proxy hears, which itself is asked for http://10.0.0.1:8080."""
     return {"HTTP_HOST": "10.0.0.1:8080", "HTTP_X_FORWARDED_PROTO": proto, "HTTP_X_FORWARDED_HOST": host}
@@ -4158,6 +4166,36 @@ def proxied(proto=None, host=None):
         ],
         ("https://evil/x://10.0.0.1:8080", proxied("https://evil/x"), {"trust_proxy": 1}, False),
         ("https://u@h", proxied("https", "u@h"), {"trust_proxy": 1}, False),
+        # A port that the proxy hides, and one that it does not.
+        ("https://example.org:8443", proxied("https", "example.org"), {"trust_proxy": 1}, True),
+        ("https://example.org:8443", {**SECURE, "HTTP_HOST": "example.org"}, {"trust_proxy": 1}, True),
+        ("https://example.org:8443", proxied("https", "example.org:8444"), {"trust_proxy": 1}, False),
+        ("https://example.org", proxied("https", "example.org:8443"), {"trust_proxy": 1}, False),
+        ("http://example.org:8443", proxied("https", "example.org"), {"trust_proxy": 1}, False),
+        ("https://evil.example:8443", proxied("https", "example.org"), {"trust_proxy": 1}, False),
+        ("https://example.org:8443", {**SECURE, "HTTP_HOST": "example.org"}, {}, False),
+        # The names of the loopback address are one host on a server that only this machine reaches.
+        *[
+            (f"http://{name}{port}", {"HTTP_HOST": f"{host}{port}", **listening("127.0.0.1")}, {}, True)
+            for name, host in permutations(LOOPBACK, 2)
+            for port in ("", ":8080")
+        ],
+        ("http://localhost:8080", {"HTTP_HOST": "127.0.0.1:8080", **listening("::1")}, {}, True),
+        ("http://localhost:8081", {"HTTP_HOST": "127.0.0.1:8080", **listening("127.0.0.1")}, {}, False),
+        ("https://localhost:8080", {"HTTP_HOST": "127.0.0.1:8080", **listening("127.0.0.1")}, {}, False),
+        ("http://localhost:8080", {"HTTP_HOST": "rebound.example:8080", **listening("127.0.0.1")}, {}, False),
+        ("http://rebound.example:8080", {"HTTP_HOST": "127.0.0.1:8080", **listening("127.0.0.1")}, {}, False),
+        ("http://127.0.0.2:8080", {"HTTP_HOST": "127.0.0.1:8080", **listening("127.0.0.1")}, {}, False),
+        *[
+            ("http://localhost:8080", {"HTTP_HOST": "127.0.0.1:8080", **listening(host)}, {}, False)
+            for host in ("0.0.0.0", "::", "192.0.2.1", "")
+        ],
+        (
+            "http://localhost:8080",
+            {"HTTP_HOST": "127.0.0.1:8080", **listening("127.0.0.1")},
+            {"origins": ["http://127.0.0.1:8080"]},
+            False,
+        ),
     ],
 )  # fmt: skip
 def test_an_origin_is_the_requests_own_or_a_listed_one(origin, request_, settings, own):
@@ -4193,6 +4231,118 @@ def test_the_same_origins_may_open_websockets_and_events_and_send_the_logins_for
     with Server(app, port=0) as server, bare(server, first + lines.encode() + b"\r\npassword=sesame") as sock:
         status = int(sock.recv(1000).split()[1])
     assert status == ({"websocket": 101, "events": 200, "form": 303}[kind] if is_let_in else 403)
+
+
+# -- behind a proxy
+
+PROXY = "10.0.0.9", 5555
+
+
+@pytest.mark.parametrize(
+    ("value", "hops", "peer"),
+    [
+        # No proxy is trusted: whatever a client writes, its own address counts.
+        ("192.0.2.7", 0, PROXY), ("192.0.2.7", False, PROXY),
+        # As many hops as told, from the right; of a shorter list the first entry.
+        ("192.0.2.7", 1, ("192.0.2.7", 0)), ("192.0.2.7", True, ("192.0.2.7", 0)),
+        ("1.1.1.1, 192.0.2.7", 1, ("192.0.2.7", 0)), ("1.1.1.1, 192.0.2.7, 10.0.0.8", 2, ("192.0.2.7", 0)),
+        ("192.0.2.7, 10.0.0.8", 5, ("192.0.2.7", 0)), ("1.1.1.1,192.0.2.7", 1, ("192.0.2.7", 0)),
+        # Forms of an address: ports, IPv6 with and without brackets, quotes, IPv4 in IPv6.
+        ("192.0.2.7:4711", 1, ("192.0.2.7", 4711)), ("2001:DB8::7", 1, ("2001:db8::7", 0)),
+        ("[2001:db8:0::7]", 1, ("2001:db8::7", 0)), ("[2001:db8::7]:4711", 1, ("2001:db8::7", 4711)),
+        ('"[2001:db8::7]:4711"', 1, ("2001:db8::7", 4711)), ("::ffff:192.0.2.7", 1, ("192.0.2.7", 0)),
+        # Nothing that is an address: the next proxy's entry that is one, else the proxy's own address.
+        *[(text, 1, PROXY) for text in (
+            "", " , ,", "unknown", "_hidden", "evil", "192.0.2", "192.0.2.256", "192.0.2.7:65536", "192.0.2.7:", "[::1",
+            "::1]", "1:2:3", "fe80::1%eth0", "192.0.2.7\nx", "192.0.2.7 x", "\xb9.0.2.7", "<script>", "localhost", "/",
+        )],
+        ("unknown, 10.0.0.8", 2, ("10.0.0.8", 0)), ("192.0.2.7, unknown", 1, PROXY),
+        ("192.0.2.7, unknown", 2, ("192.0.2.7", 0)), ("192.0.2.7, ,", 1, ("192.0.2.7", 0)),
+        (None, 1, PROXY),
+    ],
+)  # fmt: skip
+def test_the_peer_is_the_client_as_far_as_proxies_are_trusted(value, hops, peer):
+    given = environ(HTTP_X_FORWARDED_FOR=value, REMOTE_ADDR=PROXY[0], REMOTE_PORT=str(PROXY[1]))
+    req = Request(given, {}, Settings(trust_proxy=hops))
+    assert req["peer"] == peer
+    assert Request(given, {}, Settings(trust_proxy=hops))["peer"] == peer, "a second look says the same"
+    if hops:
+        assert bottle.BaseRequest(given).remote_addr == peer[0]
+
+
+@pytest.mark.parametrize(
+    ("proto", "host", "url"),
+    [
+        ("https", "example.org", "https://example.org/a"), ("http, https", "evil, example.org", "https://example.org/a"),
+        ("WSS", "example.org:8443", "https://example.org:8443/a"), ("gopher", "a/b", "http://10.0.0.1:8080/a"),
+        (None, None, "http://10.0.0.1:8080/a"),
+    ],
+)  # fmt: skip
+def test_bottles_url_is_the_one_that_the_client_has_asked_for(proto, host, url):
+    given = environ(path="/a", **proxied(proto, host))
+    Request(given, {}, Settings(trust_proxy=1))
+    assert bottle.BaseRequest(given).url == url
+
+
+def show_peer(req):
+    return "json", [*req["peer"], bottle.request.remote_addr]
+
+
+def foreign(environ, start_response):
+    start_response("200 OK", [])
+    return [json.dumps([environ["REMOTE_ADDR"], int(environ["REMOTE_PORT"]), environ["REMOTE_ADDR"]]).encode()]
+
+
+@pytest.mark.usefixtures("either_http")
+@pytest.mark.parametrize("kind", ["nova", "foreign"])
+def test_the_log_has_the_clients_address_and_no_clients_is_taken_for_the_next_ones(caplog, kind):
+    caplog.set_level("INFO", "nova_lite")
+    nova = Nova([{"routes": [("/", show_peer)]}], trust_proxy=1)
+    server = Server(nova, port=0) if kind == "nova" else Server(foreign, port=0, trust_proxy=1)
+    with server, bare(server) as sock:
+        own = list(sock.getsockname())
+        seen = []
+        for lines in (["X-Forwarded-For: 1.1.1.1", "X-Forwarded-For: 192.0.2.7"], ["X-Forwarded-For: 192.0.2.8"], []):
+            sock.sendall(as_request("GET", "/", *lines))
+            seen.append(json.loads(read_until(sock, b"]").partition(b"\r\n\r\n")[2]))
+    assert seen == [["192.0.2.7", 0, "192.0.2.7"], ["192.0.2.8", 0, "192.0.2.8"], [*own, own[0]]]
+    peers = [record.getMessage().split()[0] for record in caplog.records if '"GET / HTTP' in record.getMessage()]
+    assert peers == ["192.0.2.7:0", "192.0.2.8:0", "{}:{}".format(*own)]
+
+
+@pytest.mark.usefixtures("either_http")
+def test_no_client_changes_its_address_where_no_proxy_is_trusted(caplog):
+    caplog.set_level("INFO", "nova_lite")
+    with serving(("/", show_peer), ("/ws", Parrot, {"protocol": "ws"})) as server:
+        assert get_json(server, "/", **{"X-Forwarded-For": "192.0.2.7"})[1][0] == "127.0.0.1"
+        with ws(server, additional_headers={"X-Forwarded-For": "192.0.2.7"}):
+            pass
+        until(lambda: "closed: " in caplog.text)
+    assert "192.0.2.7" not in caplog.text
+
+
+def test_a_websockets_lines_have_the_clients_address(caplog):
+    caplog.set_level("INFO", "nova_lite")
+    with serving(("/ws", Parrot, {"protocol": "ws"}), trust_proxy=2) as server:
+        with ws(server, additional_headers={"X-Forwarded-For": "192.0.2.7, 10.0.0.9"}):
+            (process,) = [it for it in nova_lite.stats()["processes"] if it["peer"]]
+            assert process["peer"] == "192.0.2.7:0"
+        until(lambda: "closed: " in caplog.text)
+    assert " /ws 192.0.2.7:0 closed: " in caplog.text
+
+
+def test_wrong_passwords_are_counted_by_the_clients_address(login):
+    app = Nova([login.routes], trust_proxy=1)
+    for _ in range(login.TRIES):
+        assert try_password(app, "wrong", HTTP_X_FORWARDED_FOR="evil, 192.0.2.7")[0] == 401
+    assert try_password(app, "wrong", HTTP_X_FORWARDED_FOR="another, 192.0.2.7")[0] == 429
+    assert try_password(app, "wrong", HTTP_X_FORWARDED_FOR="192.0.2.8")[0] == 401
+
+
+@pytest.mark.parametrize("hops", [-1, "1", 1.0, [1]])
+def test_a_number_of_proxies_that_is_none_is_told_by_the_server_too(hops):
+    with pytest.raises(ValueError, match="trust_proxy is a number of proxies"):
+        Server(foreign, port=0, trust_proxy=hops)
 
 
 @pytest.mark.parametrize(
@@ -10914,6 +11064,8 @@ def test_asking_for_a_room_that_was_cut_off_is_an_error_that_names_it(tmp_path):
         'pubsub.connect("redis://127.0.0.1:1")': "cluster",
         'pubsub.keep("notes")': "replay",
         'Server(app, port=0, certfile="server.pem")': "tls",
+        "Nova(trust_proxy=1)": "proxy",
+        "Server(app, port=0, trust_proxy=1)": "proxy",
         "app.board()": "board",
         'whereis(("cluster", "mailer"))': "leases",
         "app.stats()": "stats",
