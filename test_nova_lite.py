@@ -11591,7 +11591,7 @@ def test_recipe_nginx_serves_websockets_with_their_origins(kitchen, tmp_path):
         url = f"wss://localhost:{nginx.port}/rooms/lobby?name="
 
         def enter(name, origin):
-            forged = {"X-Forwarded-Host": "evil.example", "X-Forwarded-Proto": "https"}
+            forged = {"X-Forwarded-Host": "evil.example", "X-Forwarded-Proto": "http"}
             options = {"origin": origin, "ssl": nginx.trust, "additional_headers": forged, "proxy": None}
             return connect(url + name, open_timeout=PATIENCE, **options)
 
