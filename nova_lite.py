@@ -1398,8 +1398,6 @@ def read_body(environ: dict[str, Any], limit: int) -> bytes:
         length = int(environ.get("CONTENT_LENGTH") or 0)
         is_wanted = chunked or 0 < length <= limit
         body = file.read(limit + 1 if chunked else length) if is_wanted else b""  # type: ignore[union-attr]
-    except HTTPError:  # of the room http: 400, 408 or 413
-        raise
     except (AttributeError, OSError, ValueError):
         raise HTTPError(400, "the body could not be read")
     size = max(length, len(body))
@@ -6383,8 +6381,8 @@ class _RedisSessions:
             failure = str(error)
         if self.is_away != (response is None):
             self.is_away = response is None
-            what = f"Redis is away, requests that need them are refused: {failure}" if self.is_away else "Redis is back"
-            log.warning("sessions: %s", what)
+            refusing = f"requests that need them are refused: {failure}"
+            log.warning("sessions: %s", refusing if self.is_away else "Redis responds again")
         self.retry_at = monotonic() + REDIS_TIME
         if response is None:
             raise _error_503("the sessions cannot be reached")
