@@ -5990,7 +5990,7 @@ def set_cookie(
 
 
 def _cookies_to_send(req: Request) -> dict[Any, str]:
-    cookies = req.environ.setdefault(COOKIES_KEY, {})
+    cookies: dict[Any, str] | None = req.environ.setdefault(COOKIES_KEY, {})
     if cookies is None:
         raise RuntimeError("no cookie can be sent any more: the response to this request has been sent")
     return cookies
@@ -6158,8 +6158,9 @@ class Session:
         Of several cookies, one of which another site of the domain may have set, that of a session counts. Should more
         than one have a session, or should they be many, none counts.
         """
-        if SESSION_KEY in req.environ:
-            return req.environ[SESSION_KEY]
+        known: str | None = req.environ.get(SESSION_KEY)
+        if known is not None:
+            return known
         ids = {text for text in _values(req, self._cookie_name(req)) if _SESSION_ID.fullmatch(text)}
         names = [_hash(text) for text in ids]
         if 1 < len(names) < 5:
@@ -6344,7 +6345,7 @@ class _RedisSessions:
         self.is_away, self.retry_at = False, 0.0  # the last operation failed; when the next one may try again
 
     def is_live(self, name: str) -> bool:
-        return self._ask("live", name)[0] == 1
+        return bool(self._ask("live", name)[0] == 1)
 
     def get(self, name: str, key: str) -> str | None:
         _, *values = self._ask("get", name, key)
@@ -6354,7 +6355,7 @@ class _RedisSessions:
         status, *sizes = self._ask("set", name, key, text)
         if status == 2:
             raise ValueError(f"a session may have {self.options.max_size} bytes; with {key!r} it has {sizes[0]}")
-        return status == 1
+        return bool(status == 1)
 
     def create(self, name: str, key: str, text: str) -> None:
         if self._ask("create", name, key, text)[0] == 3:
@@ -6370,7 +6371,8 @@ class _RedisSessions:
         options = self.options
         limits = int(options.idle * 1000), int(options.absolute * 1000), options.limit, options.max_size
         keys = [self.key("session:", name), self.key("sessions"), self.key("logins"), self.key("session:", new)]
-        response, failure = None, f"no response in {REDIS_TIME:.1f} s"
+        response: list[Any] | None = None
+        failure = f"no response in {REDIS_TIME:.1f} s"
         if self.is_away and monotonic() < self.retry_at:
             raise _error_503("the sessions cannot be reached")
         self.retry_at = monotonic() + 2 * REDIS_TIME  # while Redis is away, one request a time tries
