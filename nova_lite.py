@@ -31,7 +31,10 @@ The map. A room uses the rooms above it, others only through `rooms`. Those afte
     Nova                    routes as data, security, the checks before the 101
     server                  HTTP, detaching sockets, draining
     http                    strict HTTP: limits, framing               (cut line; so have all rooms below)
-    views                   templates and files
+    tls                     https and wss
+    proxy                   what a proxy in front says of the client
+    checks                  mistakes in routes and options, as errors that say what to do
+    views                   templates and files, the look of pages
     deflate                 compression (permessage-deflate)
     gen_server              servers with calls; supervisors
     presence                who is in a channel, by name
@@ -41,7 +44,8 @@ The map. A room uses the rooms above it, others only through `rooms`. Those afte
     cluster                 other nodes, through Redis
     leases                  a child that runs on one node of the cluster
     sessions                cookies; what the server remembers of a browser between requests
-    board                   the state of this node, as JSON and as a page
+    stats                   figures of this node and of all nodes
+    board                   a page that shows them
     demo, main              Nova's tutorial; the command line
 
 Erlang's terms, here. An atom is a string, a tuple a tuple, a pid a `Pid`; `Pid ! Msg` is `pid.send(msg)`, `self()` is
@@ -79,7 +83,7 @@ import weakref
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, suppress
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from datetime import datetime
 from functools import cache, lru_cache, partial
 from io import BytesIO
@@ -87,7 +91,6 @@ from itertools import count, islice
 from math import inf, isnan
 from operator import itemgetter
 from socket import IPPROTO_TCP, TCP_NODELAY, gethostname
-from ssl import SSLEOFError, SSLWantReadError, SSLWantWriteError, SSLZeroReturnError
 from time import monotonic
 from types import FunctionType, ModuleType, SimpleNamespace
 from typing import Any, NoReturn
@@ -136,7 +139,7 @@ class Settings:
     backlog: int = 64  # frames, or `max_message_size` bytes, waiting for their handler; reading pauses beyond
     on_slow: str = "close"  # beyond `mailbox_limit`; or "drop_oldest", "drop_new": drops messages, and logs that
     origins: Any = None  # list of origins, or "*"; None: the request's own host, or no Origin header at all
-    trust_proxy: int = 0  # proxies in front, True is 1; of X-Forwarded-Proto and -Host, the farthest one's value counts
+    trust_proxy: int = 0  # proxies in front, True is 1; of each X-Forwarded- list, the farthest one's entry counts
     subprotocols: Any = ()  # the handler's; the first of the client's that is among them is chosen
     compress: bool = False  # permessage-deflate (RFC 7692) with clients that offer it; costs CPU
 
@@ -1241,15 +1244,18 @@ class Request(Mapping[str, Any]):
     """What a controller takes: a read-only mapping, computed lazily, that `match` takes apart.
 
     `method`, `path`, `bindings` (from the route), `params` (the JSON object or form of the body), `json` (any JSON),
-    `body` (bytes), `qs` or `parsed_qs` (the query), `headers` (in any case), `cookies`, `peer` (address, port; a
-    proxy's, if there is one in front), `auth_data` (what `security` returned), `subprotocol` (of a WebSocket: the
-    chosen one, or None), `since` (the last position that the client has received of a kept channel: its Last-Event-ID,
-    `since` in the query, or None), `scheme`. `body`, `json` and `params` may raise an HTTPError: 400, 408 or 413.
+    `body` (bytes), `qs` or `parsed_qs` (the query), `headers` (in any case), `cookies`, `peer` (address, port; with
+    `trust_proxy` the client's, with port 0 if the proxy hides it), `auth_data` (what `security` returned),
+    `subprotocol` (of a WebSocket: the chosen one, or None), `since` (the last position that the client has received of
+    a kept channel: its Last-Event-ID, `since` in the query, or None). `body`, `json` and `params` may raise an
+    HTTPError: 400, 408 or 413.
     """
 
     __slots__ = ("_known", "environ", "settings")
 
     def __init__(self, environ: dict[str, Any], bindings: dict[str, Any], settings: Settings = Settings()) -> None:
+        if settings.trust_proxy:
+            room("proxy").rewrite(environ, settings.trust_proxy)
         self.environ, self.settings = environ, settings
         self._known: dict[str, Any] = {"bindings": bindings, "auth_data": None, "subprotocol": None}
 
@@ -1293,16 +1299,9 @@ class Request(Mapping[str, Any]):
         if origin is None or allowed == "*":
             return True
         if allowed is None:
-            scheme = self._forwarded("PROTO") or self.environ["wsgi.url_scheme"]
-            host = self._forwarded("HOST") or self.environ.get("HTTP_HOST", "")
-            allowed = [re.sub("^ws", "http", f"{scheme}://{host}")]  # some proxies forward wss
+            own = f"{self.environ['wsgi.url_scheme']}://{self.environ.get('HTTP_HOST', '')}"
+            allowed = rooms["proxy"].list_origins(own, self.environ) if "proxy" in rooms else [own]
         return parse_origin(origin) in {parse_origin(text) for text in allowed} - {None}
-
-    def _forwarded(self, name: str) -> str:
-        """Returns what the farthest of `trust_proxy` proxies wrote, or "". Each appends to the list or begins one."""
-        values = [part.strip() for part in self.environ.get(f"HTTP_X_FORWARDED_{name}", "").split(",")]
-        hops = self.settings.trust_proxy
-        return next(iter([value for value in values if value][-hops:]), "") if hops else ""
 
     def content_type(self) -> str:
         return self.environ.get("CONTENT_TYPE", "").partition(";")[0].strip().lower()
@@ -1368,7 +1367,6 @@ _LAZY_KEYS: dict[str, Callable[[Request], Any]] = {
     "parsed_qs": lambda req: req["qs"],
     "headers": lambda req: RequestHeaders(req.environ),
     "cookies": _cookies,
-    "scheme": lambda req: re.sub("^ws", "http", req._forwarded("PROTO") or req.environ.get("wsgi.url_scheme", "http")),
     "peer": lambda req: (req.environ.get("REMOTE_ADDR", ""), int(req.environ.get("REMOTE_PORT") or 0)),
     "since": lambda req: req.environ.get("HTTP_LAST_EVENT_ID") or req["qs"].get("since"),
 }
@@ -1473,7 +1471,8 @@ def error_body(status_line: str, text: str, accept: str) -> tuple[str, bytes]:
     """Returns (content type, body) of an error, in the form that the client accepts: a small page, or JSON."""
     if "text/html" in accept.lower():
         title, text = bottle.html_escape(status_line), bottle.html_escape(text)
-        page = f"<!doctype html><meta charset=utf-8><title>{title}</title><h1>{title}</h1><p>{text}</p>\n"
+        plain = f"<!doctype html><meta charset=utf-8><title>{title}</title><h1>{title}</h1><p>{text}</p>\n"
+        page = rooms["views"].error_page(title, text) if "views" in rooms else plain
         return "text/html; charset=utf-8", page.encode("utf-8", "replace")
     return "application/json", json.dumps({"error": text}).encode()
 
@@ -2187,6 +2186,7 @@ class ConnectionRegistry:
         self.limit = limit  # connections
         self.leaving = False  # whether the server is asked to stop, but still serves for SHUTDOWN_DELAY
         self.draining = False
+        self.host = ""  # the address that the server listens on; "" before it does
         self.slow_closed = 0  # connections whose client did not read
         self.dropped = 0  # messages, for clients that did not read
         self.logged, self.logged_drops = -60.0, 0  # when drops were logged last, and how many there were then
@@ -2226,6 +2226,8 @@ class ConnectionRegistry:
 EVENT_STREAM = {"Content-Type": "text/event-stream", "Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
 _BOTTLES_FORM = vars(bottle.BaseRequest)["POST"].getter.__code__
 _REST = "rest_of_the_path"  # bottle's name for the binding "..."
+GROUP_KEYS = {"plugins", "prefix", "routes", "security"}  # of a group of routes; rooms add theirs
+ROUTE_OPTIONS = {"methods", "protocol"}  # of a route, besides the names in `Settings`; rooms add theirs
 
 
 class Nova(bottle.Bottle):
@@ -2239,31 +2241,28 @@ class Nova(bottle.Bottle):
 
     def __init__(self, groups: Iterable[Mapping[str, Any]] = (), **settings: Any) -> None:
         super().__init__()
-        self.settings = _settings(Settings(), settings)
+        self.settings = _settings("Nova", Settings(), settings)
         self.plugins.insert(0, SimpleNamespace(apply=lambda *args: partial(_call_outermost, *args)))
         for group in [groups] if isinstance(groups, Mapping) else groups:
             self.add(group)
 
     def add(self, group: Mapping[str, Any]) -> None:
         """Adds a group of routes. Raises ValueError for unknown keys and options."""
-        unknown = set(group) - {"prefix", "security", "routes", "plugins"}
-        if unknown:
+        if "checks" in rooms:
+            rooms["checks"].check_group(group)
+        if unknown := set(group) - GROUP_KEYS:  # with a misspelt "security", the group would be open
             raise ValueError(f"a group of routes has no {', '.join(sorted(unknown))}")
-        security = group.get("security", False)
-        if security is not False and not callable(security):
-            raise ValueError(f"security is False or a function of req, not {security!r}")
         for route in group.get("routes", ()):
             self._add(group, *route)
 
     def _add(self, group: Mapping[str, Any], path: str, controller: Any, options: Any = ()) -> None:
         rule, options = _rule(group.get("prefix", ""), path), dict(options)
-        methods, protocol = options.pop("methods", None), options.pop("protocol", "http")
-        if isinstance(methods, str):
-            raise ValueError(f"{rule}: methods is a list")
-        if protocol not in ("http", "ws") or (protocol == "http" and not callable(controller)):
-            raise ValueError(f"{rule}: {controller!r} cannot serve the protocol {protocol!r}")
-        kind, methods = (_WebSocketEndpoint, ["get"]) if protocol == "ws" else (_Endpoint, methods or ["_"])
-        endpoint = kind(controller, group.get("security", False), _settings(self.settings, options))
+        if "checks" in rooms:
+            rooms["checks"].check_route(self, rule, controller, options)
+        settings = {key: value for key, value in options.items() if key not in ROUTE_OPTIONS}
+        methods = ["get"] if options.get("protocol") == "ws" else options.get("methods") or ["_"]
+        kind = _WebSocketEndpoint if options.get("protocol") == "ws" else _Endpoint
+        endpoint = kind(controller, group.get("security", False), _settings(rule, self.settings, settings))
         names = ["ANY" if method == "_" else method.upper() for method in methods]
         self.route(rule, names, endpoint, apply=group.get("plugins", []))
 
@@ -2273,7 +2272,7 @@ class Nova(bottle.Bottle):
 
     def stats(self) -> dict[str, Any]:
         """Returns figures of this node (see the function `stats`)."""
-        return room("board").stats()
+        return room("stats").stats()
 
     def board(self, path: str = "/board", security: Any = False, logout: str = "") -> None:
         """Adds the board, a page that shows what this node is doing (see the function `board`)."""
@@ -2301,21 +2300,11 @@ class Nova(bottle.Bottle):
         return body
 
 
-def _settings(settings: Settings, options: Mapping[str, Any]) -> Settings:
-    unknown = set(options) - {field.name for field in fields(Settings)}
-    if unknown:
-        raise ValueError(f"there is no option {', '.join(sorted(unknown))}")
-    if isinstance(options.get("origins"), str) and options["origins"] != "*":
-        raise ValueError("origins is a list, or '*'")
-    for origin in () if options.get("origins") in (None, "*") else options["origins"]:
-        if parse_origin(origin) is None:
-            raise ValueError(f"expected an origin such as 'https://example.org', without a path, got {origin!r}")
-    if not isinstance(options.get("trust_proxy", 0), int) or options.get("trust_proxy", 0) < 0:
-        raise ValueError(f"trust_proxy is a number of proxies, or True for one, not {options['trust_proxy']!r}")
-    if isinstance(options.get("subprotocols"), str):
-        raise ValueError("subprotocols is a list")
-    if options.get("on_slow", "close") not in ("close", "drop_oldest", "drop_new"):
-        raise ValueError("on_slow is 'close', 'drop_oldest' or 'drop_new'")
+def _settings(where: str, settings: Settings, options: Mapping[str, Any]) -> Settings:
+    if "checks" in rooms:
+        rooms["checks"].check_settings(where, options)
+    if options.get("trust_proxy"):
+        room("proxy").check_hops(options["trust_proxy"])
     return replace(settings, **options)
 
 
@@ -2407,9 +2396,6 @@ class _WebSocketEndpoint(_Endpoint):
     """The gate before the 101: every refusal is plain HTTP."""
 
     def __init__(self, handler: Any, security: Any, settings: Settings) -> None:
-        missing = [name for name in ("init", "websocket_handle", "websocket_info") if not hasattr(handler, name)]
-        if missing:
-            raise ValueError(f"the WebSocket handler {handler!r} lacks {', '.join(missing)}")
         super().__init__(handler, security, settings)
         if settings.compress:
             room("deflate")  # raises here, and not at the first client, if it was cut off
@@ -2498,38 +2484,6 @@ def heartbeat(req: Request) -> Any:
 DRAIN_TIME = 5.0  # seconds that a stopping server gives requests and clients to finish
 SHUTDOWN_DELAY = 0.0  # seconds between the signal and the drain; the heartbeat already returns 503
 BACKLOG = 2048  # connections that may wait to be accepted: after a restart all clients connect together
-
-
-class TLS:
-    """Makes a TLS socket look like a plain non-blocking one: `recv` raises BlockingIOError, `send` returns 0."""
-
-    def __init__(self, sock: Any) -> None:
-        self.sock = sock  # gevent's, which does not wait once its timeout is 0
-        self.fileno, self.close = sock.fileno, sock.close
-
-    def recv(self, size: int) -> bytes:
-        """Returns a whole record: bytes that have left the kernel do not trigger a watcher."""
-        try:
-            data = self.sock.recv(size)
-            while pending := self.sock.pending():
-                data += self.sock.recv(pending)
-            return data
-        except (SSLWantReadError, SSLWantWriteError):
-            raise BlockingIOError from None
-        except (SSLEOFError, SSLZeroReturnError):
-            return b""
-
-    def send(self, data: Any) -> int:
-        try:
-            return self.sock.send(data)
-        except (SSLWantReadError, SSLWantWriteError):
-            return 0
-
-    def shutdown(self, how: int) -> None:
-        """Sends close_notify and TCP's FIN."""
-        with suppress(OSError, ValueError):
-            self.sock._sslobj.shutdown()
-        _socket.socket.shutdown(self.sock._sock, how)
 
 
 class RequestHandler(UpgradeHandler):
@@ -2635,9 +2589,8 @@ class RequestHandler(UpgradeHandler):
         self.rfile.close()
         raw: Any
         if self.server.ssl_enabled:
-            with suppress(OSError):
-                early += sock.recv(sock.pending()) if sock.pending() else b""
-            raw = TLS(sock)
+            raw, rest = room("tls").detach(sock)
+            early += rest
         else:
             raw = _socket.socket(sock.family, sock.type, sock.proto, sock.detach())
             raw.setblocking(False)  # whatever socket.setdefaulttimeout says
@@ -2655,7 +2608,7 @@ class RequestHandler(UpgradeHandler):
             log.info('%s "%s" %s %d %.1f ms', self.peer(), *line)
 
     def peer(self) -> str:
-        return "{}:{}".format(*self.client_address[:2])
+        return "{REMOTE_ADDR}:{REMOTE_PORT}".format_map(self.environ)  # the client's, if a proxy is trusted
 
 
 class Server(gevent.pywsgi.WSGIServer):
@@ -2663,7 +2616,8 @@ class Server(gevent.pywsgi.WSGIServer):
 
     This is for programs with a main loop of their own; `Nova.run` is for those without. `certfile` (and `keyfile`)
     enable https and wss. `max_connections` limits WebSockets, by default to what the descriptor limit allows. With
-    `reuse_port`, other processes may serve the same port. `children` are the application's, as `run` has them: if their
+    `reuse_port`, other processes may serve the same port. `trust_proxy` is the number of proxies in front, for an
+    application that is no `Nova` with that setting. `children` are the application's, as `run` has them: if their
     supervisor ends, `failed` is set and the server stops. Raises OSError if the address is in use or a file cannot be
     read, RuntimeError if a child cannot be started.
     """
@@ -2682,6 +2636,7 @@ class Server(gevent.pywsgi.WSGIServer):
         keyfile: str | None = None,
         max_connections: int | None = None,
         reuse_port: bool = False,
+        trust_proxy: int = 0,
         children: Iterable[dict[str, Any]] = (),
     ) -> None:
         self.registry = ConnectionRegistry(_descriptor_limit() - 64 if max_connections is None else max_connections)
@@ -2691,10 +2646,12 @@ class Server(gevent.pywsgi.WSGIServer):
         self.tree = room("launch").ApplicationTree(children, self) if children else None
         self.failed = False  # the tree's supervisor has ended
         self.on_failure: Callable[[], Any] = partial(gevent.spawn, self.stop)
-        tls = {"ssl_context": _tls_context(certfile, keyfile)} if certfile else {}
+        tls = {"ssl_context": room("tls").make_context(certfile, keyfile)} if certfile else {}
         if reuse_port:
             self.get_listener = lambda _address, backlog, _family: room("launch").bound_socket(host, port, backlog)
         handler = rooms["http"].handler if "http" in rooms else RequestHandler
+        if hops := trust_proxy or getattr(getattr(app, "settings", None), "trust_proxy", 0):
+            handler = room("proxy").handler_behind(hops, handler)
         super().__init__((host, port), app, BACKLOG, log=None, error_log=log, handler_class=handler, **tls)
 
     def __enter__(self) -> Server:
@@ -2715,6 +2672,7 @@ class Server(gevent.pywsgi.WSGIServer):
         _check_patch()
         scheduler.bind_thread()
         super().init_socket()
+        self.registry.host = self.address[0]
         self.socket.setsockopt(IPPROTO_TCP, TCP_NODELAY, 1)  # accepted sockets inherit it
 
     def do_read(self) -> Any:
@@ -2733,17 +2691,7 @@ class Server(gevent.pywsgi.WSGIServer):
         return None
 
     def wrap_socket_and_handle(self, client_socket: Any, address: Any) -> None:
-        try:
-            with gevent.Timeout(self.HEAD_TIME, TimeoutError("no TLS handshake in time")):
-                sock = self.wrap_socket(client_socket, server_side=True)
-        except OSError as error:
-            log.info("%s:%d refused: %s", *address[:2], error)
-            client_socket.close()
-            return
-        handler = self.handler_class(sock, address, self)
-        handler.handle()
-        if not handler.detached:
-            sock.close()
+        room("tls").handle_client(self, client_socket, address)
 
     def stop(self, timeout: float | None = None) -> None:
         """Closes the listener, waits for requests, and closes WebSockets with 1001; aborts the rest after `timeout`.
@@ -2780,18 +2728,6 @@ class Server(gevent.pywsgi.WSGIServer):
         return sum(handler.busy for handler in self.handlers) + len(self.registry.connections)
 
 
-def _tls_context(certfile: str, keyfile: str | None) -> Any:
-    from gevent import ssl
-
-    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
-    context.options |= ssl.OP_NO_RENEGOTIATION  # with it, reading could require writing
-    try:
-        context.load_cert_chain(certfile, keyfile)
-    except OSError as error:  # OpenSSL's message does not name the file
-        raise OSError(error.errno, f"the certificate {certfile} cannot be used: {error.strerror}") from error
-    return context
-
-
 def run(
     app: Any,
     host: str = "127.0.0.1",
@@ -2823,14 +2759,13 @@ def run(
     options["children"] = room("gen_server").check_children(children) if children else ()  # before there are workers
     if reload:
         room("launch").reload_on_change()
+        drain_time, shutdown_delay = min(drain_time, 0.3), 0.0
     if workers > 1:
         if cluster is None:
             raise ValueError("workers need a cluster: without one a broadcast would reach one worker's clients only")
         number, port = room("launch").run_workers(workers, host, port, drain_time + shutdown_delay)
         options["reuse_port"], name = True, f"{name or scheduler.node}-{number}"
     _descriptor_limit(raised=True)
-    if reload:
-        drain_time, shutdown_delay = min(drain_time, 0.3), 0.0
     try:
         _serve(Server(app, host, port, drain_time=drain_time, **options), shutdown_delay, cluster, name)
     finally:
@@ -3206,7 +3141,8 @@ class StrictRequestHandler(RequestHandler):
         """Refuses a request that cannot be read, and closes: the start of the next one is unknown."""
         late = "408 Request Timeout" if isinstance(ex, TimeoutError) else "400 Bad Request"
         status, reason = getattr(ex, "status_line", late), printable(getattr(ex, "body", None) or ex)
-        log.info('%s "%s" refused: %s (%s)', self.peer(), printable(self.requestline or ""), status, reason)
+        line = printable(self.requestline or "")
+        log.info('%s:%d "%s" refused: %s (%s)', *self.client_address[:2], line, status, reason)
         self._orig_status = status
         kind, body = error_body(status, status[4:], "")
         head = f"HTTP/1.1 {status}\r\nContent-Type: {kind}\r\nContent-Length: {len(body)}\r\nConnection: close\r\n\r\n"
@@ -3216,11 +3152,9 @@ class StrictRequestHandler(RequestHandler):
         self._await_close()
 
     def end_tls(self) -> None:
-        """Sends close_notify: without it a complete response looks truncated (RFC 9112 §9.8)."""
+        """Sends close_notify, over TLS: without it a complete response looks truncated (RFC 9112 §9.8)."""
         if self.server.ssl_enabled:
-            self.socket.settimeout(0)  # does not wait for the client's
-            with suppress(OSError, ValueError):
-                self.socket.unwrap()
+            room("tls").send_close_notify(self.socket)
 
     def _await_close(self) -> None:
         """Shuts down writing and reads until `deadline`: closing with unread bytes would reset the connection, and the
@@ -3412,12 +3346,277 @@ class _SlicedBytes(BytesIO):
 
 
 rooms["http"] = SimpleNamespace(handler=StrictRequestHandler, SlicedBytes=_SlicedBytes)
-# ----- cut here: without views ---------------------------------------------------------------------------------------
-# Lost: templates and files: ("ok", variables), ("view", variables), ("sendfile", ...), static.
+# ----- cut here: without tls -----------------------------------------------------------------------------------------
+# Lost: certfile and keyfile: https and wss without a proxy.
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Views: templates and files, which bottle renders and sends.
+# TLS: https and wss, with gevent's ssl.
+# Invariant: what a connection's process gets behaves like a plain non-blocking socket.
+# ---------------------------------------------------------------------------------------------------------------------
+
+from ssl import SSLEOFError, SSLWantReadError, SSLWantWriteError, SSLZeroReturnError
+
+
+def _make_context(certfile: str, keyfile: str | None) -> Any:
+    """Returns a server's context. Raises OSError if a file cannot be read, or has no certificate or no key."""
+    from gevent import ssl
+
+    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    context.options |= ssl.OP_NO_RENEGOTIATION  # with it, reading could require writing
+    try:
+        context.load_cert_chain(certfile, keyfile)
+    except OSError as error:  # OpenSSL's message does not name the file
+        raise OSError(error.errno, f"the certificate {certfile} cannot be used: {error.strerror}") from error
+    return context
+
+
+class TLS:
+    """Makes a TLS socket look like a plain non-blocking one: `recv` raises BlockingIOError, `send` returns 0."""
+
+    def __init__(self, sock: Any) -> None:
+        self.sock = sock  # gevent's, which does not wait once its timeout is 0
+        self.fileno, self.close = sock.fileno, sock.close
+
+    def recv(self, size: int) -> bytes:
+        """Returns a whole record: bytes that have left the kernel do not trigger a watcher."""
+        try:
+            data = self.sock.recv(size)
+            while pending := self.sock.pending():
+                data += self.sock.recv(pending)
+            return data
+        except (SSLWantReadError, SSLWantWriteError):
+            raise BlockingIOError from None
+        except (SSLEOFError, SSLZeroReturnError):
+            return b""
+
+    def send(self, data: Any) -> int:
+        try:
+            return self.sock.send(data)
+        except (SSLWantReadError, SSLWantWriteError):
+            return 0
+
+    def shutdown(self, how: int) -> None:
+        """Sends close_notify and TCP's FIN."""
+        with suppress(OSError, ValueError):
+            self.sock._sslobj.shutdown()
+        _socket.socket.shutdown(self.sock._sock, how)
+
+
+def _handle_client(server: Server, client_socket: Any, address: Any) -> None:
+    """Serves a client that has just connected. Runs in a greenlet of its own."""
+    try:
+        with gevent.Timeout(server.HEAD_TIME, TimeoutError("no TLS handshake in time")):
+            sock = server.wrap_socket(client_socket, server_side=True)
+    except OSError as error:
+        log.info("%s:%d refused: %s", *address[:2], error)
+        client_socket.close()
+        return
+    handler = server.handler_class(sock, address, server)
+    handler.handle()
+    if not handler.detached:
+        sock.close()
+
+
+def _detach(sock: Any) -> tuple[TLS, bytes]:
+    """Returns the socket for a connection's process, and the bytes that TLS has read ahead."""
+    early = b""
+    with suppress(OSError):
+        early = sock.recv(sock.pending()) if sock.pending() else b""
+    return TLS(sock), early
+
+
+def _send_close_notify(sock: Any) -> None:
+    sock.settimeout(0)  # does not wait for the client's
+    with suppress(OSError, ValueError):
+        sock.unwrap()
+
+
+rooms["tls"] = SimpleNamespace(
+    make_context=_make_context,
+    handle_client=_handle_client,
+    detach=_detach,
+    send_close_notify=_send_close_notify,
+)
+
+
+# ----- cut here: without proxy ---------------------------------------------------------------------------------------
+# Lost: trust_proxy; and localhost, 127.0.0.1 and [::1] are then different hosts for an Origin.
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Proxy: what a proxy in front says of the client, and by which names a server is called.
+# Invariant: without `trust_proxy`, nothing that a client writes in an X-Forwarded header counts.
+# ---------------------------------------------------------------------------------------------------------------------
+
+from ipaddress import ip_address
+
+LOOPBACK_NAMES = ("localhost", "127.0.0.1", "[::1]")
+_REWRITTEN = "nova_lite.rewritten"  # in WSGI's environ: nothing is rewritten twice
+_SCHEMES = {"http": "http", "https": "https", "ws": "http", "wss": "https"}  # some proxies forward wss
+_AUTHORITY = re.compile(r"([A-Za-z0-9._~-]+|\[[0-9A-Fa-f:.]+\])(?::([0-9]{1,5}))?")
+_ADDRESS = re.compile(r'"?(?:\[([0-9A-Fa-f:.]+)\]|([0-9.]+)|([0-9A-Fa-f:.]+))(?::([0-9]{1,5}))?"?')
+
+
+class ProxiedHandler(RequestHandler):
+    """An HTTP connection from a proxy. Its log has the clients' addresses."""
+
+    hops: int
+
+    def get_environ(self) -> dict[str, Any]:
+        environ = super().get_environ()
+        _rewrite(environ, self.hops)
+        return environ
+
+
+def _handler_behind(hops: Any, handler: type[RequestHandler]) -> Any:
+    """Returns the class of handlers for a server behind so many proxies."""
+    _check_hops(hops)
+    return type(handler.__name__, (ProxiedHandler, handler), {"hops": hops})
+
+
+def _check_hops(hops: Any) -> None:
+    if not isinstance(hops, int) or hops < 0:
+        raise ValueError(f"trust_proxy is a number of proxies, or True for one, not {hops!r}")
+
+
+def _rewrite(environ: dict[str, Any], hops: int) -> None:
+    """Replaces the proxy's address by the client's, and scheme and host by those that the client has asked for.
+
+    Of each list, the entry that the farthest of `hops` proxies wrote counts, or the first if there are fewer. The
+    headers keep what counts, for bottle's `request`.
+    """
+    if _REWRITTEN in environ:
+        return
+    environ[_REWRITTEN] = hops
+    addresses = filter(None, map(_parse_address, _list_believed(environ, "FOR", hops)))  # "unknown" is skipped
+    address, port = next(addresses, ("", ""))
+    scheme = _SCHEMES.get("".join(_list_believed(environ, "PROTO", hops)[:1]).lower(), "")
+    host = "".join(_list_believed(environ, "HOST", hops)[:1])
+    host = host if _AUTHORITY.fullmatch(host) else ""
+    own = {"REMOTE_ADDR": address, "REMOTE_PORT": port, "wsgi.url_scheme": scheme, "HTTP_HOST": host}
+    environ |= {key: value for key, value in own.items() if value}
+    for name, value in (("FOR", address), ("PROTO", scheme), ("HOST", host)):
+        environ.pop(f"HTTP_X_FORWARDED_{name}", None)
+        if value:
+            environ[f"HTTP_X_FORWARDED_{name}"] = value
+
+
+def _list_believed(environ: Mapping[str, Any], name: str, hops: int) -> list[str]:
+    """Returns the entries that the proxies wrote, the farthest one's first. Each proxy appends one or begins a list."""
+    values = [part.strip() for part in environ.get(f"HTTP_X_FORWARDED_{name}", "").split(",")]
+    return [value for value in values if value][-hops:]
+
+
+def _parse_address(text: str) -> tuple[str, str] | None:
+    """Returns (address, port) in normal form, the port "0" if there is none; or None for what is not an address."""
+    match = _ADDRESS.fullmatch(text)
+    if match is None or int(match[4] or 0) > 65535:
+        return None
+    with suppress(ValueError):
+        address = ip_address(match[1] or match[2] or match[3])
+        return str(getattr(address, "ipv4_mapped", None) or address), match[4] or "0"
+    return None
+
+
+def _list_origins(own: str, environ: Mapping[str, Any]) -> list[str]:
+    """Returns the origins of a request's own host, `own` and the same under other names.
+
+    A Host without a port may come from a proxy that hides it: then the port is not compared. On a server that only
+    this machine can reach, the names of the loopback address are one host, if the Host is one of them: a name that an
+    attacker's DNS resolves to that address is not.
+    """
+    scheme, _, host = own.partition("://")
+    match, origin = _AUTHORITY.fullmatch(host), parse_origin(environ.get("HTTP_ORIGIN"))
+    if match is None:
+        return [own]
+    origins, port = [own], f":{match[2]}" if match[2] else ""
+    if _REWRITTEN in environ and not port and origin is not None:
+        origins.append(f"{own}:{origin[2]}")
+    if match[1].lower() in LOOPBACK_NAMES and REGISTRY_KEY in environ and is_loopback(environ[REGISTRY_KEY].host):
+        origins += [f"{scheme}://{name}{port}" for name in LOOPBACK_NAMES]
+    return origins
+
+
+@lru_cache(maxsize=16)
+def is_loopback(host: str) -> bool:
+    """Returns whether only this machine reaches a server that listens on `host`, an address or "localhost"."""
+    with suppress(ValueError):
+        return host == "localhost" or ip_address(host).is_loopback
+    return False
+
+
+rooms["proxy"] = SimpleNamespace(
+    check_hops=_check_hops,
+    handler_behind=_handler_behind,
+    list_origins=_list_origins,
+    rewrite=_rewrite,
+)
+
+
+# ----- cut here: without checks --------------------------------------------------------------------------------------
+# Lost: mistakes in routes and options are found, with advice, when the application is made. The core refuses unknown
+# keys of a group; other mistakes show at the request.
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Checks: finds mistakes when the application is made, and says what is wrong, where, and what to do instead.
+# Invariant: a program without mistakes is the same with and without this room. A doubtful case is no mistake.
+# ---------------------------------------------------------------------------------------------------------------------
+
+from dataclasses import fields
+
+CALLBACKS = ("init", "websocket_handle", "websocket_info")  # which each handler must have
+
+
+def _check_group(group: Any) -> None:
+    unknown = set(group) - GROUP_KEYS
+    if unknown:
+        raise ValueError(f"a group of routes has no {', '.join(sorted(unknown))}")
+    security = group.get("security", False)
+    if security is not False and not callable(security):
+        raise ValueError(f"security is False or a function of req, not {security!r}")
+
+
+def _check_route(app: Nova, rule: str, controller: Any, options: Mapping[str, Any]) -> None:
+    protocol = options.get("protocol", "http")
+    if isinstance(options.get("methods"), str):
+        raise ValueError(f"{rule}: methods is a list")
+    if protocol not in ("http", "ws") or (protocol == "http" and not callable(controller)):
+        raise ValueError(f"{rule}: {controller!r} cannot serve the protocol {protocol!r}")
+    missing = [name for name in CALLBACKS if not hasattr(controller, name)]
+    if protocol == "ws" and missing:
+        raise ValueError(f"{rule}: the WebSocket handler {controller!r} lacks {', '.join(missing)}")
+
+
+def _check_settings(where: str, options: Mapping[str, Any]) -> None:
+    unknown = set(options) - {field.name for field in fields(Settings)}
+    if unknown:
+        raise ValueError(f"{where}: there is no option {', '.join(sorted(unknown))}")
+    if isinstance(options.get("origins"), str) and options["origins"] != "*":
+        raise ValueError(f"{where}: origins is a list, or '*'")
+    for origin in () if options.get("origins") in (None, "*") else options["origins"]:
+        if parse_origin(origin) is None:
+            raise ValueError(
+                f"{where}: expected an origin such as 'https://example.org', without a path, got {origin!r}"
+            )
+    if not isinstance(options.get("trust_proxy", 0), int) or options.get("trust_proxy", 0) < 0:
+        raise ValueError(
+            f"{where}: trust_proxy is a number of proxies, or True for one, not {options['trust_proxy']!r}"
+        )
+    if isinstance(options.get("subprotocols"), str):
+        raise ValueError(f"{where}: subprotocols is a list")
+    if options.get("on_slow", "close") not in ("close", "drop_oldest", "drop_new"):
+        raise ValueError(f"{where}: on_slow is 'close', 'drop_oldest' or 'drop_new'")
+
+
+rooms["checks"] = SimpleNamespace(check_group=_check_group, check_route=_check_route, check_settings=_check_settings)
+# ----- cut here: without views ---------------------------------------------------------------------------------------
+# Lost: templates and files: ("ok", variables), ("view", variables), ("sendfile", ...), static. Pages look plain.
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Views: templates and files, which bottle renders and sends, and the look that the pages of this file share.
 # Invariant: as in requests and responses, no sockets; a bottle response goes out. No path leads out of a static folder.
 # ---------------------------------------------------------------------------------------------------------------------
 
@@ -3525,7 +3724,52 @@ def _normalize_conditions(environ: dict[str, Any], etag: str) -> None:
         environ.pop("HTTP_RANGE", None)  # RFC 9110 §13.1.5, §14.2
 
 
-rooms["views"] = SimpleNamespace(to_response=_to_response)
+# The look that all pages share. Red (--bad) is for errors and danger only; --accent is for what can be clicked.
+STAR = (
+    "data:image/svg+xml,<svg xmlns='http://www.w3.org/2000/svg' viewBox='0 0 24 24'>"
+    "<path fill='%23cf8a12' d='M12 0q1 11 12 12-11 1-12 12-1-11-12-12 11-1 12-12z'/></svg>"
+)
+STYLE = """
+  :root { color-scheme: light dark; --paper: #f4f3ee; --card: #fffefa; --ink: #1a2426; --dim: #566266; --line: #dedcd2;
+          --edge: #848d8e; --accent: #0c6470; --on: #fff; --tint: #e0efee; --star: #cf8a12; --flare: #ffebb0;
+          --bad: #b02318; --warn: #84500a; --good: #2d7d4f }
+  @media (prefers-color-scheme: dark) { :root { --paper: #0f1518; --card: #171f23; --ink: #e7ece8; --dim: #9aa8aa;
+          --line: #2b373c; --edge: #6b7b80; --accent: #6ccbd0; --on: #08262a; --tint: #17383c; --star: #f2b84b;
+          --flare: #3c3112; --bad: #ff9d90; --warn: #f0ba62; --good: #6cc592 } }
+  * { box-sizing: border-box } [hidden] { display: none !important }
+  body { margin: 0 auto; max-width: 76rem; padding: 1rem; font: 1rem/1.5 system-ui, sans-serif;
+         background: var(--paper); color: var(--ink); overflow-wrap: anywhere }
+  h1, h2, h3, p, ul, dl, dd { margin: 0; padding: 0 } .dim, time, small { color: var(--dim) } a { color: var(--accent) }
+  h1, h2 { font: 600 1.25rem/1.2 ui-monospace, "Cascadia Code", Menlo, Consolas, monospace; letter-spacing: -.04em }
+  h2 { font-size: 1.0625rem } h1 a { color: inherit; text-decoration: none }
+  .home::before { content: ""; display: inline-block; width: 1.1em; height: 1.1em; vertical-align: -.2em;
+         margin-right: .35em; background: url("STAR") }
+  input, textarea, button, summary { font: inherit; color: inherit; border: 1px solid var(--edge); border-radius: .5rem;
+         padding: .4rem .7rem; background: var(--card); min-height: 2.5rem }
+  ::placeholder { color: var(--dim); opacity: 1 } [aria-invalid=true] { border: 2px solid var(--bad) }
+  button, summary { cursor: pointer } button:hover, summary:hover { background: var(--tint) }
+  .main, .main:hover { background: var(--accent); border-color: var(--accent); color: var(--on); font-weight: 600 }
+  .error { color: var(--bad) } :focus-visible { outline: 2px solid var(--accent); outline-offset: 2px }
+""".replace("STAR", STAR)
+HEAD = f"""<!doctype html>
+<html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
+<style>{STYLE}</style>
+"""
+
+
+def _error_page(title: str, text: str) -> str:
+    """Returns the page of an error; `title` and `text` are HTML."""
+    look = "<style>body { max-width: 32rem; padding: 15vh 1rem } p { margin: 1rem 0; color: var(--dim) }</style>"
+    home = '<p><a href="/">Home page</a></p>'
+    return f"{HEAD}<title>{title}</title>{look}<main><h1>{title}</h1><p>{text}</p>{home}</main></html>\n"
+
+
+rooms["views"] = SimpleNamespace(
+    to_response=_to_response,
+    error_page=_error_page,
+    STYLE=STYLE,
+    HEAD=HEAD + f'<link rel="icon" href="{STAR}">\n',  # of the pages of this file; an error's has the site's icon
+)
 # ----- cut here: without deflate -------------------------------------------------------------------------------------
 # Lost: compression (permessage-deflate).
 
@@ -4228,16 +4472,16 @@ def count_children(supervisor: Pid | str) -> dict[str, int]:
 
 
 def supervisors(limit: int = 100) -> dict[Pid, dict[str, Any]]:
-    """Returns the supervisors of this node, each as {"parent", "strategy", "count", "children"}, without calling them.
+    """Returns the supervisors of this node, each as a dict of its attributes, without calling them.
 
-    "parent" has started it; "children" are the first `limit` of `count`, as `which_children` returns them.
+    "parent" has started it; "children" are the first `limit` of "count", each (id, pid, type, restart).
     """
     found: dict[Pid, dict[str, Any]] = {}
     for process in processes.values():
         if isinstance(process, ServerProcess) and isinstance(process.server, Supervisor):
-            strategy, children = process.server.strategy, process.server.children
-            first = [child.describe() for child in islice(children.values(), limit)]
-            found[process] = {"parent": process.parent, "strategy": strategy, "count": len(children), "children": first}
+            own, children = vars(process.server), process.server.children.values()
+            first = [(*child.describe(), child.spec["restart"]) for child in islice(children, limit)]
+            found[process] = {**own, "parent": process.parent, "count": len(children), "children": first}
     return found
 
 
@@ -4915,6 +5159,7 @@ rooms["codec"] = SimpleNamespace(Codec=Codec, MAGIC=MAGIC, import_package=_impor
 #   beat [sequence]                   every HEARTBEAT_INTERVAL; a node's own beat, coming back, probes its transport
 #   resync [channels]                 it may have failed to publish there (None: anywhere)
 #   bye                               before it leaves
+#   ask [room, caller]                a room of each other node sends its answer to the caller, see `cluster_stats`
 #
 # and to one node's own channel: state, need (requests `state`), send, exit, watch, unwatch, down; to itself loaded.
 # Wire format: MAGIC, sender id (8 bytes), MessagePack. Anything else is dropped and counted. A restarted node has a
@@ -5398,12 +5643,13 @@ class Cluster(Adapter):
             "beat": (self.membership.on_beat, int),
             "resync": (lambda _node_id, channels: self.resync(channels), list | None),
             "bye": (partial(self.membership.remove_node, why="disconnected"),),
-            "send": (self._on_send, int, object),
+            "send": (lambda _node_id, serial, message: self.codec.pid(self.id, serial).send(message), int, object),
             "exit": (self._on_exit, int, object, object),
             "watch": (self.monitors.on_watch, int, object),
             "unwatch": (self.monitors.on_unwatch, int, object),
             "down": (self.monitors.on_down, int, object, object),
             "loaded": (self.kept.on_loaded, str),
+            "ask": (lambda _node_id, name, caller: room(name).answer(caller), str, Pid),
         }
         self.transport = Transport(self)
         self.timer = get_hub().loop.timer(TICK, TICK)
@@ -5586,9 +5832,6 @@ class Cluster(Adapter):
             raise TypeError(f"not the arguments of {kind}")
         handler(node_id, *arguments)
 
-    def _on_send(self, _node_id: bytes, serial: int, message: Any) -> None:
-        self.codec.pid(self.id, serial).send(message)
-
     def _on_exit(self, _node_id: bytes, serial: int, source: Any, reason: Any) -> None:
         process = self.codec.pid(self.id, serial)
         process.kill("killed") if source is None else process.signal(source, reason)
@@ -5694,6 +5937,7 @@ def start_once(spec: dict[str, Any]) -> Any:
 getattr(rooms.get("gen_server"), "scopes", {})["cluster"] = start_once
 __all__ += ["publish"]
 rooms["cluster"] = SimpleNamespace(connect=_connect, disconnect=_disconnect, find_redis=_find_redis)
+rooms["cluster"].ask = lambda name, caller: pubsub.adapter.publish_control(None, "ask", name, caller)
 
 
 # ----- cut here: without leases --------------------------------------------------------------------------------------
@@ -5978,7 +6222,7 @@ def set_cookie(
     without what that demands; TypeError for a value that is no string, or not JSON; RuntimeError if it is too late: a
     WebSocket or an event stream has its response.
     """
-    secure = req["scheme"] == "https" if secure is None else secure
+    secure = is_https(req) if secure is None else secure
     text = _quote(value) if secret is None else _sign(name, value, secret, max_age)
     _check_attributes(name, path, domain, secure, samesite)
     if len(name) + len(text) > MAX_COOKIE:
@@ -5987,6 +6231,11 @@ def set_cookie(
     parts = [f"{name}={text}", *(f"{key}={value}" for key, value in given.items() if value is not None)]
     parts += ["HttpOnly"] * httponly + ["Secure"] * secure
     _cookies_to_send(req)[name, path, domain] = "; ".join(parts)
+
+
+def is_https(req: Request) -> bool:
+    """Returns whether the client uses https; behind a proxy, `trust_proxy` must say that there is one."""
+    return bool(req.environ.get("wsgi.url_scheme") == "https")
 
 
 def _cookies_to_send(req: Request) -> dict[Any, str]:
@@ -6168,7 +6417,7 @@ class Session:
         return names[0] if len(names) == 1 else None
 
     def _is_secure(self, req: Request) -> bool:
-        return req["scheme"] == "https" if self.secure is None else self.secure
+        return is_https(req) if self.secure is None else self.secure
 
     def _cookie_name(self, req: Request) -> str:
         # With the prefix, no page over http, and none of another host of the domain, can have set it (RFC 6265bis).
@@ -6413,20 +6662,20 @@ __all__ += ["session"]
 rooms["sessions"] = SimpleNamespace(set_cookie=set_cookie, get_cookie=_get_cookie, send_cookies=_send_cookies)
 
 
-# ----- cut here: without board ---------------------------------------------------------------------------------------
-# Lost: app.stats, app.board.
+# ----- cut here: without stats ---------------------------------------------------------------------------------------
+# Lost: app.stats, and with it app.board.
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Board: figures of this node, as a dict and as a page.
+# Stats: figures of this node, and of all nodes of the cluster.
 # Invariant: reads the state of other rooms and never changes it.
 # ---------------------------------------------------------------------------------------------------------------------
 
 from heapq import nlargest
 
-BOARD_TIME = 1.0  # seconds between updates
 BOARD_SIZE = 500  # processes in `stats` at most
 ID_LENGTH = 200  # characters of a child's id in `stats` at most: a client may have chosen it
+SHARE_TIME = 0.5  # seconds in which callers of `cluster_stats` share what the other nodes have answered
 _started = monotonic()
 
 
@@ -6440,11 +6689,23 @@ def stats() -> dict[str, Any]:
     age_seconds, channels (five at most), state (idle, ready, running, waiting, slow); channels: channel, members (of
     all nodes), local_members, messages (sent to members here, since the channel has some); cluster: None, or up, nodes
     (name, id, members, silent_seconds) and dropped (messages that could not be read); supervisors: pid, name, strategy,
-    count (of children), children (100 at most: id, pid, "restarting" or None, type); leases, the children in the
-    cluster: id, node and pid, None while no node runs it. Both are None if this copy has no such room.
+    restarts (in the last period, seconds, of at most intensity), count (of children), children (100 at most: id, pid,
+    "restarting" or None, type, restart); leases, the children in the cluster: id, node and pid, None while no node runs
+    it. Both are None if this copy has no such room.
     """
     busiest = nlargest(BOARD_SIZE, processes.values(), key=lambda process: (len(process.mailbox), process.handled))
     ready = set(scheduler.ready)
+    return {
+        **_summary(),
+        "processes": [_process_info(process, process in ready) for process in busiest],
+        "channels": [_channel_info(channel) for channel in sorted(pubsub.which_channels())],
+        "supervisors": _list_supervisors(),
+        "leases": _leases(),
+    }
+
+
+def _summary() -> dict[str, Any]:
+    """Returns the figures of `stats` that take no time."""
     return {
         "node": scheduler.node,
         "version": __version__,
@@ -6457,32 +6718,33 @@ def stats() -> dict[str, Any]:
         "slow_closed": sum(registry.slow_closed for registry in registries),
         "messages_dropped": sum(registry.dropped for registry in registries),
         "process_count": len(processes),
-        "processes": [_process_info(process, process in ready) for process in busiest],
-        "channels": [_channel_info(channel) for channel in sorted(pubsub.which_channels())],
         "cluster": pubsub.adapter.info(),
-        "supervisors": _list_supervisors() if "gen_server" in rooms else None,
-        "leases": rooms["leases"].list_leases() if "leases" in rooms else None,
     }
 
 
-def _list_supervisors() -> list[dict[str, Any]]:
+def _list_supervisors() -> list[dict[str, Any]] | None:
+    if "gen_server" not in rooms:
+        return None
     return [
         {
             "pid": str(pid),
             "name": pid.name,
-            "strategy": entry["strategy"],
-            "count": entry["count"],
+            **{key: entry[key] for key in ("strategy", "intensity", "period", "count")},
+            "restarts": sum(monotonic() - at <= entry["period"] for at in entry["restarts"]),
             "children": [
-                {"id": str(key)[:ID_LENGTH], "pid": child and str(child), "type": kind}
-                for key, child, kind in entry["children"]
+                {"id": str(key)[:ID_LENGTH], "pid": child and str(child), "type": kind, "restart": restart}
+                for key, child, kind, restart in entry["children"]
             ],
         }
         for pid, entry in islice(rooms["gen_server"].supervisors().items(), BOARD_SIZE)
     ]
 
 
+def _leases() -> list[dict[str, Any]] | None:
+    return rooms["leases"].list_leases() if "leases" in rooms else None
+
+
 def _process_info(process: Process, is_ready: bool) -> dict[str, Any]:
-    states: dict[Any, str] = {enqueue: "idle", None: "ready" if is_ready else "running"}
     return {
         "pid": repr(process),
         "name": process.name,
@@ -6492,8 +6754,16 @@ def _process_info(process: Process, is_ready: bool) -> dict[str, Any]:
         "handled": process.handled,
         "age_seconds": round(monotonic() - process.started_at, 1),
         "channels": sorted(islice(process.channels, 5)),
-        "state": "slow" if getattr(process, "write_buffer", b"") else states.get(process.wake, "waiting"),
+        "state": _state_of(process, is_ready),
     }
+
+
+def _state_of(process: Process, is_ready: bool) -> str:
+    if getattr(process, "write_buffer", b""):
+        return "slow"
+    if process.wake is None:
+        return "ready" if is_ready else "running"
+    return "idle" if process.wake is enqueue else "waiting"
 
 
 def _channel_info(channel: str) -> dict[str, Any]:
@@ -6510,6 +6780,93 @@ def _memory() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
+class _Answers(Alias):
+    """The address that other nodes send their figures to."""
+
+    __slots__ = ("expected", "figures", "is_complete")
+
+    def __init__(self, expected: int) -> None:
+        super().__init__()
+        self.expected = expected  # nodes
+        self.figures: list[dict[str, Any]] = []
+        self.is_complete = gevent.event.Event()
+
+    def send(self, message: Any) -> None:
+        if isinstance(message, dict) and len(self.figures) < self.expected:
+            self.figures.append(message)
+        if len(self.figures) == self.expected:
+            self.is_complete.set()
+
+
+class _Gathering:
+    """The figures of the other nodes. Callers within SHARE_TIME share them, so that nodes are not asked more often."""
+
+    def __init__(self) -> None:
+        self.answers: _Answers | None = None
+        self.asked_at = 0.0
+
+    def gather(self, timeout: float) -> list[dict[str, Any]]:
+        nodes = len((pubsub.adapter.info() or {"nodes": ()})["nodes"])
+        if nodes == 0:
+            return []
+        answers = self.answers
+        if answers is None or answers.expected != nodes or monotonic() - self.asked_at > SHARE_TIME:
+            answers, self.asked_at = _Answers(nodes), monotonic()
+            self.answers = answers
+            rooms["cluster"].ask("stats", answers)
+        answers.is_complete.wait(timeout)
+        return sorted(answers.figures, key=lambda figures: str(figures.get("node")))
+
+
+_gathering = _Gathering()
+
+
+def cluster_stats(timeout: float = 1.0) -> list[dict[str, Any]]:
+    """Returns the `stats` of each node of the cluster (workers are nodes), with those of this node first.
+
+    A node that does not answer within `timeout` seconds is missing. Others are asked only here, and at most every
+    SHARE_TIME: calls in between share the answers. An answer has at most BOARD_SIZE channels, those with the most
+    members, and `channel_count`, the number of all. Without a cluster, the list has one entry.
+    """
+    return [_figures_to_share(), *_gathering.gather(timeout)]
+
+
+def _figures_to_share() -> dict[str, Any]:
+    figures = stats()
+    channels = figures["channels"]
+    figures["channels"] = nlargest(BOARD_SIZE, channels, key=itemgetter("members", "messages"))
+    return {**figures, "channel_count": len(channels)}
+
+
+def _answer(caller: Pid) -> None:
+    caller.send(_figures_to_share())
+
+
+__all__ += ["cluster_stats"]
+rooms["stats"] = SimpleNamespace(stats=stats, cluster_stats=cluster_stats, answer=_answer)
+vars(rooms["stats"]).update(  # for the board, which asks for what it shows only
+    summary=_summary,
+    process_info=_process_info,
+    channel_info=_channel_info,
+    state_of=_state_of,
+    list_supervisors=_list_supervisors,
+    list_leases=_leases,
+)
+
+
+# ----- cut here: without board ---------------------------------------------------------------------------------------
+# Lost: app.board.
+# Needs: the room stats.
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Board: a page with the figures of this node.
+# Invariant: reads the state of other rooms and never changes it.
+# ---------------------------------------------------------------------------------------------------------------------
+
+BOARD_TIME = 1.0  # seconds between updates
+
+
 class BoardHandler(WebSocketHandler):
     """The board's WebSocket. While a board is open, one process publishes the figures for all boards."""
 
@@ -6520,7 +6877,7 @@ class BoardHandler(WebSocketHandler):
         return "ok", state
 
     def websocket_init(self, state: Any) -> Any:
-        return "reply", ("text", json.dumps(stats())), state
+        return "reply", ("text", json.dumps(room("stats").stats())), state
 
     def websocket_info(self, info: Any, state: Any) -> Any:
         match info:
@@ -6531,7 +6888,7 @@ class BoardHandler(WebSocketHandler):
 
 def _publish_stats() -> None:
     while pubsub.get_local_members("nova_board"):
-        pubsub.local_broadcast("nova_board", "stats", stats())
+        pubsub.local_broadcast("nova_board", "stats", room("stats").stats())
         receive(BOARD_TIME)
 
 
@@ -6540,6 +6897,7 @@ def board(app: Nova, path: str = "/board", security: Any = False, logout: str = 
 
     With `logout`, a path for POST, the page has a button for it.
     """
+    room("stats")  # raises here, and not at the first client, if it was cut off
     page = {"Content-Type": "text/html; charset=utf-8", "Cache-Control": "no-cache"}
     text = BOARD_PAGE.replace('action="" hidden', f'action="{bottle.html_escape(logout)}"') if logout else BOARD_PAGE
     routes = [
@@ -6549,7 +6907,7 @@ def board(app: Nova, path: str = "/board", security: Any = False, logout: str = 
     app.add({"prefix": path, "security": security, "routes": routes})
 
 
-rooms["board"] = SimpleNamespace(stats=stats, board=board)
+rooms["board"] = SimpleNamespace(board=board)
 
 BOARD_PAGE = """<!doctype html>
 <html lang="en">
@@ -7197,25 +7555,24 @@ def choose_password() -> str:
     return os.environ["NOVA_PASSWORD"]
 
 
-LOGIN_PAGE = """<!doctype html>
-<html lang="en">
-<meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
-<title>Log in - nova_lite</title><link rel="icon" href="data:,">
+LOGIN_PAGE = (
+    room("views").HEAD
+    + """<title>Log in - nova_lite</title>
 <style>
-  :root { color-scheme: light dark; --accent: light-dark(#b3263a, #f0788a) } * { box-sizing: border-box }
-  body { margin: 0; padding: 15vh 1rem 2rem; font: 16px/1.5 system-ui } p:empty { display: none }
-  form { display: grid; gap: .5rem; max-width: 22rem; margin: auto } h1 { font-size: 1.35rem; margin: 0 0 .5rem }
-  p { color: var(--accent); margin: 0 } [aria-invalid=true] { border-color: var(--accent) }
-  input, button { font: inherit; width: 100%; border: 1px solid #888; border-radius: .4rem; padding: .5rem .6rem }
-  :focus-visible { outline: 2px solid var(--accent); outline-offset: 1px }
+  body { padding-top: 15vh } main { max-width: 22rem; margin: auto } p:empty { display: none }
+  form { display: grid; gap: .5rem; margin-top: 1.5rem } input { width: 100% } .dim { margin-bottom: .5rem }
 </style>
-<form method="post" action="/login"><h1>nova_lite</h1><label for="password">Password</label>
+<main><h1><a class="home" href="/">nova_lite</a></h1>
+<form method="post" action="/login">
+  <p class="dim">The board shows what this node does. Its password was printed when the program started.</p>
+  <label for="password">Password</label>
   <input name="username" value="board" autocomplete="username" hidden>
   <input type="password" id="password" name="password" autocomplete="current-password" required autofocus
     aria-invalid="INVALID" aria-describedby="error">
-  <p id="error" role="alert">ERROR</p><button>Log in</button></form>
+  <p id="error" class="error" role="alert">ERROR</p><button class="main">Log in</button></form></main>
 </html>
 """
+)
 
 
 def demo(notes: Notes, password: str | None = None) -> Nova:
@@ -7252,29 +7609,14 @@ def demo(notes: Notes, password: str | None = None) -> Nova:
     return app
 
 
-PAGE = """<!doctype html>
-<html lang="en">
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>nova_lite</title>
-<link rel="icon" href="data:image/svg+xml,<svg xmlns='http://www.w3.org/2000/svg' viewBox='0 0 24 24'><path
-  fill='%23cf8a12' d='M12 0q1 11 12 12-11 1-12 12-1-11-12-12 11-1 12-12z'/></svg>">
+PAGE = (
+    room("views").HEAD
+    + """<title>nova_lite</title>
+<meta name="description" content="Live comments and notes: what one window does, every window shows.">
 <style>
-  :root { color-scheme: light dark; --paper: #f4f3ee; --card: #fffefa; --ink: #1a2426; --dim: #566266; --line: #dedcd2;
-          --edge: #848d8e; --accent: #0c6470; --on: #fff; --tint: #e0efee; --star: #cf8a12; --flare: #ffebb0;
-          --bad: #b02318; --warn: #84500a; --good: #2d7d4f }
-  @media (prefers-color-scheme: dark) { :root { --paper: #0f1518; --card: #171f23; --ink: #e7ece8; --dim: #9aa8aa;
-          --line: #2b373c; --edge: #6b7b80; --accent: #6ccbd0; --on: #08262a; --tint: #17383c; --star: #f2b84b;
-          --flare: #3c3112; --bad: #ff9d90; --warn: #f0ba62; --good: #6cc592 } }
-  * { box-sizing: border-box } [hidden] { display: none !important }
-  body { margin: 0 auto; max-width: 76rem; min-height: 100dvh; padding: 1rem; font: 1rem/1.5 system-ui, sans-serif;
-         background: var(--paper); color: var(--ink); overflow-wrap: anywhere }
   body, section, form, #comments { display: flex; flex-direction: column; gap: .75rem }
   header, .row, #line { display: flex; flex-flow: row wrap; gap: .25rem .75rem; align-items: center }
-  h1, h2, h3, p, ul { margin: 0; padding: 0 } h3 { font-size: 1rem; line-height: 1.35 }
-  h1, h2 { font: 600 1.25rem/1 ui-monospace, "Cascadia Code", Menlo, Consolas, monospace; letter-spacing: -.04em }
-  h2 { font-size: 1.0625rem } h1 svg { width: 1.1em; fill: var(--star); vertical-align: -.2em; margin-right: .35em }
-  header { min-height: 2.25rem } .dim, time, small, #line { color: var(--dim) }
+  h3 { font-size: 1rem; line-height: 1.35 } header { min-height: 2.25rem } #line { color: var(--dim) }
   #line { margin-left: auto; gap: .3rem; padding: 0 .6rem; border: 1px solid transparent; border-radius: 2rem }
   #line, small, label, .error, .plain, .row p { font-size: .875rem } .dim:empty { display: none }
   #line::before { content: ""; display: inline-block; width: 10px; height: 10px; border: 2px solid; border-radius: 50%;
@@ -7294,28 +7636,22 @@ PAGE = """<!doctype html>
   li .row { margin-top: .2rem } #say [name=nick] { flex: 0 1 27% } label { font-weight: 600 }
   li p { white-space: pre-wrap; max-height: 18rem; overflow: auto } li small { flex: 1 }
   form.row { flex-wrap: nowrap } .row input { flex: 1 } #search { max-width: 15rem }
-  input, textarea, button, summary { font: inherit; color: inherit; border: 1px solid var(--edge); border-radius: .5rem;
-         padding: .4rem .7rem; background: var(--card); min-height: 2.5rem } label > * { margin-block: .2rem }
   input, textarea { display: block; width: 100%; min-width: 0; font-size: 1rem; font-weight: 400; resize: vertical }
-  ::placeholder { color: var(--dim); opacity: 1 } [aria-invalid=true] { border: 2px solid var(--bad) }
-  button, summary { cursor: pointer } button:hover, summary:hover { background: var(--tint) }
-  .main, .main:hover { background: var(--accent); border-color: var(--accent); color: var(--on); font-weight: 600 }
-  a, .plain, summary { color: var(--accent) } .plain { min-height: 1.75rem; padding: 0 .3rem; border: 0;
-         background: none; text-decoration: underline } .error { color: var(--bad) }
+  .plain, summary { color: var(--accent) } .plain { min-height: 1.75rem; padding: 0 .3rem; border: 0;
+         background: none; text-decoration: underline } label > * { margin-block: .2rem }
   details:not([open]) > summary::before { content: "+"; margin-right: .4em }
   summary { display: flex; align-items: center; justify-content: center; border-style: dashed; font-weight: 600 }
   [open] > summary { border-color: transparent; padding: .4rem 0; justify-content: start; background: none }
-  :focus-visible { outline: 2px solid var(--accent); outline-offset: 2px }
   @media (min-width: 40rem) and (min-height: 30rem) { #comments { max-height: none }
     body { height: 100dvh } main { grid-template: minmax(0, 1fr) / 1fr 1fr } }
   @media (pointer: coarse) { main :is(input, textarea, button, summary) { min-height: 2.75rem } }
   @media (prefers-reduced-motion: no-preference) { .new { animation: arrive .3s ease-out, flare 2.5s ease-out }
-    svg.new { animation: star .8s ease-out } @keyframes arrive { from { opacity: 0; translate: 0 -.6rem } }
+    .home.new { animation: none } .home.new::before { animation: star .8s ease-out }
+    @keyframes arrive { from { opacity: 0; translate: 0 -.6rem } }
     @keyframes flare { from { background: var(--flare) } } @keyframes star { 30% { scale: 1.4; rotate: 45deg } } }
 </style>
 <header>
-  <h1><svg viewBox="0 0 24 24" aria-hidden="true"><path d="M12 0q1 11 12 12-11 1-12 12-1-11-12-12 11-1 12-12z"/></svg
-    >nova_lite</h1>
+  <h1><a class="home" href="/">nova_lite</a></h1>
   <div id="line" class="away"><span id="state" role="status">connecting</span><span id="wait" aria-hidden="true"></span
     ><button id="now" class="plain" aria-label="Reconnect now" hidden>now</button></div>
 </header>
@@ -7361,7 +7697,7 @@ function element(tag, className, ...children) {  // children are text: user inpu
 }
 
 function arrived(node) {  // highlights the node and the star
-  for (const it of [node, document.querySelector("svg")]) {
+  for (const it of [node, document.querySelector(".home")]) {
     it.classList.remove("new");
     void it.clientTop;  // restarts the animation
     it.classList.add("new");
@@ -7579,6 +7915,7 @@ function fault(field, text) {
 </script>
 </html>
 """
+)
 
 
 CLIENT = """/* A WebSocket that reconnects. Copy it.
