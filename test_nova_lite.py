@@ -12257,6 +12257,37 @@ def test_recipe_rooms_have_names_and_a_history(kitchen):
         assert http_request(server, "GET", "/heartbeat")[0] == 200
 
 
+def test_recipe_a_login_opens_pages_and_websockets_on_all_nodes_and_a_logout_closes_them(kitchen, redis_url):
+    env = {"REDIS": redis_url, "PASSWORD": "right"}
+    form = {"Content-Type": "application/x-www-form-urlencoded"}
+    with recipe_running(kitchen, "login.py", **env) as one, recipe_running(kitchen, "login.py", **env) as two:
+
+        def log_in(password, **headers):
+            return http_request(one, "POST", "/login", f"name=ann&password={password}", {**form, **headers})
+
+        def home(**headers):
+            status, answer, body = http_request(two, "GET", "/", headers=headers)
+            return status, answer["Location"] or body.decode()
+
+        assert home() == (302, "/login")
+        assert b"<form" in http_request(one, "GET", "/login")[2]
+        with pytest.raises(InvalidStatus):  # the client follows the redirect, to a page
+            ws(two, "/live")
+        assert log_in("wrong")[0] == 403
+        forged = "nova_session=" + "A" * 22
+        status, headers, _ = log_in("right", Cookie=forged)
+        assert (status, headers["Location"]) == (302, "/")
+        cookie = headers["Set-Cookie"].partition(";")[0]
+        assert home(Cookie=forged) == (302, "/login")
+        assert "Hello, ann!" in home(Cookie=cookie)[1]
+        with ws(two, "/live", additional_headers={"Cookie": cookie}) as client:
+            assert http_request(one, "POST", "/logout", headers={"Cookie": cookie})[0] == 302
+            with pytest.raises(ConnectionClosed) as closed:
+                client.recv(PATIENCE)
+            assert (closed.value.rcvd.code, closed.value.rcvd.reason) == (1008, "logged out")
+        assert home(Cookie=cookie) == (302, "/login")
+
+
 def test_recipe_an_order_is_pushed_by_the_controller(kitchen):
     with recipe_running(kitchen, "orders.py") as server, ws(server, "/orders/7/live") as client:
         assert client.recv(PATIENCE) == "unknown"
