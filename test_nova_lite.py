@@ -12209,7 +12209,7 @@ def recipe_running(kitchen, *args, serving=r"serving on http://\S+:(\d+)/", **en
     process, log = subprocess.Popen([sys.executable, *args], **options), []
 
     def heard(pattern):
-        with gevent.Timeout(2 * PATIENCE, AssertionError(f"no {pattern} in {log}")):
+        with gevent.Timeout(2 * PATIENCE, AssertionError("missing in the log", pattern, log)):
             while not (found := re.search(pattern, "".join(log))):
                 log.append(process.stdout.readline())
                 assert log[-1], "".join(log)
@@ -12329,7 +12329,7 @@ def other_program(kitchen, package, redis_url):
         "flask": ["-m", "flask", "--app", "shop", "run", "--port", "0"],
         "django": ["shop_django.py", "runserver", "--noreload", f"127.0.0.1:{free_port()}"],
     }[package]
-    serving = r"(?:Running on|Starting development server at) http://127\.0\.0\.1:(\d+)"
+    serving = r"(?:Running on|development server at) http://127\.0\.0\.1:(\d+)"
     with recipe_running(kitchen, *command, serving=serving, REDIS=redis_url) as server:
         until(lambda: is_served(server.port))
         yield server
