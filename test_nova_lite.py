@@ -6307,7 +6307,6 @@ MISTAKES = [
         "websocket_info is called with (cls, info, state), but",
     ),
     (ws_route(fine_with(websocket_handle=of_two_later)), "websocket_handle is an async def, which is not supported"),
-    (ws_route(fine_with(terminate=None)), "terminate must be a function, got None"),
     (ws_route(WantsDatabase), "the WebSocket handler WantsDatabase must be made without arguments, but it takes (db)"),
     (ws_route(Abstract), "the WebSocket handler Abstract is abstract: it lacks who"),
 ]
