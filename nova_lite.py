@@ -161,6 +161,10 @@ class Settings:
 
 TIME_SLICE = 0.003  # seconds of turns before sockets and timers are looked at: none must wait for 5 ms
 YIELD_DELAY = 1e-6  # seconds: the shortest sleep that polls sockets; after sleep(0) gevent runs 50 callbacks first
+CALLBACKS = (  # of handlers and servers
+    "init", "terminate", "websocket_init", "websocket_handle", "websocket_info", "handle_call", "handle_cast",
+    "handle_continue", "handle_info",
+)  # fmt: skip
 HOLD_LIMIT = 0.1  # seconds of one turn; what holds the hub longer, and so keeps all others waiting, is logged
 SPARE_RUNNERS = 64  # idle runners kept: a burst of blocking callbacks must not keep as many stacks
 
@@ -909,11 +913,9 @@ def is_normal(reason: Any) -> bool:
 
 
 def failing_callback(error: BaseException) -> str:
-    """Returns the name of the callback that raised `error`: the first frame after the last one of this file."""
-    names = [(frame.f_code.co_filename, frame.f_code.co_name) for frame, _ in traceback.walk_tb(error.__traceback__)]
-    own = [at for at, (filename, _) in enumerate(names) if filename == __file__]
-    foreign = names[own[-1] + 1 :] if own else names
-    return foreign[0][1] if foreign else names[-1][1] if names else ""
+    """Returns the name of the callback in which `error` was raised, "" if that was after it returned."""
+    codes = [frame.f_code for frame, _ in traceback.walk_tb(error.__traceback__)]
+    return next((code.co_name for code in codes if code.co_filename != __file__ or code.co_name in CALLBACKS), "")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1458,7 +1460,11 @@ def make_response(status: Any, headers: Any, body: Any = None) -> HTTPResponse:
 
 
 def json_response(status: Any, headers: Any, data: Any) -> HTTPResponse:
-    response = make_response(status, headers, _json_encoder.encode(data).encode())
+    try:
+        body = _json_encoder.encode(data).encode()
+    except (RecursionError, TypeError, ValueError) as error:
+        raise ValueError(rooms["checks"].explain_json(data) if "checks" in rooms else error) from None
+    response = make_response(status, headers, body)
     response.headers.setdefault("Content-Type", "application/json")
     return response
 
@@ -1569,7 +1575,9 @@ def encode_frame(frame: Any) -> bytes:
             return close_frame(code, reason)
         case "close":
             return close_frame(NO_STATUS)
-    raise ValueError(f"not a frame: {frame!r}")
+    raise ValueError(
+        f'not a frame: {frame!r}; a frame is ("text", str), ("binary", bytes), ("close", code, reason), ...'
+    )
 
 
 class Parser:
@@ -1812,7 +1820,7 @@ class Stream(Process):
             case ("ok", state):
                 self.state, self.init_waiter = state, None
             case result:
-                raise ValueError(f"init returned {result!r}, not ('ok', state)")
+                raise ValueError(f'{self.role()}.init answered {result!r}; expected ("ok", state)')
         init_waiter.send("ok")
         self.reschedule()
 
@@ -1862,7 +1870,7 @@ class Stream(Process):
                     outgoing.append(data)
                     size += len(data)
             else:
-                size += self.handle_result(result, info)
+                size += self.handle_result(result, info, "websocket_info")
             if not mailbox or size > READ_SIZE or self.write_buffer or self.exiting is not None:
                 break  # the rest waits in the mailbox, where it is counted, and not yet encoded
             if not done % 8 and monotonic() > deadline:  # checked for each message, it would cost a flood 5 %
@@ -1875,7 +1883,8 @@ class Stream(Process):
             if type(frame) is not tuple:
                 if frame != "$init":
                     raise frame
-                result = self.handler.websocket_init(self.state)
+                size += self.handle_result(self.handler.websocket_init(self.state), None, "websocket_init")
+                result = "ok"
             elif frame[0] == "close":
                 raise Close(frame[1], "", "remote" if frame[1] == NO_STATUS else ("remote", *frame[1:]))
             else:
@@ -1892,14 +1901,14 @@ class Stream(Process):
         if not self.reader.active and not self._should_pause():
             self.reader.start(self.readable)
 
-    def handle_result(self, result: Any, _info: Any = None) -> int:
+    def handle_result(self, result: Any, _info: Any = None, callback: str = "websocket_handle") -> int:
         """Keeps the state and queues the frames that a callback returned. Returns their size in bytes."""
         match result:
             case ("reply", frames, state) | ("reply", frames, state, "hibernate"):
                 self.state = state
                 if isinstance(frames, list):
-                    return sum(self._queue_frame(frame) for frame in frames)
-                return self._queue_frame(frames)
+                    return sum(self._queue_frame(frame, callback) for frame in frames)
+                return self._queue_frame(frames, callback)
             case ("ok", state) | ("ok", state, "hibernate"):
                 self.state = state
             case ("stop", state) | ("stop", state, "hibernate"):
@@ -1908,11 +1917,15 @@ class Stream(Process):
             case "ok":
                 pass
             case _:
-                raise ValueError(f"a callback returned {result!r}")
+                expected = '("ok", state), ("reply", frame, state) or ("stop", state)'
+                raise ValueError(f"{self.role()}.{callback} answered {result!r}; expected {expected}")
         return 0
 
-    def _queue_frame(self, frame: Any) -> int:
-        data = self.encode(frame)
+    def _queue_frame(self, frame: Any, callback: str = "websocket_info") -> int:
+        try:
+            data = self.encode(frame)
+        except ValueError as error:
+            raise ValueError(f"{self.role()}.{callback} replied with what is {error}") from None
         self.outgoing.append(data)
         if frame == "close" or frame[0] == "close":
             raise Close(None, "", "stop")  # None: the handler's own close frame is queued
@@ -2027,7 +2040,7 @@ class Stream(Process):
 
     def cleanup(self, error: BaseException) -> Any:
         if self.init_waiter is not None:
-            return self.log_crash(error, f"{type(self.handler).__name__}.init")
+            return self.log_crash(error, f"{self.role()}.init")
         close = self._close_for(error)
         close.__traceback__ = None  # its frames hold it: 3 KiB a connection until the next garbage collection
         if self.phase is OPEN:
@@ -2046,7 +2059,8 @@ class Stream(Process):
             return cause
         if isinstance(error, ProcessExit):
             return Close(1001 if is_normal(cause) else 1011, "", cause)
-        self.log_crash(error, f"{type(self.handler).__name__}.{failing_callback(error)}")
+        callback = failing_callback(error)
+        self.log_crash(error, callback and f"{self.role()}.{callback}")
         return Close(1011, "", ("crash", type(error), error))
 
     def role(self) -> str:
@@ -2249,12 +2263,12 @@ class Nova(bottle.Bottle):
         if unknown := set(group) - GROUP_KEYS:  # with a misspelt "security", the group would be open
             raise ValueError(f"a group of routes has no {', '.join(sorted(unknown))}")
         for route in group.get("routes", ()):
+            if "checks" in rooms:
+                rooms["checks"].check_route(self, group, route, _rule)
             self._add(group, *route)
 
     def _add(self, group: Mapping[str, Any], path: str, controller: Any, options: Any = ()) -> None:
         rule, options = _rule(group.get("prefix", ""), path), dict(options)
-        if "checks" in rooms:
-            rooms["checks"].check_route(self, rule, controller, options)
         settings = {key: value for key, value in options.items() if key not in ROUTE_OPTIONS}
         methods = ["get"] if options.get("protocol") == "ws" else options.get("methods") or ["_"]
         kind = _WebSocketEndpoint if options.get("protocol") == "ws" else _Endpoint
@@ -2342,6 +2356,8 @@ class _Endpoint:
                 return "status", *answer[1:]
             case ("redirect", _) | HTTPResponse():
                 return answer
+        if answer is not False and "checks" in rooms:
+            rooms["checks"].warn_of_answer(self, answer, req)
         return "status", 401
 
     def answer(self, result: Any, req: Request) -> HTTPResponse:
@@ -3540,62 +3556,400 @@ rooms["proxy"] = SimpleNamespace(
 
 
 # ----- cut here: without checks --------------------------------------------------------------------------------------
-# Lost: mistakes in routes and options are found, with advice, when the application is made. The core refuses unknown
-# keys of a group; other mistakes show at the request.
+# Lost: mistakes in routes, options and callbacks are found, with advice, when the application is made or a server is
+# started. The core refuses unknown keys of a group; other mistakes show at the request.
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Checks: finds mistakes when the application is made, and says what is wrong, where, and what to do instead.
-# Invariant: a program without mistakes is the same with and without this room. A doubtful case is no mistake.
+# Invariant: a program without mistakes runs the same with and without this room. Nothing of the application is called,
+# and what cannot be known is no mistake.
 # ---------------------------------------------------------------------------------------------------------------------
 
+import difflib
+import inspect
+from collections.abc import Collection
 from dataclasses import fields
+from types import MethodType
 
-CALLBACKS = ("init", "websocket_handle", "websocket_info")  # which each handler must have
+WEBSOCKET_CALLBACKS = {  # with the arguments of each
+    "init": ("state",),
+    "websocket_init": ("state",),
+    "websocket_handle": ("frame", "state"),
+    "websocket_info": ("info", "state"),
+    "terminate": ("reason", "req", "state"),
+}
+SERVER_CALLBACKS = {
+    "init": ("args",),
+    "handle_continue": ("term", "state"),
+    "handle_call": ("request", "from_", "state"),
+    "handle_cast": ("request", "state"),
+    "handle_info": ("info", "state"),
+    "terminate": ("reason", "state"),
+}
+_METHODS = (  # IANA's registry, and those in wide use beside it
+    "ACL BASELINE-CONTROL BIND CHECKIN CHECKOUT CONNECT COPY DELETE GET HEAD LABEL LINK LOCK M-SEARCH MERGE MKACTIVITY "
+    "MKCALENDAR MKCOL MKREDIRECTREF MKWORKSPACE MOVE NOTIFY OPTIONS ORDERPATCH PATCH POST PROPFIND PROPPATCH PURGE PUT "
+    "QUERY REBIND REPORT SEARCH SUBSCRIBE TRACE UNBIND UNCHECKOUT UNLINK UNLOCK UNSUBSCRIBE UPDATE UPDATEREDIRECTREF "
+    "VERSION-CONTROL ANY _"
+)
+_COMMON_METHODS = ("DELETE", "GET", "HEAD", "OPTIONS", "PATCH", "POST", "PUT")
+_PROTOCOLS = {"websocket": "ws", "websockets": "ws", "wss": "ws", "https": "http"}
+_routes: weakref.WeakKeyDictionary[Nova, dict[Any, str]] = weakref.WeakKeyDictionary()  # (rule, method) -> controller
+_checked_servers: weakref.WeakSet[Any] = weakref.WeakSet()  # classes
+_warned: weakref.WeakSet[Any] = weakref.WeakSet()  # endpoints whose `security` has been reported
+
+
+def _suggest(name: Any, known: Iterable[str]) -> str:
+    """Returns the end of a message on an unknown name: the nearest one that is known, else all."""
+    nearest = difflib.get_close_matches(str(name), known, 1)
+    return f"did you mean {nearest[0]!r}?" if nearest else f"known are {', '.join(sorted(known))}"
+
+
+# -- groups and routes
 
 
 def _check_group(group: Any) -> None:
-    unknown = set(group) - GROUP_KEYS
-    if unknown:
-        raise ValueError(f"a group of routes has no {', '.join(sorted(unknown))}")
-    security = group.get("security", False)
-    if security is not False and not callable(security):
-        raise ValueError(f"security is False or a function of req, not {security!r}")
+    if not isinstance(group, Mapping):
+        advice = "" if isinstance(group, str) else f': write Nova([{{"routes": [{_shown(group)}, ...]}}])'
+        raise ValueError(f"Nova takes groups of routes, dicts, not {_shown(group)}{advice}")
+    where = _name_group(group)
+    for key in group:
+        if key in ROUTE_OPTIONS or key in _settings_names():
+            raise ValueError(f"{where}: {key!r} is an option of a route: (path, controller, {{{key!r}: ...}})")
+        if key not in GROUP_KEYS:
+            raise ValueError(f"{where} has no key {key!r}; {_suggest(key, GROUP_KEYS)}")
+    if not isinstance(group.get("prefix", ""), str):
+        raise ValueError(f"{where}: the prefix must be a string, got {group['prefix']!r}")
+    _check_security(where, group.get("security", False))
+    routes = group.get("routes", ())
+    if isinstance(routes, str | bytes | Mapping) or not isinstance(routes, Iterable):
+        raise ValueError(f"{where}: routes must be a list of (path, controller[, options]), got {_shown(routes)}")
 
 
-def _check_route(app: Nova, rule: str, controller: Any, options: Mapping[str, Any]) -> None:
-    protocol = options.get("protocol", "http")
-    if isinstance(options.get("methods"), str):
-        raise ValueError(f"{rule}: methods is a list")
-    if protocol not in ("http", "ws") or (protocol == "http" and not callable(controller)):
-        raise ValueError(f"{rule}: {controller!r} cannot serve the protocol {protocol!r}")
-    missing = [name for name in CALLBACKS if not hasattr(controller, name)]
-    if protocol == "ws" and missing:
-        raise ValueError(f"{rule}: the WebSocket handler {controller!r} lacks {', '.join(missing)}")
+def _name_group(group: Mapping[Any, Any]) -> str:
+    if group.get("prefix"):
+        return f"the group with the prefix {group['prefix']!r}"
+    match group.get("routes"):
+        case [[str(path), *_], *_]:
+            return f"the group of the route {path!r}"
+    return "a group of routes"
+
+
+def _check_security(where: str, security: Any) -> None:
+    if security is False:
+        return
+    if not callable(security):
+        raise ValueError(f"{where}: security must be False or a function of req, got {security!r}")
+    _check_call(f"{where}: security {name_of(security)}", security, ("req",))
+
+
+def _check_route(app: Nova, group: Mapping[str, Any], route: Any, make_rule: Callable[[str, str], str]) -> None:
+    where = _name_group(group)
+    if not isinstance(route, tuple | list) or not 2 <= len(route) <= 3:
+        raise ValueError(f"{where}: a route must be a tuple (path, controller[, options]), got {_shown(route)}")
+    path, controller, options = (*route, {})[:3]
+    if isinstance(path, bool) or not isinstance(path, str | int):
+        raise ValueError(f"{where}: a route must begin with its path, a string, got {_shown(path)}")
+    rule = make_rule(group.get("prefix", ""), path) if isinstance(path, str) else f"the route of the status {path}"
+    try:
+        options = dict(options)
+    except (TypeError, ValueError):
+        raise ValueError(f'{rule}: the options must be a dict such as {{"methods": ["get"]}}, got {options!r}')
+    _check_options(rule, options)
+    if options.get("protocol", "http") == "ws":
+        _check_handler(rule, controller)
+    else:
+        _check_controller(rule, controller)
+    if isinstance(path, str):
+        _check_twice(app, rule, options, controller)
+
+
+def _check_options(rule: str, options: Mapping[str, Any]) -> None:
+    known = ROUTE_OPTIONS | _settings_names()
+    for key in options:
+        if key in GROUP_KEYS - known:
+            raise ValueError(f"{rule}: {key!r} is a key of the group, not of a route")
+        if key not in known:
+            raise ValueError(f"{rule}: there is no option {key!r}; {_suggest(key, known)}")
+    protocol, methods = options.get("protocol", "http"), options.get("methods", [])
+    if protocol not in ("http", "ws"):
+        nearest = _PROTOCOLS.get(str(protocol).lower()) or ("ws" if "socket" in str(protocol).lower() else None)
+        advice = f"did you mean {nearest!r}?" if nearest else "it is 'http' or 'ws'"
+        raise ValueError(f"{rule}: there is no protocol {protocol!r}; {advice}")
+    if not isinstance(methods, list | tuple | set | frozenset):
+        raise ValueError(f'{rule}: methods must be a list such as ["get", "post"], got {methods!r}')
+    for method in methods:
+        _check_method(rule, method)
+    if protocol == "ws" and {method.upper() for method in methods} - {"GET", "ANY", "_"}:
+        raise ValueError(f"{rule}: a WebSocket route has no methods, since its handshake is a GET")
+
+
+def _check_method(rule: str, method: Any) -> None:
+    """Raises ValueError for what is no method of HTTP, or resembles a common one. Others are accepted in capitals."""
+    name = method.upper() if isinstance(method, str) else ""
+    if name in _METHODS.split():
+        return
+    nearest = difflib.get_close_matches(name, _COMMON_METHODS, 1)
+    if nearest or name != method or not re.fullmatch("[A-Z0-9_-]+", name):
+        advice = f"did you mean {nearest[0].lower()!r}?" if nearest else 'any is "_"; write one of your own in capitals'
+        raise ValueError(f"{rule}: {method!r} is no method of HTTP; {advice}")
+
+
+def _check_controller(rule: str, controller: Any) -> None:
+    is_handler = any(hasattr(controller, name) for name in ("websocket_handle", "websocket_info"))
+    if is_handler and (isinstance(controller, type) or not callable(controller)):
+        raise ValueError(f'{rule}: {_shown(controller)} is a WebSocket handler: its route needs {{"protocol": "ws"}}')
+    if not callable(controller):
+        advice = {str: "write the function, not its name", ModuleType: "write module.function"}.get(type(controller))
+        advice = advice or "write the function without calling it"
+        raise ValueError(f"{rule}: a controller must be a function of req, got {_shown(controller)}: {advice}")
+    _check_call(f"{rule}: the controller {name_of(controller)}", controller, ("req",))
+
+
+def _check_twice(app: Nova, rule: str, options: Mapping[str, Any], controller: Any) -> None:
+    """Raises ValueError for a rule and method that are taken. What a binding is called makes no difference."""
+    methods = ["GET"] if options.get("protocol") == "ws" else options.get("methods") or ["_"]
+    pattern = re.sub(r"<[^<>:]*", "<", rule)
+    taken = _routes.setdefault(app, {})
+    for method in {"ANY" if method == "_" else method.upper() for method in methods}:
+        if (pattern, method) in taken:
+            first = taken[pattern, method]
+            method = "any method" if method == "ANY" else method
+            raise ValueError(
+                f"{rule}: there are two routes for {method}, {first} and {_shown(controller)}, and the second replaces "
+                'the first; give them different "methods", or remove one'
+            )
+        taken[pattern, method] = _shown(controller)
+
+
+def _shown(thing: Any) -> str:
+    """Returns how a message names a function, a class, or anything else."""
+    if isinstance(thing, tuple):
+        return f"({', '.join(map(_shown, thing))}{',' * (len(thing) == 1)})"
+    name = getattr(thing, "__qualname__", None) or getattr(thing, "__name__", None)
+    return name if isinstance(name, str) else repr(thing)
+
+
+# -- callbacks
+
+
+def _check_handler(rule: str, handler: Any) -> None:
+    where = f"{rule}: the WebSocket handler {_shown(handler)}"
+    _check_callbacks(where, handler, WebSocketHandler, WEBSOCKET_CALLBACKS)
+    missing = [name for name in ("init", "websocket_handle", "websocket_info") if not hasattr(handler, name)]
+    if missing:
+        advice = "inherit from WebSocketHandler, or add them"
+        raise ValueError(f"{where} lacks {', '.join(missing)}: {advice}")
+    _check_instantiable(where, handler, "every connection has an instance of its own")
+
+
+def _check_server(server: Any, base: type) -> None:
+    """Checks a class, module or object that `start_link` was given; classes once. `base` has the default callbacks."""
+    kind = server if isinstance(server, type | ModuleType) else type(server)
+    if kind not in _checked_servers:
+        _check_callbacks(f"the server {_shown(kind)}", kind, base, SERVER_CALLBACKS)
+        _checked_servers.add(kind)
+    _check_instantiable(f"the server {_shown(kind)}", server, "start_link makes the instance")
+
+
+def _check_instantiable(where: str, thing: Any, why: str) -> None:
+    if not isinstance(thing, type):
+        return
+    if inspect.isabstract(thing):
+        lacking: Any = vars(thing)["__abstractmethods__"]
+        raise ValueError(f"{where} is abstract: it lacks {', '.join(sorted(lacking))}")
+    problem = _find_problem(thing, ())
+    if problem:
+        raise ValueError(f"{where} must be made without arguments, but it {problem}: {why}; or give an instance")
+
+
+def _check_callbacks(where: str, thing: Any, base: type, callbacks: Mapping[str, tuple[str, ...]]) -> None:
+    for name, arguments in callbacks.items():
+        callback, leading = _as_called(thing, name, inspect.getattr_static(thing, name, None))
+        if callable(callback):
+            _check_call(f"{where}: {name}", callback, (*leading, *arguments))
+    own = _own_functions(thing, base)
+    for name in sorted(own - callbacks.keys()):
+        meant = [callback for callback in callbacks if callback not in own and _is_misspelt(name, callback)]
+        if meant:
+            nearest = difflib.get_close_matches(name, meant, 1, 0)[0]
+            raise ValueError(f"{where} has {name!r}, which is never called; did you mean {nearest!r}?")
+
+
+def _as_called(thing: Any, name: str, value: Any) -> tuple[Any, tuple[str, ...]]:
+    """Returns the function that a call of the attribute reaches, and what precedes the arguments; None if unknown."""
+    if isinstance(value, staticmethod | classmethod):
+        return value.__func__, ("cls",) if isinstance(value, classmethod) else ()
+    if isinstance(thing, ModuleType) or (not isinstance(thing, type) and name in getattr(thing, "__dict__", ())):
+        return value, ()
+    return (value, ("self",)) if isinstance(value, FunctionType) else (None, ())
+
+
+def _own_functions(thing: Any, base: type) -> set[str]:
+    """Returns the names of the public functions of a class, an object or a module, without those of `base`."""
+    kind = thing if isinstance(thing, type) else type(thing)
+    spaces: list[Any] = [vars(one) for one in kind.__mro__ if one not in (object, ModuleType, base)]
+    if not isinstance(thing, type):
+        spaces.append(getattr(thing, "__dict__", {}))
+    functions = FunctionType | staticmethod | classmethod | partial
+    own = {name for space in spaces for name, value in space.items() if isinstance(value, functions)}
+    return {name for name in own if not name.startswith("_")}
+
+
+def _is_misspelt(name: str, callback: str) -> bool:
+    """Returns whether a name is a callback's with letters transposed, missing or added, or in another case."""
+    head = callback.rpartition("_")[0] + "_"
+    longer = callback.startswith("websocket")
+    if name.startswith(head):
+        name, callback = name[len(head) :], callback[len(head) :]
+    name, callback = name.lower().replace("_", ""), callback.replace("_", "")
+    if name == callback or name[:1] != callback[:1] or sorted(name) == sorted(callback):
+        return name[:1] == callback[:1]
+    is_close = difflib.SequenceMatcher(None, name, callback).ratio() >= 0.83
+    return is_close and (len(name) != len(callback) or longer)  # handle_cost is not a misspelt handle_cast
+
+
+def _check_call(where: str, fn: Any, arguments: tuple[str, ...]) -> None:
+    if _is_async(fn):
+        raise ValueError(f"{where} is an async def, which is not supported: use def; while it waits, others run")
+    problem = _find_problem(fn, arguments)
+    if problem:
+        raise ValueError(f"{where} is called with ({', '.join(arguments)}), but it {problem}")
+
+
+def _is_async(fn: Any) -> bool:
+    while isinstance(fn, partial):
+        fn = fn.func
+    if not isinstance(fn, type) and not inspect.isroutine(fn):
+        fn = type(fn).__call__
+    is_function = type(fn) in (FunctionType, MethodType)  # not a mock, which seems to be anything
+    return is_function and (inspect.iscoroutinefunction(fn) or inspect.isasyncgenfunction(fn))
+
+
+def _find_problem(fn: Any, arguments: tuple[str, ...]) -> str:
+    """Returns why `fn` cannot be called with these arguments, "" if it can or if that cannot be known."""
+    try:
+        if hasattr(fn, "__signature__"):  # what a decorator wants others to see
+            return ""
+        signature = inspect.signature(fn, follow_wrapped=False)
+    except Exception:  # of a function in C; of annotations that cannot be evaluated
+        return ""
+    try:
+        signature.bind(*arguments)
+    except TypeError:
+        shown = signature.replace(return_annotation=inspect.Signature.empty)
+        return f"takes {shown}"
+    return ""
+
+
+# -- settings
+
+
+def _settings_names() -> set[str]:
+    return {field.name for field in fields(Settings)}
+
+
+def _is_count(value: Any) -> bool:
+    return hasattr(type(value), "__index__") and not isinstance(value, bool) and value >= 0
+
+
+def _is_seconds(value: Any) -> bool:
+    kind = type(value)
+    is_number = hasattr(kind, "__float__") or hasattr(kind, "__index__")
+    return is_number and not isinstance(value, bool) and bool(value > 0)
+
+
+def _is_names(value: Any) -> bool:
+    return isinstance(value, Collection) and not isinstance(value, str | bytes)
+
+
+_EXPECTED: dict[str, tuple[Callable[[Any], bool], str]] = {  # by a setting's name, or by its type
+    "max_body": (_is_count, "a number of bytes"),
+    "max_message_size": (_is_count, "a number of bytes"),
+    "trust_proxy": (lambda value: isinstance(value, int) and value >= 0, "a number of proxies, or True for one"),
+    "subprotocols": (_is_names, "a list of names"),
+    "on_slow": (lambda value: value in ("close", "drop_oldest", "drop_new"), "'close', 'drop_oldest' or 'drop_new'"),
+    "origins": (lambda value: value in (None, "*") or _is_names(value), "a list of origins, or '*'"),
+    "int": (_is_count, "a whole number of 0 or more"),
+    "float": (_is_seconds, "a number of seconds above 0"),
+    "bool": (lambda value: isinstance(value, bool), "True or False"),
+    "str": (lambda value: isinstance(value, str), "a string"),
+}
 
 
 def _check_settings(where: str, options: Mapping[str, Any]) -> None:
-    unknown = set(options) - {field.name for field in fields(Settings)}
-    if unknown:
-        raise ValueError(f"{where}: there is no option {', '.join(sorted(unknown))}")
-    if isinstance(options.get("origins"), str) and options["origins"] != "*":
-        raise ValueError(f"{where}: origins is a list, or '*'")
+    types = {field.name: field.type for field in fields(Settings)}
+    for name, value in options.items():
+        if name in GROUP_KEYS:
+            raise ValueError(f'{where}: {name!r} is a key of a group: Nova([{{"{name}": ..., "routes": [...]}}])')
+        if name not in types:
+            raise ValueError(f"{where}: there is no option {name!r}; {_suggest(name, types)}")
+        is_right, what = _EXPECTED.get(name) or _EXPECTED.get(str(types[name])) or (bool, "")
+        if what and not is_right(value):
+            raise ValueError(f"{where}: {name} must be {what}, got {value!r}")
     for origin in () if options.get("origins") in (None, "*") else options["origins"]:
         if parse_origin(origin) is None:
             raise ValueError(
                 f"{where}: expected an origin such as 'https://example.org', without a path, got {origin!r}"
             )
-    if not isinstance(options.get("trust_proxy", 0), int) or options.get("trust_proxy", 0) < 0:
-        raise ValueError(
-            f"{where}: trust_proxy is a number of proxies, or True for one, not {options['trust_proxy']!r}"
+
+
+# -- at run time
+
+
+def _warn_of_answer(endpoint: Any, answer: Any, req: Request) -> None:
+    """Logs, once for each route, that `security` has returned neither yes nor no."""
+    if endpoint not in _warned:
+        _warned.add(endpoint)
+        log.warning(
+            "security %s answered %r at %s, which is neither yes nor no, so the client gets a 401; expected True, "
+            '(True, auth_data), False, (False, headers), (False, status, headers[, body]) or ("redirect", url)',
+            _shown(endpoint.security),
+            answer,
+            printable(req["path"]),
         )
-    if isinstance(options.get("subprotocols"), str):
-        raise ValueError(f"{where}: subprotocols is a list")
-    if options.get("on_slow", "close") not in ("close", "drop_oldest", "drop_new"):
-        raise ValueError(f"{where}: on_slow is 'close', 'drop_oldest' or 'drop_new'")
 
 
-rooms["checks"] = SimpleNamespace(check_group=_check_group, check_route=_check_route, check_settings=_check_settings)
+def _explain_json(data: Any) -> str:
+    """Returns what in `data` cannot be encoded as JSON, and where."""
+    try:
+        return _find_unencodable(data, "data", ()) or "data is not JSON"
+    except RecursionError:
+        return "data is nested too deep for JSON"
+
+
+def _find_unencodable(value: Any, where: str, above: tuple[int, ...]) -> str:
+    if id(value) in above:
+        return f"at {where}: it contains itself"
+    if isinstance(value, dict):
+        keys = [key for key in value if not isinstance(key, str | int | float | None) or not _is_scalar(key)]
+        if keys:
+            return f"at {where}: the key {keys[0]!r} is not JSON"
+        items: Iterable[tuple[Any, Any]] = value.items()
+    elif isinstance(value, list | tuple):
+        items = enumerate(value)
+    else:
+        shown = repr(value) if isinstance(value, str | float) else type(value).__name__
+        return "" if _is_scalar(value) else f"at {where}: {shown} is not JSON"
+    inside = (_find_unencodable(part, f"{where}[{key!r}]", (*above, id(value))) for key, part in items)
+    return next(filter(None, inside), "")
+
+
+def _is_scalar(value: Any) -> bool:
+    if isinstance(value, str):
+        return not any("\ud800" <= character <= "\udfff" for character in value)  # a lone surrogate is not UTF-8
+    return isinstance(value, int | None) or (isinstance(value, float) and -inf < value < inf)
+
+
+rooms["checks"] = SimpleNamespace(
+    check_group=_check_group,
+    check_route=_check_route,
+    check_server=_check_server,
+    check_settings=_check_settings,
+    explain_json=_explain_json,
+    warn_of_answer=_warn_of_answer,
+)
 # ----- cut here: without views ---------------------------------------------------------------------------------------
 # Lost: templates and files: ("ok", variables), ("view", variables), ("sendfile", ...), static. Pages look plain.
 
@@ -4094,9 +4448,6 @@ class ServerProcess(Process):
     def role(self) -> str:
         return getattr(type(self.server), "__name__", "")
 
-    def title(self) -> str:
-        return super().title() or f" {self.role()}"
-
 
 def start_link(cls: Any, args: Any = None, name: str | None = None, timeout: float | None = None) -> Any:
     """Starts a server, linked to the caller, and waits for its `init` (gen_server:start_link/4).
@@ -4106,6 +4457,8 @@ def start_link(cls: Any, args: Any = None, name: str | None = None, timeout: flo
     for no limit, kills the server and returns ("error", "timeout").
     """
     me = calling_process()
+    if "checks" in rooms:
+        rooms["checks"].check_server(cls, GenServer)
     if name is not None and check_name(name) in registered:
         return "error", ("already_started", registered[name])
     server = ServerProcess(cls() if isinstance(cls, type) else cls, args, me)
@@ -4793,9 +5146,9 @@ class ResumableEventStream(EventStream):
         position = next(filter(None, dict(self.channels).values()), None)  # one will do: the other channels resync
         return super().preamble(_position_event(position))
 
-    def handle_result(self, result: Any, info: Any = None) -> int:
+    def handle_result(self, result: Any, info: Any = None, *callback: str) -> int:
         queued = len(self.outgoing)
-        size = super().handle_result(result)
+        size = super().handle_result(result, info, *callback)
         match info:
             case Message(position=str(position)) if len(self.outgoing) > queued:
                 self.outgoing[-1] = f"id: {position}\n".encode() + self.outgoing[-1]

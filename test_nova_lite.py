@@ -184,10 +184,14 @@ if __name__ == "__main__":
     sys.exit(pytest.main([__file__, "-q", "-p", "no:cacheprovider", *args], plugins))
 
 import _socket
+import abc
 import ast
 import builtins
 import codecs
+import dataclasses
+import functools
 import http.client
+import inspect
 import logging
 import random
 import shutil
@@ -202,10 +206,13 @@ import wsgiref.headers
 import wsgiref.util
 import zlib
 from datetime import datetime, timedelta, timezone
+from fractions import Fraction
 from functools import partial, reduce
 from http.cookies import SimpleCookie
 from io import BytesIO, StringIO
 from itertools import combinations, pairwise, permutations
+from operator import itemgetter
+from unittest.mock import MagicMock, Mock, create_autospec
 
 import bottle
 import gevent
@@ -6297,6 +6304,414 @@ def test_what_crosses_a_cluster_is_what_was_sent_and_what_is_mutated_is_read_or_
         with suppress(Exception):
             repr(codec.decode(header + data))
         assert time.process_time() - start < 1, data
+
+
+# -- checks: mistakes that explain themselves -------------------------------------------------------------------------
+
+
+def show(req):
+    return "json", {}
+
+
+class Fine(WebSocketHandler):
+    """A handler without mistakes, for classes that add one."""
+
+
+def fine_with(**attributes):
+    return type("Mine", (Fine,), attributes)
+
+
+def ws_route(handler, **options):
+    return [{"routes": [("/a", handler, {"protocol": "ws", **options})]}]
+
+
+def http_route(controller, **options):
+    return [{"routes": [("/a", controller, options)]}]
+
+
+async def show_later(req):
+    return "json", {}
+
+
+class Later:
+    async def __call__(self, req):
+        return "json", {}
+
+
+class WantsDatabase(Fine):
+    def __init__(self, db):
+        self.db = db
+
+
+class Abstract(Fine, abc.ABC):
+    @abc.abstractmethod
+    def who(self):
+        pass
+
+
+def of_two(self, state):
+    return "ok", state
+
+
+async def of_two_later(self, frame, state):
+    return "ok", state
+
+
+NO_INFO = SimpleNamespace(init=print, websocket_handle=print)
+# What is given to Nova, and what its error says: what is wrong, where, and what to do.
+MISTAKES = [
+    # groups
+    (
+        [("/a", show)],
+        "Nova takes groups of routes, dicts, not ('/a', show): write Nova([{\"routes\": [('/a', show), ...]}])",
+    ),
+    (("/a", show), "Nova takes groups of routes, dicts, not '/a'"),
+    (
+        [{"prefix": "/api", "secruity": show}],
+        "the group with the prefix '/api' has no key 'secruity'; did you mean 'security'?",
+    ),
+    ([{"route": [("/a", show)]}], "a group of routes has no key 'route'; did you mean 'routes'?"),
+    (
+        [{"routes": [("/a", show)], "zzz": 1}],
+        "the group of the route '/a' has no key 'zzz'; known are plugins, prefix, ",
+    ),
+    (
+        [{"routes": [("/a", show)], "methods": ["get"]}],
+        "'methods' is an option of a route: (path, controller, {'methods': ...})",
+    ),
+    ([{"prefix": 5}], "the prefix must be a string, got 5"),
+    ([{"security": True}], "security must be False or a function of req, got True"),
+    (
+        [{"prefix": "/b", "security": "admin"}],
+        "the group with the prefix '/b': security must be False or a function of req, got 'admin'",
+    ),
+    ([{"security": show_later}], "security show_later is an async def, which is not supported: use def"),
+    ([{"security": lambda: True}], "security <lambda> is called with (req), but it takes ()"),
+    # routes
+    ([{"routes": ["/a"]}], "a route must be a tuple (path, controller[, options]), got '/a'"),
+    ([{"routes": ("/a", show)}], "a route must be a tuple (path, controller[, options]), got '/a'"),
+    ([{"routes": "/a"}], "routes must be a list of (path, controller[, options]), got '/a'"),
+    ([{"routes": {"/a": show}}], "routes must be a list of (path, controller[, options])"),
+    ([{"routes": [("/a",)]}], "a route must be a tuple (path, controller[, options]), got ('/a',)"),
+    ([{"routes": [(show, "/a")]}], "a route must begin with its path, a string, got show"),
+    ([{"routes": [("/a", show, "get")]}], '/a: the options must be a dict such as {"methods": ["get"]}, got \'get\''),
+    (
+        [{"routes": [("/a", show), ("/b", show), ("/a", print)]}],
+        "/a: there are two routes for any method, show and print",
+    ),
+    (
+        [{"routes": [("/a/:id", show)]}, {"prefix": "a", "routes": [("/<name>", show)]}],
+        "/a/<name>: there are two routes for any method",
+    ),
+    (
+        [{"routes": [("/a", show, {"methods": ["get", "put"]}), ("/a", show, {"methods": ["PUT"]})]}],
+        "/a: there are two routes for PUT",
+    ),
+    (
+        [{"routes": [("/a", Fine, {"protocol": "ws"}), ("/a", show, {"methods": ["get"]})]}],
+        "/a: there are two routes for GET, Fine and show",
+    ),
+    # options
+    (http_route(show, method=["get"]), "/a: there is no option 'method'; did you mean 'methods'?"),
+    (http_route(show, security=show), "/a: 'security' is a key of the group, not of a route"),
+    (http_route(show, methods="get"), '/a: methods must be a list such as ["get", "post"], got \'get\''),
+    (http_route(show, methods=["gte"]), "/a: 'gte' is no method of HTTP; did you mean 'get'?"),
+    (http_route(show, methods=["POSTS"]), "/a: 'POSTS' is no method of HTTP; did you mean 'post'?"),
+    (http_route(show, methods=["create"]), "/a: 'create' is no method of HTTP; any is \"_\""),
+    (http_route(show, methods=[7]), "/a: 7 is no method of HTTP"),
+    (http_route(show, protocol="htpp"), "/a: there is no protocol 'htpp'; it is 'http' or 'ws'"),
+    (http_route(show, protocol="sse"), "/a: there is no protocol 'sse'; it is 'http' or 'ws'"),
+    (http_route(Fine, protocol="websocket"), "/a: there is no protocol 'websocket'; did you mean 'ws'?"),
+    (http_route(Fine, protocol="WSS"), "/a: there is no protocol 'WSS'; did you mean 'ws'?"),
+    (ws_route(Fine, methods=["post"]), "/a: a WebSocket route has no methods, since its handshake is a GET"),
+    (ws_route(Fine, idle_timout=5), "/a: there is no option 'idle_timout'; did you mean 'idle_timeout'?"),
+    (ws_route(Fine, idle_timeout="60"), "/a: idle_timeout must be a number of seconds above 0, got '60'"),
+    # controllers
+    (http_route(Fine), '/a: Fine is a WebSocket handler: its route needs {"protocol": "ws"}'),
+    (http_route(NO_INFO), 'is a WebSocket handler: its route needs {"protocol": "ws"}'),
+    (http_route("show"), "/a: a controller must be a function of req, got 'show': write the function, not its name"),
+    (http_route(json), "/a: a controller must be a function of req, got json: write module.function"),
+    (http_route(show({})), "a function of req, got ('json', {}): write the function without calling it"),
+    (http_route(lambda: ("json", {})), "/a: the controller <lambda> is called with (req), but it takes ()"),
+    (http_route(of_two), "/a: the controller of_two is called with (req), but it takes (self, state)"),
+    (http_route(partial(of_two, 1, 2)), "/a: the controller partial is called with (req), but it takes ()"),
+    (http_route(show_later), "/a: the controller show_later is an async def, which is not supported: use def"),
+    (http_route(partial(show_later)), "/a: the controller partial is an async def"),
+    (http_route(Later()), "/a: the controller Later is an async def"),
+    # handlers
+    (
+        ws_route(show),
+        "the WebSocket handler show lacks init, websocket_handle, websocket_info: inherit from WebSocketHandler",
+    ),
+    (ws_route(NO_INFO), "lacks websocket_info: inherit from WebSocketHandler, or add them"),
+    (
+        ws_route(fine_with(websocket_handel=of_two)),
+        "Mine has 'websocket_handel', which is never called; did you mean 'websocket_handle'?",
+    ),
+    (ws_route(fine_with(websocket_handler=of_two)), "did you mean 'websocket_handle'?"),
+    (ws_route(fine_with(websocketInfo=of_two)), "did you mean 'websocket_info'?"),
+    (ws_route(fine_with(termiante=of_two)()), "did you mean 'terminate'?"),
+    (ws_route(fine_with(inti=of_two)), "did you mean 'init'?"),
+    (
+        ws_route(fine_with(terminate=of_two)),
+        "Mine: terminate is called with (self, reason, req, state), but it takes (self, state)",
+    ),
+    (
+        ws_route(fine_with(websocket_init=staticmethod(of_two))),
+        "websocket_init is called with (state), but it takes (self, state)",
+    ),
+    (
+        ws_route(fine_with(websocket_info=classmethod(of_two))()),
+        "websocket_info is called with (cls, info, state), but",
+    ),
+    (ws_route(fine_with(websocket_handle=of_two_later)), "websocket_handle is an async def, which is not supported"),
+    (ws_route(WantsDatabase), "the WebSocket handler WantsDatabase must be made without arguments, but it takes (db)"),
+    (ws_route(Abstract), "the WebSocket handler Abstract is abstract: it lacks who"),
+]
+
+
+@pytest.mark.parametrize(("groups", "message"), MISTAKES)
+def test_a_mistake_is_told_with_advice_when_the_application_is_made(groups, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        Nova(groups)
+
+
+def test_a_handler_module_is_checked_as_a_class_is(tmp_path):
+    module = types.ModuleType("chat")
+    source = "def init(state): pass\ndef websocket_handle(frame, state): pass\ndef websocket_info(info): pass\n"
+    exec(source, vars(module))
+    with pytest.raises(
+        ValueError, match=re.escape("the WebSocket handler chat: websocket_info is called with (info, st")
+    ):
+        Nova(ws_route(module))
+    exec("del websocket_info\ndef websocket_inof(info, state): pass", vars(module))
+    with pytest.raises(ValueError, match="chat has 'websocket_inof', which is never called"):
+        Nova(ws_route(module))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"idle_timout": 5}, "Nova: there is no option 'idle_timout'; did you mean 'idle_timeout'?"),
+        ({"prefix": "/api"}, "Nova: 'prefix' is a key of a group: Nova([{"),
+        *(({"idle_timeout": bad}, f"Nova: idle_timeout must be a number of seconds above 0, got {bad!r}")
+          for bad in ("60", -1, 0, float("nan"), None, True, [60])),
+        *(({name: bad}, f"Nova: {name} must be a number of bytes, got {bad!r}")
+          for name in ("max_body", "max_message_size") for bad in ("1", -1, 1.5, False, None)),
+        *(({name: bad}, f"Nova: {name} must be a whole number of 0 or more, got {bad!r}")
+          for name in ("mailbox_limit", "backlog") for bad in ("1", -1, 1e3, True)),
+        ({"compress": "yes"}, "Nova: compress must be True or False, got 'yes'"),
+        ({"on_slow": "drop"}, "Nova: on_slow must be 'close', 'drop_oldest' or 'drop_new', got 'drop'"),
+        ({"on_slow": []}, "Nova: on_slow must be 'close', 'drop_oldest' or 'drop_new', got []"),
+        ({"subprotocols": "chat"}, "Nova: subprotocols must be a list of names, got 'chat'"),
+        ({"origins": "http://a"}, "Nova: origins must be a list of origins, or '*', got 'http://a'"),
+        ({"origins": 5}, "Nova: origins must be a list of origins, or '*', got 5"),
+        *(({"trust_proxy": bad}, f"Nova: trust_proxy must be a number of proxies, or True for one, got {bad!r}")
+          for bad in ("1", -1, 1.0, None)),
+    ],
+)  # fmt: skip
+def test_a_settings_type_and_range_are_checked(settings, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        Nova(**settings)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"idle_timeout": float("inf"), "ping_interval": 1, "send_timeout": Fraction(1, 2)},
+        {"origins": ("https://a",)}, {"origins": {"https://a", "http://b:8080"}}, {"origins": "*"}, {"origins": None},
+        {"subprotocols": ()}, {"subprotocols": {"a", "b"}}, {"trust_proxy": True}, {"mailbox_limit": 0},
+        {"compress": True},
+    ],
+)  # fmt: skip
+def test_an_unusual_setting_is_no_mistake(settings):
+    assert ask(Nova(http_route(show), **settings), "GET", "/a")[0] == 200
+
+
+def test_each_setting_is_checked():
+    for field in dataclasses.fields(Settings):
+        with pytest.raises(ValueError, match=f"Nova: {field.name} must be"):
+            Nova(**{field.name: object()})
+
+
+def shouting(fn):
+    @functools.wraps(fn)
+    def wrapper(*args):
+        return fn(*args, "!")
+
+    return wrapper
+
+
+class WithState:
+    """A handler that is no subclass, an instance of which serves all connections; with helpers named like callbacks."""
+
+    def __init__(self, room):
+        self.room, self.terminate = room, lambda reason, req, state: None
+
+    def initialize(self):
+        pass
+
+    def info(self):
+        pass
+
+    def init(self, state):
+        return "ok", state
+
+    def websocket_handle(self, *anything):
+        return anything[-1]
+
+    def websocket_handler(self):
+        pass
+
+    @staticmethod
+    def websocket_info(_, state, again=False, **options):
+        return "ok", state
+
+
+class Handing(Fine):
+    """A handler whose callbacks all take what comes."""
+
+    __slots__ = ("seen",)
+
+    def _init(self):
+        pass
+
+    @classmethod
+    def websocket_init(cls, state):
+        return "ok", state
+
+    websocket_handle = websocket_info = shouting(lambda self, one, state, mark: ("ok", state))
+    terminate = partial(print)
+
+
+class Show:
+    def __call__(self, req):
+        return "json", {}
+
+    @staticmethod
+    def plain(req):
+        return "json", {}
+
+    @classmethod
+    def of_class(cls, req):
+        return "json", {}
+
+    @shouting
+    def decorated(self, req, mark):
+        return "json", {}
+
+
+def signed(req):
+    return "json", {}
+
+
+signed.__signature__ = inspect.Signature()  # whatever a decorator wants others to see
+
+UNUSUAL_CONTROLLERS = [
+    partial(lambda word, req: ("json", {}), "a"), partial(lambda req, word: ("json", {}), word="a"), Show(),
+    Show().plain, Show.plain, Show.of_class, Show().decorated, shouting(lambda req, mark: ("json", {})), signed, Mock(),
+    lambda req, more=None, *rest, **options: ("json", {}), lambda *args: ("json", {}),
+    functools.cache(lambda req: ("json", {})), itemgetter("auth_data"), bottle.HTTPResponse,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("controller", UNUSUAL_CONTROLLERS)
+def test_an_unusual_controller_is_no_mistake(controller):
+    app = Nova([{"security": controller, "routes": [("/a", controller)]}])
+    assert {route.rule for route in app.routes} == {"/a"}
+
+
+@pytest.mark.parametrize(
+    "handler",
+    [Fine, Fine(), WithState("a"), Handing, Handing(), Mock(), MagicMock(), Mock(spec=Fine), create_autospec(Fine),
+     SimpleNamespace(init=print, websocket_handle=print, websocket_info=Mock(), terminate=lambda *_: None),
+     fine_with(websocket_info=partial(of_two, 1)), fine_with(init=functools.cache(lambda self, state: ("ok", state))),
+     fine_with(terminated=5, handle=of_two, on_init=of_two)],
+)  # fmt: skip
+def test_an_unusual_handler_is_no_mistake(handler):
+    assert len(Nova(ws_route(handler, methods=["get"])).routes) == 1
+
+
+def test_routes_that_overlap_are_not_the_same():
+    routes = [
+        ("/a", show), ("/a", show, {"methods": ["get"]}), ("/a", show, {"methods": ["post", "PURGE", "BREW"]}),
+        ("/b", Fine, {"protocol": "ws"}), ("/b", show), ("/b", show, {"methods": {"put"}}),
+        ("/<id>", show), ("/<id:int>", show), ("/<id:re:a|b>", show), ("/<id>/", show), ["/list", show],
+        ("/pairs", show, [("methods", ("get",))]),
+    ]  # fmt: skip
+    app = Nova([{"routes": (route for route in routes)}, {"prefix": "/c", "routes": routes}])
+    Nova([{"routes": routes}])  # another application
+    app.route("/a", ["GET"], lambda: "bottle's own may replace one")
+    assert ask(app, "GET", "/a")[2] == b"bottle's own may replace one"
+
+
+def test_a_room_can_add_a_key_and_an_option(monkeypatch):
+    monkeypatch.setattr(nova_lite, "GROUP_KEYS", nova_lite.GROUP_KEYS | {"cors"})
+    monkeypatch.setattr(nova_lite, "ROUTE_OPTIONS", nova_lite.ROUTE_OPTIONS | {"limit"})
+    Nova([{"cors": {}, "routes": [("/a", show, {"limit": 5})]}])
+    with pytest.raises(ValueError, match="did you mean 'limit'"):
+        Nova(http_route(show, limt=5))
+
+
+@pytest.mark.parametrize(
+    ("server", "message"),
+    [
+        (
+            type("Bad", (GenServer,), {"handle_cal": of_two}),
+            "Bad has 'handle_cal', which is never called; did you mean 'handle_call'?",
+        ),
+        (
+            type("Bad", (GenServer,), {"handle_call": of_two}),
+            "Bad: handle_call is called with (self, request, from_, state), but it takes (self, state)",
+        ),
+        (
+            type("Bad", (GenServer,), {"terminate": of_two})(),
+            "terminate is called with (self, reason, state), but it takes (self, state)",
+        ),
+        (
+            type("Bad", (GenServer,), {"handle_cast": of_two_later}),
+            "handle_cast is an async def, which is not supported",
+        ),
+        (WantsDatabase, "the server WantsDatabase must be made without arguments, but it takes (db)"),
+    ],
+)
+def test_a_servers_mistake_is_told_when_it_is_started(me, server, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        start_link(server)
+
+
+@pytest.mark.parametrize(
+    "attributes",
+    [
+        {"handle_call": lambda *args: ("reply", 1, args[-1])},
+        {"handle_all": of_two, "handle_ball": of_two, "initial": of_two},
+    ],
+)
+def test_an_unusual_server_is_no_mistake(me, attributes):
+    server = start_link(type("Unusual", (GenServer,), attributes))
+    assert stop(server) == "ok"
+
+
+def test_without_the_room_an_unknown_key_is_refused_and_other_mistakes_wait_for_the_request(tmp_path):
+    vendored(tmp_path, ["checks"])
+    code = """
+from nova_lite import *
+for groups, settings in [([{"secruity": print}], {}), ([], {"idle_timout": 5}), ([], {"trust_proxy": -1})]:
+    try:
+        Nova(groups, **settings)
+    except (TypeError, ValueError) as error:
+        print(error)
+app = Nova([{"security": True, "routes": [("/a", lambda: 5)]}], idle_timeout="60")
+import logging
+logging.disable()
+app({"REQUEST_METHOD": "GET", "PATH_INFO": "/a"}, lambda status, *_: print(status))
+"""
+    assert python(code, tmp_path).replace(". Did you mean 'idle_timeout'?", "").splitlines() == [
+        "a group of routes has no secruity",
+        "Settings.__init__() got an unexpected keyword argument 'idle_timout'",
+        "trust_proxy is a number of proxies, or True for one",
+        "500 Internal Server Error",
+    ]
 
 
 # -- views ------------------------------------------------------------------------------------------------------------
