@@ -33,7 +33,8 @@ The map. A room uses the rooms above it, others only through `rooms`. Those afte
     http                    strict HTTP: limits, framing               (cut line; so have all rooms below)
     tls                     https and wss
     proxy                   what a proxy in front says of the client
-    views                   templates and files
+    checks                  mistakes in routes and options, as errors that say what to do
+    views                   templates and files, the look of pages
     deflate                 compression (permessage-deflate)
     gen_server              servers with calls; supervisors
     presence                who is in a channel, by name
@@ -82,7 +83,7 @@ import weakref
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, suppress
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from datetime import datetime
 from functools import cache, lru_cache, partial
 from io import BytesIO
@@ -1473,7 +1474,8 @@ def error_body(status_line: str, text: str, accept: str) -> tuple[str, bytes]:
     """Returns (content type, body) of an error, in the form that the client accepts: a small page, or JSON."""
     if "text/html" in accept.lower():
         title, text = bottle.html_escape(status_line), bottle.html_escape(text)
-        page = f"<!doctype html><meta charset=utf-8><title>{title}</title><h1>{title}</h1><p>{text}</p>\n"
+        plain = f"<!doctype html><meta charset=utf-8><title>{title}</title><h1>{title}</h1><p>{text}</p>\n"
+        page = rooms["views"].error_page(title, text) if "views" in rooms else plain
         return "text/html; charset=utf-8", page.encode("utf-8", "replace")
     return "application/json", json.dumps({"error": text}).encode()
 
@@ -2231,6 +2233,8 @@ class ConnectionRegistry:
 EVENT_STREAM = {"Content-Type": "text/event-stream", "Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
 _BOTTLES_FORM = vars(bottle.BaseRequest)["POST"].getter.__code__
 _REST = "rest_of_the_path"  # bottle's name for the binding "..."
+GROUP_KEYS = {"plugins", "prefix", "routes", "security"}  # of a group of routes; rooms add theirs
+ROUTE_OPTIONS = {"methods", "protocol"}  # of a route, besides the names in `Settings`; rooms add theirs
 
 
 class Nova(bottle.Bottle):
@@ -2244,31 +2248,28 @@ class Nova(bottle.Bottle):
 
     def __init__(self, groups: Iterable[Mapping[str, Any]] = (), **settings: Any) -> None:
         super().__init__()
-        self.settings = _settings(Settings(), settings)
+        self.settings = _settings("Nova", Settings(), settings)
         self.plugins.insert(0, SimpleNamespace(apply=lambda *args: partial(_call_outermost, *args)))
         for group in [groups] if isinstance(groups, Mapping) else groups:
             self.add(group)
 
     def add(self, group: Mapping[str, Any]) -> None:
         """Adds a group of routes. Raises ValueError for unknown keys and options."""
-        unknown = set(group) - {"prefix", "security", "routes", "plugins"}
-        if unknown:
+        if "checks" in rooms:
+            rooms["checks"].check_group(group)
+        if unknown := set(group) - GROUP_KEYS:  # with a misspelt "security", the group would be open
             raise ValueError(f"a group of routes has no {', '.join(sorted(unknown))}")
-        security = group.get("security", False)
-        if security is not False and not callable(security):
-            raise ValueError(f"security is False or a function of req, not {security!r}")
         for route in group.get("routes", ()):
             self._add(group, *route)
 
     def _add(self, group: Mapping[str, Any], path: str, controller: Any, options: Any = ()) -> None:
         rule, options = _rule(group.get("prefix", ""), path), dict(options)
-        methods, protocol = options.pop("methods", None), options.pop("protocol", "http")
-        if isinstance(methods, str):
-            raise ValueError(f"{rule}: methods is a list")
-        if protocol not in ("http", "ws") or (protocol == "http" and not callable(controller)):
-            raise ValueError(f"{rule}: {controller!r} cannot serve the protocol {protocol!r}")
-        kind, methods = (_WebSocketEndpoint, ["get"]) if protocol == "ws" else (_Endpoint, methods or ["_"])
-        endpoint = kind(controller, group.get("security", False), _settings(self.settings, options))
+        if "checks" in rooms:
+            rooms["checks"].check_route(self, rule, controller, options)
+        settings = {key: value for key, value in options.items() if key not in ROUTE_OPTIONS}
+        methods = ["get"] if options.get("protocol") == "ws" else options.get("methods") or ["_"]
+        kind = _WebSocketEndpoint if options.get("protocol") == "ws" else _Endpoint
+        endpoint = kind(controller, group.get("security", False), _settings(rule, self.settings, settings))
         names = ["ANY" if method == "_" else method.upper() for method in methods]
         self.route(rule, names, endpoint, apply=group.get("plugins", []))
 
@@ -2303,22 +2304,12 @@ class Nova(bottle.Bottle):
         return body
 
 
-def _settings(settings: Settings, options: Mapping[str, Any]) -> Settings:
-    unknown = set(options) - {field.name for field in fields(Settings)}
-    if unknown:
-        raise ValueError(f"there is no option {', '.join(sorted(unknown))}")
-    if isinstance(options.get("origins"), str) and options["origins"] != "*":
-        raise ValueError("origins is a list, or '*'")
-    for origin in () if options.get("origins") in (None, "*") else options["origins"]:
-        if parse_origin(origin) is None:
-            raise ValueError(f"expected an origin such as 'https://example.org', without a path, got {origin!r}")
+def _settings(where: str, settings: Settings, options: Mapping[str, Any]) -> Settings:
+    if "checks" in rooms:
+        rooms["checks"].check_settings(where, options)
     for name, needed in {"compress": "deflate", "trust_proxy": "proxy"}.items():
         if options.get(name):
             room(needed).check(options)  # raises here, and not at the first client, if it was cut off
-    if isinstance(options.get("subprotocols"), str):
-        raise ValueError("subprotocols is a list")
-    if options.get("on_slow", "close") not in ("close", "drop_oldest", "drop_new"):
-        raise ValueError("on_slow is 'close', 'drop_oldest' or 'drop_new'")
     return replace(settings, **options)
 
 
@@ -2410,9 +2401,6 @@ class _WebSocketEndpoint(_Endpoint):
     """The gate before the 101: every refusal is plain HTTP."""
 
     def __init__(self, handler: Any, security: Any, settings: Settings) -> None:
-        missing = [name for name in ("init", "websocket_handle", "websocket_info") if not hasattr(handler, name)]
-        if missing:
-            raise ValueError(f"the WebSocket handler {handler!r} lacks {', '.join(missing)}")
         super().__init__(handler, security, settings)
 
     def __call__(self, **bindings: Any) -> HTTPResponse:
@@ -2770,14 +2758,13 @@ def run(
     options["children"] = room("gen_server").check_children(children) if children else ()  # before there are workers
     if reload:
         room("launch").reload_on_change()
+        drain_time, shutdown_delay = min(drain_time, 0.3), 0.0
     if workers > 1:
         if cluster is None:
             raise ValueError("workers need a cluster: without one a broadcast would reach one worker's clients only")
         number, port = room("launch").run_workers(workers, host, port, drain_time + shutdown_delay)
         options["reuse_port"], name = True, f"{name or scheduler.node}-{number}"
     _descriptor_limit(raised=True)
-    if reload:
-        drain_time, shutdown_delay = min(drain_time, 0.3), 0.0
     try:
         _serve(Server(app, host, port, drain_time=drain_time, **options), shutdown_delay, cluster, name)
     finally:
@@ -3560,12 +3547,69 @@ rooms["proxy"] = SimpleNamespace(
 )
 
 
-# ----- cut here: without views ---------------------------------------------------------------------------------------
-# Lost: templates and files: ("ok", variables), ("view", variables), ("sendfile", ...), static.
+# ----- cut here: without checks --------------------------------------------------------------------------------------
+# Lost: mistakes in routes and options are found, with advice, when the application is made. The core refuses unknown
+# keys of a group; other mistakes show at the request.
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Views: templates and files, which bottle renders and sends.
+# Checks: finds mistakes when the application is made, and says what is wrong, where, and what to do instead.
+# Invariant: a program without mistakes is the same with and without this room. A doubtful case is no mistake.
+# ---------------------------------------------------------------------------------------------------------------------
+
+from dataclasses import fields
+
+CALLBACKS = ("init", "websocket_handle", "websocket_info")  # which each handler must have
+
+
+def _check_group(group: Any) -> None:
+    unknown = set(group) - GROUP_KEYS
+    if unknown:
+        raise ValueError(f"a group of routes has no {', '.join(sorted(unknown))}")
+    security = group.get("security", False)
+    if security is not False and not callable(security):
+        raise ValueError(f"security is False or a function of req, not {security!r}")
+
+
+def _check_route(app: Nova, rule: str, controller: Any, options: Mapping[str, Any]) -> None:
+    protocol = options.get("protocol", "http")
+    if isinstance(options.get("methods"), str):
+        raise ValueError(f"{rule}: methods is a list")
+    if protocol not in ("http", "ws") or (protocol == "http" and not callable(controller)):
+        raise ValueError(f"{rule}: {controller!r} cannot serve the protocol {protocol!r}")
+    missing = [name for name in CALLBACKS if not hasattr(controller, name)]
+    if protocol == "ws" and missing:
+        raise ValueError(f"{rule}: the WebSocket handler {controller!r} lacks {', '.join(missing)}")
+
+
+def _check_settings(where: str, options: Mapping[str, Any]) -> None:
+    unknown = set(options) - {field.name for field in fields(Settings)}
+    if unknown:
+        raise ValueError(f"{where}: there is no option {', '.join(sorted(unknown))}")
+    if isinstance(options.get("origins"), str) and options["origins"] != "*":
+        raise ValueError(f"{where}: origins is a list, or '*'")
+    for origin in () if options.get("origins") in (None, "*") else options["origins"]:
+        if parse_origin(origin) is None:
+            raise ValueError(
+                f"{where}: expected an origin such as 'https://example.org', without a path, got {origin!r}"
+            )
+    if not isinstance(options.get("trust_proxy", 0), int) or options.get("trust_proxy", 0) < 0:
+        raise ValueError(
+            f"{where}: trust_proxy is a number of proxies, or True for one, not {options['trust_proxy']!r}"
+        )
+    if isinstance(options.get("subprotocols"), str):
+        raise ValueError(f"{where}: subprotocols is a list")
+    if options.get("on_slow", "close") not in ("close", "drop_oldest", "drop_new"):
+        raise ValueError(f"{where}: on_slow is 'close', 'drop_oldest' or 'drop_new'")
+
+
+rooms["checks"] = SimpleNamespace(check_group=_check_group, check_route=_check_route, check_settings=_check_settings)
+# ----- cut here: without views ---------------------------------------------------------------------------------------
+# Lost: templates and files: ("ok", variables), ("view", variables), ("sendfile", ...), static. Pages look plain.
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Views: templates and files, which bottle renders and sends, and the look that the pages of this file share.
 # Invariant: as in requests and responses, no sockets; a bottle response goes out. No path leads out of a static folder.
 # ---------------------------------------------------------------------------------------------------------------------
 
@@ -3673,7 +3717,52 @@ def _normalize_conditions(environ: dict[str, Any], etag: str) -> None:
         environ.pop("HTTP_RANGE", None)  # RFC 9110 §13.1.5, §14.2
 
 
-rooms["views"] = SimpleNamespace(to_response=_to_response)
+# The look that all pages share. Red (--bad) is for errors and danger only; --accent is for what can be clicked.
+STAR = (
+    "data:image/svg+xml,<svg xmlns='http://www.w3.org/2000/svg' viewBox='0 0 24 24'>"
+    "<path fill='%23cf8a12' d='M12 0q1 11 12 12-11 1-12 12-1-11-12-12 11-1 12-12z'/></svg>"
+)
+STYLE = """
+  :root { color-scheme: light dark; --paper: #f4f3ee; --card: #fffefa; --ink: #1a2426; --dim: #566266; --line: #dedcd2;
+          --edge: #848d8e; --accent: #0c6470; --on: #fff; --tint: #e0efee; --star: #cf8a12; --flare: #ffebb0;
+          --bad: #b02318; --warn: #84500a; --good: #2d7d4f }
+  @media (prefers-color-scheme: dark) { :root { --paper: #0f1518; --card: #171f23; --ink: #e7ece8; --dim: #9aa8aa;
+          --line: #2b373c; --edge: #6b7b80; --accent: #6ccbd0; --on: #08262a; --tint: #17383c; --star: #f2b84b;
+          --flare: #3c3112; --bad: #ff9d90; --warn: #f0ba62; --good: #6cc592 } }
+  * { box-sizing: border-box } [hidden] { display: none !important }
+  body { margin: 0 auto; max-width: 76rem; padding: 1rem; font: 1rem/1.5 system-ui, sans-serif;
+         background: var(--paper); color: var(--ink); overflow-wrap: anywhere }
+  h1, h2, h3, p, ul, dl, dd { margin: 0; padding: 0 } .dim, time, small { color: var(--dim) } a { color: var(--accent) }
+  h1, h2 { font: 600 1.25rem/1.2 ui-monospace, "Cascadia Code", Menlo, Consolas, monospace; letter-spacing: -.04em }
+  h2 { font-size: 1.0625rem } h1 a { color: inherit; text-decoration: none }
+  .home::before { content: ""; display: inline-block; width: 1.1em; height: 1.1em; vertical-align: -.2em;
+         margin-right: .35em; background: url("STAR") }
+  input, textarea, button, summary { font: inherit; color: inherit; border: 1px solid var(--edge); border-radius: .5rem;
+         padding: .4rem .7rem; background: var(--card); min-height: 2.5rem }
+  ::placeholder { color: var(--dim); opacity: 1 } [aria-invalid=true] { border: 2px solid var(--bad) }
+  button, summary { cursor: pointer } button:hover, summary:hover { background: var(--tint) }
+  .main, .main:hover { background: var(--accent); border-color: var(--accent); color: var(--on); font-weight: 600 }
+  .error { color: var(--bad) } :focus-visible { outline: 2px solid var(--accent); outline-offset: 2px }
+""".replace("STAR", STAR)
+HEAD = f"""<!doctype html>
+<html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
+<style>{STYLE}</style>
+"""
+
+
+def _error_page(title: str, text: str) -> str:
+    """Returns the page of an error; `title` and `text` are HTML."""
+    look = "<style>body { max-width: 32rem; padding: 15vh 1rem } p { margin: 1rem 0; color: var(--dim) }</style>"
+    home = '<p><a href="/">Home page</a></p>'
+    return f"{HEAD}<title>{title}</title>{look}<main><h1>{title}</h1><p>{text}</p>{home}</main></html>\n"
+
+
+rooms["views"] = SimpleNamespace(
+    to_response=_to_response,
+    error_page=_error_page,
+    STYLE=STYLE,
+    HEAD=HEAD + f'<link rel="icon" href="{STAR}">\n',  # of the pages of this file; an error's has the site's icon
+)
 # ----- cut here: without deflate -------------------------------------------------------------------------------------
 # Lost: compression (permessage-deflate).
 
@@ -4376,16 +4465,16 @@ def count_children(supervisor: Pid | str) -> dict[str, int]:
 
 
 def supervisors(limit: int = 100) -> dict[Pid, dict[str, Any]]:
-    """Returns the supervisors of this node, each as {"parent", "strategy", "count", "children"}, without calling them.
+    """Returns the supervisors of this node, each as a dict of its attributes, without calling them.
 
-    "parent" has started it; "children" are the first `limit` of `count`, as `which_children` returns them.
+    "parent" has started it; "children" are the first `limit` of "count", each (id, pid, type, restart).
     """
     found: dict[Pid, dict[str, Any]] = {}
     for process in processes.values():
         if isinstance(process, ServerProcess) and isinstance(process.server, Supervisor):
-            strategy, children = process.server.strategy, process.server.children
-            first = [child.describe() for child in islice(children.values(), limit)]
-            found[process] = {"parent": process.parent, "strategy": strategy, "count": len(children), "children": first}
+            own, children = vars(process.server), process.server.children.values()
+            first = [(*child.describe(), child.spec["restart"]) for child in islice(children, limit)]
+            found[process] = {**own, "parent": process.parent, "count": len(children), "children": first}
     return found
 
 
@@ -6199,11 +6288,23 @@ def stats() -> dict[str, Any]:
     age_seconds, channels (five at most), state (idle, ready, running, waiting, slow); channels: channel, members (of
     all nodes), local_members, messages (sent to members here, since the channel has some); cluster: None, or up, nodes
     (name, id, members, silent_seconds) and dropped (messages that could not be read); supervisors: pid, name, strategy,
-    count (of children), children (100 at most: id, pid, "restarting" or None, type); leases, the children in the
-    cluster: id, node and pid, None while no node runs it. Both are None if this copy has no such room.
+    restarts (in the last period, seconds, of at most intensity), count (of children), children (100 at most: id, pid,
+    "restarting" or None, type, restart); leases, the children in the cluster: id, node and pid, None while no node runs
+    it. Both are None if this copy has no such room.
     """
     busiest = nlargest(BOARD_SIZE, processes.values(), key=lambda process: (len(process.mailbox), process.handled))
     ready = set(scheduler.ready)
+    return {
+        **_summary(),
+        "processes": [_process_info(process, process in ready) for process in busiest],
+        "channels": [_channel_info(channel) for channel in sorted(pubsub.which_channels())],
+        "supervisors": _list_supervisors(),
+        "leases": _leases(),
+    }
+
+
+def _summary() -> dict[str, Any]:
+    """Returns the figures of `stats` that take no time."""
     return {
         "node": scheduler.node,
         "version": __version__,
@@ -6216,32 +6317,33 @@ def stats() -> dict[str, Any]:
         "slow_closed": sum(registry.slow_closed for registry in registries),
         "messages_dropped": sum(registry.dropped for registry in registries),
         "process_count": len(processes),
-        "processes": [_process_info(process, process in ready) for process in busiest],
-        "channels": [_channel_info(channel) for channel in sorted(pubsub.which_channels())],
         "cluster": pubsub.adapter.info(),
-        "supervisors": _list_supervisors() if "gen_server" in rooms else None,
-        "leases": rooms["leases"].list_leases() if "leases" in rooms else None,
     }
 
 
-def _list_supervisors() -> list[dict[str, Any]]:
+def _list_supervisors() -> list[dict[str, Any]] | None:
+    if "gen_server" not in rooms:
+        return None
     return [
         {
             "pid": str(pid),
             "name": pid.name,
-            "strategy": entry["strategy"],
-            "count": entry["count"],
+            **{key: entry[key] for key in ("strategy", "intensity", "period", "count")},
+            "restarts": sum(monotonic() - at <= entry["period"] for at in entry["restarts"]),
             "children": [
-                {"id": str(key)[:ID_LENGTH], "pid": child and str(child), "type": kind}
-                for key, child, kind in entry["children"]
+                {"id": str(key)[:ID_LENGTH], "pid": child and str(child), "type": kind, "restart": restart}
+                for key, child, kind, restart in entry["children"]
             ],
         }
         for pid, entry in islice(rooms["gen_server"].supervisors().items(), BOARD_SIZE)
     ]
 
 
+def _leases() -> list[dict[str, Any]] | None:
+    return rooms["leases"].list_leases() if "leases" in rooms else None
+
+
 def _process_info(process: Process, is_ready: bool) -> dict[str, Any]:
-    states: dict[Any, str] = {enqueue: "idle", None: "ready" if is_ready else "running"}
     return {
         "pid": repr(process),
         "name": process.name,
@@ -6251,8 +6353,16 @@ def _process_info(process: Process, is_ready: bool) -> dict[str, Any]:
         "handled": process.handled,
         "age_seconds": round(monotonic() - process.started_at, 1),
         "channels": sorted(islice(process.channels, 5)),
-        "state": "slow" if getattr(process, "write_buffer", b"") else states.get(process.wake, "waiting"),
+        "state": _state_of(process, is_ready),
     }
+
+
+def _state_of(process: Process, is_ready: bool) -> str:
+    if getattr(process, "write_buffer", b""):
+        return "slow"
+    if process.wake is None:
+        return "ready" if is_ready else "running"
+    return "idle" if process.wake is enqueue else "waiting"
 
 
 def _channel_info(channel: str) -> dict[str, Any]:
@@ -6333,6 +6443,14 @@ def _answer(caller: Pid) -> None:
 
 __all__ += ["cluster_stats"]
 rooms["stats"] = SimpleNamespace(stats=stats, cluster_stats=cluster_stats, answer=_answer)
+vars(rooms["stats"]).update(  # for the board, which asks for what it shows only
+    summary=_summary,
+    process_info=_process_info,
+    channel_info=_channel_info,
+    state_of=_state_of,
+    list_supervisors=_list_supervisors,
+    list_leases=_leases,
+)
 
 
 # ----- cut here: without board ---------------------------------------------------------------------------------------
@@ -7047,25 +7165,24 @@ def choose_password() -> str:
     return os.environ["NOVA_PASSWORD"]
 
 
-LOGIN_PAGE = """<!doctype html>
-<html lang="en">
-<meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
-<title>Log in - nova_lite</title><link rel="icon" href="data:,">
+LOGIN_PAGE = (
+    room("views").HEAD
+    + """<title>Log in - nova_lite</title>
 <style>
-  :root { color-scheme: light dark; --accent: light-dark(#b3263a, #f0788a) } * { box-sizing: border-box }
-  body { margin: 0; padding: 15vh 1rem 2rem; font: 16px/1.5 system-ui } p:empty { display: none }
-  form { display: grid; gap: .5rem; max-width: 22rem; margin: auto } h1 { font-size: 1.35rem; margin: 0 0 .5rem }
-  p { color: var(--accent); margin: 0 } [aria-invalid=true] { border-color: var(--accent) }
-  input, button { font: inherit; width: 100%; border: 1px solid #888; border-radius: .4rem; padding: .5rem .6rem }
-  :focus-visible { outline: 2px solid var(--accent); outline-offset: 1px }
+  body { padding-top: 15vh } main { max-width: 22rem; margin: auto } p:empty { display: none }
+  form { display: grid; gap: .5rem; margin-top: 1.5rem } input { width: 100% } .dim { margin-bottom: .5rem }
 </style>
-<form method="post" action="/login"><h1>nova_lite</h1><label for="password">Password</label>
+<main><h1><a class="home" href="/">nova_lite</a></h1>
+<form method="post" action="/login">
+  <p class="dim">The board shows what this node does. Its password was printed when the program started.</p>
+  <label for="password">Password</label>
   <input name="username" value="board" autocomplete="username" hidden>
   <input type="password" id="password" name="password" autocomplete="current-password" required autofocus
     aria-invalid="INVALID" aria-describedby="error">
-  <p id="error" role="alert">ERROR</p><button>Log in</button></form>
+  <p id="error" class="error" role="alert">ERROR</p><button class="main">Log in</button></form></main>
 </html>
 """
+)
 
 
 def demo(notes: Notes, password: str | None = None) -> Nova:
@@ -7102,29 +7219,14 @@ def demo(notes: Notes, password: str | None = None) -> Nova:
     return app
 
 
-PAGE = """<!doctype html>
-<html lang="en">
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>nova_lite</title>
-<link rel="icon" href="data:image/svg+xml,<svg xmlns='http://www.w3.org/2000/svg' viewBox='0 0 24 24'><path
-  fill='%23cf8a12' d='M12 0q1 11 12 12-11 1-12 12-1-11-12-12 11-1 12-12z'/></svg>">
+PAGE = (
+    room("views").HEAD
+    + """<title>nova_lite</title>
+<meta name="description" content="Live comments and notes: what one window does, every window shows.">
 <style>
-  :root { color-scheme: light dark; --paper: #f4f3ee; --card: #fffefa; --ink: #1a2426; --dim: #566266; --line: #dedcd2;
-          --edge: #848d8e; --accent: #0c6470; --on: #fff; --tint: #e0efee; --star: #cf8a12; --flare: #ffebb0;
-          --bad: #b02318; --warn: #84500a; --good: #2d7d4f }
-  @media (prefers-color-scheme: dark) { :root { --paper: #0f1518; --card: #171f23; --ink: #e7ece8; --dim: #9aa8aa;
-          --line: #2b373c; --edge: #6b7b80; --accent: #6ccbd0; --on: #08262a; --tint: #17383c; --star: #f2b84b;
-          --flare: #3c3112; --bad: #ff9d90; --warn: #f0ba62; --good: #6cc592 } }
-  * { box-sizing: border-box } [hidden] { display: none !important }
-  body { margin: 0 auto; max-width: 76rem; min-height: 100dvh; padding: 1rem; font: 1rem/1.5 system-ui, sans-serif;
-         background: var(--paper); color: var(--ink); overflow-wrap: anywhere }
   body, section, form, #comments { display: flex; flex-direction: column; gap: .75rem }
   header, .row, #line { display: flex; flex-flow: row wrap; gap: .25rem .75rem; align-items: center }
-  h1, h2, h3, p, ul { margin: 0; padding: 0 } h3 { font-size: 1rem; line-height: 1.35 }
-  h1, h2 { font: 600 1.25rem/1 ui-monospace, "Cascadia Code", Menlo, Consolas, monospace; letter-spacing: -.04em }
-  h2 { font-size: 1.0625rem } h1 svg { width: 1.1em; fill: var(--star); vertical-align: -.2em; margin-right: .35em }
-  header { min-height: 2.25rem } .dim, time, small, #line { color: var(--dim) }
+  h3 { font-size: 1rem; line-height: 1.35 } header { min-height: 2.25rem } #line { color: var(--dim) }
   #line { margin-left: auto; gap: .3rem; padding: 0 .6rem; border: 1px solid transparent; border-radius: 2rem }
   #line, small, label, .error, .plain, .row p { font-size: .875rem } .dim:empty { display: none }
   #line::before { content: ""; display: inline-block; width: 10px; height: 10px; border: 2px solid; border-radius: 50%;
@@ -7144,28 +7246,22 @@ PAGE = """<!doctype html>
   li .row { margin-top: .2rem } #say [name=nick] { flex: 0 1 27% } label { font-weight: 600 }
   li p { white-space: pre-wrap; max-height: 18rem; overflow: auto } li small { flex: 1 }
   form.row { flex-wrap: nowrap } .row input { flex: 1 } #search { max-width: 15rem }
-  input, textarea, button, summary { font: inherit; color: inherit; border: 1px solid var(--edge); border-radius: .5rem;
-         padding: .4rem .7rem; background: var(--card); min-height: 2.5rem } label > * { margin-block: .2rem }
   input, textarea { display: block; width: 100%; min-width: 0; font-size: 1rem; font-weight: 400; resize: vertical }
-  ::placeholder { color: var(--dim); opacity: 1 } [aria-invalid=true] { border: 2px solid var(--bad) }
-  button, summary { cursor: pointer } button:hover, summary:hover { background: var(--tint) }
-  .main, .main:hover { background: var(--accent); border-color: var(--accent); color: var(--on); font-weight: 600 }
-  a, .plain, summary { color: var(--accent) } .plain { min-height: 1.75rem; padding: 0 .3rem; border: 0;
-         background: none; text-decoration: underline } .error { color: var(--bad) }
+  .plain, summary { color: var(--accent) } .plain { min-height: 1.75rem; padding: 0 .3rem; border: 0;
+         background: none; text-decoration: underline } label > * { margin-block: .2rem }
   details:not([open]) > summary::before { content: "+"; margin-right: .4em }
   summary { display: flex; align-items: center; justify-content: center; border-style: dashed; font-weight: 600 }
   [open] > summary { border-color: transparent; padding: .4rem 0; justify-content: start; background: none }
-  :focus-visible { outline: 2px solid var(--accent); outline-offset: 2px }
   @media (min-width: 40rem) and (min-height: 30rem) { #comments { max-height: none }
     body { height: 100dvh } main { grid-template: minmax(0, 1fr) / 1fr 1fr } }
   @media (pointer: coarse) { main :is(input, textarea, button, summary) { min-height: 2.75rem } }
   @media (prefers-reduced-motion: no-preference) { .new { animation: arrive .3s ease-out, flare 2.5s ease-out }
-    svg.new { animation: star .8s ease-out } @keyframes arrive { from { opacity: 0; translate: 0 -.6rem } }
+    .home.new { animation: none } .home.new::before { animation: star .8s ease-out }
+    @keyframes arrive { from { opacity: 0; translate: 0 -.6rem } }
     @keyframes flare { from { background: var(--flare) } } @keyframes star { 30% { scale: 1.4; rotate: 45deg } } }
 </style>
 <header>
-  <h1><svg viewBox="0 0 24 24" aria-hidden="true"><path d="M12 0q1 11 12 12-11 1-12 12-1-11-12-12 11-1 12-12z"/></svg
-    >nova_lite</h1>
+  <h1><a class="home" href="/">nova_lite</a></h1>
   <div id="line" class="away"><span id="state" role="status">connecting</span><span id="wait" aria-hidden="true"></span
     ><button id="now" class="plain" aria-label="Reconnect now" hidden>now</button></div>
 </header>
@@ -7211,7 +7307,7 @@ function element(tag, className, ...children) {  // children are text: user inpu
 }
 
 function arrived(node) {  // highlights the node and the star
-  for (const it of [node, document.querySelector("svg")]) {
+  for (const it of [node, document.querySelector(".home")]) {
     it.classList.remove("new");
     void it.clientTop;  // restarts the animation
     it.classList.add("new");
@@ -7429,6 +7525,7 @@ function fault(field, text) {
 </script>
 </html>
 """
+)
 
 
 CLIENT = """/* A WebSocket that reconnects. Copy it.

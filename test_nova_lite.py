@@ -26,11 +26,13 @@ import socket
 import subprocess
 import sys
 import tempfile
+import textwrap
 import threading
 import time
 from array import array
 from bisect import bisect
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
+from dataclasses import fields
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -2473,6 +2475,12 @@ def test_an_http_error_that_a_controller_raises_is_its_answer(caplog):
 def test_errors_answer_in_the_form_that_the_client_accepts(accept, content_type, body):
     given_type, given_body = error_body("404 Not <Found>", "<no>", accept)
     assert (given_type, body in given_body, b"<Found>" in given_body) == (content_type, True, False)
+
+
+def test_an_error_page_is_fit_for_phones_and_dark_rooms_and_leads_home():
+    page = error_body("404 Not Found", "no route", "text/html")[1].decode()
+    for words in ('<html lang="en">', "width=device-width", "color-scheme: light dark", '<a href="/">', "</html>"):
+        assert words in page
 
 
 def test_an_unknown_path_is_a_404_that_echoes_no_markup():
@@ -7360,10 +7368,11 @@ def test_a_snapshot_shows_the_supervisors_without_calling_them(me, begin):
     spawn(start_child, supervisor, {"id": "slow", "start": (gate.wait,), "restart": "temporary"})
     until(lambda: not supervisor.mailbox and supervisor.runner)  # it is blocked
     found = nova_lite.rooms["gen_server"].supervisors(limit=2)
-    (_, lower, kind), (_, none, _) = found[supervisor]["children"]
+    (_, lower, kind, _), (_, none, _, restart) = found[supervisor]["children"]
+    assert restart == "temporary"
     assert (kind, none, found[supervisor]["count"], found[supervisor]["parent"]) == ("supervisor", None, 2, me)
     assert (found[lower]["parent"], found[lower]["strategy"], found[lower]["count"]) == (supervisor, "one_for_all", 5)
-    assert [id for id, _, _ in found[lower]["children"]] == [0, 1]
+    assert [id for id, *_ in found[lower]["children"]] == [0, 1]
     gate.set()
 
 
@@ -10685,7 +10694,7 @@ def test_functions_are_short():
 
 
 # Lines, blanks and comments counted. The core is to come down to 2,900, the cluster to 800.
-BUDGETS = {**dict.fromkeys(ROOMS, 600), "core": 2900, "cluster": 800, "presence": 250, "demo and main": 1050}
+BUDGETS = {**dict.fromkeys(ROOMS, 600), "core": 2900, "cluster": 800, "presence": 250, "demo and main": 1200}
 
 
 @pytest.mark.parametrize("room", BUDGETS)
@@ -10935,7 +10944,7 @@ def test_the_demo_uses_the_public_api_only():
     below = ast.parse(BELOW_CODE)
     own = {name for node in ast.walk(below) for name in Layers.defined_names(node)}
     used = {node.id for node in ast.walk(below) if isinstance(node, ast.Name)}
-    assert used & above - own - set(nova_lite.__all__) - {"__version__", "log"} == set()
+    assert used & above - own - set(nova_lite.__all__) - {"__version__", "log", "room"} == set()
 
 
 # -- vendoring
@@ -10988,7 +10997,7 @@ def names_in(source):
     return set(symbols(module)), defined, {symbol.get_name() for symbol in module.get_symbols() if symbol.is_imported()}
 
 
-ALWAYS_THERE = {*dir(builtins), "__file__"}
+ALWAYS_THERE = {*dir(builtins), "__file__", "__conditional_annotations__"}  # the last by Python 3.14
 EVERY_SET = """
 from __future__ import annotations  # inherited by what is compiled here
 import sys, types
@@ -11223,9 +11232,33 @@ def test_a_server_on_a_library_that_is_not_patched_warns_as_run_does(tmp_path):
     assert (done.returncode, done.stderr.count("monkey.patch_all()")) == (0, 1)
 
 
-def test_the_readmes_program_runs_as_printed(tmp_path):
-    program = re.search(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)[1]
-    assert program.count("\n") <= 15
+def read_program(text, section=""):
+    """Returns the first program in Python behind a heading of the README."""
+    return re.search(r"```python\n(.*?)```", text.partition(section)[2] if section else text, re.DOTALL)[1]
+
+
+def test_the_readmes_first_program_and_its_page_run_as_printed(browse, tmp_path):
+    program = read_program((ROOT / "README.md").read_text())
+    assert program.count("\n") <= 25
+    with program_running(program.replace("port=8080", "port=0"), tmp_path) as server:
+        with ws(server, "/chat") as client:
+            browse(server, "/", """
+pages = page, page.context.new_page()
+for one in pages:
+    one.goto(url)
+    one.wait_for_function("socket.readyState === 1")
+page.get_by_label("Say").fill("hello <b>")
+page.get_by_label("Say").press("Enter")
+for one in pages:
+    expect(one.get_by_role("listitem")).to_have_text(["hello <b>"])
+""")  # fmt: skip
+            assert client.recv(PATIENCE) == "hello <b>"
+
+
+def test_the_docstrings_program_runs_as_printed(tmp_path):
+    indented = re.search(r"\n\n((?:    .*\n|\n)+)", nova_lite.__doc__)[1]
+    program = textwrap.dedent(indented)
+    assert program.count("\n") <= 16
     with program_running(program.replace("port=8080", "port=0"), tmp_path) as server:
         with ws(server, "/chat") as one, ws(server, "/chat") as two:
             one.send("hello")
@@ -11285,13 +11318,14 @@ def test_the_readme_names_the_rooms_and_the_packages_of_the_tests():
     assert set(re.findall(r"'([\w\[\]-]+)>=", readme)) == packages
 
 
-def test_the_docstrings_program_is_the_readmes():
-    program = re.search(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)[1]
+@pytest.mark.parametrize("name", sorted(nova_lite.__all__))
+def test_the_readme_explains_every_public_name(name):
+    assert re.search(rf"`[^`\n]*\b{name}\b", (ROOT / "README.md").read_text())
 
-    def squeeze(text):
-        return "".join(text.split())
 
-    assert squeeze(program) in squeeze(nova_lite.__doc__)
+@pytest.mark.parametrize("name", [field.name for field in fields(Settings)])
+def test_the_readme_explains_every_option(name):
+    assert f"`{name}`" in (ROOT / "README.md").read_text()
 
 
 # -- logs -------------------------------------------------------------------------------------------------------------
@@ -11533,18 +11567,20 @@ def test_stats_tell_of_supervisors_with_their_children_and_of_children_in_the_cl
     figures = nova_lite.stats()
     assert json.loads(json.dumps(figures)) == figures
     (_, below, _), (_, mailer, _) = which_children(outer)
+    limits = {"restarts": 0, "intensity": 1, "period": 5}
     assert figures["supervisors"] == [
         {
             "pid": str(outer),
             "name": None,
             "strategy": "one_for_one",
+            **limits,
             "count": 2,
             "children": [
-                {"id": "inner", "pid": str(below), "type": "supervisor"},
-                {"id": "mailer", "pid": str(mailer), "type": "worker"},
+                {"id": "inner", "pid": str(below), "type": "supervisor", "restart": "permanent"},
+                {"id": "mailer", "pid": str(mailer), "type": "worker", "restart": "permanent"},
             ],
         },
-        {"pid": str(below), "name": None, "strategy": "one_for_all", "count": 0, "children": []},
+        {"pid": str(below), "name": None, "strategy": "one_for_all", **limits, "count": 0, "children": []},
     ]
     assert figures["leases"] == [{"id": "mailer", "node": nova_lite.scheduler.node, "pid": str(mailer)}]
     terminate_child(outer, "mailer")
