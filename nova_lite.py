@@ -43,6 +43,7 @@ The map. A room uses the rooms above it, others only through `rooms`. Those afte
     codec                   what crosses to another node
     cluster                 other nodes, through Redis
     leases                  a child that runs on one node of the cluster
+    logs                    the access log; lines in JSON
     stats                   figures of this node and of all nodes
     board                   a page that shows them
     demo, main              Nova's tutorial; the command line
@@ -1233,6 +1234,7 @@ pubsub = PubSub()
 # Invariant: no sockets. WSGI's environ comes in, a bottle response goes out.
 # ---------------------------------------------------------------------------------------------------------------------
 
+REFUSAL_KEY = "nova_lite.refusal"  # in WSGI's environ: why the request was refused, for the server's log
 MAX_FIELDS = 10_000  # of a form
 _ESCAPE = re.compile(r"\\(?:([0-3][0-7]{2})|(.))")  # in a cookie's value between quotes
 _ORIGIN = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://([A-Za-z0-9._~-]+|\[[0-9A-Fa-f:.]+\])(?::([0-9]{1,5}))?")
@@ -1286,10 +1288,15 @@ class Request(Mapping[str, Any]):
         origin, allowed = self.environ.get("HTTP_ORIGIN"), self.settings.origins
         if origin is None or allowed == "*":
             return True
+        own = f"{self.environ['wsgi.url_scheme']}://{self.environ.get('HTTP_HOST', '')}"
+        why = f"in origins={allowed}"
         if allowed is None:
-            own = f"{self.environ['wsgi.url_scheme']}://{self.environ.get('HTTP_HOST', '')}"
+            why = f"{printable(own)}, this host; behind a proxy see trust_proxy, else origins=[…]"
             allowed = rooms["proxy"].list_origins(own, self.environ) if "proxy" in rooms else [own]
-        return parse_origin(origin) in {parse_origin(text) for text in allowed} - {None}
+        if parse_origin(origin) in {parse_origin(text) for text in allowed} - {None}:
+            return True
+        self.environ[REFUSAL_KEY] = f"Origin {printable(origin)} is not {why}"
+        return False
 
     def content_type(self) -> str:
         return self.environ.get("CONTENT_TYPE", "").partition(";")[0].strip().lower()
@@ -1720,6 +1727,7 @@ STARTING, OPEN, CLOSING, CLOSED = "starting", "open", "closing", "closed"
 READ_SIZE = 65536  # bytes per read or send, so that one client's flood leaves room for the others
 SMALL_READ = 4096  # bytes per read of a client whose bytes take long to parse: tiny frames, or compressed ones
 TURN_TIME = 0.01  # seconds after which a turn ends; 64 broadcasts to 1,000 take 5 ms, and are cheaper in one piece
+REFUSALS = (1002, 1007, 1008, 1009, 1013)  # close codes for a client that breaks the protocol or exceeds a limit
 LINGER = 5.0  # seconds that a closed connection waits for the client to close as well
 CACHED_FRAMES, CACHED_BYTES = 256, 1_000_000  # of broadcasts: a flood on 64 channels still finds its frames
 
@@ -2045,7 +2053,10 @@ class Stream(Process):
         close.__traceback__ = None  # its frames hold it: 3 KiB a connection until the next garbage collection
         if self.phase is OPEN:
             self._start_close(close)
-        log.info("%r%s closed: %r", self, self.title(), close.reason)
+        level, text = logging.INFO, f" ({close.code} {close.text})" if close.text else ""
+        if close.code in REFUSALS:
+            level = logging.WARNING
+        log.log(level, "%r%s closed: %r%s", self, self.title(), close.reason, text)
         if hasattr(self.handler, "terminate"):
             self.handler.terminate(close.reason, self.req, self.state)
         if isinstance(error, ProcessExit) and not isinstance(error.reason, Close):
@@ -2310,8 +2321,9 @@ class Nova(bottle.Bottle):
 def _settings(where: str, settings: Settings, options: Mapping[str, Any]) -> Settings:
     if "checks" in rooms:
         rooms["checks"].check_settings(where, options)
-    if options.get("trust_proxy"):
-        room("proxy").check_hops(options["trust_proxy"])
+    for name, needed in {"compress": "deflate", "trust_proxy": "proxy"}.items():
+        if options.get(name):
+            room(needed).check(options)  # raises here, and not at the first client, if it was cut off
     return replace(settings, **options)
 
 
@@ -2406,8 +2418,6 @@ class _WebSocketEndpoint(_Endpoint):
 
     def __init__(self, handler: Any, security: Any, settings: Settings) -> None:
         super().__init__(handler, security, settings)
-        if settings.compress:
-            room("deflate")  # raises here, and not at the first client, if it was cut off
 
     def __call__(self, **bindings: Any) -> HTTPResponse:
         req = self.make_request(bindings)
@@ -2438,6 +2448,7 @@ class _WebSocketEndpoint(_Endpoint):
         """Runs `init`. If it accepts, the server sends this response and detaches the socket."""
         registry: ConnectionRegistry = req.environ[REGISTRY_KEY]
         if len(registry.connections) >= registry.limit:
+            req.environ[REFUSAL_KEY] = f"{registry.limit} connections are the limit"
             return HTTPError(503, "there are too many connections", Retry_After="5")
         connection = kind(self.controller, req, self.settings, registry)
         if not connection.start():
@@ -2610,14 +2621,8 @@ class RequestHandler(UpgradeHandler):
             connection.interrupt("shutdown")
 
     def log_request(self) -> None:
-        if log.isEnabledFor(logging.INFO):
-            milliseconds = (self.time_finish - self.time_start) * 1000
-            status = (self._orig_status or "000").split()[0]
-            line = printable(self.requestline or ""), status, self.response_length, milliseconds
-            log.info('%s "%s" %s %d %.1f ms', self.peer(), *line)
-
-    def peer(self) -> str:
-        return "{REMOTE_ADDR}:{REMOTE_PORT}".format_map(self.environ)  # the client's, if a proxy is trusted
+        if "logs" in rooms:
+            rooms["logs"].log_request(self)
 
 
 class Server(gevent.pywsgi.WSGIServer):
@@ -2655,7 +2660,7 @@ class Server(gevent.pywsgi.WSGIServer):
         self.tree = room("launch").ApplicationTree(children, self) if children else None
         self.failed = False  # the tree's supervisor has ended
         self.on_failure: Callable[[], Any] = partial(gevent.spawn, self.stop)
-        tls = {"ssl_context": room("tls").make_context(certfile, keyfile)} if certfile else {}
+        tls = room("tls").set_up(self, certfile, keyfile) if certfile else {}
         if reuse_port:
             self.get_listener = lambda _address, backlog, _family: room("launch").bound_socket(host, port, backlog)
         handler = rooms["http"].handler if "http" in rooms else RequestHandler
@@ -2698,9 +2703,6 @@ class Server(gevent.pywsgi.WSGIServer):
         self._timer = self.loop.timer(0.1)
         self._timer.start(self._start_accepting_if_started)
         return None
-
-    def wrap_socket_and_handle(self, client_socket: Any, address: Any) -> None:
-        room("tls").handle_client(self, client_socket, address)
 
     def stop(self, timeout: float | None = None) -> None:
         """Closes the listener, waits for requests, and closes WebSockets with 1001; aborts the rest after `timeout`.
@@ -2749,6 +2751,7 @@ def run(
     shutdown_delay: float = SHUTDOWN_DELAY,
     reload: bool = False,
     log_level: str = "info",
+    log_format: str = "plain",
     children: Iterable[dict[str, Any]] = (),
     **options: Any,
 ) -> None:
@@ -2758,11 +2761,14 @@ def run(
     load balancer can notice. A second signal ends the process immediately. `cluster` is the URL of a Redis (see
     `pubsub.connect`), and `name` is this node's name there. `workers` is the number of processes on the port (see
     `run_workers`); more than one need a cluster. `reload` restarts the program when one of its files changes.
+    With `log_format="json"`, a line of the log is a JSON object.
     `children` (see `start_supervisor`) are started in each process that serves, before it does, and stopped after the
     drain, also if a signal comes while they start; if their supervisor ends, the server drains and the exit code is 1.
     `options` are `Server`'s. Raises OSError if the address is in use, ValueError for a bad child and for workers
     without a cluster, RuntimeError for a child that cannot be started and for a room that this copy lacks.
     """
+    if log_format != "plain":
+        logging.basicConfig(level=log_level.upper(), handlers=[room("logs").log_handler(log_format)])
     process = "%(process)d " if workers > 1 else ""
     logging.basicConfig(level=log_level.upper(), format=f"%(asctime)s {process}%(levelname)s %(name)s: %(message)s")
     options["children"] = room("gen_server").check_children(children) if children else ()  # before there are workers
@@ -3150,8 +3156,9 @@ class StrictRequestHandler(RequestHandler):
         """Refuses a request that cannot be read, and closes: the start of the next one is unknown."""
         late = "408 Request Timeout" if isinstance(ex, TimeoutError) else "400 Bad Request"
         status, reason = getattr(ex, "status_line", late), printable(getattr(ex, "body", None) or ex)
-        line = printable(self.requestline or "")
-        log.info('%s:%d "%s" refused: %s (%s)', *self.client_address[:2], line, status, reason)
+        peer, line = "{}:{}".format(*self.client_address[:2]), printable(self.requestline or "")
+        fields = {"peer": peer, "request": line, "status": int(status[:3]), "phrase": status[4:], "reason": reason}
+        log.info('%(peer)s "%(request)s" refused: %(status)d %(phrase)s (%(reason)s)', fields)
         self._orig_status = status
         kind, body = error_body(status, status[4:], "")
         head = f"HTTP/1.1 {status}\r\nContent-Type: {kind}\r\nContent-Length: {len(body)}\r\nConnection: close\r\n\r\n"
@@ -3212,7 +3219,8 @@ class StrictRequestHandler(RequestHandler):
         else:
             if not isinstance(error, gevent.GreenletExit):
                 line = printable(self.requestline or "")
-                log.error('%s "%s" crashed', self.peer(), line, exc_info=(kind, error, tb))
+                fields = {"peer": "{REMOTE_ADDR}:{REMOTE_PORT}".format_map(self.environ), "request": line}
+                log.error('%(peer)s "%(request)s" crashed', fields, exc_info=(kind, error, tb))
             self._refuse(500)
 
     def _refuse(self, status: int, text: str = "") -> None:
@@ -3359,8 +3367,8 @@ rooms["http"] = SimpleNamespace(handler=StrictRequestHandler)
 from ssl import SSLEOFError, SSLWantReadError, SSLWantWriteError, SSLZeroReturnError
 
 
-def _make_context(certfile: str, keyfile: str | None) -> Any:
-    """Returns a server's context. Raises OSError if a file cannot be read, or has no certificate or no key."""
+def _set_up(server: Any, certfile: str, keyfile: str | None) -> dict[str, Any]:
+    """Returns gevent's arguments for a server that speaks TLS. Raises OSError if a file cannot be used."""
     from gevent import ssl
 
     context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
@@ -3369,7 +3377,8 @@ def _make_context(certfile: str, keyfile: str | None) -> Any:
         context.load_cert_chain(certfile, keyfile)
     except OSError as error:  # OpenSSL's message does not name the file
         raise OSError(error.errno, f"the certificate {certfile} cannot be used: {error.strerror}") from error
-    return context
+    server.wrap_socket_and_handle = partial(_handle_client, server)
+    return {"ssl_context": context}
 
 
 class TLS:
@@ -3410,7 +3419,7 @@ def _handle_client(server: Server, client_socket: Any, address: Any) -> None:
         with gevent.Timeout(server.HEAD_TIME, TimeoutError("no TLS handshake in time")):
             sock = server.wrap_socket(client_socket, server_side=True)
     except OSError as error:
-        log.info("%s:%d refused: %s", *address[:2], error)
+        log.info("%(peer)s refused: %(reason)s", {"peer": "{}:{}".format(*address[:2]), "reason": error})
         client_socket.close()
         return
     handler = server.handler_class(sock, address, server)
@@ -3434,8 +3443,7 @@ def _send_close_notify(sock: Any) -> None:
 
 
 rooms["tls"] = SimpleNamespace(
-    make_context=_make_context,
-    handle_client=_handle_client,
+    set_up=_set_up,
     detach=_detach,
     send_close_notify=_send_close_notify,
 )
@@ -3472,13 +3480,13 @@ class ProxiedHandler(RequestHandler):
 
 def _handler_behind(hops: Any, handler: type[RequestHandler]) -> Any:
     """Returns the class of handlers for a server behind so many proxies."""
-    _check_hops(hops)
+    _check({"trust_proxy": hops})
     return type(handler.__name__, (ProxiedHandler, handler), {"hops": hops})
 
 
-def _check_hops(hops: Any) -> None:
-    if not isinstance(hops, int) or hops < 0:
-        raise ValueError(f"trust_proxy is a number of proxies, or True for one, not {hops!r}")
+def _check(options: Mapping[str, Any]) -> None:
+    if not isinstance(options["trust_proxy"], int) or options["trust_proxy"] < 0:
+        raise ValueError(f"trust_proxy is a number of proxies, or True for one, not {options['trust_proxy']!r}")
 
 
 def _rewrite(environ: dict[str, Any], hops: int) -> None:
@@ -3548,7 +3556,7 @@ def is_loopback(host: str) -> bool:
 
 
 rooms["proxy"] = SimpleNamespace(
-    check_hops=_check_hops,
+    check=_check,
     handler_behind=_handler_behind,
     list_origins=_list_origins,
     rewrite=_rewrite,
@@ -4231,7 +4239,7 @@ def negotiate(offered: str) -> tuple[Any, dict[str, str]]:
     return partial(DeflateConnection, window_bits=bits), headers
 
 
-rooms["deflate"] = SimpleNamespace(negotiate=negotiate)
+rooms["deflate"] = SimpleNamespace(negotiate=negotiate, check=lambda _options: None)
 
 
 # ----- cut here: without gen_server ----------------------------------------------------------------------------------
@@ -6502,6 +6510,110 @@ __all__ += ["lease_number"]
 rooms["leases"] = SimpleNamespace(resolve=_resolve, list_leases=_list_leases)
 
 
+# ----- cut here: without logs ----------------------------------------------------------------------------------------
+# Lost: the access log, with the reasons of refusals; log_format="json".
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Logs: the access log, and lines that programs read.
+# Invariant: a record is one line, whatever a client has sent.
+#
+# A record's arguments may be one dict: its items are the fields of the line in JSON. One that mentions a connection's
+# process has the fields `process`, `path` and `peer`.
+# ---------------------------------------------------------------------------------------------------------------------
+
+from datetime import timezone
+
+_ACCESS = '%(peer)s "%(request)s" %(status)03d %(bytes)d %(milliseconds).1f ms'
+_RECORD_KEYS = {*vars(logging.makeLogRecord({})), "message", "asctime"}
+
+
+def _log_request(handler: Any) -> None:
+    """Logs a response. A refusal that an operator may want to change is a warning, with its reason."""
+    environ = handler.environ
+    reason = environ.get(REFUSAL_KEY)
+    level = logging.WARNING if reason else logging.INFO
+    if log.isEnabledFor(level):
+        fields = {
+            "peer": f"{environ.get('REMOTE_ADDR')}:{environ.get('REMOTE_PORT')}",
+            "request": printable(handler.requestline or ""),
+            "status": int((handler._orig_status or "000").split()[0]),
+            "bytes": handler.response_length,
+            "milliseconds": round((handler.time_finish - handler.time_start) * 1000, 3),
+        }
+        if reason:
+            fields["reason"] = reason
+        log.log(level, f"{_ACCESS}: %(reason)s" if reason else _ACCESS, fields)
+
+
+class JSONFormatter(logging.Formatter):
+    """Formats a record as one JSON object: time (UTC), level, logger, pid, message; fields; traceback.
+
+    The fields are those of an event of this module (peer, path, method, status, milliseconds, reason, ... as far as
+    there are any), and what a program passes to the logger as `extra`.
+    """
+
+    def format(self, record: logging.LogRecord) -> str:
+        at = datetime.fromtimestamp(record.created, timezone.utc).isoformat(timespec="milliseconds")
+        line = {
+            "time": at.replace("+00:00", "Z"),
+            "level": record.levelname.lower(),
+            "logger": record.name,
+            "pid": record.process,
+            "message": record.getMessage(),
+        }
+        for name, value in {**_list_fields(record), **_list_extra(record)}.items():
+            line.setdefault(str(name), _simplify(value))
+        trace = [self.formatException(record.exc_info)] if record.exc_info else []
+        if record.stack_info:
+            trace.append(record.stack_info)
+        if trace:
+            line["traceback"] = "\n".join(trace)
+        return json.dumps(line)
+
+
+def _list_fields(record: logging.LogRecord) -> dict[str, Any]:
+    if isinstance(record.args, Mapping):
+        fields = dict(record.args)
+        method, _, rest = str(fields.pop("request", "")).partition(" ")
+        return {"method": method, "path": rest.partition(" ")[0], **fields} if rest else fields
+    for process in record.args or ():
+        if isinstance(process, Stream):
+            peer = "{}:{}".format(*process.req["peer"])
+            return {"process": process, "path": process.req["path"], "peer": peer}
+    return {}
+
+
+def _list_extra(record: logging.LogRecord) -> dict[str, Any]:
+    return {name: value for name, value in vars(record).items() if name not in _RECORD_KEYS}
+
+
+def _simplify(value: Any) -> Any:
+    """Returns what JSON has for a value: numbers, strings and None as they are, anything else as text."""
+    if value is None or isinstance(value, bool | int | str) or (isinstance(value, float) and abs(value) < inf):
+        return value
+    return str(value)
+
+
+def log_handler(log_format: str = "plain", shows_process: bool = False) -> logging.Handler:
+    """Returns a handler that writes to the standard error, for `logging.basicConfig(handlers=[...])`.
+
+    The format is "plain" (the id of the OS process is shown if asked for) or "json". Raises ValueError for another one.
+    """
+    process = "%(process)d " if shows_process else ""
+    plain = logging.Formatter(f"%(asctime)s {process}%(levelname)s %(name)s: %(message)s")
+    formatters = {"plain": plain, "json": JSONFormatter()}
+    if log_format not in formatters:
+        raise ValueError(f"log_format is 'plain' or 'json', not {log_format!r}")
+    handler = logging.StreamHandler()
+    handler.setFormatter(formatters[log_format])
+    return handler
+
+
+__all__ += ["JSONFormatter", "log_handler"]
+rooms["logs"] = SimpleNamespace(log_request=_log_request, log_handler=log_handler)
+
+
 # ----- cut here: without stats ---------------------------------------------------------------------------------------
 # Lost: app.stats, and with it app.board.
 
@@ -7896,8 +8008,8 @@ def parse_options() -> argparse.Namespace:
     add("--certfile", metavar="FILE", help="certificate (PEM): serve https and wss")
     add("--keyfile", metavar="FILE", help="private key of the certificate, if it is in another file")
     add("--reload", action="store_true", help="restart whenever a file of the program changes")
-    levels = ["debug", "info", "warning", "error"]
-    add("--log-level", choices=levels, default="info", help="lowest level to log (%(default)s)")
+    add("--log-level", choices=["debug", "info", "warning", "error"], default="info", help="lowest level (%(default)s)")
+    add("--log-format", choices=["plain", "json"], default="plain", help="json: each line is an object (%(default)s)")
     add("--version", action="version", version=f"nova_lite {__version__}")
     args = parser.parse_args()
     if args.workers > 1 and args.cluster is None:
@@ -7924,8 +8036,8 @@ def main() -> int:
         if sys.argv[1:2] == [name]:
             return subcommand(sys.argv[2:])
     args = parse_options()
-    process = "%(process)d " if args.workers > 1 else ""
-    logging.basicConfig(level=args.log_level.upper(), format=f"%(asctime)s {process}%(levelname)s %(message)s")
+    handler = log_handler(args.log_format, args.workers > 1)
+    logging.basicConfig(level=args.log_level.upper(), handlers=[handler])
     choose_password()  # before workers or a child are started: they must share it
     try:
         if args.reload:

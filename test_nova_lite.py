@@ -11476,6 +11476,7 @@ def test_asking_for_a_room_that_was_cut_off_is_an_error_that_names_it(tmp_path):
         'app.run(port=0, cluster="redis://127.0.0.1:1")': "cluster",
         'app.run(port=0, cluster="redis://127.0.0.1:1", workers=2)': "launch",
         "app.run(port=0, reload=True)": "launch",
+        'app.run(port=0, log_format="json")': "logs",
         'pubsub.connect("redis://127.0.0.1:1")': "cluster",
         'pubsub.keep("notes")': "replay",
         'Server(app, port=0, certfile="server.pem")': "tls",
@@ -12066,6 +12067,186 @@ def test_recipe_the_dockerfile_names_files_packages_and_a_command_that_are_there
     assert command[:3] == ["env", "HOST=0.0.0.0", "python"]
     with recipe_running(kitchen, *command[3:], HOST="0.0.0.0") as server:
         assert http_request(server, "GET", "/heartbeat")[0] == 200
+
+
+# -- logs -------------------------------------------------------------------------------------------------------------
+
+
+def a_line(*args, **changes):
+    """What JSONFormatter makes of a record, read by the standard library."""
+    record = logging.LogRecord("app", logging.WARNING, "app.py", 1, *args, **changes)
+    text = nova_lite.JSONFormatter().format(record)
+    assert text.isascii()
+    assert "\n" not in text
+    return json.loads(text)
+
+
+@pytest.mark.parametrize(
+    ("message", "args", "fields"),
+    [
+        ("plain", (), {"message": "plain"}), ("%s of %d", ("one", 2), {"message": "one of 2"}),
+        ("a\nb\x1b\ud800", (), {"message": "a\nb\x1b\ud800"}),
+        ("%(a)s", ({"a": 1, "b": None, "c": 0.5},), {"message": "1", "a": 1, "b": None, "c": 0.5}),
+        ("%(a)s", ({"a": float("nan")},), {"message": "nan", "a": "nan"}),
+        ("%(a)s", ({"a": ("error", "slow")},), {"message": "('error', 'slow')", "a": "('error', 'slow')"}),
+        ("%(level)s %(pid)s", ({"level": "mine", "pid": "mine"},), {"message": "mine mine", "level": "warning"}),
+        ("x", ({"request": "GET /a?b=c HTTP/1.1", "status": 200},), {"method": "GET", "path": "/a?b=c", "status": 200}),
+        ("x", ({"request": "\\x16\\x03", "status": 400},), {"status": 400}),
+    ],
+)  # fmt: skip
+def test_a_record_is_one_json_object(message, args, fields):
+    line = a_line(message, args, None)
+    assert {name: line[name] for name in fields} == fields
+    assert line.keys() - fields.keys() <= {"time", "level", "logger", "pid", "message"}
+    assert line["time"].endswith("Z")
+    assert abs(datetime.fromisoformat(line["time"].replace("Z", "+00:00")).timestamp() - time.time()) < PATIENCE
+    assert (line["level"], line["logger"], line["pid"]) == ("warning", "app", os.getpid())
+
+
+def test_a_record_has_its_traceback_in_one_string_and_what_a_program_adds():
+    try:
+        divide()
+    except ZeroDivisionError:
+        record = logging.makeLogRecord({"msg": "crashed", "exc_info": sys.exc_info(), "user": "ann", "at": object()})
+    line = json.loads(nova_lite.JSONFormatter().format(record))
+    assert line["traceback"].startswith("Traceback (most recent call last):\n")
+    assert line["traceback"].endswith("ZeroDivisionError: division by zero")
+    assert (line["user"], line["at"][:8]) == ("ann", "<object ")
+
+
+@pytest.fixture
+def lines(caplog):
+    """lines(word): the records with this word, each as JSON has it, once there are any."""
+    caplog.set_level("INFO", "nova_lite")
+    as_json = nova_lite.JSONFormatter().format
+
+    def lines(word):
+        return until(lambda: [json.loads(as_json(it)) for it in caplog.records if word in it.getMessage()])
+
+    return lines
+
+
+@pytest.mark.usefixtures("either_http")
+def test_a_response_is_one_line_with_its_fields(lines):
+    with serving(HELLO) as server, bare(server, as_request("GET", "/hello?a=b", "Connection: close")) as sock:
+        port = sock.getsockname()[1]
+        read_to_end(sock)
+    (line,) = lines("/hello")
+    told = {"peer": f"127.0.0.1:{port}", "method": "GET", "path": "/hello?a=b", "status": 200, "level": "info"}
+    assert {name: line[name] for name in told} == told
+    assert re.fullmatch(r'\S+ "GET /hello\?a=b HTTP/1.1" 200 \d+ \d+\.\d ms', line["message"])
+    assert 0 < line["milliseconds"] < 1000 * PATIENCE
+    assert line["bytes"] > 0
+
+
+FOREIGN = "Origin http://evil.example is not "
+
+
+@pytest.mark.usefixtures("either_http")
+@pytest.mark.parametrize(
+    ("settings", "reason"),
+    [
+        ({}, FOREIGN + "http://localhost, this host; behind a proxy see trust_proxy, else origins=[…]"),
+        ({"origins": ["http://a.example"]}, FOREIGN + "in origins=['http://a.example']"),
+    ],
+)
+def test_a_refused_origin_is_one_warning_that_says_what_allows_it(lines, settings, reason):
+    with serving(("/ws", Parrot, {"protocol": "ws"}), **settings) as server:
+        with bare(server, handshake(Origin="http://evil.example")) as sock:
+            assert sock.recv(12) == b"HTTP/1.1 403"
+            (line,) = lines("/ws")
+            assert line["peer"] == "{}:{}".format(*sock.getsockname())
+    assert (line["level"], line["path"], line["status"], line["reason"]) == ("warning", "/ws", 403, reason)
+    assert line["message"].endswith(f" ms: {reason}")
+
+
+def test_a_refused_origin_cannot_forge_a_line(lines):
+    with serving(("/ws", Parrot, {"protocol": "ws"})) as server:
+        with bare(server, handshake(Origin="\x85 200 \u2028".encode().decode("latin-1"), Host="localhost")) as sock:
+            assert sock.recv(12) == b"HTTP/1.1 403"
+            (line,) = lines("/ws")
+    assert line["message"].isprintable()
+
+
+@pytest.mark.parametrize(
+    ("data", "level", "status", "path"),
+    [
+        (posted(b"x" * 11, "Content-Length: 11", path="/echo"), "info", 413, "/echo"),
+        (b"GET /" + b"x" * 9000 + b" HTTP/1.1\r\n\r\n", "info", 414, None),
+        (b"GET /a HTTP/1.1\r\nHost: x\r\nX: " + b"x" * 20_000 + b"\r\n\r\n", "info", 431, "/a"),
+        (b"GET /a HTTP/1.1\r\nHost: x\r\nHost: y\r\n\r\n", "info", 400, "/a"),
+        (as_request("GET", "/many"), "info", 429, "/many"),
+        (handshake("/full"), "warning", 503, "/full"),
+    ],
+    ids=str,
+)
+def test_a_refused_request_is_one_line_with_peer_and_path(lines, data, level, status, path):
+    many = ("/many", lambda _req: ("status", 429, {"Retry-After": "1"}))
+    app = Nova([{"routes": [("/echo", echo), many, ("/full", Parrot, {"protocol": "ws"})]}], max_body=10)
+    with Server(app, port=0, max_connections=0) as server, bare(server, data) as sock:
+        peer = "{}:{}".format(*sock.getsockname())
+        assert int(sock.recv(12)[9:]) == status
+        (line,) = lines(peer)
+    assert (line["level"], line["status"], line["peer"]) == (level, status, peer)
+    assert line["path"] == path or (path is None and line["path"].startswith("/xxx"))
+
+
+@pytest.mark.parametrize(
+    ("frame", "code", "text"),
+    [
+        (masked(1, b"x" * 101), 1009, "a message over 100 bytes"),
+        (b"\x81\x01x", 1002, "a client's frame without a mask"),
+        (masked(1, b"\xff"), 1007, "a text that is not UTF-8"),
+    ],
+)
+def test_a_client_that_is_disconnected_is_one_warning_with_peer_and_path(lines, frame, code, text):
+    with serving(("/ws", Parrot, {"protocol": "ws"}), max_message_size=100) as server:
+        with bare(server, handshake() + frame) as sock:
+            peer = "{}:{}".format(*sock.getsockname())
+            read_to_end(sock)
+        (line,) = lines(" closed: ")
+    assert (line["level"], line["peer"], line["path"]) == ("warning", peer, "/ws")
+    assert line["message"].endswith(f" /ws {peer} closed: ('error', '{CLOSE_WORDS[code]}') ({code} {text})")
+
+
+CLOSE_WORDS = {1002: "badframe", 1007: "badencoding", 1009: "badsize", 1013: "slow"}
+
+
+def test_a_slow_client_is_one_warning_with_peer_and_path(lines):
+    with serving(("/ws", Channel, {"protocol": "ws"}), send_timeout=0.2) as server, bare(server, handshake()) as sock:
+        until(lambda: pubsub.get_members("c"))
+        for _ in range(200):
+            pubsub.broadcast("c", "t", "x" * 100_000)
+        (line,) = lines(" closed: ")
+        assert (line["level"], line["peer"]) == ("warning", "{}:{}".format(*sock.getsockname()))
+    assert line["message"].endswith(" closed: ('error', 'slow') (1013 too slow)")
+
+
+def test_a_crash_is_one_line_with_the_fields_of_its_connection(lines):
+    class Crashes(Parrot):
+        def websocket_handle(self, frame, state):
+            divide()
+
+    with serving(("/ws", Crashes, {"protocol": "ws"})) as server, ws(server) as client:
+        client.send("x")
+        (line,) = lines("crashed")
+    assert (line["path"], line["level"]) == ("/ws", "error")
+    assert line["peer"].startswith("127.0.0.1:")
+    assert line["traceback"].endswith("ZeroDivisionError: division by zero")
+
+
+def test_the_demo_logs_in_json_and_so_does_run(tmp_path):
+    with Demo("--db", ":memory:", "--log-format", "json", cwd=tmp_path) as demo:
+        assert http_request(demo, "GET", "/heartbeat")[0] == 200
+        assert until(lambda: [it for it in map(json.loads, demo.log) if it.get("path") == "/heartbeat"])
+    program = PATCH + "from nova_lite import Nova\nNova([]).run(port=0, log_format='json')\n"
+    with program_running(program, tmp_path) as server:
+        assert json.loads(server.log[-1])["message"].startswith("serving on ")
+
+
+def test_a_log_format_that_does_not_exist_is_an_error():
+    with pytest.raises(ValueError, match="log_format is 'plain' or 'json', not 'xml'"):
+        Nova().run(log_format="xml")
 
 
 # -- the board --------------------------------------------------------------------------------------------------------
