@@ -43,6 +43,7 @@ The map. A room uses the rooms above it, others only through `rooms`. Those afte
     codec                   what crosses to another node
     cluster                 other nodes, through Redis
     leases                  a child that runs on one node of the cluster
+    sessions                cookies; what the server remembers of a browser between requests
     logs                    the access log; lines in JSON
     stats                   figures of this node and of all nodes
     board                   a page that shows them
@@ -1236,6 +1237,7 @@ pubsub = PubSub()
 
 REFUSAL_KEY = "nova_lite.refusal"  # in WSGI's environ: why the request was refused, for the server's log
 MAX_FIELDS = 10_000  # of a form
+COOKIES_KEY = "nova_lite.cookies"  # in WSGI's environ: those to send, by the room sessions; None: it is too late
 _ESCAPE = re.compile(r"\\(?:([0-3][0-7]{2})|(.))")  # in a cookie's value between quotes
 _ORIGIN = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://([A-Za-z0-9._~-]+|\[[0-9A-Fa-f:.]+\])(?::([0-9]{1,5}))?")
 _SUSPECT = re.compile(r"\\u|[0-9][eE]|[0-9]{300}|NaN|Infinity")  # a lone surrogate, or a number that JSON lacks?
@@ -1249,8 +1251,8 @@ class Request(Mapping[str, Any]):
     `body` (bytes), `qs` or `parsed_qs` (the query), `headers` (in any case), `cookies`, `peer` (address, port; with
     `trust_proxy` the client's, with port 0 if the proxy hides it), `auth_data` (what `security` returned),
     `subprotocol` (of a WebSocket: the chosen one, or None), `since` (the last position that the client has received of
-    a kept channel: its Last-Event-ID, `since` in the query, or None). `body`, `json` and `params` may raise an
-    HTTPError: 400, 408 or 413.
+    a kept channel: its Last-Event-ID, `since` in the query, or None), `scheme`. `body`, `json` and `params` may raise
+    an HTTPError: 400, 408 or 413.
     """
 
     __slots__ = ("_known", "environ", "settings")
@@ -1281,7 +1283,19 @@ class Request(Mapping[str, Any]):
 
     def detach(self) -> None:
         """Drops the server's buffers, for a request that outlives its HTTP connection."""
-        self.environ = {key: value for key, value in self.environ.items() if type(value) is str}
+        self.environ = {key: value for key, value in self.environ.items() if type(value) is str} | {COOKIES_KEY: None}
+
+    def set_cookie(self, name: str, value: Any, **options: Any) -> None:
+        """Sends a cookie with the response; `options` are those of the function `set_cookie`."""
+        room("sessions").set_cookie(self, name, value, **options)
+
+    def get_cookie(self, name: str, secret: str | bytes | None = None) -> Any:
+        """Returns a cookie's value, with `secret` that of a signed one; None if it is missing or forged."""
+        return room("sessions").get_cookie(self, name, secret)
+
+    def delete_cookie(self, name: str, **options: Any) -> None:
+        """Makes the client forget a cookie, for which `path` and `domain` must be those that it was set with."""
+        room("sessions").set_cookie(self, name, "", **{**options, "max_age": 0})
 
     def is_own_origin(self) -> bool:
         """Returns whether the Origin, if any, is allowed. Only browsers have to send one (RFC 6455 §10.2)."""
@@ -1315,14 +1329,6 @@ def printable(text: Any) -> str:
     return repr(str(text))[1:-1].replace('"', '\\"')
 
 
-class _SlicedBytes(BytesIO):
-    """Yields to other greenlets while bottle parses a form: 1 MB may take 0.8 s."""
-
-    def read(self, size: int | None = -1) -> bytes:
-        scheduler.yield_after_slice()
-        return super().read(min(size, 4096) if size and size > 0 else size)
-
-
 def _json(req: Request) -> Any:
     is_json = req.content_type() == "application/json" or req.content_type().endswith("+json")
     return parse_json(req["body"]) if is_json and req["body"] else None
@@ -1336,7 +1342,7 @@ def _params(req: Request) -> Mapping[str, Any]:
             text = req["body"].decode("utf-8", "replace")
             return dict(parse_qsl(text, keep_blank_values=True, max_num_fields=MAX_FIELDS))
         if req.content_type() == "multipart/form-data":
-            body = _SlicedBytes(req["body"])  # first, since it changes what the environ says of the body
+            body = getattr(rooms.get("http"), "SlicedBytes", BytesIO)(req["body"])  # first: it changes the environ
             own = {key: value for key, value in req.environ.items() if not key.startswith("bottle.")}
             form = dict(bottle.BaseRequest({**own, "wsgi.input": body}).forms.decode())
             "".join([*form, *form.values()]).encode()  # some charsets make lone surrogates
@@ -1370,6 +1376,7 @@ _LAZY_KEYS: dict[str, Callable[[Request], Any]] = {
     "parsed_qs": lambda req: req["qs"],
     "headers": lambda req: RequestHeaders(req.environ),
     "cookies": _cookies,
+    "scheme": lambda req: req.environ.get("wsgi.url_scheme", "http"),
     "peer": lambda req: (req.environ.get("REMOTE_ADDR", ""), int(req.environ.get("REMOTE_PORT") or 0)),
     "since": lambda req: req.environ.get("HTTP_LAST_EVENT_ID") or req["qs"].get("since"),
 }
@@ -1399,8 +1406,6 @@ def read_body(environ: dict[str, Any], limit: int) -> bytes:
         length = int(environ.get("CONTENT_LENGTH") or 0)
         is_wanted = chunked or 0 < length <= limit
         body = file.read(limit + 1 if chunked else length) if is_wanted else b""  # type: ignore[union-attr]
-    except HTTPError:  # of the room http: 400, 408 or 413
-        raise
     except (AttributeError, OSError, ValueError):
         raise HTTPError(400, "the body could not be read")
     size = max(length, len(body))
@@ -2310,6 +2315,9 @@ class Nova(bottle.Bottle):
             where = bottle.request.method, printable(bottle.request.path)
             log.error("the response to %s %s crashed", *where, exc_info=error)
             return super()._cast(HTTPError(500, exception=error), peek)
+        finally:
+            if COOKIES_KEY in bottle.request.environ:
+                room("sessions").send_cookies(bottle.request.environ)
 
     def default_error_handler(self, res: HTTPError) -> bytes:
         accept = bottle.request.environ.get("HTTP_ACCEPT", "")
@@ -3354,7 +3362,15 @@ def _tokens(value: str) -> list[str]:
     return [token for token in re.split(r"[ \t,]+", value.lower()) if token]
 
 
-rooms["http"] = SimpleNamespace(handler=StrictRequestHandler)
+class _SlicedBytes(BytesIO):
+    """Yields to other greenlets while bottle parses a form: 1 MB may take 0.8 s."""
+
+    def read(self, size: int | None = -1) -> bytes:
+        scheduler.yield_after_slice()
+        return super().read(min(size, 4096) if size and size > 0 else size)
+
+
+rooms["http"] = SimpleNamespace(handler=StrictRequestHandler, SlicedBytes=_SlicedBytes)
 # ----- cut here: without tls -----------------------------------------------------------------------------------------
 # Lost: certfile and keyfile: https and wss without a proxy.
 
@@ -6510,6 +6526,499 @@ __all__ += ["lease_number"]
 rooms["leases"] = SimpleNamespace(resolve=_resolve, list_leases=_list_leases)
 
 
+# ----- cut here: without sessions ------------------------------------------------------------------------------------
+# Lost: session, req.set_cookie, req.get_cookie, req.delete_cookie. bottle.response.set_cookie remains.
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Sessions: cookies, and what the server remembers of a browser between its requests.
+# Invariant: only an id that was made here is a session's. Its hash is stored, the id itself is not, nor is it logged.
+#
+# A session is some JSON texts, by key. They are in memory, or, on a node of a cluster, in Redis, where one script makes
+# each operation atomic. A session exists from the first `set`, or from `renew`, which marks it as a login. Two tables
+# hold the logins and the others, in the order of their last use. When there are too many sessions, the others go first.
+# A session that is over is removed when it is looked up, or when new ones are made: each of them removes a few.
+# ---------------------------------------------------------------------------------------------------------------------
+
+import hmac
+from base64 import urlsafe_b64decode, urlsafe_b64encode
+from collections import OrderedDict
+from hashlib import sha256
+from secrets import token_urlsafe
+
+from gevent.queue import LifoQueue
+
+MAX_COOKIE = 4096  # bytes of a name and its value: browsers ignore a larger cookie (RFC 6265bis §5.6)
+MAX_SWEEP = 100  # sessions that are over, removed when one is made: it makes one, so they never become more
+MAX_LIFE = 1e9  # seconds
+REDIS_TIME = 1.0  # seconds until an operation fails, and between two tries while Redis is away
+REDIS_CONNECTIONS = 16  # of a node, at most; each operation has one for itself
+SESSION_KEY = "nova_lite.session"  # in WSGI's environ: the hash of the id that the response sends; "" if it deletes it
+_COOKIE_NAME = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")  # RFC 6265 §4.1.1, as are the next two
+_COOKIE_OCTETS = re.compile(r"[!#-+\--:<-\[\]-~]*")
+_COOKIE_PATH = re.compile(r"/[ -:<-~]*")
+_SESSION_ID = re.compile(r"[A-Za-z0-9_-]{22}")
+
+
+def set_cookie(
+    req: Request,
+    name: str,
+    value: Any,
+    *,
+    secret: str | bytes | None = None,
+    max_age: int | None = None,
+    path: str = "/",
+    domain: str | None = None,
+    secure: bool | None = None,
+    httponly: bool = True,
+    samesite: str | None = "Lax",
+) -> None:
+    """Sends a cookie with the response to `req`, whatever that is: a redirect, an error, a WebSocket's 101.
+
+    `value` is a string. With `secret` it is anything that JSON can hold, and signed, so that `get_cookie` does not take
+    another one for it, nor that of another name; the client can read it. `max_age` is in seconds, None: until the
+    browser ends; a signed cookie is not accepted for longer. `secure` (https only) is by default whether the client
+    uses https. `samesite` is "Lax", "Strict", "None" (which needs `secure`) or None, for the browser's default.
+
+    Raises ValueError for what browsers would not take: control characters, more than MAX_COOKIE bytes, a `__Host-`
+    without what that demands; TypeError for a value that is no string, or not JSON; RuntimeError if it is too late: a
+    WebSocket or an event stream has its response.
+    """
+    secure = req["scheme"] == "https" if secure is None else secure
+    text = _quote(value) if secret is None else _sign(name, value, secret, max_age)
+    _check_attributes(name, path, domain, secure, samesite)
+    if len(name) + len(text) > MAX_COOKIE:
+        raise ValueError(f"the cookie {name!r} has {len(name) + len(text)} bytes; a browser takes {MAX_COOKIE}")
+    given = {"Max-Age": None if max_age is None else int(max_age), "Path": path, "Domain": domain, "SameSite": samesite}
+    parts = [f"{name}={text}", *(f"{key}={value}" for key, value in given.items() if value is not None)]
+    parts += ["HttpOnly"] * httponly + ["Secure"] * secure
+    _cookies_to_send(req)[name, path, domain] = "; ".join(parts)
+
+
+def _cookies_to_send(req: Request) -> dict[Any, str]:
+    cookies: dict[Any, str] | None = req.environ.setdefault(COOKIES_KEY, {})
+    if cookies is None:
+        raise RuntimeError("no cookie can be sent any more: the response to this request has been sent")
+    return cookies
+
+
+def _check_attributes(name: str, path: str, domain: str | None, secure: bool, samesite: str | None) -> None:
+    if not _COOKIE_NAME.fullmatch(name):
+        raise ValueError(f"{name!r} is not the name of a cookie")
+    if not _COOKIE_PATH.fullmatch(path) or not re.fullmatch(r"[A-Za-z0-9.-]+", domain or "-"):
+        raise ValueError(f"the cookie {name!r} has no such path or domain: {path!r}, {domain!r}")
+    if samesite not in ("Lax", "Strict", "None", None) or (samesite == "None" and not secure):
+        raise ValueError(f"samesite is 'Lax', 'Strict', None, or, with secure=True, 'None', not {samesite!r}")
+    prefix = name.lower().partition("-")[0]
+    if prefix in ("__host", "__secure") and not (secure and (prefix == "__secure" or (path, domain) == ("/", None))):
+        raise ValueError(f"browsers ignore {name!r}: it needs https, and with __Host- the path '/' and no domain")
+
+
+def _quote(value: str) -> str:
+    """Returns a string as a cookie's value, between quotes if it must be: `req["cookies"]` reads it (http.cookies)."""
+    if not isinstance(value, str):
+        raise TypeError(f"a cookie's value is a string, or with a secret what JSON can hold, not {value!r}")
+    if re.search(r"[\x00-\x1f\x7f]", value):
+        raise ValueError(f"a cookie cannot hold control characters: {value!r}")
+    if _COOKIE_OCTETS.fullmatch(value):
+        return value
+    octets = (chr(octet) for octet in value.encode())
+    return '"' + "".join(it if it == " " or _COOKIE_OCTETS.fullmatch(it) else f"\\{ord(it):03o}" for it in octets) + '"'
+
+
+def _sign(name: str, value: Any, secret: str | bytes, max_age: int | None) -> str:
+    """Returns base64(JSON of [value, time of its end or None]), a dot, and the signature of that for this name."""
+    end = None if max_age is None else int(time.time()) + max_age
+    text = json.dumps([value, end], allow_nan=False, separators=(",", ":"))
+    payload = urlsafe_b64encode(text.encode()).rstrip(b"=").decode()
+    return f"{payload}.{_signature(name, payload, secret)}"
+
+
+def _signature(name: str, payload: str, secret: str | bytes) -> str:
+    key = secret.encode() if isinstance(secret, str) else secret
+    if not key:
+        raise ValueError("the secret is empty")
+    digest = hmac.digest(key, f"nova_lite cookie {name}={payload}".encode(), "sha256")
+    return urlsafe_b64encode(digest).rstrip(b"=").decode()
+
+
+def _get_cookie(req: Request, name: str, secret: str | bytes | None = None) -> Any:
+    if secret is None:
+        return req["cookies"].get(name)
+    for text in _values(req, name):
+        payload, _, signature = text.rpartition(".")
+        if hmac.compare_digest(signature.encode(), _signature(name, payload, secret).encode()):
+            value, end = json.loads(urlsafe_b64decode(payload + "=" * (-len(payload) % 4)))
+            if end is None or time.time() < end:
+                return value
+    return None
+
+
+def _values(req: Request, name: str) -> list[str]:
+    """Returns the values of all cookies of this name: a page of a parent domain may have set another one."""
+    pairs = (pair.partition("=") for pair in req.environ.get("HTTP_COOKIE", "").split(";"))
+    return [value.strip(" \t") for key, _, value in pairs if key.strip(" \t") == name]
+
+
+def _send_cookies(environ: dict[str, Any]) -> None:
+    """Adds the cookies to bottle's response, in place of its headers: a program may return one response many times."""
+    lines = environ.pop(COOKIES_KEY) or {}
+    headers = bottle.response._headers
+    cookies = [*headers.get("Set-Cookie", []), *lines.values()]
+    bottle.response._headers = {"Cache-Control": ["private"], **headers, "Set-Cookie": cookies}
+
+
+class Session:
+    """What the server remembers of a browser, by key. The one instance is `session`.
+
+    A value is anything that JSON can hold. A key's value is replaced as a whole, and requests that set different keys
+    at the same time do not lose any. The functions take the request, in a controller, in `security` and in a WebSocket
+    handler. On a node of a cluster the sessions are in Redis; while that is away, they raise an HTTPError (503).
+    """
+
+    def __init__(self) -> None:
+        self.configure()
+        self.memory = _Memory(self)
+        self.redis: _RedisSessions | None = None  # of the adapter below; None before it is used
+        self.adapter: Any = None
+
+    def configure(
+        self,
+        *,
+        idle: float = 12 * 3600.0,
+        absolute: float = 7 * 86400.0,
+        cookie: str = "nova_session",
+        secure: bool | None = None,
+        limit: int = 100_000,
+        max_size: int = 16_384,
+    ) -> None:
+        """Sets the limits; those left out get their defaults. Raises ValueError for limits that admit no session.
+
+        A session is over `idle` seconds after its last use, and `absolute` seconds after it was made or renewed.
+        `cookie` is its cookie's name; over https it has the prefix `__Host-`. `secure` is whether clients use https, by
+        default what the request says (see `trust_proxy`). There are at most `limit` sessions, and one has at most
+        `max_size` bytes of keys and JSON.
+        """
+        is_possible = 0 < idle < MAX_LIFE and 0 < absolute < MAX_LIFE and limit > 0 and max_size > 0
+        if not (is_possible and _COOKIE_NAME.fullmatch(cookie)):
+            raise ValueError(f"no session is possible with {idle=}, {absolute=}, {limit=}, {max_size=}, {cookie=}")
+        self.idle, self.absolute, self.cookie, self.secure = idle, absolute, cookie, secure
+        self.limit, self.max_size = limit, max_size
+
+    def get(self, req: Request, key: str, default: Any = None) -> Any:
+        """Returns the value of `key`, or `default` without a session or without that key. Makes no session."""
+        name = self._find(req)
+        text = self._store().get(name, key) if name else None
+        return default if text is None else json.loads(text)
+
+    def set(self, req: Request, key: str, value: Any) -> str:
+        """Sets the value of `key`, in a new session if there is none, whose cookie goes out with the response.
+
+        Returns "ok". Raises TypeError for what JSON cannot hold, ValueError over `max_size`, RuntimeError if there is
+        no session and the response has been sent (a WebSocket's), HTTPError (503) if there are too many sessions.
+        """
+        if not isinstance(key, str):
+            raise TypeError(f"a session's key is a string, not {key!r}")
+        text = json.dumps(value, allow_nan=False, separators=(",", ":"))
+        if len(key.encode()) + len(text) > self.max_size:
+            raise ValueError(f"{key!r} has {len(text)} bytes; a session may have {self.max_size}")
+        name = self._find(req)
+        if not name or not self._store().set(name, key, text):
+            self._start(req, lambda new: self._store().create(new, key, text))
+        return "ok"
+
+    def delete(self, req: Request, key: str | None = None) -> str:
+        """Deletes a key, or, without one, the session: a logout, on all nodes. Returns "ok", also if there is none."""
+        name = self._find(req)
+        if name:
+            self._store().delete(name, key)
+        if key is None:
+            if req.environ.get(COOKIES_KEY, {}) is not None and (name or _values(req, self._cookie_name(req))):
+                req.set_cookie(self._cookie_name(req), "", max_age=0, secure=self._is_secure(req))
+            req.environ[SESSION_KEY] = ""
+        return "ok"
+
+    def renew(self, req: Request) -> str:
+        """Gives the session a new id, at a login: who knew the old one, or chose it, has no session. Returns "ok".
+
+        Makes a session if there is none. A renewed session is not pushed out by others. Raises RuntimeError if the
+        response has been sent (a WebSocket's).
+        """
+        old = self._find(req)
+        self._start(req, lambda new: self._store().renew(old or "", new))
+        return "ok"
+
+    def _start(self, req: Request, make: Callable[[str], None]) -> None:
+        """Calls `make` with the name of a new session, and sends its id. The id is nowhere else."""
+        _cookies_to_send(req)  # raises if it is too late
+        session_id = token_urlsafe(16)
+        name = _hash(session_id)
+        make(name)
+        max_age = max(1, int(self.absolute))
+        req.set_cookie(self._cookie_name(req), session_id, max_age=max_age, secure=self._is_secure(req))
+        req.environ[SESSION_KEY] = name
+
+    def _find(self, req: Request) -> str | None:
+        """Returns the name of the session that the request may have, or None.
+
+        Of several cookies, one of which another site of the domain may have set, that of a session counts. Should more
+        than one have a session, or should they be many, none counts.
+        """
+        known: str | None = req.environ.get(SESSION_KEY)
+        if known is not None:
+            return known
+        ids = {text for text in _values(req, self._cookie_name(req)) if _SESSION_ID.fullmatch(text)}
+        names = [_hash(text) for text in ids]
+        if 1 < len(names) < 5:
+            names = [name for name in names if self._store().is_live(name)]
+        return names[0] if len(names) == 1 else None
+
+    def _is_secure(self, req: Request) -> bool:
+        return req["scheme"] == "https" if self.secure is None else self.secure
+
+    def _cookie_name(self, req: Request) -> str:
+        # With the prefix, no page over http, and none of another host of the domain, can have set it (RFC 6265bis).
+        return f"__Host-{self.cookie}" if self._is_secure(req) else self.cookie
+
+    def _store(self) -> _Memory | _RedisSessions:
+        if self.adapter is not pubsub.adapter:
+            self.adapter = pubsub.adapter
+            redis = rooms["cluster"].find_redis if "cluster" in rooms else lambda: None
+            self.redis = _RedisSessions(self, redis) if redis() else None
+        return self.redis or self.memory
+
+
+def _hash(session_id: str) -> str:
+    return sha256(session_id.encode()).hexdigest()
+
+
+def _error_503(text: str) -> HTTPError:
+    return HTTPError(503, text, Retry_After="1")
+
+
+@dataclass(eq=False)
+class _Entry:
+    """A session in memory."""
+
+    values: dict[str, str]  # key -> JSON
+    created: float
+    used: float
+
+    __slots__ = ("created", "used", "values")
+
+
+class _Memory:
+    """The sessions of a node alone, by the hashes of their ids. Nothing here blocks: each operation is atomic."""
+
+    def __init__(self, options: Session) -> None:
+        self.options = options
+        self.others: OrderedDict[str, _Entry] = OrderedDict()  # not renewed; here and below, the longest unused first
+        self.renewed: OrderedDict[str, _Entry] = OrderedDict()
+
+    def is_live(self, name: str) -> bool:
+        return self._use(name) is not None
+
+    def get(self, name: str, key: str) -> str | None:
+        entry = self._use(name)
+        return entry.values.get(key) if entry else None
+
+    def set(self, name: str, key: str, text: str) -> bool:
+        entry = self._use(name)
+        if entry:
+            size = sum(len(it.encode()) for pair in {**entry.values, key: text}.items() for it in pair)
+            if size > self.options.max_size:
+                raise ValueError(f"a session may have {self.options.max_size} bytes; with {key!r} it has {size}")
+            entry.values[key] = text
+        return entry is not None
+
+    def create(self, name: str, key: str, text: str) -> None:
+        self._make_room(is_renewed=False)
+        self.others[name] = _Entry({key: text}, monotonic(), monotonic())
+
+    def delete(self, name: str, key: str | None) -> None:
+        entry = self._use(name)
+        if entry and key is not None:
+            entry.values.pop(key, None)
+        elif entry:
+            self._drop(name)
+
+    def renew(self, old: str, new: str) -> None:
+        entry = self._use(old)
+        self._drop(old)
+        self._make_room(is_renewed=True)
+        self.renewed[new] = _Entry(entry.values if entry else {}, monotonic(), monotonic())
+
+    def _use(self, name: str) -> _Entry | None:
+        """Returns a session that is not over, and counts that as a use."""
+        table = self.renewed if name in self.renewed else self.others
+        entry, now = table.get(name), monotonic()
+        if entry is None or self._is_over(entry, now):
+            self._drop(name)
+            return None
+        entry.used = now
+        table.move_to_end(name)
+        return entry
+
+    def _is_over(self, entry: _Entry, now: float) -> bool:
+        return now - entry.used >= self.options.idle or now - entry.created >= self.options.absolute
+
+    def _drop(self, name: str) -> None:
+        self.renewed.pop(name, None)
+        self.others.pop(name, None)
+
+    def _make_room(self, is_renewed: bool) -> None:
+        for table in (self.others, self.renewed):
+            for _ in range(MAX_SWEEP):
+                if not table or not self._is_over(next(iter(table.values())), monotonic()):
+                    break
+                table.popitem(last=False)
+        while len(self.others) + len(self.renewed) >= self.options.limit:
+            if not self.others and not is_renewed:
+                raise _error_503("there are too many sessions")
+            (self.others or self.renewed).popitem(last=False)
+
+
+# KEYS: a session, the others, the renewed, the new session. ARGV: the operation, milliseconds idle and absolute, the
+# limits of number and size, key, value. A session is a hash; the tables are sorted by the time of the last use. Returns
+# {status, value}: 0 no session, 1 done, 2 too large, 3 too many.
+_SESSION_SCRIPT = f"""
+local op, idle, absolute, limit, size, field, value = unpack(ARGV)
+local time, tables = redis.call('TIME'), {{KEYS[2], KEYS[3]}}
+local now = time[1] * 1000 + math.floor(time[2] / 1000)
+local function drop(key)
+  redis.call('DEL', key)
+  for _, table in ipairs(tables) do redis.call('ZREM', table, key) end
+end
+local function make_room(is_renewed)
+  for _, table in ipairs(tables) do
+    local over = redis.call('ZRANGEBYSCORE', table, '-inf', now - idle, 'LIMIT', 0, {MAX_SWEEP})
+    for _, key in ipairs(over) do drop(key) end
+  end
+  while redis.call('ZCARD', tables[1]) + redis.call('ZCARD', tables[2]) >= tonumber(limit) do
+    local oldest = redis.call('ZRANGE', tables[1], 0, 0)[1] or is_renewed and redis.call('ZRANGE', tables[2], 0, 0)[1]
+    if not oldest then return false end
+    drop(oldest)
+  end
+  return true
+end
+local function use(key, table, is_new)
+  local created = redis.call('HGET', key, 'created')
+  local left = created and math.min(idle, created + absolute - now) or 0
+  if left <= 0 then return drop(key) end
+  redis.call('PEXPIRE', key, left)
+  redis.call('ZADD', table or redis.call('ZSCORE', tables[2], key) and tables[2] or tables[1], now, key)
+  return true
+end
+if op == 'create' then
+  if not make_room(false) then return {{3}} end
+  redis.call('HSET', KEYS[1], 'created', now, field, value)
+  use(KEYS[1], tables[1])
+  return {{1}}
+elseif op == 'renew' then
+  if redis.call('EXISTS', KEYS[4]) == 1 then return {{1}} end
+  if use(KEYS[1]) then redis.call('RENAME', KEYS[1], KEYS[4]) end
+  drop(KEYS[1])
+  make_room(true)
+  redis.call('HSET', KEYS[4], 'created', now)
+  use(KEYS[4], tables[2])
+  return {{1}}
+end
+if not use(KEYS[1]) then return {{0}} end
+if op == 'get' then return {{1, redis.call('HGET', KEYS[1], field)}} end
+if op == 'delete' then redis.call('HDEL', KEYS[1], field) end
+if op == 'end' then drop(KEYS[1]) end
+if op == 'set' then
+  local all, sum = redis.call('HGETALL', KEYS[1]), #field + #value - 1
+  for at = 1, #all, 2 do
+    if all[at] ~= 'created' and all[at] ~= field then sum = sum + #all[at] + #all[at + 1] - 1 end
+  end
+  if sum > tonumber(size) then return {{2, sum}} end
+  redis.call('HSET', KEYS[1], field, value)
+end
+return {{1}}
+"""
+
+
+class _RedisSessions:
+    """The sessions of a cluster. No operation waits for longer than REDIS_TIME, nor while Redis is known to be away."""
+
+    def __init__(self, options: Session, find_redis: Callable[[], Any]) -> None:
+        self.options = options
+        self.connections: Any = LifoQueue()  # those that no operation is using; they connect by themselves
+        for _ in range(REDIS_CONNECTIONS):
+            connection, self.key = find_redis()
+            self.connections.put(connection)
+        self.is_away, self.retry_at = False, 0.0  # the last operation failed; when the next one may try again
+
+    def is_live(self, name: str) -> bool:
+        return bool(self._ask("live", name)[0] == 1)
+
+    def get(self, name: str, key: str) -> str | None:
+        _, *values = self._ask("get", name, key)
+        return values[0].decode() if values and values[0] is not None else None
+
+    def set(self, name: str, key: str, text: str) -> bool:
+        status, *sizes = self._ask("set", name, key, text)
+        if status == 2:
+            raise ValueError(f"a session may have {self.options.max_size} bytes; with {key!r} it has {sizes[0]}")
+        return bool(status == 1)
+
+    def create(self, name: str, key: str, text: str) -> None:
+        if self._ask("create", name, key, text)[0] == 3:
+            raise _error_503("there are too many sessions")
+
+    def delete(self, name: str, key: str | None) -> None:
+        self._ask("end", name) if key is None else self._ask("delete", name, key)
+
+    def renew(self, old: str, new: str) -> None:
+        self._ask("renew", old, new=new)
+
+    def _ask(self, op: str, name: str, key: str = "", text: str = "", new: str = "") -> list[Any]:
+        options = self.options
+        limits = int(options.idle * 1000), int(options.absolute * 1000), options.limit, options.max_size
+        keys = [self.key("session:", name), self.key("sessions"), self.key("logins"), self.key("session:", new)]
+        response: list[Any] | None = None
+        failure = f"no response in {REDIS_TIME:.1f} s"
+        if self.is_away and monotonic() < self.retry_at:
+            raise _error_503("the sessions cannot be reached")
+        self.retry_at = monotonic() + 2 * REDIS_TIME  # while Redis is away, one request a time tries
+        try:
+            with gevent.Timeout(REDIS_TIME, False):
+                response = self._request(*keys, op, *limits, f":{key}", text)
+        except Exception as error:
+            failure = str(error)
+        if self.is_away != (response is None):
+            self.is_away = response is None
+            refusing = f"requests that need them are refused: {failure}"
+            log.warning("sessions: %s", refusing if self.is_away else "Redis responds again")
+        self.retry_at = monotonic() + REDIS_TIME
+        if response is None:
+            raise _error_503("the sessions cannot be reached")
+        return response
+
+    def _request(self, *arguments: Any) -> Any:
+        connection = self.connections.get()
+        try:
+            with suppress(Exception):  # Redis may have closed the connection, as it does when it restarts
+                return self._evaluate(connection, arguments)
+            connection.disconnect()
+            return self._evaluate(connection, arguments)
+        except BaseException:
+            connection.disconnect()  # a late response must not be taken for the next one
+            raise
+        finally:
+            self.connections.put(connection)
+
+    def _evaluate(self, connection: Any, arguments: Any) -> Any:
+        connection.send_command("EVAL", _SESSION_SCRIPT, 4, *arguments)
+        return connection.read_response()
+
+
+session = Session()
+__all__ += ["session"]
+rooms["sessions"] = SimpleNamespace(set_cookie=set_cookie, get_cookie=_get_cookie, send_cookies=_send_cookies)
+
+
 # ----- cut here: without logs ----------------------------------------------------------------------------------------
 # Lost: the access log, with the reasons of refusals; log_format="json".
 
@@ -7137,7 +7646,6 @@ $("pause").onclick = event => event.target.ariaPressed = paused = !paused;
 import argparse
 import ast
 import hashlib
-import hmac
 import secrets
 import sqlite3
 from contextlib import closing
@@ -7436,30 +7944,22 @@ def children_of(notes: Notes) -> list[dict[str, Any]]:
 class Login:
     """Protects pages by one password: `routes` is the group with /login and /logout, `security` is for other groups.
 
-    No session is stored. The cookie holds its expiry time and a signature, whose key is derived from the password: all
-    workers accept it, it survives a restart, and a new password ends every login.
+    A session that is logged in holds what proves its password. So it ends when the password changes, on any node.
     """
 
-    LIFE = 12 * 3600  # seconds until a login expires
     TRIES, TRIES_OF_ALL = 5, 30  # wrong passwords a minute, from one address and from all
 
     def __init__(self, password: str, home: str = "/board") -> None:
-        self.home = home
-        # Slow by intention: with a stolen cookie, passwords must not be guessed by the million.
-        self.key = hashlib.scrypt(password.encode(), salt=b"nova_lite login", n=2**14, r=8, p=1)
-        self.proof = self.sign("password", password)
+        self.home, self.password = home, password
+        # Slow by intention: what is stored must not help to guess passwords by the million.
+        self.proof = hashlib.scrypt(password.encode(), salt=b"nova_lite login", n=2**14, r=8, p=1).hex()
         self.wrong: deque[tuple[float, str]] = deque()  # time, address; at most TRIES_OF_ALL
         post = {"methods": ["post"], "max_body": 4096}
         show = ("/login", self.show, {"methods": ["get"]})
         self.routes = {"routes": [show, ("/login", self.log_in, post), ("/logout", self.log_out, post)]}
 
-    def sign(self, kind: str, text: str) -> str:
-        return hmac.new(self.key, f"{kind}:{text}".encode(), "sha256").hexdigest()
-
     def is_logged_in(self, req: Request) -> bool:
-        session, _, signature = req["cookies"].get("nova_login", "").rpartition(".")
-        is_ours = hmac.compare_digest(signature.encode(), self.sign("session", session).encode())
-        return is_ours and int(session.partition(".")[0]) > time.time()
+        return session.get(req, "login") == self.proof
 
     def security(self, req: Request) -> Any:
         if self.is_logged_in(req):
@@ -7478,15 +7978,19 @@ class Login:
         if wait > 0:
             return self.page(429, f"Too many wrong passwords. Wait {wait} seconds.", {"Retry-After": str(wait)})
         given = password if isinstance(password, str) else ""
-        if not hmac.compare_digest(self.sign("password", given), self.proof):
+        if not hmac.compare_digest(given.encode(), self.password.encode()):
             self.wrong.append((monotonic(), address))
             log.warning("wrong password at /login from %s", address)
             return self.page(401, "That is not the password.")
-        session = f"{int(time.time()) + self.LIFE}.{secrets.token_urlsafe(16)}"
-        return self.redirect(req, self.home, f"{session}.{self.sign('session', session)}", self.LIFE)
+        session.renew(req)
+        session.set(req, "login", self.proof)
+        return "status", 303, {"Location": self.home}
 
     def log_out(self, req: Request) -> Any:
-        return self.redirect(req, "/login", "", 0) if req.is_own_origin() else ("status", 403)
+        if not req.is_own_origin():
+            return "status", 403
+        session.delete(req)
+        return "status", 303, {"Location": "/login"}
 
     def wait(self, address: str) -> int:
         """Returns the seconds until this address may try again."""
@@ -7496,12 +8000,6 @@ class Login:
         of_all, own = [at for at, _ in self.wrong], [at for at, other in self.wrong if other == address]
         ends = [*own[-self.TRIES :][: len(own) >= self.TRIES], *of_all[: len(of_all) >= self.TRIES_OF_ALL]]
         return int(max(ends) + 60 - now) + 1 if ends else 0
-
-    def redirect(self, req: Request, path: str, cookie: str, seconds: int) -> Any:
-        # Behind a proxy the request may be plain HTTP; the form's Origin has the scheme that the browser uses.
-        https = req.environ["wsgi.url_scheme"] == "https" or req["headers"].get("Origin", "").startswith("https:")
-        options = f"Max-Age={seconds}; Path=/; HttpOnly; SameSite=Strict{'; Secure' if https else ''}"
-        return "status", 303, {"Location": path, "Set-Cookie": f"nova_login={cookie}; {options}"}
 
     def page(self, status: int, error: str = "", headers: Mapping[str, str] | None = None) -> Any:
         policy = "default-src 'none'; style-src 'unsafe-inline'; img-src data:; frame-ancestors 'none'"

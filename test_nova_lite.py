@@ -186,10 +186,12 @@ if __name__ == "__main__":
 import _socket
 import abc
 import ast
+import base64
 import builtins
 import codecs
 import dataclasses
 import functools
+import hashlib
 import http.client
 import inspect
 import logging
@@ -283,6 +285,7 @@ from nova_lite import (
     send,
     send_after,
     send_interval,
+    session,
     spawn,
     spawn_link,
     spawn_monitor,
@@ -1940,6 +1943,7 @@ KEYS = [
     "auth_data",
     "subprotocol",
     "since",
+    "scheme",
 ]
 
 
@@ -2233,7 +2237,7 @@ def test_no_bytes_in_a_header_or_a_form_are_a_500(strict_server, caplog, endpoin
         b"Origin Accept Last-Event-ID Content-Type Cookie Host Upgrade Referer X-Forwarded-For Authorization".split()
     )
     heads = [{name: odd} for name in names for odd in ODD_BYTES] + [
-        {b"Cookie": b"nova_login=" + odd} for odd in ODD_BYTES
+        {b"Cookie": b"nova_session=" + odd} for odd in ODD_BYTES
     ]
     heads += [{b"Accept": b"text/event-stream", b"Last-Event-ID": odd} for odd in ODD_BYTES]
     requests = [(head, b"") for head in heads] + [({b"Content-Type": kind}, body) for kind, body in MULTIPARTS]
@@ -10089,7 +10093,7 @@ FORM = "application/x-www-form-urlencoded"
 
 
 @pytest.fixture
-def login():
+def login(sessions):
     return nova_lite.Login("sesame", home="/home")
 
 
@@ -10130,11 +10134,11 @@ def test_what_is_no_page_is_not_sent_anywhere(login, changes):
     assert login.security(a_request(**changes)) is False
 
 
-def test_the_password_is_a_cookie_that_no_script_and_no_other_site_can_use(guarded):
+def test_the_password_makes_a_session_that_no_script_and_no_other_site_can_use(guarded):
     status, headers, _ = try_password(guarded)
     assert (status, headers["Location"]) == (303, "/home")
     parts = headers["Set-Cookie"].split("; ")
-    assert parts[1:] == ["Max-Age=43200", "Path=/", "HttpOnly", "SameSite=Strict"]
+    assert parts[1:] == ["Max-Age=604800", "Path=/", "SameSite=Lax", "HttpOnly"]
     assert is_welcome(guarded, cookie_of(headers))
     assert cookie_of(headers) != cookie_of(try_password(guarded)[1])
     assert ask(guarded, path="/login", HTTP_COOKIE=cookie_of(headers))[0] == 302
@@ -10170,24 +10174,17 @@ def test_a_form_without_the_password_is_a_wrong_one(guarded, body, content_type)
     assert ask(guarded, "POST", "/login", body, content_type)[0] == 401
 
 
-def test_no_cookie_but_ours_is_accepted(guarded, login, monkeypatch):
-    cookie = cookie_of(try_password(guarded)[1])
-    name, _, value = cookie.partition("=")
-    session, _, signature = value.rpartition(".")
-    seconds, _, id = session.partition(".")
-    forged = [
-        "", ".", "..", "é.é", session, f"{session}.", f".{signature}", f"{session}.{signature[:-1]}",
-        f"{int(seconds) + 1}.{id}.{signature}", f"{seconds}.{id}x.{signature}", f"{session}.{login.proof}",
-        f"{session}.{nova_lite.Login('other').sign('session', session)}",
-    ]  # fmt: skip
-    assert [value for value in forged if is_welcome(guarded, f"{name}={value}")] == []
-    assert is_welcome(guarded, cookie)
-    late = time.time() + 12 * 3600 + 1
-    monkeypatch.setattr(nova_lite.time, "time", lambda: late)
-    assert not is_welcome(guarded, cookie)
+def test_a_login_gives_a_new_id_and_the_one_from_before_is_nobodys(guarded):
+    old = cookie_of(try_password(guarded)[1])
+    new = cookie_of(try_password(guarded, HTTP_COOKIE=old)[1])
+    assert old != new
+    assert not is_welcome(guarded, old)
+    assert is_welcome(guarded, new)
+    assert not is_welcome(guarded, cookie_of(try_password(guarded, "wrong", HTTP_COOKIE=new)[1]))
+    assert is_welcome(guarded, new)  # a wrong password ends nobody's login
 
 
-def test_every_worker_and_the_next_start_accept_the_cookie(guarded):
+def test_the_next_password_ends_every_login(guarded):
     cookie = cookie_of(try_password(guarded)[1])
     assert nova_lite.Login("sesame").security(a_request(HTTP_COOKIE=cookie)) is True
     assert nova_lite.Login("changed").security(a_request(HTTP_COOKIE=cookie)) == ("redirect", "/login")
@@ -10244,11 +10241,14 @@ def test_the_pages_own_form_is_not_refused(guarded):
     assert try_password(guarded, HTTP_ORIGIN="http://localhost")[0] == 303
 
 
-def test_logout_takes_the_cookie_back_and_is_a_post(guarded):
-    status, headers, _ = ask(guarded, "POST", "/logout")
+def test_logout_ends_the_session_takes_the_cookie_back_and_is_a_post(guarded):
+    cookie = cookie_of(try_password(guarded)[1])
+    assert ask(guarded, "GET", "/logout", HTTP_COOKIE=cookie)[0] == 405
+    assert is_welcome(guarded, cookie)
+    status, headers, _ = ask(guarded, "POST", "/logout", HTTP_COOKIE=cookie)
     assert (status, headers["Location"]) == (303, "/login")
-    assert headers["Set-Cookie"].startswith("nova_login=; Max-Age=0; Path=/; ")
-    assert ask(guarded, "GET", "/logout")[0] == 405
+    assert headers["Set-Cookie"].startswith("nova_session=; Max-Age=0; Path=/; ")
+    assert not is_welcome(guarded, cookie)  # whoever has kept it
 
 
 def test_a_password_comes_from_the_environment_or_is_made_up_once_and_told(monkeypatch, caplog):
@@ -10798,6 +10798,852 @@ def test_a_copy_without_leases_says_so_in_a_cluster_and_runs_the_child_without_o
     monkeypatch.setattr(pubsub, "adapter", object.__new__(nova_lite.Cluster))
     with pytest.raises(RuntimeError, match="this copy of nova_lite has no room 'leases'"):
         nova_lite.start_once(spec)
+
+
+# -- sessions: cookies ------------------------------------------------------------------------------------------------
+
+SECRET = "a secret"
+
+
+def set_cookies(answer):
+    """The cookies of an answer of `ask`."""
+    return answer[1].get_all("Set-Cookie")
+
+
+def as_sent(headers):
+    """What a browser sends back of several cookies."""
+    return "; ".join(line.partition(";")[0] for line in headers.get_all("Set-Cookie"))
+
+
+@pytest.mark.parametrize(
+    ("options", "attributes"),
+    [
+        ({}, "Path=/; SameSite=Lax; HttpOnly"),
+        ({"max_age": 60, "path": "/a"}, "Max-Age=60; Path=/a; SameSite=Lax; HttpOnly"),
+        ({"domain": "example.org", "samesite": "Strict"}, "Path=/; Domain=example.org; SameSite=Strict; HttpOnly"),
+        ({"httponly": False, "samesite": None}, "Path=/"),
+        ({"secure": True, "samesite": "None"}, "Path=/; SameSite=None; HttpOnly; Secure"),
+    ],
+)
+def test_a_cookie_has_these_attributes(options, attributes):
+    app = one_route(lambda req: req.set_cookie("a", "1", **options) or ("status", 200))
+    assert set_cookies(ask(app)) == [f"a=1; {attributes}"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "is_secure"),
+    [
+        ({}, False), ({"wsgi.url_scheme": "https"}, True), ({"HTTP_X_FORWARDED_PROTO": "https"}, True),
+        ({"HTTP_X_FORWARDED_PROTO": "wss"}, True), ({"HTTP_X_FORWARDED_PROTO": "https, http"}, False),
+    ],
+)  # fmt: skip
+def test_over_https_a_cookie_is_secure(changes, is_secure):
+    app = Nova([{"routes": [("/", lambda req: req.set_cookie("a", req["scheme"]) or ("status", 200))]}], trust_proxy=1)
+    [cookie] = set_cookies(ask(app, **changes))
+    assert cookie.startswith("a=https;" if is_secure else "a=http;")
+    assert cookie.endswith("; Secure") == is_secure
+
+
+@pytest.mark.parametrize("value", ["", "plain", "a b", " a ", "a;b,c", '"', '"a"', "\\", "\\073", "ä€😀", "=", "a=b&c"])
+def test_any_text_comes_back_as_it_was(value):
+    app = one_route(lambda req: req.set_cookie("a", value) or ("status", 200))
+    cookie = as_sent(ask(app)[1])
+    req = a_request(HTTP_COOKIE=cookie)
+    assert (req["cookies"], req.get_cookie("a"), req.get_cookie("b")) == ({"a": value}, value, None)
+
+
+def with_cookie(answer):
+    def controller(req):
+        req.set_cookie("a", "1")
+        req.set_cookie("a", "2")  # in place of the first
+        req.set_cookie("a", "3", path="/b")
+        return answer(req) if callable(answer) else answer
+
+    return controller
+
+
+def crash(_req):
+    raise ValueError("on purpose")
+
+
+SHARED = bottle.HTTPResponse("shared", 200)
+
+
+@pytest.mark.parametrize(
+    ("answer", "status"),
+    [
+        (("json", 200, {}, {}), 200), (lambda req: ("json", 200, {}, {}, req), 200), (("redirect", "/b"), 302),
+        (("status", 404), 404), (("status", 204), 204), (("status", 500, {}, "text"), 500), (crash, 500),
+        ("gibberish", 500), (SHARED, 200), (bottle.HTTPError(409, "no"), 409), (("ok", {}, {"view": "none"}), 500),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("by_security", [False, True])
+def test_a_cookie_goes_out_with_whatever_is_the_answer(answer, status, by_security):
+    app = one_route(with_cookie(answer))
+    if by_security:
+        app = one_route(answer if callable(answer) else lambda _req: answer, security=with_cookie(True))
+    answer = ask(app)
+    assert (answer[0], as_sent(answer[1])) == (status, "a=2; a=3")
+    assert answer[1].get_all("Cache-Control") == ["private"]
+    assert "Set-Cookie" not in SHARED.headers  # the next client's answer may be the same object
+
+
+@pytest.mark.parametrize("refusal", [False, (False, 403, {"X-A": "1"}), ("redirect", "/login")])
+def test_a_cookie_goes_out_with_a_refusal(refusal):
+    assert as_sent(ask(one_route(crash, security=with_cookie(refusal)))[1]) == "a=2; a=3"
+
+
+def test_cookies_of_bottle_and_those_of_a_header_stay():
+    def controller(req):
+        bottle.response.set_cookie("bottles", "1")
+        req.set_cookie("ours", "2")
+        return "json", 200, {"Set-Cookie": "own=3", "Cache-Control": "no-cache"}, {}
+
+    _, headers, _ = answer = ask(one_route(controller))
+    assert sorted(line.partition(";")[0] for line in set_cookies(answer)) == ["bottles=1", "ours=2", "own=3"]
+    assert headers.get_all("Cache-Control") == ["no-cache"]
+
+
+def test_a_cookie_leaves_a_mounted_application_once():
+    app = Nova()
+    app.mount("/sub", one_route(with_cookie(("status", 200))).wsgi)
+    assert as_sent(ask(app, path="/sub/")[1]) == "a=2; a=3"
+
+
+def test_no_other_client_gets_a_cookie():
+    waiting = gevent.event.Event()
+
+    def controller(req):
+        req.set_cookie("who", req["qs"]["who"])
+        waiting.set() if req["qs"]["who"] == "b" else waiting.wait(PATIENCE)
+        return SHARED
+
+    with serving(("/", controller)) as server:
+        jobs = [gevent.spawn(http_request, server, "GET", f"/?who={who}") for who in "ab"]
+        assert [as_sent(job.get()[1]) for job in jobs] == ["who=a", "who=b"]
+    assert set_cookies(ask(one_route(lambda _req: SHARED))) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "options", "error", "words"),
+    [
+        ("a", "x\r\nSet-Cookie: b=1", {}, ValueError, "control characters"),
+        ("a", "\0", {}, ValueError, "control characters"), ("a", "\x7f", {}, ValueError, "control characters"),
+        ("a", "\ud800", {}, ValueError, "surrogates"), ("a", "x" * 4096, {}, ValueError, "4097 bytes"),
+        ("a", "é" * 600, {}, ValueError, "bytes"), ("a", ["x"], {}, TypeError, "is a string"),
+        ("a", None, {}, TypeError, "is a string"), ("", "", {}, ValueError, "name of a cookie"),
+        ("a b", "", {}, ValueError, "name of a cookie"), ("a;b", "", {}, ValueError, "name of a cookie"),
+        ("ä", "", {}, ValueError, "name of a cookie"), ("a\n", "", {}, ValueError, "name of a cookie"),
+        ("a", "", {"path": "/; Domain=x"}, ValueError, "path"), ("a", "", {"path": "/\n"}, ValueError, "path"),
+        ("a", "", {"path": "b"}, ValueError, "path"), ("a", "", {"domain": "x; Secure"}, ValueError, "domain"),
+        ("a", "", {"domain": "x\r\n"}, ValueError, "domain"), ("a", "", {"samesite": "lax"}, ValueError, "samesite"),
+        ("a", "", {"samesite": "None"}, ValueError, "samesite"), ("a", "", {"max_age": "1 day"}, ValueError, "1 day"),
+        ("__Host-a", "", {}, ValueError, "https"), ("__host-a", "", {"secure": True, "path": "/b"}, ValueError, "path"),
+        ("__Secure-a", "", {}, ValueError, "https"), ("a", "", {"expires": 1}, TypeError, "expires"),
+        ("a", {1, 2}, {"secret": "x"}, TypeError, "JSON"), ("a", float("nan"), {"secret": "x"}, ValueError, "JSON"),
+        ("a", "x" * 4000, {"secret": "x"}, ValueError, "bytes"), ("a", 1, {"secret": ""}, ValueError, "empty"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_a_cookie_is_refused(name, value, options, error, words):
+    req = a_request()
+    with pytest.raises(error, match=words):
+        req.set_cookie(name, value, **options)
+    assert not req.environ.get(nova_lite.COOKIES_KEY)
+
+
+def test_a_cookie_of_4096_bytes_goes_to_a_client_and_back():
+    value = "x" * 4095
+    controllers = [("/", lambda req: req.set_cookie("a", value) or ("status", 200))]
+    with serving(*controllers, ("/back", lambda req: ("json", req["cookies"]["a"] == value))) as server:
+        cookie = as_sent(http_request(server, "GET", "/")[1])
+        assert len(cookie) == 4097  # with the "="
+        assert get_json(server, "/back", Cookie=cookie) == (200, True)
+
+
+def test_a_deleted_cookie_is_one_that_is_over():
+    app = one_route(lambda req: req.delete_cookie("a", path="/b") or ("status", 200))
+    assert set_cookies(ask(app)) == ["a=; Max-Age=0; Path=/b; SameSite=Lax; HttpOnly"]
+
+
+def signed(value, name="a", secret=SECRET, **options):
+    app = one_route(lambda req: req.set_cookie(name, value, secret=secret, **options) or ("status", 200))
+    return as_sent(ask(app)[1])
+
+
+@pytest.mark.parametrize("value", [None, True, 0, 1.5, "", "a;b\n", "ü", [1, [2]], {"a": {"b": None}}], ids=repr)
+@pytest.mark.parametrize("secret", [SECRET, b"bytes \xff"])
+def test_a_signed_cookie_holds_what_json_holds(value, secret):
+    assert a_request(HTTP_COOKIE=signed(value, secret=secret)).get_cookie("a", secret) == value
+
+
+def test_each_byte_of_a_signed_cookie_counts():
+    cookie = signed({"user": "ann"})
+    for at in range(2, len(cookie)):
+        for other in ("A", "B", ".", "=", "%", '"', "\xff", ""):
+            forged = cookie[:at] + other + cookie[at + 1 :]
+            assert forged == cookie or a_request(HTTP_COOKIE=forged).get_cookie("a", SECRET) is None, forged
+
+
+@pytest.mark.parametrize(
+    ("cookie", "secret"),
+    [
+        (signed("x", secret="other"), SECRET), (signed("x", name="b").replace("b=", "a="), SECRET), ("a=", SECRET),
+        ("a=.", SECRET), ("a=x", SECRET), ("", SECRET), ("a=" + "x" * 4094, SECRET), (signed("x") + "=", SECRET),
+        ("b=" + signed("x"), SECRET), (signed("x"), SECRET + " "),
+    ],
+    ids=range(10),
+)  # fmt: skip
+def test_a_forged_cookie_is_none(cookie, secret):
+    assert a_request(HTTP_COOKIE=cookie).get_cookie("a", secret) is None
+
+
+def test_a_signed_cookie_is_not_accepted_after_its_max_age(monkeypatch):
+    now = time.time()
+    req = a_request(HTTP_COOKIE=signed("x", max_age=60))
+    for later, value in ((58, "x"), (60.9 - now % 1, None), (61, None)):
+        monkeypatch.setattr(nova_lite.time, "time", lambda later=later: now + later)
+        assert req.get_cookie("a", SECRET) == value
+
+
+def test_a_forged_cookie_does_not_hide_a_genuine_one():
+    for cookie in (f"a=x; {signed(1)}", f"{signed(1)}; a=x"):
+        assert a_request(HTTP_COOKIE=cookie).get_cookie("a", SECRET) == 1
+
+
+class Baker(WebSocketHandler):
+    """Sets a cookie in each callback; the later ones are too late, and the client gets to know."""
+
+    def init(self, state):
+        state["req"].set_cookie("init", "1")
+        return "ok", state
+
+    def websocket_handle(self, frame, state):
+        try:
+            state["req"].set_cookie("late", "1")
+        except RuntimeError as error:
+            return "reply", ("text", str(error)), state
+        return "ok", state
+
+
+def bake(req):
+    req.set_cookie("security", "1")
+    return "refuse" not in req["qs"]
+
+
+def test_a_websockets_101_and_its_refusal_carry_cookies():
+    with serving(("/ws", Baker, {"protocol": "ws"}), security=bake) as server:
+        with ws(server) as client:
+            sent = client.response.headers.get_all("Set-Cookie")
+            assert [line.partition(";")[0] for line in sent] == ["security=1", "init=1"]
+            client.send("x")
+            assert "the response to this request has been sent" in client.recv(PATIENCE)
+        with pytest.raises(InvalidStatus) as refused:
+            ws(server, "/ws?refuse")
+        response = refused.value.response
+        assert (response.status_code, response.headers["Set-Cookie"][:11]) == (401, "security=1;")
+        with events(server, "/ws") as (_, head):
+            assert head.count(b"Set-Cookie: ") == 2
+
+
+# -- sessions ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def sessions(monkeypatch):
+    """The sessions, of which there are none, with the default limits."""
+    monkeypatch.setattr(session, "memory", type(session.memory)(session))
+    yield session.memory
+    session.configure()
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    clock = SimpleNamespace(now=1000.0)
+    monkeypatch.setattr(nova_lite, "monotonic", lambda: clock.now)
+    return clock
+
+
+def on_request(fn, cookie="", **changes):
+    """(what fn(req) returned, the cookies of the answer): as a controller, asked with a cookie."""
+    returned = []
+    app = Nova([{"routes": [("/", lambda req: returned.append(fn(req)) or ("status", 200))]}], trust_proxy=1)
+    answer = ask(app, HTTP_COOKIE=cookie, **changes)
+    return (*returned, as_sent(answer[1])) if set_cookies(answer) else (*returned, "")
+
+
+def value_of(cookie, key="user", **changes):
+    return on_request(lambda req: session.get(req, key), cookie, **changes)[0]
+
+
+def a_session(**values):
+    """The cookie of a new session."""
+    return on_request(lambda req: [session.set(req, key, value) for key, value in values.items()])[1]
+
+
+def a_login(cookie="", **values):
+    def log_in(req):
+        session.renew(req)
+        for key, value in values.items():
+            session.set(req, key, value)
+
+    return on_request(log_in, cookie)[1]
+
+
+def test_a_session_remembers_by_key(sessions):
+    cookie = a_session(user="ann", cart=[1, {"b": None}])
+    assert (value_of(cookie), value_of(cookie, "cart"), value_of(cookie, "nothing")) == ("ann", [1, {"b": None}], None)
+    assert on_request(lambda req: session.get(req, "nothing", 5), cookie) == (5, "")
+    assert on_request(lambda req: session.set(req, "user", "bob"), cookie) == ("ok", "")
+    assert on_request(lambda req: session.delete(req, "cart"), cookie) == ("ok", "")
+    assert (value_of(cookie), value_of(cookie, "cart")) == ("bob", None)
+    assert len(sessions.others) == 1
+
+
+def test_the_request_that_makes_a_session_sees_it(sessions):
+    def controller(req):
+        before = session.get(req, "a")
+        session.set(req, "a", 1)
+        session.set(req, "b", 2)
+        session.renew(req)
+        seen = [before, session.get(req, "a"), session.get(req, "b")]
+        session.delete(req)
+        return [*seen, session.get(req, "a")]
+
+    assert on_request(controller) == ([None, 1, 2, None], "nova_session=")
+    assert not sessions.others
+    assert not sessions.renewed
+
+
+def test_who_only_reads_gets_no_session_and_no_cookie(sessions):
+    for fn in (lambda req: session.get(req, "a", 1), lambda req: session.delete(req, "a"), session.delete):
+        assert on_request(fn)[1] == ""
+    assert not sessions.others
+
+
+def test_the_cookie_holds_128_random_bits_and_the_server_only_their_hash(sessions, caplog):
+    caplog.set_level(logging.DEBUG)
+    with serving(("/", lambda req: session.set(req, "a", 1) and ("status", 200))) as server:
+        cookies = [http_request(server, "GET", "/")[1]["Set-Cookie"] for _ in range(3)]
+    ids = [
+        re.fullmatch(r"nova_session=([\w-]{22}); Max-Age=604800; Path=/; SameSite=Lax; HttpOnly", it)[1]
+        for it in cookies
+    ]
+    assert len(set(ids)) == 3
+    assert [len(base64.urlsafe_b64decode(it + "==")) for it in ids] == [16] * 3
+    assert list(sessions.others) == [hashlib.sha256(it.encode()).hexdigest() for it in ids]
+    known = "".join([repr(sessions.others), *(record.getMessage() for record in caplog.records)])
+    assert [it for it in ids if it in known] == []
+
+
+@pytest.mark.parametrize(
+    ("changes", "option", "name"),
+    [
+        ({}, None, "nova_session"), ({"wsgi.url_scheme": "https"}, None, "__Host-nova_session"),
+        ({"HTTP_X_FORWARDED_PROTO": "https"}, None, "__Host-nova_session"), ({}, True, "__Host-nova_session"),
+        ({"wsgi.url_scheme": "https"}, False, "nova_session"),
+    ],
+)  # fmt: skip
+def test_over_https_the_cookie_is_one_that_only_this_host_can_set(sessions, changes, option, name):
+    session.configure(secure=option)
+    _, cookie = on_request(lambda req: session.set(req, "user", "ann"), **changes)
+    assert cookie.partition("=")[0] == name
+    assert value_of(cookie, **changes) == "ann"
+    assert value_of(cookie.replace("__Host-", "x").replace("nova", "__Host-nova", name == "nova_session")) is None
+
+
+def test_an_id_that_was_not_made_here_is_never_a_sessions(sessions):
+    chosen = "nova_session=" + "A" * 22
+    _, cookie = on_request(lambda req: session.set(req, "user", "ann"), chosen)
+    assert cookie.startswith("nova_session=")
+    assert cookie != chosen
+    assert (value_of(chosen), value_of(cookie)) == (None, "ann")
+    _, cookie = on_request(session.renew, chosen)
+    assert cookie != chosen
+    assert "A" * 22 not in cookie
+
+
+def test_each_byte_of_an_id_counts(sessions):
+    cookie = a_session(user="ann")
+    start = cookie.index("=") + 1
+    for at in range(start, len(cookie)):
+        for other in ("A", "b", "", "AA", ".", "\xff"):
+            forged = cookie[:at] + other + cookie[at + 1 :]
+            assert forged == cookie or value_of(forged) is None
+
+
+@pytest.mark.parametrize("value", ["", "x", "x" * 4083, "'; DROP", '"' + "A" * 22 + '"', "A" * 23, "\xff" * 22])
+def test_a_cookie_that_is_no_id_is_not_looked_up(sessions, value):
+    req = a_request(HTTP_COOKIE=f"nova_session={value}")
+    assert session._find(req) is None
+
+
+def test_what_an_attacker_knew_before_the_login_is_nobodys_after_it(sessions):
+    fixed = a_session(cart=["book"])  # the attacker makes a session, and gives its cookie to the victim
+    cookie = a_login(fixed, user="ann")
+    assert (value_of(cookie), value_of(cookie, "cart")) == ("ann", ["book"])
+    assert (value_of(fixed), value_of(fixed, "cart")) == (None, None)
+    assert (len(sessions.others), len(sessions.renewed)) == (0, 1)
+
+
+def test_after_a_logout_no_copy_of_the_cookie_is_of_use(sessions):
+    cookie = a_login(user="ann")
+    assert on_request(session.delete, cookie) == ("ok", "nova_session=")
+    assert value_of(cookie) is None
+    _, again = on_request(lambda req: session.set(req, "user", "eve"), cookie)
+    assert again != cookie
+    assert value_of(cookie) is None
+
+
+def test_one_session_is_not_another_ones(sessions):
+    ann, bob = a_login(user="ann"), a_login(user="bob")
+    assert (value_of(ann), value_of(bob)) == ("ann", "bob")
+    on_request(session.delete, ann)
+    assert (value_of(ann), value_of(bob)) == (None, "bob")
+
+
+def test_of_several_cookies_that_of_a_session_counts_and_of_several_sessions_none(sessions):
+    ann, eve, odd = a_login(user="ann"), a_login(user="eve"), "nova_session=" + "A" * 22
+    for both in (
+        f"{odd}; {ann}",
+        f"{ann}; {odd}",
+        f"{ann}; {ann}",
+        f"nova_session=; {ann}",
+        f"{ann};nova_session=\xff",
+    ):
+        assert value_of(both) == "ann", both
+    for both in (f"{ann}; {eve}", f"{eve}; {ann}", f"{odd}; {eve}; {ann}"):
+        assert value_of(both) is None, both
+    many = "; ".join(f"nova_session={letter * 22}" for letter in "abcdefgh")
+    assert value_of(f"{many}; {ann}") is None  # nor is it looked up
+    for spaced in (f"\u00a0{ann}", f"x{ann}", ann.replace("=", "\x0b=")):
+        assert value_of(spaced) is None
+
+
+@pytest.mark.parametrize(("idle", "absolute", "last"), [(10, 1000, 10), (1000, 10, 10), (10, 10, 10)])
+def test_a_session_is_over_exactly_at_its_limit(sessions, clock, idle, absolute, last):
+    session.configure(idle=idle, absolute=absolute)
+    for wait, value in ((last - 0.001, "ann"), (last, None), (last + 1, None)):
+        cookie = a_session(user="ann")
+        clock.now += wait
+        assert value_of(cookie) == value
+
+
+def test_a_use_delays_the_idle_limit_and_not_the_absolute_one(sessions, clock):
+    session.configure(idle=10, absolute=25)
+    cookie = a_session(user="ann")
+    seen = []
+    for _ in range(4):
+        clock.now += 8
+        seen.append(value_of(cookie))
+    assert seen == ["ann", "ann", "ann", None]
+    assert not sessions.others
+
+
+def test_the_absolute_limit_counts_from_the_login(sessions, clock):
+    session.configure(idle=1000, absolute=100)
+    cookie = a_session(user="ann")
+    clock.now += 99
+    cookie = a_login(cookie)
+    clock.now += 99
+    assert value_of(cookie) == "ann"
+    clock.now += 1
+    assert value_of(cookie) is None
+
+
+def test_parallel_requests_of_a_session_do_not_lose_each_others_keys(sessions):
+    cookie, barrier = a_login(), gevent.event.Event()
+
+    def controller(req):
+        key = req["qs"]["key"]
+        session.get(req, key)
+        barrier.wait(PATIENCE)
+        session.set(req, key, key)
+        return "status", 200
+
+    with serving(("/", controller)) as server:
+        ask = [gevent.spawn(get_status, server, f"/?key=k{n}", cookie) for n in range(20)]
+        gevent.sleep(0.01)
+        barrier.set()
+        assert [job.get() for job in ask] == [200] * 20
+    assert [value_of(cookie, f"k{n}") for n in range(20)] == [f"k{n}" for n in range(20)]
+
+
+def get_status(server, path, cookie):
+    return http_request(server, "GET", path, headers={"Cookie": cookie})[0]
+
+
+def test_a_value_is_a_copy(sessions):
+    cart = [1]
+    cookie = a_session(cart=cart)
+    cart.append(2)
+    first = value_of(cookie, "cart")
+    first.append(3)
+    assert value_of(cookie, "cart") == [1]
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "error"),
+    [
+        ("a", {1, 2}, TypeError), ("a", b"x", TypeError), ("a", object(), TypeError), ("a", float("inf"), ValueError),
+        ("a", "x" * 16_384, ValueError), ("x" * 16_384, "", ValueError), (1, "x", TypeError), (None, "x", TypeError),
+        ("\ud800", 1, ValueError),
+    ],
+    ids=range(9),
+)  # fmt: skip
+def test_what_is_not_json_or_too_large_is_refused_and_makes_no_session(sessions, key, value, error):
+    with pytest.raises(error):
+        session.set(a_request(), key, value)
+    assert not sessions.others
+
+
+def test_a_session_holds_so_many_bytes_in_all(sessions):
+    session.configure(max_size=100)
+    cookie = a_session(a="x" * 50)
+
+    def fill(req):
+        with pytest.raises(ValueError, match="may have 100 bytes; with 'b' it has 101"):
+            session.set(req, "b", "x" * 45)
+        session.set(req, "b", "x" * 44)
+        session.set(req, "a", "y" * 50)  # in place of another
+
+    on_request(fill, cookie)
+    assert value_of(cookie, "a") == "y" * 50
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"idle": 0}, {"absolute": -1}, {"idle": float("inf")}, {"limit": 0}, {"cookie": "a b"}]
+)
+def test_limits_without_a_session_are_refused(sessions, wrong):
+    with pytest.raises(ValueError, match="no session is possible"):
+        session.configure(**wrong)
+    assert session.idle == 12 * 3600
+
+
+def test_a_bots_sessions_push_out_each_other_and_no_login(sessions, clock):
+    session.configure(limit=1000)
+    logins = [a_login(user=n) for n in range(10)]
+    first = a_session(user="first")
+    for number in range(100_000):
+        clock.now += 0.001
+        sessions.create(f"{number}", "bot", "true")
+    assert (len(sessions.others), len(sessions.renewed)) == (990, 10)
+    assert [value_of(cookie) for cookie in logins] == list(range(10))
+    assert value_of(first) is None
+
+
+def test_of_the_others_the_longest_unused_goes_first(sessions, clock):
+    session.configure(limit=3)
+    cookies = [a_session(user=n) for n in range(3)]
+    value_of(cookies[0])
+    a_session()
+    a_session(user=3)
+    assert [value_of(cookie) for cookie in cookies] == [0, None, 2]
+
+
+def test_where_all_are_logins_there_is_no_place_for_another_kind_but_for_a_login(sessions):
+    session.configure(limit=2)
+    logins = [a_login(user=n) for n in range(2)]
+    with pytest.raises(bottle.HTTPError) as refused:
+        session.set(a_request(), "a", 1)
+    assert (refused.value.status_code, refused.value.headers["Retry-After"]) == (503, "1")
+    logins.append(a_login(user=2))
+    assert [value_of(cookie) for cookie in logins] == [None, 1, 2]
+
+
+def test_sessions_that_are_over_are_removed_a_few_at_a_time(sessions, clock):
+    session.configure(idle=10)
+    for _ in range(1000):
+        session.set(a_request(), "a", 1)
+    clock.now += 10
+    sizes = []
+    for _ in range(12):
+        session.set(a_request(), "a", 1)
+        sizes.append(len(sessions.others))
+    assert sizes == [901, 802, 703, 604, 505, 406, 307, 208, 109, 10, 11, 12]
+
+
+class Greeter(WebSocketHandler):
+    def init(self, state):
+        return "ok", state
+
+    def websocket_handle(self, frame, state):
+        match frame:
+            case ("text", "set"):
+                session.set(state["req"], "said", True)
+            case ("text", "renew"):
+                try:
+                    session.renew(state["req"])
+                except RuntimeError as error:
+                    return "reply", ("text", str(error)), state
+            case ("text", "logout"):
+                session.delete(state["req"])
+        return "reply", ("text", str(session.get(state["req"], "user"))), state
+
+
+def logged_in(req):
+    user = session.get(req, "user")
+    return (True, user) if user else False
+
+
+def test_a_websocket_sees_the_session_and_can_write_into_it(sessions):
+    with serving(("/ws", Greeter, {"protocol": "ws"}), security=logged_in) as server:
+        with pytest.raises(InvalidStatus, match="401"):
+            ws(server)
+        cookie = a_login(user="ann")
+        with ws(server, additional_headers={"Cookie": cookie}) as client:
+            for text, reply in (("", "ann"), ("set", "ann"), ("logout", "None"), ("", "None")):
+                client.send(text)
+                assert client.recv(PATIENCE) == reply
+                if text == "set":
+                    assert value_of(cookie, "said") is True
+            client.send("renew")
+            assert "response to this request has been sent" in client.recv(PATIENCE)
+        assert value_of(cookie) is None
+
+
+def test_a_websocket_without_a_session_cannot_begin_one_after_the_101(sessions, caplog):
+    with serving(("/ws", Greeter, {"protocol": "ws"})) as server, ws(server) as client:
+        client.send("set")
+        with pytest.raises(ConnectionClosed) as closed:
+            client.recv(PATIENCE)
+        assert closed.value.rcvd.code == 1011
+    assert "no cookie can be sent any more" in caplog.text
+    assert not sessions.others
+
+
+def test_a_websocket_can_begin_one_in_init(sessions):
+    class Beginner(Greeter):
+        def init(self, state):
+            session.set(state["req"], "user", "guest")
+            return "ok", state
+
+    with serving(("/ws", Beginner, {"protocol": "ws"})) as server, ws(server) as client:
+        client.send("")
+        assert client.recv(PATIENCE) == "guest"
+        assert value_of(client.response.headers["Set-Cookie"].partition(";")[0]) == "guest"
+
+
+# -- sessions in a cluster --------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def join_cluster(sessions, monkeypatch):
+    """join_cluster(url): this process is a node, as a program's is."""
+    monkeypatch.setattr(nova_lite.scheduler, "node", nova_lite.scheduler.node)
+    yield pubsub.connect
+    pubsub.disconnect()
+
+
+@pytest.fixture(params=["alone", "in a cluster"])
+def either_store(request, sessions):
+    """Sessions are in memory, or in Redis."""
+    if request.param == "in a cluster":
+        request.getfixturevalue("join_cluster")(request.getfixturevalue("redis_url"))
+
+
+def test_alone_and_in_a_cluster_a_session_is_the_same(either_store):
+    old = a_session(user="ann", text="ü\ud800\0")
+    assert (value_of(old), value_of(old, "text"), value_of(old, "created"), value_of(old, "")) == (
+        "ann",
+        "ü\ud800\0",
+        None,
+        None,
+    )
+    new = a_login(old, **{"created": 1, "key ü": [None]})
+    assert (value_of(old), value_of(new), value_of(new, "created"), value_of(new, "key ü")) == (None, "ann", 1, [None])
+    assert on_request(session.renew, old)[1] not in (old, new)
+    assert on_request(lambda req: session.delete(req, "created"), new) == ("ok", "")
+    assert (value_of(new), value_of(new, "created")) == ("ann", None)
+    other = a_session(user="bob")
+    assert on_request(lambda req: session.get(req, "user"), f"{new}; {other}")[0] is None
+    assert on_request(lambda req: session.get(req, "user"), f"{new}; nova_session={'A' * 22}")[0] == "ann"
+    assert on_request(session.delete, new) == ("ok", "nova_session=")
+    assert (value_of(new), value_of(other)) == (None, "bob")
+
+
+def test_alone_and_in_a_cluster_limits_are_the_same(either_store):
+    session.configure(max_size=100, limit=3)
+    cookie = a_login(a="x" * 50)
+
+    def fill(req):
+        with pytest.raises(ValueError, match="may have 100 bytes; with 'b' it has 101"):
+            session.set(req, "b", "x" * 45)
+        session.set(req, "b", "x" * 44)
+        session.set(req, "a", "y" * 50)
+
+    on_request(fill, cookie)
+    bots = [a_session(user=n) for n in range(2)]
+    value_of(bots[0])
+    bots.append(a_session(user=2))
+    assert [value_of(bot) for bot in bots] == [0, None, 2]
+    logins = [cookie, a_login(bots[0]), a_login(bots[2])]
+    with pytest.raises(HTTPError, match="too many sessions"):
+        session.set(a_request(), "a", 1)
+    logins.append(a_login(user=3))
+    assert [value_of(login, "b") or value_of(login) for login in logins] == [None, 0, 2, 3]
+
+
+def test_in_redis_a_session_is_over_with_the_sooner_of_its_limits(join_cluster, shared_redis, redis_url):
+    join_cluster(redis_url)
+    prefix = urllib.parse.parse_qs(urllib.parse.urlsplit(redis_url).query)["prefix"][0]
+
+    def time_left():
+        [key] = shared_redis.client.keys(f"{prefix}:session:*")
+        return shared_redis.client.pttl(key) / 1000
+
+    session.configure(idle=100, absolute=1000)
+    cookie = a_session(user="ann")
+    assert 60 < time_left() <= 100
+    session.configure(idle=1000, absolute=400)
+    assert value_of(cookie) == "ann"
+    assert 300 < time_left() <= 400
+    session.configure(idle=1000, absolute=0.001)
+    time.sleep(0.002)
+    assert value_of(cookie) is None
+    assert shared_redis.client.keys(f"{prefix}:*session*") == []  # the tables have nothing of it either
+
+
+def test_in_redis_are_no_ids(join_cluster, shared_redis, redis_url):
+    join_cluster(redis_url)
+    session_id = a_session(user="ann").partition("=")[2]
+    keys = shared_redis.client.keys("*:session:*")
+    assert [key for key in keys if key.endswith(hashlib.sha256(session_id.encode()).hexdigest().encode())] != []
+    assert [key for key in keys if session_id.encode() in key] == []
+
+
+def test_sessions_that_are_over_leave_redis_tables_a_few_at_a_time(join_cluster, shared_redis, redis_url):
+    join_cluster(redis_url)
+    for _ in range(150):
+        session.set(a_request(), "a", 1)
+    session.configure(idle=0.001)
+    time.sleep(0.002)
+    session.set(a_request(), "a", 1)
+    prefix = urllib.parse.parse_qs(urllib.parse.urlsplit(redis_url).query)["prefix"][0]
+    assert shared_redis.client.zcard(f"{prefix}:sessions") == 51
+
+
+def test_parallel_requests_in_a_cluster_do_not_lose_each_others_keys(join_cluster, redis_url):
+    join_cluster(redis_url)
+    cookie = a_login()
+    jobs = [gevent.spawn(session.set, a_request(HTTP_COOKIE=cookie), f"k{n}", n) for n in range(50)]
+    assert [job.get() for job in jobs] == ["ok"] * 50
+    assert [value_of(cookie, f"k{n}") for n in range(50)] == [*range(50)]
+
+
+def refusal(fn, *args):
+    """(status, seconds that it took)"""
+    start = time.monotonic()
+    with pytest.raises(HTTPError) as raised:
+        fn(a_request(HTTP_COOKIE="nova_session=" + "A" * 22), *args)
+    return raised.value.status_code, time.monotonic() - start
+
+
+def test_while_redis_is_away_a_request_is_refused_fast_and_afterwards_it_is_not(
+    join_cluster, own_redis, monkeypatch, caplog
+):
+    monkeypatch.setattr(nova_lite, "REDIS_TIME", 0.3)
+    redis = own_redis()
+    join_cluster(redis.url())
+    cookie = a_login(user="ann")
+    redis.stop()
+    for fn in (session.get, session.set, session.delete):
+        status, seconds = refusal(fn, "user", *[1] * (fn == session.set))
+        assert (status, seconds < 3) == (503, True)
+    assert refusal(session.renew)[0] == refusal(session.delete)[0] == 503
+    app = one_route(
+        lambda req: session.delete(req) and ("status", 200), security=lambda req: bool(session.get(req, "user"))
+    )
+    status, headers, body = ask(app, HTTP_COOKIE=cookie)
+    assert (status, headers["Retry-After"], set_cookies((0, headers))) == (503, "1", [])
+    assert body == b'{"error": "the sessions cannot be reached"}'
+    redis.start()
+    until(lambda: ask(app, HTTP_COOKIE=cookie)[0] == 401)  # this Redis has kept nothing
+    assert value_of(a_login(user="bob")) == "bob"
+    log = [record.getMessage() for record in caplog.records if "sessions: " in record.getMessage()]
+    assert (len(log), "requests that need them are refused" in log[0], log[1]) == (
+        2,
+        True,
+        "sessions: Redis responds again",
+    )
+
+
+def test_a_redis_that_hangs_refuses_a_request_after_a_moment_and_the_next_ones_immediately(
+    join_cluster, shared_redis, monkeypatch
+):
+    monkeypatch.setattr(nova_lite, "REDIS_TIME", 0.5)
+    proxy = Proxy(shared_redis)
+    join_cluster(proxy.url)
+    cookie = a_login(user="ann")
+    proxy.flows.clear()
+    jobs = [gevent.spawn(refusal, session.get, "user") for _ in range(40)]  # more than there are connections
+    assert {(job.get()[0], 0.4 < job.get()[1] < 3) for job in jobs} == {(503, True)}
+    first = [refusal(session.get, "user")[1] for _ in range(10)]
+    assert sorted(first)[5] < 0.2  # at most one of them has tried
+    proxy.flows.set()
+    until(lambda: suppressed(value_of, cookie) == "ann")
+    assert on_request(lambda req: session.set(req, "a", 2), cookie) == ("ok", "")
+    assert value_of(cookie, "a") == 2  # no late response is taken for this one's
+    pubsub.disconnect()
+    proxy.server.stop()
+
+
+def suppressed(fn, *args):
+    with suppress(HTTPError, IndexError):
+        return fn(*args)
+
+
+def test_a_redis_that_has_closed_its_connections_is_asked_again(join_cluster, own_redis):
+    redis = own_redis()
+    join_cluster(redis.url())
+    cookie = a_login(user="ann")
+    assert [value_of(cookie) for _ in range(20)] == ["ann"] * 20
+    redis.client.client_kill_filter(_type="normal", skipme=True)
+    assert [value_of(cookie) for _ in range(20)] == ["ann"] * 20
+
+
+def test_what_redis_refuses_is_an_error_as_well(join_cluster, own_redis, caplog):
+    redis = own_redis()
+    join_cluster(redis.url())
+    redis.client.config_set("maxmemory", "1")
+    redis.client.config_set("maxmemory-policy", "noeviction")
+    with pytest.raises(HTTPError, match="cannot be reached"):
+        session.set(a_request(), "a", 1)
+    assert "sessions: requests that need them are refused: command not allowed when used memory" in caplog.text
+
+
+SESSIONS = """
+from gevent import monkey; monkey.patch_all()
+import os
+from nova_lite import Nova, session
+
+def log_in(req):
+    session.renew(req)
+    session.set(req, "user", req["qs"]["user"])
+    return "redirect", "/"
+
+def log_out(req):
+    session.delete(req)
+    return "redirect", "/"
+
+home = ("/", lambda req: ("json", session.get(req, "user")))
+app = Nova([{"routes": [("/login", log_in), ("/logout", log_out), home]}])
+app.run(port=0, cluster=os.environ["REDIS"])
+"""
+
+
+def test_a_session_is_on_all_nodes_and_survives_the_restart_of_one(redis_url, tmp_path, monkeypatch):
+    monkeypatch.setenv("REDIS", redis_url)
+    with program_running(SESSIONS, tmp_path) as one:
+        with program_running(SESSIONS, tmp_path) as two:
+            ann, bob = (as_sent(http_request(one, "GET", f"/login?user={name}")[1]) for name in ("ann", "bob"))
+            assert [get_json(node, "/", Cookie=ann)[1] for node in (one, two)] == ["ann", "ann"]
+            new = as_sent(http_request(two, "GET", "/login?user=eve", headers={"Cookie": ann})[1])
+            assert [get_json(node, "/", Cookie=ann)[1] for node in (one, two)] == [None, None]
+            assert get_json(one, "/", Cookie=new)[1] == "eve"
+            http_request(one, "GET", "/logout", headers={"Cookie": new})
+            assert [get_json(node, "/", Cookie=new)[1] for node in (one, two)] == [None, None]
+        with program_running(SESSIONS, tmp_path) as two:
+            assert [get_json(node, "/", Cookie=bob)[1] for node in (one, two)] == ["bob", "bob"]
 
 
 # -- workers, the command line of a cluster ---------------------------------------------------------------------------
@@ -11485,6 +12331,9 @@ def test_asking_for_a_room_that_was_cut_off_is_an_error_that_names_it(tmp_path):
         "app.board()": "board",
         'whereis(("cluster", "mailer"))': "leases",
         "app.stats()": "stats",
+        'Request({}, {}).set_cookie("a", "1")': "sessions",
+        'Request({}, {}).get_cookie("a", "secret")': "sessions",
+        'Request({}, {}).delete_cookie("a")': "sessions",
         'Nova([{"routes": [("/ws", WebSocketHandler, {"protocol": "ws", "compress": True})]}])': "deflate",
     }
     vendored(tmp_path, ROOMS)
@@ -12656,7 +13505,7 @@ page.get_by_role("button").click()
 expect(page.locator("#state")).to_have_text("live")
 assert page.url == url
 (cookie,) = page.context.cookies()
-assert (cookie["httpOnly"], cookie["sameSite"], cookie["path"]) == (True, "Strict", "/")
+assert (cookie["httpOnly"], cookie["sameSite"], cookie["path"]) == (True, "Lax", "/")
 assert page.evaluate("document.cookie") == ""
 """)  # fmt: skip
         until(lambda: whereis("nova_board") is None)
