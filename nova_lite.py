@@ -2287,7 +2287,10 @@ class Nova(bottle.Bottle):
 
     def run(self, host: str = "127.0.0.1", port: int = 8080, **options: Any) -> None:
         """Serves the application until SIGINT or SIGTERM; `options` are those of the function `run`."""
-        room("server").run(self, host, port, **options)
+        try:
+            room("server").run(self, host, port, **options)
+        finally:
+            self.close()  # its plugins
 
     def stats(self) -> dict[str, Any]:
         """Returns figures of this node (see the function `stats`)."""
@@ -3542,8 +3545,19 @@ rooms["views"] = SimpleNamespace(to_response=_to_response)
 # Plugins: what runs before and after controllers, pages for statuses, and other applications below a prefix.
 # Invariant: a request to an application that uses none of these runs no code of this room.
 #
-#   bottle's error handlers  <-  _Extension.call  <-  bottle's plugins  <-  security, controller
-#     a page for a status         pre_request, then post_request around what is inside
+# A plugin is a class, a module or any object with pre_request(req, env, options, state), post_request (the same), or
+# both. Optional are init() or init(options), whose result is the first state, and stop(state), which app.close() calls.
+# The state belongs to the application: all entries of a plugin share it. `env` is a dict of the request: app, callback,
+# secure, plugin_state, and what plugins keep there. Headers for the response are set in req["resp_headers"], before and
+# after. After, req["resp_status_code"] is the status. A callback returns, as in nova_plugin_handler,
+#
+#   ("ok", req, state)                the next plugin, or the controller
+#   ("break", req, state)             skips the other plugins of this kind
+#   ("stop", answer, req, state)      answers as a controller does, or ("reply"[, status[, headers]], body); this skips
+#                                     security, the controller and post_request. Without an answer it is a 204
+#   ("error", reason)                 a 500, as are a crash and any other value
+#
+# and "ok" or "break" with an answer: before the controller its headers count, after it the answer is the response.
 # ---------------------------------------------------------------------------------------------------------------------
 
 from inspect import signature
@@ -3566,20 +3580,13 @@ class _Plugin:
     def __init__(self, plugin: Any, options: Any) -> None:
         self.name = plugin.__name__ if isinstance(plugin, ModuleType) else name_of(plugin)
         self.instance = plugin() if isinstance(plugin, type) else plugin
-        self.options = options  # of its first entry
-        self.state = self._init()
-
-    def _init(self) -> Any:
-        init = getattr(self.instance, "init", None)
-        if init is None:
-            return {}
-        return init(self.options) if signature(init).parameters else init()
+        init = getattr(self.instance, "init", dict)
+        wants_options = init is not dict and bool(signature(init).parameters)
+        self.state = init(options) if wants_options else init()
 
     def stop(self) -> None:
-        """Calls the optional `stop(state)`. What is called later begins with a new state."""
         if hasattr(self.instance, "stop"):
             self.instance.stop(self.state)
-            self.state = self._init()
 
 
 class _Entry:
@@ -3628,12 +3635,12 @@ class _Entry:
     def convert(self, answer: Any, req: Request) -> HTTPResponse:
         """Returns an answer as a response: what a controller may return, Nova's ("reply", ...), or None, a 204."""
         form: Any = answer
-        match answer:
-            case None:
-                form = ("status", 204)
-            case ("reply", *given, str() | bytes() as body) if len(given) < 3:
-                form = "status", given[0] if given else 200, dict(given[1]) if given[1:] else {}, body
         try:
+            match answer:
+                case None:
+                    form = ("status", 204)
+                case ("reply", *given, str() | bytes() as body) if len(given) < 3:
+                    form = "status", given[0] if given else 200, dict(given[1]) if given[1:] else {}, body
             return to_response(form, req["method"], self.plugin.name)
         except HTTPResponse as response:
             return response
@@ -3652,7 +3659,8 @@ class _Group:
         self.length = len(segments)
         self.statuses = statuses
         self.inherits = entries is None  # whether it has the plugins for all
-        ordered = sorted(entries or (), key=lambda entry: entry.priority)
+        # cors is the first: its headers are on what another plugin answers too, and a preflight has no cookies.
+        ordered = sorted(entries or (), key=lambda entry: (entry.plugin.instance is not cors, entry.priority))
         self.before = [entry for entry in ordered if entry.phase == "pre_request"]
         self.after = [entry for entry in ordered if entry.phase == "post_request"]
 
@@ -3934,8 +3942,9 @@ class Cors:
 
     Options: "origins" (a list, or "*"), "headers" and "methods" that they may send (lists; without them, those that the
     browser asks for), "expose" (a list: response headers that they may read), "credentials" (whether browsers send
-    cookies), "max_age" (seconds for which a browser keeps the answer). A preflight is a 204, before `security`. Raises
-    ValueError, when the application is made, for another option, and for "*" together with credentials.
+    cookies), "max_age" (seconds for which a browser keeps the answer). It runs before other plugins. A preflight is a
+    204, before `security`. Raises ValueError, when the application is made, for another option, and for "*" together
+    with credentials.
     """
 
     def check_options(self, options: Mapping[str, Any]) -> SimpleNamespace:

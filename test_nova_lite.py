@@ -6718,7 +6718,6 @@ def test_a_plugins_state_begins_with_init_is_shared_by_its_callbacks_and_goes_to
     assert json.loads(ask(other)[2]) == {"number": 1}
     app.close()
     assert Counting.stopped == {"requests": 2}
-    assert json.loads(ask(app)[2]) == {"number": 1}
 
 
 def test_init_may_take_the_options_and_a_plugin_without_it_has_an_empty_state():
@@ -7126,6 +7125,13 @@ def test_cors_is_on_every_answer_of_its_group_and_only_a_preflight_is_its_own(me
     expected = ORIGIN if "HTTP_ORIGIN" in changes and path != "/outside" else None
     assert headers["Access-Control-Allow-Origin"] == expected
     assert len(headers.get_all("Vary")) == (path != "/outside")
+
+
+def test_cors_comes_before_other_plugins_wherever_it_stands():
+    app = with_plugins(pre("a", STOP, -1), ("pre_request", cors, {"origins": [ORIGIN]}), methods=["get"])
+    for method, status in (("GET", 429), ("OPTIONS", 204)):
+        given, headers, _ = ask(app, method, **PREFLIGHT)
+        assert (given, headers["Access-Control-Allow-Origin"]) == (status, ORIGIN)
 
 
 def test_a_controllers_own_vary_and_cors_headers_stay():
