@@ -4027,7 +4027,8 @@ def _mount(app: Nova, prefix: str, other: Any, security: Any, options: dict[str,
     path = re.sub(r"(?<=/):(\w+)", r"<\1>", "/" + "/".join(part for part in prefix.split("/") if part))
 
     def controller(req: Request) -> HTTPResponse:
-        return _call_application(other, path.count("/") if path != "/" else 0, req)
+        segments = (app.config.get("_mount.prefix", "") + path).split("/")  # `app` may be mounted in bottle's way
+        return _call_application(other, len([*filter(None, segments)]), req)
 
     controller.__qualname__ = f"mount({prefix!r})"
     endpoint = app.endpoint(controller, security)

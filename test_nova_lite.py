@@ -7340,6 +7340,24 @@ def test_a_body_that_ours_has_read_is_there_for_a_mounted_application():
             assert json.loads(http_request(server, "POST", "/x", body)[2])["body"] == "sent"
 
 
+def test_what_an_application_has_comes_with_it_where_bottle_mounts_it():
+    app = Nova(
+        [{"prefix": "/api", "routes": [("/x", lambda _req: ("status", 404)), (404, saying("api"))]}], plugins=[pre("a")]
+    )
+    app.add({"routes": [("/y", lambda _req: ("status", 404)), ("/api/y", lambda _req: ("status", 404))]})
+    app.mount("/admin", flask_like)
+    parent = bottle.Bottle()
+    parent.mount("/nova/", app)
+    for path, answer, ran in (
+        ("/nova/api/x", {"says": "api"}, ["pre a"]),
+        ("/nova/api/y", {"says": "api"}, ["pre a"]),
+        ("/nova/admin/x", {"script": "/nova/admin", "path": "/x", "auth": None, "body": "", "method": "GET"}, []),
+    ):
+        steps.clear()
+        assert (json.loads(ask(parent, "GET", path)[2]), steps) == (answer, ran)
+    assert ask(parent, "GET", "/nova/y")[0] == 404
+
+
 def test_another_nova_is_mounted_with_its_websockets_plugins_and_status_routes():
     inner = Nova(
         [
@@ -7440,6 +7458,17 @@ def test_a_second_application_at_the_root_gets_nothing_and_is_a_value_error():
     app.mount("/", flask_like)
     with pytest.raises(ValueError, match='there is an application at "/"'):
         app.mount("/", flask_like)
+
+
+def test_without_the_room_plugins_mounting_is_bottles(tmp_path):
+    vendored(tmp_path, ["plugins"])
+    code = """
+from nova_lite import Nova
+app = Nova()
+app.mount("/x", lambda environ, start: start("200 OK", []) and [environ["SCRIPT_NAME"].encode()])
+print(app({"REQUEST_METHOD": "GET", "PATH_INFO": "/x/y"}, print))
+"""
+    assert python(code, tmp_path).splitlines()[-1] == "[b'/x']"
 
 
 def test_bottles_options_of_mount_are_taken():
