@@ -35,6 +35,7 @@ The map. A room uses the rooms above it, others only through `rooms`. Those afte
     proxy                   what a proxy in front says of the client
     checks                  mistakes in routes and options, as errors that say what to do
     views                   templates and files, the look of pages
+    plugins                 before and after controllers; cors; pages for statuses; mounted applications
     deflate                 compression (permessage-deflate)
     gen_server              servers with calls; supervisors
     presence                who is in a channel, by name
@@ -1278,7 +1279,7 @@ class Request(Mapping[str, Any]):
         return f"<Request {self['method']} {printable(self['path'])}>"
 
     def set(self, key: str, value: Any) -> None:
-        """Sets what only the handshake or `security` can determine."""
+        """Sets a key: what the handshake or `security` determines, or what a plugin has for the controller."""
         self._known[key] = value
 
     def detach(self) -> None:
@@ -2263,12 +2264,19 @@ class Nova(bottle.Bottle):
     of `req`, or, with {"protocol": "ws"}, a handler: a class, a module or any object with the callbacks. Options are
     "methods" (a list; "_" is any), "protocol" ("http" or "ws"), and the names in `Settings`, which `Nova` takes for all
     routes. Raises ValueError for unknown keys and options.
+
+    A route (404, controller) makes the page for that status, from 400 to 599. `plugins` are bottle's, or Nova's: tuples
+    ("pre_request" or "post_request", plugin, options). A group with Nova's does not have those for all.
     """
 
-    def __init__(self, groups: Iterable[Mapping[str, Any]] = (), **settings: Any) -> None:
+    def __init__(
+        self, groups: Iterable[Mapping[str, Any]] = (), *, plugins: Iterable[Any] = (), **settings: Any
+    ) -> None:
         super().__init__()
         self.settings = _settings("Nova", Settings(), settings)
         self.plugins.insert(0, SimpleNamespace(apply=lambda *args: partial(_call_outermost, *args)))
+        if plugins:
+            room("plugins").install(self, plugins)
         for group in [groups] if isinstance(groups, Mapping) else groups:
             self.add(group)
 
@@ -2278,12 +2286,16 @@ class Nova(bottle.Bottle):
             rooms["checks"].check_group(group)
         if unknown := set(group) - GROUP_KEYS:  # with a misspelt "security", the group would be open
             raise ValueError(f"a group of routes has no {', '.join(sorted(unknown))}")
+        if "plugins" in rooms:
+            group = rooms["plugins"].prepare(self, group)
         for route in group.get("routes", ()):
             if "checks" in rooms:
                 rooms["checks"].check_route(self, group, route, _rule)
             self._add(group, *route)
 
     def _add(self, group: Mapping[str, Any], path: str, controller: Any, options: Any = ()) -> None:
+        if isinstance(path, int) or any(isinstance(plugin, tuple) for plugin in bottle.makelist(group.get("plugins"))):
+            room("plugins")  # which would have taken these; raises if it was cut off
         rule, options = _rule(group.get("prefix", ""), path), dict(options)
         settings = {key: value for key, value in options.items() if key not in ROUTE_OPTIONS}
         methods = ["get"] if options.get("protocol") == "ws" else options.get("methods") or ["_"]
@@ -2292,9 +2304,23 @@ class Nova(bottle.Bottle):
         names = ["ANY" if method == "_" else method.upper() for method in methods]
         self.route(rule, names, endpoint, apply=group.get("plugins", []))
 
+    def endpoint(self, controller: Callable[[Request], Any], security: Any = False) -> Any:
+        """Returns a controller in the form that bottle calls."""
+        return _Endpoint(controller, security, self.settings)
+
+    def mount(self, prefix: str, app: Any, *, security: Any = False, **options: Any) -> None:
+        """Serves a WSGI application below `prefix` (see the room plugins); `options` are those of bottle's `route`."""
+        if "plugins" in rooms or security is not False:
+            room("plugins").mount(self, prefix, app, security, options)
+        else:
+            super().mount(prefix, app, **options)
+
     def run(self, host: str = "127.0.0.1", port: int = 8080, **options: Any) -> None:
         """Serves the application until SIGINT or SIGTERM; `options` are those of the function `run`."""
-        room("server").run(self, host, port, **options)
+        try:
+            room("server").run(self, host, port, **options)
+        finally:
+            self.close()  # its plugins
 
     def stats(self) -> dict[str, Any]:
         """Returns figures of this node (see the function `stats`)."""
@@ -2403,8 +2429,9 @@ class _Endpoint:
             return fn(req)
         except HTTPResponse as response:
             return response
-        except Exception:
+        except Exception as error:
             log.exception("%s crashed at %s %s", name_of(fn), req["method"], printable(req["path"]))
+            req.set("crash_info", {"status_code": 500, "class": type(error).__name__, "reason": error})
             return HTTPError(500)
 
 
@@ -4133,6 +4160,584 @@ rooms["views"] = SimpleNamespace(
     STYLE=STYLE,
     HEAD=HEAD + f'<link rel="icon" href="{STAR}">\n',  # of the pages of this file; an error's has the site's icon
 )
+# ----- cut here: without plugins -------------------------------------------------------------------------------------
+# Lost: plugins in Nova's form, cors, status routes. app.mount is bottle's, and has no security.
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Plugins: what runs before and after controllers, pages for statuses, and other applications below a prefix.
+# Invariant: a request to an application that uses none of these runs no code of this room.
+#
+# A plugin is a class, a module or any object with pre_request(req, env, options, state), post_request (the same), or
+# both. Optional are init() or init(options), whose result is the first state, and stop(state), which app.close() calls.
+# The state belongs to the application: all entries of a plugin share it. `env` is a dict of the request: app, callback,
+# secure, plugin_state, and what plugins keep there. Headers for the response are set in req["resp_headers"], before and
+# after. After, req["resp_status_code"] is the status. A callback returns, as in nova_plugin_handler,
+#
+#   ("ok", req, state)                the next plugin, or the controller
+#   ("break", req, state)             skips the other plugins of this kind
+#   ("stop", answer, req, state)      answers as a controller does, or ("reply"[, status[, headers]], body); this skips
+#                                     security, the controller and post_request. Without an answer it is a 204
+#   ("error", reason)                 a 500, as are a crash and any other value
+#
+# and "ok" or "break" with an answer: before the controller its headers count, after it the answer is the response.
+# ---------------------------------------------------------------------------------------------------------------------
+
+from inspect import signature
+from itertools import chain
+
+__all__ += ["cors"]
+
+PHASES = ("pre_request", "post_request")
+_REQUEST, _HEADERS, _PAGE = (f"nova_lite.plugins.{name}" for name in ("request", "headers", "page"))  # in the environ
+CORS_OPTIONS: dict[str, Any] = {  # and their defaults
+    "origins": None, "headers": "*", "methods": "*", "expose": [], "credentials": False, "max_age": None,
+}  # fmt: skip
+_ENTITY = re.compile("Content-.*|Etag|Last-Modified|Accept-Ranges", re.IGNORECASE)  # says something of one body only
+_PLUGIN_RESULTS = 'expected ("ok" | "break" | "stop"[, answer], req, state) or ("error", reason)'
+
+
+class _Plugin:
+    """A plugin of one application: its only instance, and its state, which all its callbacks share."""
+
+    def __init__(self, plugin: Any, options: Any) -> None:
+        self.name = plugin.__name__ if isinstance(plugin, ModuleType) else name_of(plugin)
+        self.instance = plugin() if isinstance(plugin, type) else plugin
+        init = getattr(self.instance, "init", dict)
+        wants_options = init is not dict and bool(signature(init).parameters)
+        self.state = init(options) if wants_options else init()
+
+    def stop(self) -> None:
+        if hasattr(self.instance, "stop"):
+            self.instance.stop(self.state)
+
+
+class _PluginEntry:
+    """A plugin at one of its places, before or after the controllers of a group."""
+
+    def __init__(self, extension: _Extension, phase: str, plugin: Any, options: Any = None, priority: int = 0) -> None:
+        options = {} if options is None else options
+        if phase not in PHASES:
+            raise ValueError(f"a plugin runs at {' or '.join(PHASES)}, not at {phase!r}")
+        if id(plugin) not in extension.plugins:
+            extension.plugins[id(plugin)] = _Plugin(plugin, options)
+        self.plugin, self.phase, self.priority = extension.plugins[id(plugin)], phase, priority
+        try:
+            self.callback = getattr(self.plugin.instance, phase)
+            signature(self.callback).bind(None, None, None, None)
+        except (AttributeError, TypeError, ValueError):
+            raise ValueError(f"the plugin {self.plugin.name} needs {phase}(req, env, options, state)") from None
+        check = getattr(self.plugin.instance, "check_options", None)
+        self.options = options if check is None else check(options)
+
+    def run(self, req: Request, env: dict[str, Any]) -> tuple[str, Any, Request]:
+        """Returns ("ok", "break" or "stop"; an answer or None; the request). What goes wrong is a 500 that stops."""
+        env["plugin_state"] = self.phase
+        try:
+            result = self.callback(req, env, self.options, self.plugin.state)
+        except HTTPResponse as response:
+            return "stop", response, req
+        except Exception as error:
+            where = self.plugin.name, self.phase, req["method"], printable(req["path"])
+            log.exception("the plugin %s crashed in %s at %s %s", *where)
+            req.set("crash_info", {"status_code": 500, "class": type(error).__name__, "reason": error})
+            return "stop", HTTPError(500), req
+        match result:
+            case ("ok" | "break" | "stop" as verdict, *answer, Request() as changed, state) if len(answer) < 2:
+                self.plugin.state = state
+                changed.set("resp_headers", req["resp_headers"])
+                return verdict, answer[0] if answer else None, changed
+            case ("error", reason):
+                path = printable(req["path"])
+                log.error("%s.%s: %r at %s %s", self.plugin.name, self.phase, reason, req["method"], path)
+            case reason:
+                log.error("%s.%s answered %.500r; %s", self.plugin.name, self.phase, reason, _PLUGIN_RESULTS)
+        req.set("crash_info", {"status_code": 500, "class": "error", "reason": reason})
+        return "stop", HTTPError(500), req
+
+    def convert(self, answer: Any, req: Request) -> HTTPResponse:
+        """Returns an answer as a response: what a controller may return, Nova's ("reply", ...), or None, a 204."""
+        form: Any = answer
+        try:
+            match answer:
+                case None:
+                    form = ("status", 204)
+                case ("reply", *given, str() | bytes() as body) if len(given) < 3:
+                    form = "status", given[0] if given else 200, dict(given[1]) if given[1:] else {}, body
+            return to_response(form, req["method"], self.plugin.name)
+        except HTTPResponse as response:
+            return response
+        except Exception:
+            log.exception("%s.%s answered with %r, which is no response", self.plugin.name, self.phase, answer)
+            return HTTPError(500)
+
+
+class _Group:
+    """What the routes of a group have of this room. It stands among a route's plugins, as a mark that does nothing."""
+
+    def __init__(self, prefix: str, entries: Iterable[_PluginEntry] | None, statuses: Mapping[int, Any]) -> None:
+        segments = [part for part in prefix.split("/") if part]
+        pattern = ["[^/]+" if part[0] == ":" or "<" in part else re.escape(part) for part in segments]
+        self.pattern = re.compile("".join(f"/{part}" for part in pattern) + "(/|$)")
+        self.length = len(segments)
+        self.statuses = statuses
+        self.inherits = entries is None  # whether it has the plugins for all
+        # cors is the first: its headers are on what another plugin answers too, and a preflight has no cookies.
+        ordered = sorted(entries or (), key=lambda entry: (entry.plugin.instance is not cors, entry.priority))
+        self.before = [entry for entry in ordered if entry.phase == "pre_request"]
+        self.after = [entry for entry in ordered if entry.phase == "post_request"]
+
+    def apply(self, callback: Any, _route: bottle.Route) -> Any:
+        return callback
+
+    def run_before(self, req: Request, env: dict[str, Any]) -> tuple[HTTPResponse | None, Request]:
+        """Returns the response, if a plugin has stopped the request, and the request."""
+        for entry in self.before:
+            verdict, answer, req = entry.run(req, env)
+            if verdict == "stop":
+                return entry.convert(answer, req), req
+            if answer is not None:  # as in Nova: the controller's status and body replace these
+                req["resp_headers"].dict.update(entry.convert(answer, req).headers.dict)
+            if verdict == "break":
+                break
+        return None, req
+
+    def run_after(self, req: Request, env: dict[str, Any], response: HTTPResponse) -> HTTPResponse:
+        for entry in self.after:
+            req.set("resp_headers", response.headers)
+            req.set("resp_status_code", response.status_code)
+            verdict, answer, req = entry.run(req, env)
+            if answer is not None:
+                response.close()
+                headers = {name: values for name, values in response.headers.dict.items() if not _ENTITY.match(name)}
+                response = entry.convert(answer, req)
+                _add_headers(response, headers)
+            if verdict != "ok":
+                break
+        return response
+
+
+class _Extension(dict[int, Any]):
+    """What this room adds to an application: its outermost plugin of bottle's, and its error handlers.
+
+    bottle's handlers of errors, `app.error(404)`, remain those of the statuses for which no group has a route.
+    """
+
+    def __init__(self, app: Nova) -> None:
+        super().__init__(app.error_handler)
+        self.app = app
+        self.plugins: dict[int, _Plugin] = {}  # by the id of what the application has named
+        self.for_all = _Group("", (), {})
+        self.groups: list[_Group] = []  # those with longer prefixes first, then those added last
+        app.__dict__["error_handler"] = self  # bottle takes an attribute that is set again for a mistake
+        app.plugins.insert(0, SimpleNamespace(name="nova", apply=self.apply, close=self.close))
+        app.reset()
+
+    def add(self, group: _Group) -> None:
+        self.groups = sorted([group, *self.groups], key=lambda group: -group.length)
+
+    def close(self) -> None:
+        for plugin in self.plugins.values():
+            plugin.stop()
+
+    def find_group(self, route: bottle.Route | None) -> _Group:
+        """Returns the group of a route, or what is for all."""
+        marks = [mark for mark in route.plugins if isinstance(mark, _Group)] if route is not None else []
+        return marks[0] if marks else self.for_all
+
+    def find_plugins(self, route: bottle.Route) -> _Group:
+        group = self.find_group(route)
+        return self.for_all if group.inherits else group
+
+    # -- around a controller
+
+    def apply(self, callback: Any, route: bottle.Route) -> Any:
+        endpoint, make_request = route.callback, self.make_request
+        if hasattr(endpoint, "make_request"):
+            make_request = partial(type(endpoint).make_request, endpoint)
+            endpoint.make_request = lambda _bindings: bottle.request.environ[_REQUEST]
+            env = {"app": self.app, "callback": endpoint.controller, "secure": endpoint.security}
+        else:  # a route of bottle's own
+            env = {"app": self.app, "callback": endpoint, "secure": False}
+        return partial(self.call, callback, route, make_request, env)
+
+    def make_request(self, bindings: dict[str, Any]) -> Request:
+        return Request(bottle.request.environ, bindings, self.app.settings)
+
+    def call(self, callback: Any, route: bottle.Route, make_request: Any, env: Any, **bindings: Any) -> HTTPResponse:
+        environ = bottle.request.environ
+        req = environ[_REQUEST] = make_request(dict(bindings))
+        req.set("resp_headers", bottle.HeaderDict())
+        group, env = self.find_plugins(route), dict(env)
+        response, req = group.run_before(req, env)
+        environ[_REQUEST], headers = req, req["resp_headers"].dict
+        if response is not None:
+            response = getattr(route.callback, "answer", lambda response, _req: response)(response, req)
+            _add_headers(response, headers)
+        else:
+            response = _call_route(callback, route, bindings)
+            _add_headers(response, headers)
+            response = group.run_after(req, env, response)
+        environ[_HEADERS] = headers
+        if not isinstance(response, HTTPError):
+            del environ[_REQUEST]  # a cycle, which would be there until the next garbage collection
+        elif environ.get("bottle.app") is not self.app:  # merged into another one
+            response = self.make_page(response, req)
+        return response
+
+    # -- errors
+
+    def get(self, status: Any, _default: Any = None) -> Any:
+        """Returns bottle's handler of a status: it gets an error, sets bottle's response, and returns the body."""
+        return self.handle_error
+
+    def handle_error(self, error: HTTPError) -> Any:
+        environ = bottle.request.environ
+        response: HTTPResponse = error
+        req = environ.get(_REQUEST) or self.make_request({})
+        if _HEADERS not in environ:
+            req.set("resp_headers", bottle.HeaderDict())
+            environ[_HEADERS] = req["resp_headers"].dict
+            response, req = self.handle_unmatched(error, req)
+        if isinstance(response, HTTPError):
+            response = self.make_page(response, req)
+        _add_headers(response, environ[_HEADERS])
+        response.apply(bottle.response)
+        if isinstance(response, HTTPError):
+            return super().get(response.status_code, self.app.default_error_handler)(response)
+        return response.body
+
+    def handle_unmatched(self, error: HTTPError, req: Request) -> tuple[HTTPResponse, Request]:
+        """Returns the response to a request without a route, and the request.
+
+        If its path has a route for another method, pre_request runs: it may be a preflight. An unknown path is a 404.
+        """
+        if error.status_code == 404:
+            for group in self.list_groups(req):
+                for entry in (self.for_all if group.inherits else group).before:
+                    if entry.plugin.instance is cors:
+                        cors.add_headers(req, entry.options)
+                        return error, req
+        allowed = error.headers.get("Allow", "").split(",") if error.status_code == 405 else []
+        route = self.find_route(req, allowed)
+        if route is None or True in route.skiplist:
+            return error, req
+        env = {"app": self.app, "callback": None, "secure": False, "allowed": allowed}
+        response, req = self.find_plugins(route).run_before(req, env)
+        return response or error, req
+
+    def find_route(self, req: Request, allowed: list[str]) -> bottle.Route | None:
+        """Returns the route of the path for the method that a preflight names, or for another one."""
+        asked = req.environ.get("HTTP_ACCESS_CONTROL_REQUEST_METHOD", "")
+        for method in sorted(allowed, key=lambda method: method != asked):
+            with suppress(HTTPError):
+                return self.app.match({"REQUEST_METHOD": method, "PATH_INFO": req.environ["PATH_INFO"]})[0]
+        return None
+
+    def list_groups(self, req: Request) -> list[_Group]:
+        """Returns the groups with a prefix of the request's path, those with longer ones first."""
+        path = "/" + req.environ["PATH_INFO"].removeprefix(self.app.config.get("_mount.prefix", "")).lstrip("/")
+        return [group for group in self.groups if group.pattern.match(path)] + [self.for_all]
+
+    def make_page(self, error: HTTPError, req: Request) -> HTTPResponse:
+        """Returns the response of the status route of an error, with the error's headers, or the error."""
+        environ, status = bottle.request.environ, error.status_code
+        groups = [self.find_group(environ.get("bottle.route")), *self.list_groups(req)]
+        endpoint = next((group.statuses[status] for group in groups if status in group.statuses), None)
+        if endpoint is None or _PAGE in environ:  # the page itself is an error: that one is bottle's
+            return error
+        environ[_PAGE] = True
+        req.set("resp_status_code", status)
+        req.set("reason", str(error.body or error.status_line[4:]))
+        if error.exception is not None:  # a route of bottle's own
+            reason = {"class": type(error.exception).__name__, "reason": error.exception}
+            req.set("crash_info", {"status_code": status, **reason})
+        result = _with_status(endpoint.guarded_call(endpoint.controller, req), status)
+        response = endpoint.answer(result, req)
+        _add_headers(response, error.headers.dict)
+        return response
+
+
+def _call_route(callback: Any, route: bottle.Route, bindings: dict[str, Any]) -> HTTPResponse:
+    """Returns the response of a route. A crash in one of bottle's own is the error that bottle makes of it."""
+    try:
+        result = callback(**bindings)
+    except HTTPResponse as raised:
+        return raised
+    except Exception as error:
+        if not route.app.catchall or isinstance(error, bottle.RouteReset):
+            raise
+        environ, text = bottle.request.environ, traceback.format_exc()
+        environ["wsgi.errors"].write(text)
+        environ["bottle.exc_info"] = sys.exc_info()
+        return HTTPError(500, "Internal Server Error", error, text)
+    if isinstance(result, HTTPResponse):
+        return result
+    response = bottle.response.copy(HTTPResponse)
+    response.body = result
+    return response
+
+
+def _with_status(result: Any, status: int) -> Any:
+    """Returns a controller's result with the status, if it has none of its own."""
+    match result:
+        case (*form, Request()):
+            return _with_status(tuple(form), status)
+        case ("json", data):
+            return "json", status, {}, data
+        case ("ok" | "view" as kind, variables):
+            return kind, variables, {"status_code": status}
+        case ("ok" | "view" as kind, variables, Mapping() as options):
+            return kind, variables, {"status_code": status, **options}
+    return result
+
+
+def _add_headers(response: HTTPResponse, headers: Mapping[str, list[str]]) -> None:
+    """Adds the headers that a response has not. `Vary` and `Set-Cookie` are merged."""
+    for name, values in headers.items():
+        if name == "Vary":
+            _add_vary(response.headers, ", ".join(values))
+        elif name == "Set-Cookie":
+            known = response.headers.dict.setdefault(name, [])
+            known.extend(value for value in values if value not in known)
+        else:
+            response.headers.dict.setdefault(name, list(values))
+
+
+def _add_vary(headers: Any, names: str) -> None:
+    known = [name.strip() for name in ", ".join(headers.getall("Vary")).split(",") if name.strip()]
+    lower = [name.lower() for name in known]
+    known += [name for name in map(str.strip, names.split(",")) if name.lower() not in lower]
+    headers["Vary"] = "*" if "*" in known else ", ".join(known)
+
+
+def _extend(app: Nova) -> _Extension:
+    handlers = app.error_handler
+    return handlers if isinstance(handlers, _Extension) else _Extension(app)
+
+
+def _install(app: Nova, plugins: Any) -> None:
+    """Adds the plugins for all routes: bottle's, and those in Nova's form, which are tuples."""
+    _check_plugins(plugins)
+    for plugin in plugins:
+        if not isinstance(plugin, tuple):
+            app.install(plugin)
+    extension = _extend(app)
+    extension.for_all = _Group("", [_PluginEntry(extension, *item) for item in plugins if isinstance(item, tuple)], {})
+
+
+def _prepare(app: Nova, group: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Returns a group as the core takes it: without status routes, and with bottle's plugins only."""
+    routes, plugins = list(group.get("routes", ())), bottle.makelist(group.get("plugins"))
+    _check_plugins(plugins)
+    ours = [plugin for plugin in plugins if isinstance(plugin, tuple)]
+    statuses = [route for route in routes if isinstance(route, tuple) and route and isinstance(route[0], int)]
+    inherits = not ours and (bool(plugins) or "plugins" not in group)
+    if inherits and not statuses and not isinstance(app.error_handler, _Extension):
+        return group
+    extension = _extend(app)
+    entries = None if inherits else [_PluginEntry(extension, *plugin) for plugin in ours]
+    mark = _Group(group.get("prefix", ""), entries, dict(_status_route(app, *route) for route in statuses))
+    extension.add(mark)
+    routes = [route for route in routes if not any(route is other for other in statuses)]
+    return {**group, "routes": routes, "plugins": [*(item for item in plugins if not isinstance(item, tuple)), mark]}
+
+
+def _check_plugins(plugins: Any) -> None:
+    for plugin in plugins:
+        if isinstance(plugin, str) or (isinstance(plugin, tuple) and not 2 <= len(plugin) <= 4):
+            form = '("pre_request" | "post_request", plugin, options[, priority])'
+            raise ValueError(f"plugins is a list of bottle's plugins and of {form}; it has {plugin!r}")
+
+
+def _status_route(app: Nova, status: int, controller: Any, options: Any = ()) -> tuple[int, Any]:
+    if not 400 <= status <= 599:
+        raise ValueError(f"a status route is for a status from 400 to 599, not for {status!r}")
+    if not callable(controller):
+        raise ValueError(f"the status route {status} needs a function of req, not {controller!r}")
+    if set(options) - {"methods"}:
+        raise ValueError(f"the status route {status} has no option {', '.join(set(options) - {'methods'})}")
+    return status, app.endpoint(controller)
+
+
+class Cors:
+    """A plugin, `("pre_request", cors, {"origins": ["https://example.org"]})`: scripts of other origins use a group.
+
+    Options: "origins" (a list, or "*"), "headers" and "methods" that they may send (lists; without them, those that the
+    browser asks for), "expose" (a list: response headers that they may read), "credentials" (whether browsers send
+    cookies), "max_age" (seconds for which a browser keeps the answer). It runs before other plugins. A preflight is a
+    204, before `security`. Raises ValueError, when the application is made, for another option, and for "*" together
+    with credentials.
+    """
+
+    def check_options(self, options: Mapping[str, Any]) -> SimpleNamespace:
+        unknown = set(options) - set(CORS_OPTIONS)
+        if unknown:
+            raise ValueError(f"cors has no option {', '.join(sorted(unknown))}; it has {', '.join(CORS_OPTIONS)}")
+        rules = SimpleNamespace(**{**CORS_OPTIONS, **options})
+        for name in ("origins", "headers", "methods", "expose"):
+            value = getattr(rules, name)
+            if value != "*" and (isinstance(value, str) or not isinstance(value, Iterable)):
+                raise ValueError(f'cors: {name} is a list, or "*", not {value!r}')
+        for origin in () if rules.origins == "*" else rules.origins:
+            if parse_origin(origin) is None:
+                raise ValueError(f"cors: expected an origin such as 'https://example.org', got {origin!r}")
+        if rules.origins == "*" and rules.credentials:
+            raise ValueError('cors: with credentials, origins is a list: "*" would open the session to all pages')
+        if rules.max_age is not None and (type(rules.max_age) is not int or rules.max_age < 0):
+            raise ValueError(f"cors: max_age is a number of seconds, not {rules.max_age!r}")
+        if rules.origins != "*":
+            rules.origins = {parse_origin(origin) for origin in rules.origins}
+        return rules
+
+    def add_headers(self, req: Request, rules: SimpleNamespace) -> bool:
+        """Returns whether the origin is allowed."""
+        headers, origin = req["resp_headers"], req.environ.get("HTTP_ORIGIN")
+        if rules.origins == "*":
+            headers["Access-Control-Allow-Origin"] = "*"
+        else:
+            _add_vary(headers, "Origin")  # also without an Origin: a cache must not give this response to another one
+            if origin is None or parse_origin(origin) not in rules.origins:
+                return False
+            headers["Access-Control-Allow-Origin"] = origin
+        if rules.credentials:
+            headers["Access-Control-Allow-Credentials"] = "true"
+        if rules.expose:
+            headers["Access-Control-Expose-Headers"] = ", ".join(rules.expose)
+        return True
+
+    def pre_request(self, req: Request, env: Any, rules: SimpleNamespace, state: Any) -> Any:
+        asked, names = (req.environ.get(f"HTTP_ACCESS_CONTROL_REQUEST_{part}") for part in ("METHOD", "HEADERS"))
+        is_allowed = self.add_headers(req, rules)
+        if req["method"] != "OPTIONS" or "HTTP_ORIGIN" not in req.environ or asked is None:
+            return "ok", req, state
+        headers = req["resp_headers"]
+        if is_allowed:
+            served = [method for method in env.get("allowed", [asked]) for method in _with_head(method)]
+            methods = served if rules.methods == "*" else [method.upper() for method in rules.methods]
+            headers["Access-Control-Allow-Methods"] = ", ".join(methods)
+            allowed = names if rules.headers == "*" else ", ".join(rules.headers)
+            if allowed:
+                headers["Access-Control-Allow-Headers"] = allowed
+            if rules.max_age is not None:
+                headers["Access-Control-Max-Age"] = str(rules.max_age)
+        if rules.headers == "*":
+            _add_vary(headers, "Access-Control-Request-Headers")
+        return "stop", ("status", 204), req, state
+
+
+def _with_head(method: str) -> list[str]:
+    return ["GET", "HEAD"] if method == "GET" else [method]
+
+
+cors = Cors()
+
+
+# -- other applications
+
+
+def _mount(app: Nova, prefix: str, other: Any, security: Any, options: dict[str, Any]) -> None:
+    """Serves a WSGI application, bottle's and Nova's included, below `prefix`, with or without the slash behind it.
+
+    At "/" it gets what no route of `app` is for. `security` is as in a group, for WebSockets too; the application finds
+    what it returns in `environ["nova_lite.auth_data"]`. Plugins and hooks of `app` are not those of the other, as in
+    bottle; its errors are its own. Raises ValueError for a prefix without a slash.
+    """
+    if not prefix.startswith("/") or not callable(other):
+        raise ValueError(f'expected a prefix such as "/admin" and a WSGI application, got {prefix!r} and {other!r}')
+    if security is not False and not callable(security):
+        raise ValueError(f"security is False or a function of req, not {security!r}")
+    path = re.sub(r"(?<=/):(\w+)", r"<\1>", "/" + "/".join(part for part in prefix.split("/") if part))
+
+    def controller(req: Request) -> HTTPResponse:
+        segments = (app.config.get("_mount.prefix", "") + path).split("/")  # `app` may be mounted in bottle's way
+        return _call_application(other, len([*filter(None, segments)]), req)
+
+    controller.__qualname__ = f"mount({prefix!r})"
+    endpoint = app.endpoint(controller, security)
+    options = {"skip": True, "method": "PROXY", "mountpoint": {"prefix": prefix, "target": other}, **options}
+    if path == "/":
+        if "match" in vars(app.router):
+            raise ValueError('there is an application at "/" already')
+        route = bottle.Route(app, "/<:re:.*>", "PROXY", endpoint, skiplist=[True])
+        app.router.match = partial(_match, app.router.match, route)
+    else:
+        for rule in (path, f"{path}/<:re:.*>"):
+            app.route(rule, callback=endpoint, **options)
+
+
+def _match(match: Any, rest: bottle.Route, environ: dict[str, Any]) -> Any:
+    """Does what the method of bottle's router does, but returns `rest` instead of a 404."""
+    try:
+        return match(environ)
+    except HTTPError as error:
+        if error.status_code != 404:
+            raise
+        return rest, {}
+
+
+def _call_application(application: Any, depth: int, req: Request) -> HTTPResponse:
+    """Calls a WSGI application, mounted below `depth` segments of the path, and returns its response (PEP 3333)."""
+    environ, response = _make_environ(req, depth), HTTPResponse()
+    begun: list[bool] = []
+    written: list[bytes] = []
+
+    def start_response(status: str, headers: list[tuple[str, str]], exc_info: Any = None) -> Any:
+        if begun and exc_info is None:
+            raise AssertionError("start_response was called twice")
+        begun[:] = [True]
+        response.status = _decode(status)
+        response.headers.dict.clear()
+        for name, value in headers:
+            response.add_header(name, _decode(value))
+        return written.append
+
+    saved = bottle.response.copy(HTTPResponse)  # another bottle's application begins with a new one
+    try:
+        body = application(environ, start_response)
+        first, iterator = [], iter(body)
+        for chunk in iterator if not begun else ():  # a generator starts its response when it is asked for the first
+            first.append(chunk)
+            if begun:
+                break
+    finally:
+        bottle.request.bind(req.environ)
+        saved.apply(bottle.response)
+    if not begun:
+        raise RuntimeError("a mounted application has not called start_response")
+    response.body = body
+    if written or first:
+        response.body = bottle._closeiter(chain(written, first, iterator), getattr(body, "close", None))
+    return response
+
+
+def _make_environ(req: Request, depth: int) -> dict[str, Any]:
+    own = "bottle.", "route.", "nova_lite."  # what `app` and its rooms keep there is not the other's
+    environ = {name: value for name, value in req.environ.items() if not name.startswith(own)}
+    for name in {REGISTRY_KEY, UPGRADING_KEY} & set(req.environ):
+        environ[name] = req.environ[name]
+    parts = req.environ["bottle.raw_path"].split("/", depth + 1)  # in latin-1: bottle has decoded the other one
+    environ["SCRIPT_NAME"] = environ.get("SCRIPT_NAME", "") + "/".join(parts[: depth + 1])
+    environ["PATH_INFO"] = "/" + "".join(parts[depth + 1 :])
+    environ["nova_lite.auth_data"] = req["auth_data"]
+    body = req.environ.get("bottle.request.body")
+    if body is not None:
+        environ["bottle.request.body"] = body
+        if not getattr(body, "is_unread", False):  # a hook has read it
+            body.seek(0)
+            environ["wsgi.input"] = body
+    return environ
+
+
+def _decode(text: str) -> str:
+    """Returns a header of WSGI as the text of which bottle makes one again."""
+    try:
+        return text.encode("latin-1").decode()
+    except UnicodeError:
+        return text
+
+
+rooms["plugins"] = SimpleNamespace(install=_install, prepare=_prepare, mount=_mount)
 # ----- cut here: without deflate -------------------------------------------------------------------------------------
 # Lost: compression (permessage-deflate).
 

@@ -263,6 +263,7 @@ from nova_lite import (
     check_handshake,
     check_opening,
     close_frame,
+    cors,
     count_children,
     delete_child,
     demonitor,
@@ -6713,7 +6714,7 @@ app({"REQUEST_METHOD": "GET", "PATH_INFO": "/a"}, lambda status, *_: print(statu
     assert python(code, tmp_path).replace(". Did you mean 'idle_timeout'?", "").splitlines() == [
         "a group of routes has no secruity",
         "Settings.__init__() got an unexpected keyword argument 'idle_timout'",
-        "trust_proxy is a number of proxies, or True for one",
+        "trust_proxy is a number of proxies, or True for one, not -1",
         "500 Internal Server Error",
     ]
 
@@ -6927,6 +6928,1349 @@ for result in results:
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=60)
     assert done.stdout.splitlines() == ["500 Internal Server Error"] * 3
     assert done.stderr.count("RuntimeError: this copy of nova_lite has no room 'views'") == 3
+
+
+# -- plugins ----------------------------------------------------------------------------------------------------------
+
+ORIGIN = "https://app.example"
+PREFLIGHT = {"HTTP_ORIGIN": ORIGIN, "HTTP_ACCESS_CONTROL_REQUEST_METHOD": "PUT"}
+
+
+class Recording:
+    """A plugin that writes down when it runs, and answers as its options say."""
+
+    def pre_request(self, req, env, options, state):
+        return self.answer("pre", req, options, state)
+
+    def post_request(self, req, env, options, state):
+        return self.answer("post", req, options, state)
+
+    def answer(self, when, req, options, state):
+        steps.append(f"{when} {options['name']}")
+        return options.get("answer", lambda req, state: ("ok", req, state))(req, state)
+
+
+steps = []
+
+
+@pytest.fixture(autouse=True)
+def no_steps():
+    steps.clear()
+
+
+def pre(name, answer=None, *priority):
+    return "pre_request", Recording, {"name": name, **({"answer": answer} if answer else {})}, *priority
+
+
+def post(name, answer=None, *priority):
+    return "post_request", Recording, {"name": name, **({"answer": answer} if answer else {})}, *priority
+
+
+def stepping(req):
+    steps.append("controller")
+    return "json", 200, {"X-By": "controller"}, {"user": req.get("user")}
+
+
+def guard(answer=True):
+    return lambda _req: steps.append("security") or answer
+
+
+def with_plugins(*plugins, controller=stepping, security=None, **options):
+    return Nova([{"plugins": [*plugins], "security": security or guard(), "routes": [("/", controller, options)]}])
+
+
+BREAK = lambda req, state: ("break", req, state)  # noqa: E731
+STOP = lambda req, state: ("stop", ("json", 429, {"Retry-After": "1"}, {}), req, state)  # noqa: E731
+
+
+@pytest.mark.parametrize(
+    ("plugins", "expected"),
+    [
+        ([pre("a"), post("b"), pre("c"), post("d")], "pre a, pre c, security, controller, post b, post d"),
+        ([pre("a", BREAK), pre("b"), post("c", BREAK), post("d")], "pre a, security, controller, post c"),
+        ([pre("a", STOP), pre("b"), post("c")], "pre a"),
+        ([post("a", STOP), post("b")], "security, controller, post a"),
+        ([pre("a", None, 2), pre("b", None, 1), pre("c"), pre("d", None, 1)],
+         "pre c, pre b, pre d, pre a, security, controller"),
+    ],
+)  # fmt: skip
+def test_plugins_run_in_the_lists_order_or_by_priority_around_security_and_controller(plugins, expected):
+    status, _, _ = ask(with_plugins(*plugins))
+    assert ", ".join(steps) == expected
+    assert status == (429 if any("answer" in item[2] and item[2]["answer"] is STOP for item in plugins) else 200)
+
+
+JSON_429 = ("json", 429, {"X-A": "1"}, {"error": "wait"})
+
+
+@pytest.mark.parametrize(
+    ("answer", "status", "headers", "body"),
+    [
+        (("status", 403), 403, {"X-Pre": "1"}, b'{"error": "Forbidden"}'),
+        (JSON_429, 429, {"X-A": "1"}, b'{"error":"wait"}'),
+        (("redirect", "/login"), 302, {"Location": "/login", "X-Pre": "1"}, b""), (None, 204, {"X-Pre": "1"}, b""),
+        (("reply", "text"), 200, {"X-Pre": "1"}, b"text"), (("reply", 202, b"text"), 202, {}, b"text"),
+        (("reply", 403, [("X-A", "1")], "no"), 403, {"X-A": "1"}, b"no"),
+        (("reply", 403, {"X-A": "1"}, "no"), 403, {"X-A": "1"}, b"no"),
+        (HTTPResponse("busy", 503), 503, {"X-Pre": "1"}, b"busy"),
+        (HTTPError(418, "tea"), 418, {}, b'{"error": "tea"}'),
+        (("ok", {"who": "you"}, {"view": "hello {{who}}"}), 200, {}, b"hello you"),
+        (("nothing", "like", "it"), 500, {"X-Pre": "1"}, b'{"error": "Internal Server Error"}'),
+    ],
+)  # fmt: skip
+def test_a_plugin_that_stops_answers_as_a_controller_or_as_in_nova(answer, status, headers, body):
+    def stop(req, state):
+        req["resp_headers"]["X-Pre"] = "1"
+        return ("stop", req, state) if answer is None else ("stop", answer, req, state)
+
+    given, given_headers, given_body = ask(with_plugins(pre("a", stop), post("b")))
+    assert (given, given_body, steps) == (status, body, ["pre a"])
+    assert {name: given_headers[name] for name in headers} == headers
+
+
+def raises(error):
+    def answer(_req, _state):
+        raise error
+
+    return answer
+
+
+def yields(req, state):
+    yield "ok", req, state
+
+
+@pytest.mark.parametrize("place", [pre, post])
+@pytest.mark.parametrize(
+    ("answer", "logged"),
+    [
+        (raises(RuntimeError("no")), "the plugin Recording crashed in {0} at GET /"),
+        (lambda *_: None, "Recording.{0} answered None; expected"),
+        (yields, "Recording.{0} answered <generator object yields"),
+        (lambda *_: "ok", "Recording.{0} answered 'ok'; expected"),
+        (lambda req, state: (req, state), "Recording.{0} answered (<Request GET />, {{}}); expected"),
+        (lambda req, state: ("ok", {}, state), "Recording.{0} answered ('ok', {{}}, {{}}); expected"),
+        (lambda req, state: ("halt", req, state), "Recording.{0} answered ('halt', <Request GET />, {{}}); expected"),
+        (lambda *_: ("error", "no database"), "Recording.{0}: 'no database' at GET /"),
+        (lambda req, state: ("stop", ("jsn", 1), req, state),
+         "Recording.{0} answered with ('jsn', 1), which is no response"),
+    ],
+)  # fmt: skip
+def test_what_a_plugin_does_wrong_is_a_500_that_names_it_with_its_callback_and_value(place, answer, logged, caplog):
+    status, headers, body = ask(with_plugins(place("a", answer), place("b")))
+    assert (status, body) == (500, b'{"error": "Internal Server Error"}')
+    assert headers["Content-Length"] == str(len(body))
+    assert steps[-1] == f"{place.__name__} a"
+    assert logged.format(f"{place.__name__}_request") in caplog.text
+
+
+@pytest.mark.parametrize("place", [pre, post])
+def test_a_response_that_a_plugin_raises_is_the_answer_as_in_bottle(place):
+    app = with_plugins(place("a", raises(HTTPResponse("raised", 202, {"X-A": "1"}))), place("b"))
+    status, headers, body = ask(app)
+    assert (status, headers["X-A"], body) == (202, "1", b"raised")
+    assert steps[-1] == f"{place.__name__} a"
+
+
+def test_a_post_request_may_replace_the_response_and_then_nothing_is_left_of_the_old_body():
+    def replace(req, state):
+        return "ok", ("reply", 203, {"X-New": "1"}, "new"), req, state
+
+    def controller(_req):
+        return "status", 200, {"ETag": '"1"', "Content-Type": "text/x", "X-Old": "1", "X-New": "0"}, "a longer text"
+
+    status, headers, body = ask(with_plugins(post("a", replace), post("b"), controller=controller))
+    assert (status, body, headers["Content-Length"]) == (203, b"new", "3")
+    assert [headers[name] for name in ("X-Old", "X-New", "ETag")] == ["1", "1", None]
+    assert headers["Content-Type"].startswith("text/html")
+    assert steps == ["security", "post a", "post b"]
+
+
+def test_an_answer_with_ok_before_the_controller_is_its_headers():
+    def answer(req, state):
+        return "ok", ("reply", 203, {"X-By": "plugin", "X-Too": "1"}, "text"), req, state
+
+    status, headers, body = ask(with_plugins(pre("a", answer)))
+    assert (status, headers["X-By"], headers["X-Too"], body) == (200, "controller", "1", b'{"user":null}')
+
+
+def test_what_a_plugin_sets_in_the_request_is_there_for_all_that_follows():
+    seen = []
+
+    class User:
+        def pre_request(self, req, env, options, state):
+            assert req["json"] == {"a": 1}
+            req.set("user", options["user"])
+            env["mine"] = 1
+            return "ok", req, state
+
+        def post_request(self, req, env, options, state):
+            seen.append((req["user"], req["resp_status_code"], env["mine"], env["plugin_state"], env["app"] is app))
+            seen.append((env["callback"], env["secure"]))
+            return "ok", req, state
+
+    def security(req):
+        seen.append(req["user"])
+        return True, {"id": 1}
+
+    def controller(req):
+        match req:
+            case {"user": user, "auth_data": auth_data, "json": body, "bindings": {"id": id_}}:
+                return "json", 202, {}, [user, auth_data, body, id_]
+
+    plugins = [("pre_request", User, {"user": "ann"}), ("post_request", User, {})]
+    app = Nova([{"plugins": plugins, "security": security, "routes": [("/:id", controller)]}])
+    assert ask(app, "POST", "/7", b'{"a": 1}', "application/json")[::2] == (202, b'["ann",{"id":1},{"a":1},"7"]')
+    assert seen == ["ann", ("ann", 202, 1, "post_request", True), (controller, security)]
+
+
+def test_a_plugin_may_put_another_request_in_the_place_of_the_clients():
+    def other(req, state):
+        return "ok", Request({**req.environ, "QUERY_STRING": "a=b"}, {}, req.settings), state
+
+    assert ask(with_plugins(pre("a", other), pre("b"), controller=shown("qs")))[::2] == (200, b'{"qs":{"a":"b"}}')
+
+
+# What a response is made of, and whether post_request runs for it.
+WAYS = {
+    "json": (lambda _req: ("json", {}), 200), "crash": (raising(RuntimeError("no")), 500),
+    "error": (raising(HTTPError(409, "busy")), 409), "status": (lambda _req: ("status", 404), 404),
+    "nonsense": (lambda _req: 5, 500), "stream": (lambda _req: HTTPResponse(iter([b"a", b"", b"b"])), 200),
+    "empty": (lambda _req: ("status", 204), 204), "redirect": (lambda _req: ("redirect", "/x"), 302),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("controller", "status"), WAYS.values(), ids=WAYS)
+def test_headers_of_plugins_are_on_every_response_and_post_request_sees_its_status(controller, status):
+    class Stamp:
+        def pre_request(self, req, env, options, state):
+            req["resp_headers"]["X-Pre"] = "1"
+            return "ok", req, state
+
+        def post_request(self, req, env, options, state):
+            assert req["resp_headers"]["x-pre"] == "1"
+            req["resp_headers"]["X-Post"] = str(req["resp_status_code"])
+            return "ok", req, state
+
+    plugins = [("pre_request", Stamp), ("post_request", Stamp)]
+    for security, expected in ((guard(), status), (guard((False, 403, {})), 403)):
+        app = with_plugins(*plugins, controller=controller, security=security)
+        app.get("/own")(lambda: controller(None))
+        with Server(app, port=0) as server:
+            for method, path in (("GET", "/"), ("HEAD", "/")):
+                given, headers, _ = http_request(server, method, path)
+                assert (given, headers["X-Pre"], headers["X-Post"]) == (expected, "1", str(expected))
+
+
+def test_a_stream_is_not_held_back_by_plugins():
+    def chunks():
+        yield b"first"
+        assert went_on.wait(PATIENCE)
+        yield b"second"
+
+    went_on = gevent.event.Event()
+    class_ = SimpleNamespace(
+        pre_request=lambda req, env, options, state: ("ok", req, state),
+        post_request=lambda req, env, options, state: req["resp_headers"].replace("X-Post", "1") or ("ok", req, state),
+    )
+    plugins = [("pre_request", class_), ("post_request", class_), ("pre_request", cors, {"origins": [ORIGIN]})]
+    app = with_plugins(*plugins, controller=lambda _req: HTTPResponse(chunks()))
+    with Server(app, port=0) as server, bare(server, b"GET / HTTP/1.1\r\nHost: x\r\n\r\n") as sock:
+        head = read_until(sock, b"first")
+        assert (b"X-Post: 1" in head, b"Vary: Origin" in head) == (True, True)
+        went_on.set()
+        read_until(sock, b"0\r\n\r\n")
+
+
+@pytest.mark.parametrize(
+    ("place", "plugin", "message"),
+    [
+        ("pre_request", object(), r"the plugin object needs pre_request\(req, env, options, state\)"),
+        ("post_request", cors, "the plugin Cors needs post_request"),
+        ("before", cors, "a plugin runs at pre_request or post_request, not at 'before'"),
+        ("pre_request", SimpleNamespace(pre_request=lambda req: req), "the plugin SimpleNamespace needs pre_request"),
+    ],
+)  # fmt: skip
+def test_a_plugin_that_cannot_run_is_told_when_the_application_is_made(place, plugin, message):
+    for options in ({"plugins": [(place, plugin, {})]}, {}):
+        with pytest.raises(ValueError, match=message):
+            Nova([{"routes": [], **options}], **({} if options else {"plugins": [(place, plugin, {})]}))
+
+
+@pytest.mark.parametrize(
+    "plugins", [("pre_request", Recording, {}), [("pre_request",)], [("pre_request", 1, {}, 1, 1)], ["pre_request"]]
+)
+def test_plugins_that_are_no_list_of_them_are_told_as_well(plugins):
+    with pytest.raises(ValueError, match=r"plugins is a list of bottle's plugins and of \(\"pre_request\""):
+        Nova([{"routes": [], "plugins": plugins}])
+
+
+def adding(name):
+    """A plugin of bottle's."""
+
+    def plugin(callback):
+        def wrapper(**bindings):
+            steps.append(name)
+            return callback(**bindings)
+
+        return wrapper
+
+    return plugin
+
+
+@pytest.mark.parametrize(
+    ("group", "expected"),
+    [
+        ({}, "of bottle, pre all, controller, post all"), ({"plugins": []}, "of bottle, controller"),
+        ({"plugins": [pre("own")]}, "pre own, of bottle, controller"),
+        ({"plugins": [adding("own")]}, "pre all, of bottle, own, controller, post all"),
+        ({"plugins": [adding("own"), post("mine")]}, "of bottle, own, controller, post mine"),
+    ],
+)  # fmt: skip
+def test_a_groups_plugins_in_novas_form_replace_those_for_all_and_bottles_are_added(group, expected):
+    app = Nova([{**group, "routes": [("/", stepping)]}], plugins=[pre("all"), adding("of bottle"), post("all")])
+    assert ask(app)[0] == 200
+    assert sorted(steps) == sorted(expected.split(", "))
+    assert [step for step in steps if step != "of bottle"] == [s for s in expected.split(", ") if s != "of bottle"]
+
+
+def test_plugins_for_all_are_around_bottles_own_routes_too(caplog):
+    app = Nova(plugins=[pre("a"), post("b")])
+    app.get("/dict")(lambda: {"of": "bottle"})
+    app.get("/text")(lambda: bottle.response.set_cookie("a", "b") or "text")
+    app.get("/crash")(lambda: 1 / 0)
+    app.get("/raised")(lambda: bottle.abort(409, "busy"))
+    app.get("/stream")(lambda: (chunk for chunk in ("ä", "b")))
+    app.get("/crashing-stream")(lambda: (1 / 0 for _ in "a"))
+    expected = {
+        "/dict": (200, b'{"of": "bottle"}'), "/text": (200, b"text"),
+        "/crash": (500, b'{"error": "Internal Server Error"}'),
+        "/raised": (409, b'{"error": "busy"}'), "/stream": (200, "äb".encode()),
+        "/crashing-stream": (500, b'{"error": "Internal Server Error"}'),
+    }  # fmt: skip
+    for path, answer in expected.items():
+        steps.clear()
+        status, headers, body = ask(app, "GET", path)
+        assert (path, status, body, steps) == (path, *answer, ["pre a", "post b"])
+        assert path != "/text" or headers["Set-Cookie"] == "a=b"
+        assert path != "/dict" or headers["Content-Type"] == "application/json"
+
+
+def test_a_crash_in_a_route_of_bottles_is_written_where_bottle_writes_it():
+    app, errors = Nova(plugins=[post("a")]), StringIO()
+    app.get("/")(lambda: 1 / 0)
+    app.error(500)(lambda error: repr(error.exception))
+    assert ask(app, **{"wsgi.errors": errors})[2] == b"ZeroDivisionError('division by zero')"
+    assert "ZeroDivisionError" in errors.getvalue()
+    app.config["catchall"] = False
+    with pytest.raises(ZeroDivisionError):
+        ask(app)
+
+
+class Counting:
+    """Nova's blog_stats_plugin: a state that `init` makes, all its callbacks share, and `stop` gets."""
+
+    stopped = None
+
+    def init(self):
+        return {"requests": 0}
+
+    def stop(self, state):
+        type(self).stopped = state
+
+    def pre_request(self, req, env, options, state):
+        req.set("number", state["requests"] + 1)
+        return "ok", req, {"requests": state["requests"] + 1}
+
+    def post_request(self, req, env, options, state):
+        req["resp_headers"]["X-Requests"] = str(state["requests"])
+        return "ok", req, state
+
+
+def test_a_plugins_state_begins_with_init_is_shared_by_its_callbacks_and_goes_to_stop():
+    plugins = [("pre_request", Counting, {}), ("post_request", Counting, {"another": "option"})]
+    app, other = (Nova([{"plugins": plugins, "routes": [("/", shown("number"))]}]) for _ in range(2))
+    for number in (1, 2):
+        _, headers, body = ask(app)
+        assert (headers["X-Requests"], json.loads(body)) == (str(number), {"number": number})
+    assert json.loads(ask(other)[2]) == {"number": 1}
+    app.close()
+    assert Counting.stopped == {"requests": 2}
+
+
+def test_init_may_take_the_options_and_a_plugin_without_it_has_an_empty_state():
+    seen = []
+    callbacks = {"pre_request": lambda req, env, options, state: seen.append(state) or ("ok", req, state)}
+    module = types.ModuleType("a_plugin")
+    vars(module).update(callbacks)
+    for plugin in (
+        SimpleNamespace(**callbacks, init=lambda options: options["a"]),
+        SimpleNamespace(**callbacks),
+        module,
+    ):
+        ask(with_plugins(("pre_request", plugin, {"a": 1})))
+    assert seen == [1, {}, {}]
+
+
+def test_a_websockets_plugins_run_before_security_and_the_101():
+    class Who(Parrot):
+        def init(self, state):
+            steps.append("init")
+            return "ok", state
+
+        def websocket_handle(self, frame, state):
+            return "reply", ("text", json.dumps([state["req"]["user"], state["auth_data"]])), state
+
+    def named(req, state):
+        req.set("user", "ann")
+        req["resp_headers"]["X-Id"] = "7"
+        return "ok", req, state
+
+    group = {
+        "plugins": [pre("a", named), post("b")],
+        "security": guard((True, 1)),
+        "routes": [("/ws", Who, {"protocol": "ws"})],
+    }
+    with Server(Nova([group]), port=0, drain_time=PATIENCE) as server:
+        with ws(server) as client:
+            client.send("")
+            assert json.loads(client.recv(PATIENCE)) == ["ann", 1]
+            assert client.response.headers["X-Id"] == "7"
+        assert steps == ["pre a", "security", "init", "post b"]
+        with events(server, "/ws") as (_, head):
+            assert b"X-Id: 7" in head
+        until(lambda: not server.registry.connections)
+
+
+@pytest.mark.parametrize(
+    ("place", "answer", "status"),
+    [
+        (pre, STOP, 429),
+        (post, STOP, 429),
+        (pre, raises(RuntimeError("no")), 500),
+        (post, raises(RuntimeError("no")), 500),
+    ],
+)
+def test_a_plugin_may_refuse_a_websocket_or_events(place, answer, status):
+    group = {"plugins": [place("a", answer)], "routes": [("/ws", Parrot, {"protocol": "ws"})]}
+    with Server(Nova([group]), port=0) as server:
+        for headers in (HANDSHAKE, {"Accept": "text/event-stream"}):
+            assert http_request(server, "GET", "/ws", headers=headers)[0] == status
+        until(lambda: not server.registry.connections)
+
+
+def test_an_application_without_plugins_has_nothing_of_the_room_in_its_way():
+    app = Nova([{"routes": [("/", shown("path"))]}])
+    assert type(app.error_handler) is dict
+    assert "make_request" not in vars(app.routes[0].callback)
+    assert app.routes[0].plugins == []
+
+
+# -- status routes
+
+
+def saying(text, *keys):
+    """A status route's controller."""
+    return lambda req: ("json", {"says": text, **{key: req[key] for key in keys}})
+
+
+@pytest.mark.parametrize(
+    ("result", "status", "body"),
+    [
+        (("json", {"a": 1}), 404, b'{"a":1}'), (("json", 410, {}, {"a": 1}), 410, b'{"a":1}'),
+        (("ok", [("a", 1)], {"view": "the {{a}}"}), 404, b"the 1"),
+        (("view", {"a": 1}, {"view": "{{a}}", "status_code": 200}), 200, b"1"),
+        (("status", 404, {}, {"error": "no"}), 404, b'{"error":"no"}'), (("status", 200, {}, "fine"), 200, b"fine"),
+        (("redirect", "/"), 302, b""), (HTTPResponse("as it is", 203), 203, b"as it is"),
+        (("status", 404), 404, b'{"error": "Not Found"}'), (("status", 403), 403, b'{"error": "Forbidden"}'),
+        (HTTPError(404, "nothing"), 404, b'{"error": "nothing"}'),
+        (RuntimeError("no"), 500, b'{"error": "Internal Server Error"}'),
+        (None, 500, b'{"error": "Internal Server Error"}'), (("jsn", {}), 500, b'{"error": "Internal Server Error"}'),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("path", ["/nothing", "/status"])
+@pytest.mark.parametrize("accept", ["application/json"])
+def test_a_status_routes_answer_has_its_own_status_or_that_of_the_error_and_a_failure_is_the_plain_page(
+    result, status, body, path, accept
+):
+    def not_found(req):
+        steps.append(req["resp_status_code"])
+        if isinstance(result, Exception):
+            raise result
+        return (*result, req) if isinstance(result, tuple) else result
+
+    routes = [("/status", lambda _req: ("status", 404)), *[(code, not_found) for code in (404, 403, 500)]]
+    given, _, given_body = ask(Nova([{"routes": routes}]), "GET", path, HTTP_ACCEPT=accept)
+    assert (given, given_body, steps) == (status, body, [404])
+
+
+def handler_that_fails(_state):
+    raise RuntimeError("no")
+
+
+REACHED = [
+    ("GET", "/nothing", 404, {}), ("GET", "/status", 404, {}), ("GET", "/raised", 404, {}), ("GET", "/crash", 500, {}),
+    ("GET", "/nonsense", 500, {}), ("GET", "/refused", 401, {"Www-Authenticate": "Basic"}),
+    ("GET", "/forbidden", 403, {"X-Why": "no"}),
+    ("POST", "/status", 405, {"Allow": "GET"}), ("GET", "/ws", 426, {"Upgrade": "websocket"}),
+    ("GET", "/number/x", 404, {}),
+    ("POST", "/body", 413, {}), ("GET", "/own-crash", 500, {}), ("GET", "/own-stream", 500, {}),
+    ("GET", "/teapot", 418, {}),
+    ("GET", "/no-file", 404, {}), ("GET", "/assets/nothing", 404, {}),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("with_plugin", [False, True])
+@pytest.mark.parametrize(("method", "path", "status", "headers"), REACHED)
+def test_every_error_without_a_body_of_its_own_reaches_its_status_route(
+    method, path, status, headers, with_plugin, tmp_path
+):
+    pages = [(code, saying("ours", "path", "resp_status_code", "method")) for code in range(400, 600)]
+    routes = [
+        ("/status", lambda _req: ("status", 404), {"methods": ["get"]}),
+        ("/raised", raising(HTTPError(404, "not this"))),
+        ("/crash", raising(RuntimeError("no"))), ("/nonsense", lambda _req: 5), ("/number/<n:int>", shown("path")),
+        ("/ws", Parrot, {"protocol": "ws"}), ("/body", lambda req: ("json", req["json"]), {"max_body": 1}),
+        ("/teapot", raising(HTTPError(418))),
+        ("/no-file", lambda _req: ("sendfile", 200, {}, (0, 1, "/no/such"), "a/b")),
+        ("/assets/[...]", nova_lite.static(tmp_path)),
+    ]  # fmt: skip
+    refused = {"security": lambda _req: (False, NO), "routes": [("/refused", shown("path"))]}
+    forbidden = {"security": lambda _req: (False, 403, {"X-Why": "no"}), "routes": [("/forbidden", shown("path"))]}
+    app = Nova([{"routes": pages}, {"routes": routes}, refused, forbidden], plugins=[pre("a")] if with_plugin else [])
+    app.get("/own-crash")(lambda: 1 / 0)
+    app.get("/own-stream")(lambda: (1 / 0 for _ in "a"))
+    registry = nova_lite.ConnectionRegistry(1)
+    given, given_headers, body = ask(
+        app, method, path, b'"long"', "application/json", **{"nova_lite.upgrading": [], "nova_lite.registry": registry}
+    )
+    assert given == status
+    assert json.loads(body) == {"says": "ours", "path": path, "resp_status_code": status, "method": method}
+    assert {name: given_headers[name] for name in headers} == headers
+
+
+def test_a_body_that_a_controller_or_security_has_sent_is_not_replaced():
+    routes = [
+        ("/", lambda _req: ("status", 404, {}, "mine")),
+        ("/json", lambda _req: ("json", 404, {}, {})),
+        (404, saying("ours")),
+    ]
+    refused = {
+        "security": lambda _req: (False, 401, {}, "not you"),
+        "routes": [("/in", shown()), (401, saying("ours"))],
+    }
+    app = Nova([{"routes": routes}, refused])
+    assert [ask(app, "GET", path)[2] for path in ("/", "/json", "/in")] == [b"mine", b"{}", b"not you"]
+
+
+@pytest.mark.parametrize(
+    ("path", "says"),
+    [
+        ("/x", "root"), ("/", "root"), ("/apiary", "root"), ("/api", "api"), ("/api/", "api"), ("/api/x", "api"),
+        ("/api/v2", "v2"),
+        ("/api/v2/x/y", "v2"), ("/u/ann/x", "user"), ("/u/ann", "user"), ("/u", "root"), ("/api/known", "known"),
+        ("/%C3%A4/x", "umlaut"), ("/API/x", "root"),
+    ],
+)  # fmt: skip
+def test_an_unknown_path_goes_to_the_group_with_the_longest_prefix_and_a_route_to_its_own(path, says):
+    groups = [
+        {"prefix": "/api/v2", "routes": [(404, saying("v2"))]}, {"routes": [(404, saying("root before"))]},
+        {"prefix": "/api/", "routes": [(404, saying("api"))]}, {"routes": [(404, saying("root"))]},
+        {"prefix": "/u/:user", "routes": [(404, saying("user"))]},
+        {"prefix": "/ä", "routes": [(404, saying("umlaut"))]},
+        {"prefix": "", "routes": [("/api/known", lambda _req: ("status", 404)), (404, saying("known"))]},
+        {"routes": [(404, saying("root"))]},
+    ]  # fmt: skip
+    with Server(Nova(groups), port=0) as server:
+        status, _, body = http_request(server, "GET", path)
+    assert (status, json.loads(body)) == (404, {"says": says})
+
+
+def test_a_status_route_finds_the_reason_and_what_has_crashed():
+    def crash(req):
+        return "json", [req["crash_info"]["class"], str(req["crash_info"]["reason"]), req["bindings"], req["auth_data"]]
+
+    routes = [
+        ("/crash/:id", raising(KeyError("k"))),
+        (500, crash),
+        (404, saying("no", "reason")),
+        (400, saying("no", "reason")),
+    ]
+    app = Nova(
+        [{"security": lambda _req: (True, "ann"), "routes": [*routes, ("/json", lambda req: ("json", req["json"]))]}]
+    )
+    assert json.loads(ask(app, "GET", "/crash/7")[2]) == ["KeyError", "'k'", {"id": "7"}, "ann"]
+    assert json.loads(ask(app, "GET", "/x")[2])["reason"] == "Not found: '/x'"
+    assert json.loads(ask(app, "POST", "/json", b"{", "application/json")[2])["reason"].startswith("invalid JSON")
+    app.get("/own")(lambda: 1 / 0)
+    assert json.loads(ask(app, "GET", "/own")[2])[:2] == ["ZeroDivisionError", "division by zero"]
+
+
+def test_bottles_error_pages_are_for_the_statuses_without_a_route():
+    app = Nova([{"prefix": "/api", "routes": [(404, saying("status route")), ("/crash", raising(RuntimeError("no")))]}])
+    app.error(404)(lambda error: f"bottle's {error.status_code}")
+    app.error(500)(lambda error: f"bottle's {error.status_code}")
+    app.add_hook("after_request", lambda: bottle.response.set_header("X-Hook", "1"))
+    assert {ask(app, "GET", path)[1]["X-Hook"] for path in ("/api/x", "/x", "/api/crash")} == {"1"}
+    assert [ask(app, "GET", path)[2] for path in ("/api/x", "/x", "/api/crash")] == [
+        b'{"says":"status route"}', b"bottle's 404", b"bottle's 500",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(("accept", "kind"), [("text/html", "text/html"), ("application/json", "application/json")])
+def test_a_crash_in_a_status_route_is_the_plain_page_in_the_form_that_the_client_accepts(accept, kind, caplog):
+    app = Nova([{"routes": [(404, raising(RuntimeError("again"))), (500, raising(RuntimeError("and again")))]}])
+    with Server(app, port=0) as server:
+        for method in ("GET", "HEAD"):
+            status, headers, body = http_request(server, method, "/nothing", headers={"Accept": accept})
+            assert (status, headers["Content-Type"].partition(";")[0], body != b"") == (500, kind, method == "GET")
+    assert caplog.text.count("RuntimeError: again") == 2
+    assert "and again" not in caplog.text
+
+
+def test_head_has_the_headers_of_a_status_route_and_the_connection_stays_usable():
+    routes = [("/ok", shown()), (404, saying("none"))]
+    with serving(*routes) as server:
+        status, headers, body = http_request(server, "HEAD", "/nothing")
+        assert (status, headers["Content-Length"], body) == (404, "15", b"")
+        assert statuses(server, b"HEAD /nothing HTTP/1.1\r\nHost: x\r\n\r\n" + LAST) == [404, 200]
+
+
+@pytest.mark.parametrize(
+    ("changes", "status"),
+    [
+        ({"Origin": "http://evil.example"}, 403),
+        ({"Sec_WebSocket_Version": "8"}, 426),
+        ({"Sec_WebSocket_Key": "x"}, 400),
+    ],
+)
+def test_a_refused_websocket_gets_the_page_of_its_status_route(changes, status):
+    pages = [(code, saying("page", "reason", "path")) for code in (400, 403, 426, 500, 503)]
+    with serving(("/ws", Parrot, {"protocol": "ws"}), *pages) as server:
+        with bare(server, handshake(**changes) + LAST) as sock:
+            data = read_to_end(sock)
+    assert data.startswith(b"HTTP/1.1 %d " % status)
+    assert b'"says":"page"' in data
+    assert (status == 426) == (b"Sec-Websocket-Version: 13" in data)
+
+
+def test_an_init_that_fails_and_a_full_server_reach_status_routes():
+    class Failing(Parrot):
+        def init(self, state):
+            raise RuntimeError("no")
+
+    pages = [(500, saying("failed")), (503, saying("full"))]
+    group = {"routes": [("/ws", Parrot, {"protocol": "ws"}), ("/failing", Failing, {"protocol": "ws"}), *pages]}
+    with Server(Nova([group]), port=0, max_connections=1) as server:
+        assert json.loads(http_request(server, "GET", "/failing", headers=HANDSHAKE)[2]) == {"says": "failed"}
+        with ws(server):
+            status, headers, body = http_request(server, "GET", "/ws", headers=HANDSHAKE)
+            assert (status, headers["Retry-After"], json.loads(body)) == (503, "5", {"says": "full"})
+
+
+@pytest.mark.parametrize(
+    ("route", "message"),
+    [
+        ((200, shown()), "from 400 to 599, not for 200"), ((600, shown()), "not for 600"),
+        ((404, "page"), "needs a function of req, not 'page'"),
+        ((404, shown(), {"protocol": "ws"}), "the status route 404 has no option protocol"),
+        ((True, shown()), "not for True"),
+    ],
+)  # fmt: skip
+def test_a_status_route_that_cannot_be_is_told_when_the_application_is_made(route, message):
+    with pytest.raises(ValueError, match=message):
+        Nova([{"routes": [route]}])
+
+
+def test_what_a_merged_application_has_of_plugins_and_status_routes_comes_with_its_routes():
+    other = Nova(
+        [{"routes": [("/theirs", lambda _req: ("status", 404)), (404, saying("theirs"))]}], plugins=[pre("theirs")]
+    )
+    for app in (Nova([{"routes": [(404, saying("ours"))]}]), Nova(), bottle.Bottle()):
+        app.merge(other)
+        steps.clear()
+        assert (json.loads(ask(app, "GET", "/theirs")[2]), steps) == ({"says": "theirs"}, ["pre theirs"])
+        if app.error_handler:
+            assert json.loads(ask(app, "GET", "/nothing")[2]) == {"says": "ours"}
+
+
+def test_groups_and_routes_may_be_added_after_the_first_request():
+    app = Nova([{"routes": [("/", lambda _req: ("status", 404))]}])
+    assert ask(app)[2] == b'{"error": "Not Found"}'
+    app.add({"routes": [(404, saying("late"))]})
+    assert json.loads(ask(app)[2]) == {"says": "late"}
+
+
+# -- cors
+
+
+@pytest.mark.parametrize(
+    ("options", "origin", "allowed"),
+    [
+        ({"origins": "*"}, ORIGIN, "*"), ({"origins": "*"}, None, "*"), ({"origins": [ORIGIN]}, ORIGIN, ORIGIN),
+        ({"origins": ["HTTPS://APP.example:443"]}, ORIGIN, ORIGIN),
+        ({"origins": [ORIGIN]}, "https://APP.EXAMPLE", "https://APP.EXAMPLE"),
+        ({"origins": [ORIGIN]}, "http://app.example", None), ({"origins": [ORIGIN]}, "https://app.example:8443", None),
+        ({"origins": [ORIGIN]}, None, None), ({"origins": [ORIGIN]}, "null", None), ({"origins": []}, ORIGIN, None),
+        ({"origins": [ORIGIN]}, "https://app.example.evil.example", None),
+        ({"origins": [ORIGIN]}, "https://app.example/", None),
+        ({"origins": (ORIGIN, "http://b"), "credentials": True}, "http://b", "http://b"),
+    ],
+)  # fmt: skip
+def test_cors_names_the_origin_that_is_allowed_and_what_the_response_depends_on(options, origin, allowed):
+    app = with_plugins(("pre_request", cors, options))
+    for path in ("/", "/nothing"):
+        _, headers, _ = ask(app, "GET", path, HTTP_ORIGIN=origin)
+        assert headers["Access-Control-Allow-Origin"] == allowed
+        assert headers["Vary"] == (None if options["origins"] == "*" else "Origin")
+        is_for_cookies = bool(options.get("credentials") and allowed)
+        assert headers["Access-Control-Allow-Credentials"] == ("true" if is_for_cookies else None)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({}, 'origins is a list, or "*", not None'), ({"origins": ORIGIN}, "origins is a list"),
+        ({"origins": "*", "credentials": True}, "with credentials"),
+        ({"origins": ["*"]}, "expected an origin such as"), ({"origins": [ORIGIN + "/"]}, "expected an origin such as"),
+        ({"origins": [ORIGIN], "headers": "X-A"}, "headers is a list"),
+        ({"origins": [ORIGIN], "max_age": "60"}, "max_age is a number of seconds"),
+        ({"origins": [ORIGIN], "max_age": -1}, "max_age"),
+        ({"allow_origins": "*"}, "cors has no option allow_origins; it has origins, headers"),
+    ],
+)  # fmt: skip
+def test_cors_options_that_cannot_be_are_told_when_the_application_is_made(options, message):
+    with pytest.raises(ValueError, match=re.escape(message) if "*" in message else message):
+        with_plugins(("pre_request", cors, options))
+    with pytest.raises(ValueError, match=re.escape(message) if "*" in message else message):
+        Nova(plugins=[("pre_request", cors, options)])
+
+
+@pytest.mark.parametrize(
+    ("options", "changes", "expected"),
+    [
+        ({}, {}, {"Allow-Origin": ORIGIN, "Allow-Methods": "GET, HEAD, PUT", "Allow-Headers": None, "Max-Age": None}),
+        ({}, {"HTTP_ACCESS_CONTROL_REQUEST_HEADERS": "x-a, x-b"}, {"Allow-Headers": "x-a, x-b"}),
+        ({"headers": ["X-A"], "methods": ["put"], "max_age": 600, "credentials": True},
+         {"HTTP_ACCESS_CONTROL_REQUEST_HEADERS": "x-b"},
+         {"Allow-Headers": "X-A", "Allow-Methods": "PUT", "Max-Age": "600", "Allow-Credentials": "true"}),
+        ({"headers": []}, {"HTTP_ACCESS_CONTROL_REQUEST_HEADERS": "x-b"}, {"Allow-Headers": None}),
+        ({}, {"HTTP_ORIGIN": "https://evil.example"},
+         {"Allow-Origin": None, "Allow-Methods": None, "Allow-Headers": None}),
+        ({}, {"HTTP_ACCESS_CONTROL_REQUEST_METHOD": "DELETE"}, {"Allow-Methods": "GET, HEAD, PUT"}),
+    ],
+)  # fmt: skip
+def test_a_preflight_is_a_204_before_security_though_the_route_does_not_list_options(options, changes, expected):
+    app = with_plugins(
+        ("pre_request", cors, {"origins": [ORIGIN], **options}), security=guard(False), methods=["get", "put"]
+    )
+    status, headers, body = ask(app, "OPTIONS", **{**PREFLIGHT, **changes})
+    assert (status, body, steps, headers["Content-Type"]) == (204, b"", [], None)
+    given = {name: headers[f"Access-Control-{name}"] for name in expected}
+    assert given == expected
+    assert "Origin" in headers["Vary"]
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "changes", "status"),
+    [
+        ("OPTIONS", "/nothing", PREFLIGHT, 404), ("OPTIONS", "/listed", PREFLIGHT, 204),
+        ("OPTIONS", "/any", PREFLIGHT, 204),
+        ("OPTIONS", "/listed", {"HTTP_ORIGIN": ORIGIN}, 200), ("OPTIONS", "/any", {}, 200),
+        ("OPTIONS", "/get", {"HTTP_ORIGIN": ORIGIN}, 405),
+        ("OPTIONS", "/get", {}, 405), ("DELETE", "/get", PREFLIGHT, 405), ("OPTIONS", "/ws", PREFLIGHT, 204),
+        ("OPTIONS", "/get/7", PREFLIGHT, 204),
+        ("OPTIONS", "/outside", PREFLIGHT, 405), ("GET", "/ws", {"HTTP_ORIGIN": ORIGIN}, 426),
+        ("GET", "/crash", {"HTTP_ORIGIN": ORIGIN}, 500),
+        ("GET", "/refused", {"HTTP_ORIGIN": ORIGIN}, 401),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("pages", [[], [(code, saying("page")) for code in (401, 404, 405, 426, 500)]])
+def test_cors_is_on_every_answer_of_its_group_and_only_a_preflight_is_its_own(method, path, changes, status, pages):
+    plugins = [("pre_request", cors, {"origins": [ORIGIN]})]
+    routes = [
+        ("/listed", shown(), {"methods": ["get", "options"]}), ("/any", shown()),
+        ("/get", shown(), {"methods": ["get"]}),
+        ("/get/:id", shown(), {"methods": ["get"]}), ("/ws", Parrot, {"protocol": "ws"}),
+        ("/crash", raising(RuntimeError("no"))), *pages,
+    ]  # fmt: skip
+    refused = {"plugins": plugins, "security": guard(False), "routes": [("/refused", shown())]}
+    outside = {"routes": [("/outside", shown(), {"methods": ["get"]})]}
+    app = Nova([outside, {"plugins": plugins, "routes": routes}, refused])
+    registry = nova_lite.ConnectionRegistry(1)
+    given, headers, _ = ask(app, method, path, **changes, **{"nova_lite.upgrading": [], "nova_lite.registry": registry})
+    assert given == status
+    expected = ORIGIN if "HTTP_ORIGIN" in changes and path != "/outside" else None
+    assert headers["Access-Control-Allow-Origin"] == expected
+    assert len(headers.get_all("Vary")) == (path != "/outside")
+
+
+def test_cors_comes_before_other_plugins_wherever_it_stands():
+    app = with_plugins(pre("a", STOP, -1), ("pre_request", cors, {"origins": [ORIGIN]}), methods=["get"])
+    for method, status in (("GET", 429), ("OPTIONS", 204)):
+        given, headers, _ = ask(app, method, **PREFLIGHT)
+        assert (given, headers["Access-Control-Allow-Origin"]) == (status, ORIGIN)
+
+
+def test_a_controllers_own_vary_and_cors_headers_stay():
+    def controller(_req):
+        return "json", 200, {"Vary": "Accept, origin", "Access-Control-Expose-Headers": "X-Mine"}, {}
+
+    app = with_plugins(("pre_request", cors, {"origins": [ORIGIN], "expose": ["X-A", "X-B"]}), controller=controller)
+    _, headers, _ = ask(app, HTTP_ORIGIN=ORIGIN)
+    assert (headers["Vary"], headers["Access-Control-Expose-Headers"]) == ("Accept, origin", "X-Mine")
+
+
+def test_a_static_file_has_cors_headers_also_if_the_browser_has_it(assets):
+    group = {
+        "plugins": [("pre_request", cors, {"origins": [ORIGIN]})],
+        "routes": [("/[...]", nova_lite.static(assets))],
+    }
+    with Server(Nova([group]), port=0) as server:
+        ours = {"Origin": ORIGIN}
+        etag = http_request(server, "HEAD", "/app.js", headers=ours)[1]["ETag"]
+        for headers, status in (({}, 200), ({"If-None-Match": etag}, 304), ({"Range": "bytes=2-4"}, 206)):
+            given, given_headers, _ = http_request(server, "GET", "/app.js", headers={**ours, **headers})
+            assert (given, given_headers["Access-Control-Allow-Origin"], given_headers["Vary"]) == (
+                status,
+                ORIGIN,
+                "Origin",
+            )
+
+
+def test_events_and_websockets_have_cors_headers_while_origins_decides_who_may_connect():
+    plugins = [("pre_request", cors, {"origins": [ORIGIN]})]
+    group = {"plugins": plugins, "routes": [("/ws", Parrot, {"protocol": "ws", "origins": [ORIGIN]})]}
+    with Server(Nova([group]), port=0, drain_time=PATIENCE) as server:
+        with events(server, "/ws", Origin=ORIGIN) as (_, head):
+            assert f"Access-Control-Allow-Origin: {ORIGIN}".encode() in head
+        with ws(server, origin=ORIGIN) as client:
+            client.send("hi")
+            assert client.recv(PATIENCE) == "hi"
+        status, headers, _ = http_request(server, "GET", "/ws", headers={**HANDSHAKE, "Origin": "https://evil.example"})
+        assert (status, headers["Access-Control-Allow-Origin"]) == (403, None)
+
+
+def test_a_cors_plugin_of_ones_own_as_in_novas_article_answers_preflights_too():
+    class BlogCors:
+        def pre_request(self, req, _env, options, state):
+            headers = req["resp_headers"]
+            headers["Access-Control-Allow-Origin"] = options["allow_origins"]
+            headers["Access-Control-Max-Age"] = options.get("max_age", "86400")
+            return ("stop", req, state) if req["method"] == "OPTIONS" else ("ok", req, state)
+
+    app = with_plugins(("pre_request", BlogCors, {"allow_origins": "https://myblog.com"}), methods=["get"])
+    for method, status in (("OPTIONS", 204), ("GET", 200)):
+        given, headers, _ = ask(app, method)
+        assert (given, headers["Access-Control-Allow-Origin"]) == (status, "https://myblog.com")
+    assert ask(app, "OPTIONS", "/nothing")[0] == 404
+
+
+# -- mounted applications
+
+
+def flask_like(environ, start_response):
+    """A plain WSGI application."""
+    if environ["PATH_INFO"] == "/crash":
+        raise RuntimeError("of theirs")
+    body = json.dumps({
+        "script": environ["SCRIPT_NAME"], "path": environ["PATH_INFO"], "auth": environ.get("nova_lite.auth_data"),
+        "body": environ["wsgi.input"].read().decode(), "method": environ["REQUEST_METHOD"],
+    }).encode()  # fmt: skip
+    status = "404 NOT FOUND" if environ["PATH_INFO"] == "/nothing" else "200 OK"
+    start_response(
+        status,
+        [
+            ("Content-Type", "application/json"),
+            ("Content-Length", str(len(body))),
+            ("Set-Cookie", "a=1"),
+            ("Set-Cookie", "b=2"),
+        ],
+    )
+    return [body]
+
+
+@pytest.mark.parametrize("prefix", ["/admin", "/admin/"])
+@pytest.mark.parametrize(
+    ("path", "script", "rest"),
+    [
+        ("/admin", "/admin", "/"), ("/admin/", "/admin", "/"), ("/admin/a/b/", "/admin", "/a/b/"),
+        ("/admin//x", "/admin", "//x"),
+        ("/admin/a%2Fb", "/admin", "/a/b"), ("/admin/%E6%97%A5", "/admin", "/\u65e5".encode().decode("latin-1")),
+        ("/administrator", None, None), ("/", None, None),
+    ],
+)  # fmt: skip
+def test_a_wsgi_application_is_mounted_with_or_without_the_slash(prefix, path, script, rest):
+    app = Nova()
+    app.mount(prefix, flask_like)
+    with Server(app, port=0) as server:
+        status, headers, body = http_request(server, "POST", path, b"sent")
+    assert status == (200 if script else 404)
+    if script:
+        expected = {"script": script, "path": rest, "auth": None, "body": "sent", "method": "POST"}
+        assert json.loads(body) == expected
+        assert headers.get_all("Set-Cookie") == ["a=1", "b=2"]
+
+
+def test_a_mounted_applications_errors_are_its_own_and_a_crash_is_ours():
+    app = Nova([{"routes": [(404, saying("ours")), (500, saying("ours")), (405, saying("ours"))]}])
+    app.mount("/admin", flask_like)
+    status, headers, body = ask(app, "GET", "/admin/nothing")
+    assert (status, json.loads(body)["path"], headers.get_all("Content-Type")) == (
+        404,
+        "/nothing",
+        ["application/json"],
+    )
+    assert json.loads(ask(app, "GET", "/admin/crash")[2]) == {"says": "ours"}
+    assert json.loads(ask(app, "GET", "/nothing")[2]) == {"says": "ours"}
+
+
+@pytest.mark.parametrize(
+    ("application", "status", "headers", "body"),
+    [
+        (lambda environ, start: start("202 Fine", [("X-A", "1")]) and [b"a", b"b"], 202, {"X-A": "1"}, b"ab"),
+        (lambda environ, start: start("200 OK", [])(b"written ") or [b"returned"], 200, {}, b"written returned"),
+        (lambda environ, start: start("200 OK", [("X-A", "\u00fc".encode().decode("latin-1"))]) and [], 200,
+         {"X-A": "\u00fc".encode().decode("latin-1")}, b""),
+        (lambda environ, start: start("200 OK", [("X-A", "\xfc")]) and [b"x"], 200, {}, b"x"),
+        (lambda environ, start: start("204 No Content", []) and [], 204, {}, b""),
+        (lambda environ, start: [b"never started"], 500, {}, b'{"error": "Internal Server Error"}'),
+        (lambda environ, start: start("200 OK", []) and start("200 OK", []), 500, {},
+         b'{"error": "Internal Server Error"}'),
+    ],
+)  # fmt: skip
+def test_what_an_application_returns_is_sent_as_it_is(application, status, headers, body):
+    app = Nova()
+    app.mount("/x", application)
+    given, given_headers, given_body = ask(app, "GET", "/x")
+    assert (given, given_body) == (status, body)
+    assert {name: given_headers[name] for name in headers} == headers
+
+
+def test_an_application_that_is_a_generator_starts_its_response_late_and_is_closed():
+    def application(environ, start_response):
+        try:
+            yield b""
+            start_response("203 Late", [("X-A", "1")])
+            yield b"a"
+            yield b"b"
+        finally:
+            steps.append("closed")
+
+    app = Nova()
+    app.mount("/x", application)
+    with Server(app, port=0) as server:
+        for method, body in (("GET", b"ab"), ("HEAD", b"")):
+            status, headers, given = http_request(server, method, "/x/")
+            assert (status, headers["X-A"], given) == (203, "1", body)
+            until(lambda: steps)
+            assert steps.pop() == "closed"
+
+
+def test_an_error_that_replaces_a_response_begun_is_sent():
+    def application(environ, start_response):
+        start_response("200 OK", [("X-Old", "1")])
+        try:
+            raise RuntimeError("theirs")
+        except RuntimeError:
+            start_response("500 Theirs", [("X-New", "1")], sys.exc_info())
+        return [b"their page"]
+
+    app = Nova()
+    app.mount("/x", application)
+    status, headers, body = ask(app, "GET", "/x")
+    assert (status, headers["X-Old"], headers["X-New"], body) == (500, None, "1", b"their page")
+
+
+def test_a_bottle_application_keeps_its_hooks_errors_plugins_and_late_routes():
+    other = bottle.Bottle()
+    other.get("/")(lambda: f"{bottle.request.script_name} {bottle.request.path}")
+    other.get("/\u65e5")(lambda: bottle.request.path)
+    other.get("/cookie")(lambda: bottle.response.set_cookie("a", "b") or "text")
+    other.get("/crash")(lambda: 1 / 0)
+    other.get("/form", method="POST")(lambda: bottle.request.forms.get("a"))
+    other.add_hook("before_request", lambda: steps.append("theirs"))
+    other.error(404)(lambda _error: "their 404")
+    app = Nova([{"routes": [("/", shown("path")), (404, saying("ours"))]}], plugins=[pre("ours")])
+    app.add_hook("before_request", lambda: steps.append("ours"))
+    app.add_hook("after_request", lambda: bottle.response.set_header("X-Ours", "1"))
+    app.mount("/one/", other)
+    app.mount("/two", other)
+    other.get("/late")(lambda: "late")
+    for path, text in (("/one", "/one/ /"), ("/two/", "/two/ /"), ("/one/nothing", "their 404"), ("/two/late", "late")):
+        steps.clear()
+        _, headers, body = ask(app, "GET", path)
+        assert (body.decode(), steps, headers["X-Ours"]) == (text, ["ours", "theirs"], "1")
+    assert ask(app, "GET", "/one/\u65e5".encode().decode("latin-1"))[2].decode() == "/\u65e5"
+    assert ask(app, "GET", "/one/cookie")[1].get_all("Set-Cookie") == ["a=b"]
+    assert ask(app, "GET", "/one/crash")[0] == 500
+    assert ask(app, "POST", "/one/form", b"a=b", FORM)[2] == b"b"
+    assert json.loads(ask(app)[2]) == {"path": "/"}
+    assert json.loads(ask(app, "GET", "/three")[2]) == {"says": "ours"}
+
+
+def test_a_body_that_ours_has_read_is_there_for_a_mounted_application():
+    app = Nova()
+    app.add_hook("before_request", lambda: bottle.request.body.read())
+    app.mount("/x", flask_like, security=lambda req: req["body"] == b"sent")
+    with Server(app, port=0) as server:
+        for body in (b"sent", iter([b"se", b"nt"])):
+            assert json.loads(http_request(server, "POST", "/x", body)[2])["body"] == "sent"
+
+
+def test_what_an_application_has_comes_with_it_where_bottle_mounts_it():
+    app = Nova(
+        [{"prefix": "/api", "routes": [("/x", lambda _req: ("status", 404)), (404, saying("api"))]}], plugins=[pre("a")]
+    )
+    app.add({"routes": [("/y", lambda _req: ("status", 404)), ("/api/y", lambda _req: ("status", 404))]})
+    app.mount("/admin", flask_like)
+    parent = bottle.Bottle()
+    parent.mount("/nova/", app)
+    for path, answer, ran in (
+        ("/nova/api/x", {"says": "api"}, ["pre a"]),
+        ("/nova/api/y", {"says": "api"}, ["pre a"]),
+        ("/nova/admin/x", {"script": "/nova/admin", "path": "/x", "auth": None, "body": "", "method": "GET"}, []),
+    ):
+        steps.clear()
+        assert (json.loads(ask(parent, "GET", path)[2]), steps) == (answer, ran)
+    assert ask(parent, "GET", "/nova/y")[0] == 404
+
+
+def test_another_nova_is_mounted_with_its_websockets_plugins_and_status_routes():
+    inner = Nova(
+        [
+            {
+                "routes": [
+                    ("/n/:id", shown("path", "bindings")),
+                    ("/ws", Parrot, {"protocol": "ws"}),
+                    (404, saying("inner", "path")),
+                ]
+            }
+        ]
+    )
+    middle = Nova([{"routes": [("/", shown("path"))]}], plugins=[pre("middle")])
+    middle.mount("/inner", inner)
+    app = Nova([{"routes": [(404, saying("outer"))]}])
+    app.mount("/middle", middle)
+    with Server(app, port=0, drain_time=PATIENCE) as server:
+        assert get_json(server, "/middle/inner/n/7") == (200, {"path": "/middle/inner/n/7", "bindings": {"id": "7"}})
+        assert get_json(server, "/middle/inner/x") == (404, {"says": "inner", "path": "/middle/inner/x"})
+        assert get_json(server, "/x") == (404, {"says": "outer"})
+        assert (get_json(server, "/middle/")[0], steps) == (200, ["pre middle"])
+        with ws(server, "/middle/inner/ws") as client, events(server, "/middle/inner/ws"):
+            client.send("hi")
+            assert client.recv(PATIENCE) == "hi"
+        assert http_request(server, "GET", "/middle/inner/ws")[0] == 426
+        until(lambda: not server.registry.connections)
+
+
+@pytest.mark.parametrize("prefix", ["/admin", "/"])
+def test_security_of_a_mounted_application_is_before_all_of_it(prefix):
+    def security(req):
+        token = req["headers"].get("X-Token")
+        return (True, {"user": token}) if token else (False, 403, {"X-Why": "no"})
+
+    class Who(Parrot):
+        def websocket_handle(self, frame, state):
+            return "reply", ("text", json.dumps(state["req"].environ.get("nova_lite.auth_data"))), state
+
+    nova, path = Nova([{"routes": [("/ws", Who, {"protocol": "ws"})]}]), prefix.rstrip("/")
+    for other in (flask_like, nova):
+        app = Nova([{"routes": [("/ours", shown()), (403, saying("no"))]}])
+        app.mount(prefix, other, security=security)
+        with Server(app, port=0, drain_time=PATIENCE) as server:
+            assert http_request(server, "GET", "/ours")[0] == 200
+            for headers in ({}, HANDSHAKE, {"Accept": "text/event-stream"}):
+                for asked in (f"{path}/ws", f"{path}/", prefix):
+                    status, given, body = http_request(server, "GET", asked, headers=headers)
+                    assert (status, given["X-Why"], json.loads(body)) == (403, "no", {"says": "no"})
+            if other is flask_like:
+                assert get_json(server, f"{path}/x", **{"X-Token": "ann"})[1]["auth"] == {"user": "ann"}
+            else:
+                with ws(server, f"{path}/ws", additional_headers={"X-Token": "ann"}) as client:
+                    client.send("")
+                    assert client.recv(PATIENCE)
+
+
+def test_at_the_root_a_foreign_application_gets_what_no_route_is_for_in_any_order():
+    app = Nova([{"routes": [("/ours", shown("path"), {"methods": ["get"]}), ("/:name/ours", shown("bindings"))]}])
+    app.mount("/", flask_like)
+    app.add({"routes": [("/late", shown("path"))]})
+    app.mount("/sub", flask_like)
+    app.get("/own")(lambda: "bottle's")
+    with Server(app, port=0) as server:
+        assert get_json(server, "/ours") == (200, {"path": "/ours"})
+        assert get_json(server, "/late") == (200, {"path": "/late"})
+        assert get_json(server, "/x/ours") == (200, {"bindings": {"name": "x"}})
+        assert http_request(server, "GET", "/own")[2] == b"bottle's"
+        status, headers, _ = http_request(server, "DELETE", "/ours")
+        assert (status, headers["Allow"]) == (405, "GET")
+        for path, script, rest in (
+            ("/", "", "/"),
+            ("/a/b", "", "/a/b"),
+            ("/sub/a", "/sub", "/a"),
+            ("/%E6%97%A5", "", None),
+        ):
+            body = get_json(server, path)[1]
+            assert body["script"] == script
+            assert rest is None or body["path"] == rest
+        assert get_json(server, "/nothing")[0] == 404
+        assert http_request(server, "HEAD", "/x")[::2] == (200, b"")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "options", "message"),
+    [
+        (("admin", flask_like), {}, 'expected a prefix such as "/admin"'),
+        (("/admin", "flask"), {}, "and a WSGI application"),
+        (("/admin", flask_like), {"security": "admin"}, "security is False or a function of req, not 'admin'"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_mounted_is_a_value_error(arguments, options, message):
+    with pytest.raises(ValueError, match=message):
+        Nova().mount(*arguments, **options)
+
+
+def test_a_second_application_at_the_root_gets_nothing_and_is_a_value_error():
+    app = Nova()
+    app.mount("/", flask_like)
+    with pytest.raises(ValueError, match='there is an application at "/"'):
+        app.mount("/", flask_like)
+
+
+def test_without_the_room_plugins_mounting_is_bottles(tmp_path):
+    vendored(tmp_path, ["plugins"])
+    code = """
+from nova_lite import Nova
+app = Nova()
+app.mount("/x", lambda environ, start: start("200 OK", []) and [environ["SCRIPT_NAME"].encode()])
+print(app({"REQUEST_METHOD": "GET", "PATH_INFO": "/x/y"}, print))
+"""
+    assert python(code, tmp_path).splitlines()[-1] == "[b'/x']"
+
+
+def test_bottles_options_of_mount_are_taken():
+    app = Nova()
+    app.install(adding("plugin"))
+    app.mount("/plain", flask_like)
+    app.mount("/with", flask_like, skip=[], name="named")
+    for path, ran in (("/plain/x", []), ("/with/x", ["plugin"])):
+        steps.clear()
+        assert (ask(app, "GET", path)[0], steps) == (200, ran)
+
+
+# -- Nova's articles, ported by eye: plugins, routing, error handling, CORS, sub-applications
+
+
+class LoggerPlugin:  # my_first_nova_logger_plugin
+    def pre_request(self, req, _env, _options, state):
+        req.set("start_time", time.monotonic())
+        return "ok", req, state
+
+    def post_request(self, req, _env, _options, state):
+        duration = 1000 * (time.monotonic() - req["start_time"])
+        nova_lite.log.info("%s %s completed in %dms", req["method"], req["path"], duration)
+        return "ok", req, state
+
+
+class RateLimitPlugin:  # my_first_nova_rate_limit_plugin
+    def init(self):
+        return {}
+
+    def pre_request(self, req, _env, options, state):
+        now, address = time.monotonic(), req["peer"][0]
+        match state.get(address):
+            case (count, start) if now - start < options.get("window_ms", 60000) / 1000:
+                if count >= options.get("max_requests", 100):
+                    return "stop", ("json", 429, {}, {"error": "too many requests"}), req, state
+                return "ok", req, {**state, address: (count + 1, start)}
+        return "ok", req, {**state, address: (1, now)}
+
+
+class CorrelationPlugin:  # nova_correlation_plugin
+    def pre_request(self, req, _env, options, state):
+        header = options.get("request_correlation_header")
+        correlation_id = (header and req["headers"].get(header)) or "made here"
+        req["resp_headers"]["x-correlation-id"] = correlation_id
+        req.set("correlation_id", correlation_id)
+        return "ok", req, state
+
+
+def error_controller_not_found(req):
+    match req["headers"].get("Accept"):
+        case "application/json":
+            return "json", 404, {}, {"error": "not_found", "message": "Resource not found"}
+    return (
+        "ok",
+        [("title", "404"), ("message", "Page not found")],
+        {"view": "<h1>{{title}}</h1>{{message}}", "status_code": 404},
+    )
+
+
+def error_controller_server_error(req):
+    match req:
+        case {"crash_info": crash_info}:
+            nova_lite.log.error("Controller crash: %r", crash_info["reason"])
+    return (
+        "ok",
+        [("title", "500"), ("message", "Internal server error")],
+        {"view": "<h1>{{title}}</h1>", "status_code": 500},
+    )
+
+
+def admin_routes():  # a sub-application, as nova_admin
+    return [
+        {
+            "routes": [
+                ("/", lambda _req: ("status", 200, {}, "observer"), {"methods": ["get"]}),
+                ("/ws", Parrot, {"protocol": "ws"}),
+            ]
+        }
+    ]
+
+
+def article_routes():
+    errors = [
+        (400, lambda _req: ("json", 400, {}, {"error": "bad_request"}), {}), (404, error_controller_not_found, {}),
+        (401, lambda _req: ("json", 401, {}, {"error": "unauthorized"}), {}), (500, error_controller_server_error, {}),
+        (403, lambda _req: ("json", 403, {}, {"error": "forbidden"}), {}),
+    ]  # fmt: skip
+    api = {
+        "prefix": "/api",
+        "plugins": [
+            ("pre_request", cors, {"origins": ["https://myapp.com"]}),
+            ("pre_request", RateLimitPlugin, {"max_requests": 3, "window_ms": 3600000}),
+        ],
+        "routes": [
+            ("/users", lambda _req: ("json", ["ann"]), {"methods": ["get"]}),
+            ("/users", lambda req: ("json", 201, {}, req["json"]), {"methods": ["post"]}),
+            ("/users/:id", lambda req: ("json", {"id": int(req["bindings"]["id"])}), {"methods": ["get"]}),
+        ],
+    }
+    pages = {
+        "prefix": "", "security": False,
+        "routes": [
+            ("/heartbeat", lambda _req: ("status", 200), {"methods": ["get"]}), ("/crash", lambda _req: 1 / 0),
+            ("/bad", lambda _req: ("status", 400)), ("/id", lambda req: ("json", req["correlation_id"])),
+        ],
+    }  # fmt: skip
+    admin = {"prefix": "/secret", "security": lambda _req: False, "routes": [("/dashboard", shown("path"))]}
+    return [{"routes": errors}, api, pages, admin]
+
+
+@pytest.fixture
+def articles():
+    plugins = [
+        ("pre_request", CorrelationPlugin, {"request_correlation_header": "X-Correlation-Id"}),
+        ("pre_request", LoggerPlugin, {}), ("post_request", LoggerPlugin, {}),
+    ]  # fmt: skip
+    app = Nova(article_routes(), plugins=plugins)
+    app.mount("/admin", Nova(admin_routes()))
+    with Server(app, port=0, drain_time=PATIENCE) as server:
+        yield server
+
+
+MYAPP = {"Origin": "https://myapp.com"}
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "headers", "status", "body", "response_headers"),
+    [
+        ("GET", "/heartbeat", {}, 200, b"", {"X-Correlation-Id": "made here"}),
+        ("GET", "/id", {"X-Correlation-Id": "mine"}, 200, b'"mine"', {"X-Correlation-Id": "mine"}),
+        ("GET", "/nothing", {"Accept": "application/json"}, 404,
+         b'{"error":"not_found","message":"Resource not found"}', {}),
+        ("GET", "/nothing", {"Accept": "text/html"}, 404, b"<h1>404</h1>Page not found",
+         {"Content-Type": "text/html; charset=UTF-8"}),
+        ("GET", "/crash", {}, 500, b"<h1>500</h1>", {"X-Correlation-Id": "made here"}),
+        ("GET", "/bad", {}, 400, b'{"error":"bad_request"}', {}),
+        ("GET", "/secret/dashboard", {}, 401, b'{"error":"unauthorized"}', {}),
+        ("POST", "/heartbeat", {}, 405, b'{"error": "Method not allowed."}', {}),
+        ("GET", "/api/users", MYAPP, 200, b'["ann"]',
+         {"Access-Control-Allow-Origin": "https://myapp.com", "X-Correlation-Id": None}),
+        ("OPTIONS", "/api/users/7", {**MYAPP, "Access-Control-Request-Method": "GET"}, 204, b"",
+         {"Access-Control-Allow-Methods": "GET, HEAD"}),
+        ("OPTIONS", "/api/none", {**MYAPP, "Access-Control-Request-Method": "GET", "Accept": "text/html"}, 404,
+         b"<h1>404</h1>Page not found", {}),
+        ("GET", "/admin", {}, 200, b"observer", {}), ("GET", "/admin/", {}, 200, b"observer", {}),
+        ("GET", "/admin/x", {"Accept": "application/json"}, 404, b'{"error": "Not found: \'/x\'"}', {}),
+    ],
+)  # fmt: skip
+def test_the_examples_of_novas_articles(articles, method, path, headers, status, body, response_headers):
+    given, given_headers, given_body = http_request(articles, method, path, headers=headers)
+    assert (given, given_body) == (status, body)
+    assert {name: given_headers[name] for name in response_headers} == response_headers
+
+
+def test_the_articles_logger_and_rate_limiter_and_the_sub_applications_websocket(articles, caplog):
+    caplog.set_level("INFO", "nova_lite")
+    http_request(articles, "GET", "/heartbeat")
+    until(lambda: re.search(r"GET /heartbeat completed in \d+ms", caplog.text))
+    assert [get_json(articles, "/api/users")[0] for _ in range(5)] == [200, 200, 200, 429, 429]
+    with ws(articles, "/admin/ws") as client:
+        client.send("hi")
+        assert client.recv(PATIENCE) == "hi"
+
+
+RECIPES = """
+import hmac, re, secrets
+
+class RequestId:
+    \"\"\"Gives each request an id: the proxy's, or a new one. It is in req["request_id"] and in the response.\"\"\"
+
+    def pre_request(self, req, env, options, state):
+        request_id = req["headers"].get("X-Request-Id", "")
+        if not re.fullmatch(r"[\\w-]{1,64}", request_id):
+            request_id = secrets.token_hex(8)
+        req.set("request_id", request_id)
+        req["resp_headers"]["X-Request-Id"] = request_id
+        return "ok", req, state
+
+class Csrf:
+    \"\"\"Refuses forms of other sites. Its own have <input type=hidden name=_csrf_token value="{{csrf_token}}">.\"\"\"
+
+    def pre_request(self, req, env, options, state):
+        token = req["cookies"].get("csrf") or secrets.token_urlsafe(32)
+        req.set("csrf_token", token)
+        if not req["cookies"].get("csrf"):
+            req["resp_headers"].append("Set-Cookie", f"csrf={token}; Path=/; HttpOnly; SameSite=Lax")
+        if req["method"] in ("GET", "HEAD", "OPTIONS"):
+            return "ok", req, state
+        sent = req["headers"].get("X-CSRF-Token") or req["params"].get("_csrf_token")
+        if req.is_own_origin() and hmac.compare_digest(str(sent).encode(), token.encode()):
+            return "ok", req, state
+        return "stop", ("status", 403), req, state
+"""
+
+
+def test_the_recipe_for_request_ids():
+    exec(RECIPES, found := {})
+    app = with_plugins(("pre_request", found["RequestId"], {}), controller=shown("request_id"))
+    for sent, is_taken in (("abc-1", True), (None, False), ("a b", False), ("x" * 65, False), ("a\r\nb", False)):
+        _, headers, body = ask(app, HTTP_X_REQUEST_ID=sent)
+        assert json.loads(body) == {"request_id": headers["X-Request-Id"]}
+        assert headers["X-Request-Id"] == sent if is_taken else re.fullmatch("[0-9a-f]{16}", headers["X-Request-Id"])
+
+
+@pytest.mark.parametrize(
+    ("cookie", "body", "changes", "status"),
+    [
+        ("csrf={}", b"_csrf_token={}", {}, 200), ("csrf={}", b"", {"HTTP_X_CSRF_TOKEN": "{}"}, 200),
+        ("csrf={}", b"", {}, 403),
+        ("csrf={}", b"_csrf_token=other", {}, 403), (None, b"_csrf_token={}", {}, 403),
+        ("csrf=", b"_csrf_token=", {}, 403),
+        ("csrf={}", b"_csrf_token={}", {"HTTP_ORIGIN": "https://evil.example"}, 403), (None, b"", {}, 403),
+    ],
+)  # fmt: skip
+def test_the_recipe_for_csrf(cookie, body, changes, status):
+    exec(RECIPES, found := {})
+    app = with_plugins(("pre_request", found["Csrf"], {}), controller=lambda req: ("json", 200, {}, req["csrf_token"]))
+    _, headers, first = ask(app)
+    token = json.loads(first)
+    assert headers["Set-Cookie"] == f"csrf={token}; Path=/; HttpOnly; SameSite=Lax"
+    changes = {name: value.replace("{}", token) for name, value in changes.items()}
+    cookie, body = cookie and cookie.replace("{}", token), body.replace(b"{}", token.encode())
+    given, headers, _ = ask(app, "POST", "/", body, FORM, HTTP_COOKIE=cookie, **changes)
+    assert (given, "Set-Cookie" in headers) == (status, cookie in (None, "csrf="))
 
 
 # -- deflate ---------------------------------------------------------------------------------------------------------
@@ -11966,6 +13310,14 @@ def test_it_stays_lite(room):
     assert lines[room] <= BUDGETS[room]
 
 
+def test_no_name_is_defined_in_two_places():
+    names = []
+    for node in ast.parse(PROGRAM_TEXT).body:
+        targets = getattr(node, "targets", [getattr(node, "target", node)])
+        names += [name for target in targets if (name := getattr(target, "id", getattr(target, "name", None)))]
+    assert [name for name in names if names.count(name) > 1 and name != "__all__"] == []
+
+
 def test_no_line_is_longer_than_120_characters():
     assert [line for line in PROGRAM_TEXT.splitlines() if len(line) > 120] == []
 
@@ -12329,6 +13681,10 @@ def test_asking_for_a_room_that_was_cut_off_is_an_error_that_names_it(tmp_path):
         "Nova(trust_proxy=1)": "proxy",
         "Server(app, port=0, trust_proxy=1)": "proxy",
         "app.board()": "board",
+        "Nova(plugins=[print])": "plugins",
+        'Nova([{"plugins": [("pre_request", print, {})], "routes": [("/", print)]}])': "plugins",
+        'Nova([{"routes": [(404, print)]}])': "plugins",
+        'app.mount("/admin", print, security=print)': "plugins",
         'whereis(("cluster", "mailer"))': "leases",
         "app.stats()": "stats",
         'Request({}, {}).set_cookie("a", "1")': "sessions",
