@@ -1944,7 +1944,6 @@ KEYS = [
     "auth_data",
     "subprotocol",
     "since",
-    "scheme",
 ]
 
 
@@ -12182,7 +12181,10 @@ def test_a_cookie_has_these_attributes(options, attributes):
     ],
 )  # fmt: skip
 def test_over_https_a_cookie_is_secure(changes, is_secure):
-    app = Nova([{"routes": [("/", lambda req: req.set_cookie("a", req["scheme"]) or ("status", 200))]}], trust_proxy=1)
+    app = Nova(
+        [{"routes": [("/", lambda req: req.set_cookie("a", req.environ["wsgi.url_scheme"]) or ("status", 200))]}],
+        trust_proxy=1,
+    )
     [cookie] = set_cookies(ask(app, **changes))
     assert cookie.startswith("a=https;" if is_secure else "a=http;")
     assert cookie.endswith("; Secure") == is_secure
@@ -13979,7 +13981,7 @@ def recipe_running(kitchen, *args, serving=r"serving on http://\S+:(\d+)/", **en
     process, log = subprocess.Popen([sys.executable, *args], **options), []
 
     def heard(pattern):
-        with gevent.Timeout(PATIENCE, AssertionError(f"no {pattern} in {log}")):
+        with gevent.Timeout(2 * PATIENCE, AssertionError(f"no {pattern} in {log}")):
             while not (found := re.search(pattern, "".join(log))):
                 log.append(process.stdout.readline())
                 assert log[-1], "".join(log)
@@ -14003,6 +14005,13 @@ def test_a_recipe_fits_on_a_screen(name):
     assert max(map(len, RECIPES[name].splitlines())) <= 120
 
 
+def test_the_readmes_links_lead_to_its_headings():
+    readme = (ROOT / "README.md").read_text()
+    headings = re.findall(r"^#+ (.+)$", re.sub(r"```.*?```", "", readme, flags=re.DOTALL), re.MULTILINE)
+    anchors = {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+    assert set(re.findall(r"\]\(#([^)]+)\)", readme)) <= anchors
+
+
 def test_recipe_rooms_have_names_and_a_history(kitchen):
     with recipe_running(kitchen, "rooms.py") as server:
         said = [{"name": "ann", "text": "hello"}, {"name": "bob", "text": "hi"}]
@@ -14018,6 +14027,37 @@ def test_recipe_rooms_have_names_and_a_history(kitchen):
         with pytest.raises(InvalidStatus, match="404"):
             ws(server, "/rooms/none")
         assert http_request(server, "GET", "/heartbeat")[0] == 200
+
+
+def test_recipe_a_login_opens_pages_and_websockets_on_all_nodes_and_a_logout_closes_them(kitchen, redis_url):
+    env = {"REDIS": redis_url, "PASSWORD": "right"}
+    form = {"Content-Type": "application/x-www-form-urlencoded"}
+    with recipe_running(kitchen, "login.py", **env) as one, recipe_running(kitchen, "login.py", **env) as two:
+
+        def log_in(password, **headers):
+            return http_request(one, "POST", "/login", f"name=ann&password={password}", {**form, **headers})
+
+        def home(**headers):
+            status, answer, body = http_request(two, "GET", "/", headers=headers)
+            return status, answer["Location"] or body.decode()
+
+        assert home() == (302, "/login")
+        assert b"<form" in http_request(one, "GET", "/login")[2]
+        with pytest.raises(InvalidStatus):  # the client follows the redirect, to a page
+            ws(two, "/live")
+        assert log_in("wrong")[0] == 403
+        forged = "nova_session=" + "A" * 22
+        status, headers, _ = log_in("right", Cookie=forged)
+        assert (status, headers["Location"]) == (302, "/")
+        cookie = headers["Set-Cookie"].partition(";")[0]
+        assert home(Cookie=forged) == (302, "/login")
+        assert "Hello, ann!" in home(Cookie=cookie)[1]
+        with ws(two, "/live", additional_headers={"Cookie": cookie}) as client:
+            assert http_request(one, "POST", "/logout", headers={"Cookie": cookie})[0] == 302
+            with pytest.raises(ConnectionClosed) as closed:
+                client.recv(PATIENCE)
+            assert (closed.value.rcvd.code, closed.value.rcvd.reason) == (1008, "logged out")
+        assert home(Cookie=cookie) == (302, "/login")
 
 
 def test_recipe_an_order_is_pushed_by_the_controller(kitchen):
@@ -14081,7 +14121,7 @@ def test_recipe_a_program_that_is_no_node_pushes_and_serves_without_redis_as_wel
         assert client.recv(PATIENCE) == "sent"
         redis.stop()
         assert http_request(server, "POST", "/orders/7/sent")[0] == 204
-        server.heard(r"nobody was told of status in order:7|Error calling \S*sent\S* in on_commit")
+        server.heard(r"status was not published to order:7|Error calling \S*sent\S* in on_commit")
 
 
 def test_recipe_a_job_runs_once_a_cluster_again_after_a_crash_and_elsewhere_after_its_node(kitchen, redis_url):
@@ -14205,7 +14245,7 @@ def test_recipe_nginx_serves_websockets_with_their_origins(kitchen, tmp_path):
         url = f"wss://localhost:{nginx.port}/rooms/lobby?name="
 
         def enter(name, origin):
-            forged = {"X-Forwarded-Host": "evil.example", "X-Forwarded-Proto": "https"}
+            forged = {"X-Forwarded-Host": "evil.example", "X-Forwarded-Proto": "http"}
             options = {"origin": origin, "ssl": nginx.trust, "additional_headers": forged, "proxy": None}
             return connect(url + name, open_timeout=PATIENCE, **options)
 
@@ -14231,6 +14271,22 @@ def test_recipe_nginx_passes_events_on_at_once_and_redirects_to_https(kitchen, t
             ann.send("hello")
             assert next(line for line in events if b"hello" in line) == b'data: {"name": "ann", "text": "hello"}\n'
         client.close()
+
+
+def test_recipe_nginx_says_who_the_client_is_whatever_it_says_itself(kitchen, tmp_path):
+    with (
+        recipe_running(kitchen, "rooms.py", PROXIES="1") as server,
+        nginx_running(kitchen, tmp_path, server.port) as nginx,
+    ):
+        mine = "127.0.0.2" if sys.platform == "linux" else "127.0.0.1"
+        client = http.client.HTTPSConnection(
+            "localhost", nginx.port, context=nginx.trust, timeout=PATIENCE, source_address=(mine, 0)
+        )
+        client.request("GET", "/heartbeat", headers={"X-Forwarded-For": "203.0.113.9"})
+        with client.getresponse() as response:
+            assert (response.status, response.headers["Strict-Transport-Security"]) == (200, "max-age=31536000")
+        client.close()
+        assert server.heard(r'(\S+) "GET /heartbeat')[1].startswith(mine)
 
 
 def test_recipe_the_unit_of_systemd_runs_workers_and_drains_them(kitchen, redis_url, tmp_path):
