@@ -1252,8 +1252,8 @@ class Request(Mapping[str, Any]):
     `body` (bytes), `qs` or `parsed_qs` (the query), `headers` (in any case), `cookies`, `peer` (address, port; with
     `trust_proxy` the client's, with port 0 if the proxy hides it), `auth_data` (what `security` returned),
     `subprotocol` (of a WebSocket: the chosen one, or None), `since` (the last position that the client has received of
-    a kept channel: its Last-Event-ID, `since` in the query, or None), `scheme`. `body`, `json` and `params` may raise
-    an HTTPError: 400, 408 or 413.
+    a kept channel: its Last-Event-ID, `since` in the query, or None). `body`, `json` and `params` may raise an
+    HTTPError: 400, 408 or 413.
     """
 
     __slots__ = ("_known", "environ", "settings")
@@ -1377,7 +1377,6 @@ _LAZY_KEYS: dict[str, Callable[[Request], Any]] = {
     "parsed_qs": lambda req: req["qs"],
     "headers": lambda req: RequestHeaders(req.environ),
     "cookies": _cookies,
-    "scheme": lambda req: req.environ.get("wsgi.url_scheme", "http"),
     "peer": lambda req: (req.environ.get("REMOTE_ADDR", ""), int(req.environ.get("REMOTE_PORT") or 0)),
     "since": lambda req: req.environ.get("HTTP_LAST_EVENT_ID") or req["qs"].get("since"),
 }
@@ -7189,7 +7188,7 @@ def set_cookie(
     without what that demands; TypeError for a value that is no string, or not JSON; RuntimeError if it is too late: a
     WebSocket or an event stream has its response.
     """
-    secure = req["scheme"] == "https" if secure is None else secure
+    secure = is_https(req) if secure is None else secure
     text = _quote(value) if secret is None else _sign(name, value, secret, max_age)
     _check_attributes(name, path, domain, secure, samesite)
     if len(name) + len(text) > MAX_COOKIE:
@@ -7198,6 +7197,11 @@ def set_cookie(
     parts = [f"{name}={text}", *(f"{key}={value}" for key, value in given.items() if value is not None)]
     parts += ["HttpOnly"] * httponly + ["Secure"] * secure
     _cookies_to_send(req)[name, path, domain] = "; ".join(parts)
+
+
+def is_https(req: Request) -> bool:
+    """Returns whether the client uses https; behind a proxy, `trust_proxy` must say that there is one."""
+    return bool(req.environ.get("wsgi.url_scheme") == "https")
 
 
 def _cookies_to_send(req: Request) -> dict[Any, str]:
@@ -7379,7 +7383,7 @@ class Session:
         return names[0] if len(names) == 1 else None
 
     def _is_secure(self, req: Request) -> bool:
-        return req["scheme"] == "https" if self.secure is None else self.secure
+        return is_https(req) if self.secure is None else self.secure
 
     def _cookie_name(self, req: Request) -> str:
         # With the prefix, no page over http, and none of another host of the domain, can have set it (RFC 6265bis).
