@@ -37,6 +37,7 @@ The map. A room uses the rooms above it, others only through `rooms`. Those afte
     views                   templates and files, the look of pages
     plugins                 before and after controllers; cors; pages for statuses; mounted applications
     deflate                 compression (permessage-deflate)
+    rate                    clients that may say so much a time
     gen_server              servers with calls; supervisors
     presence                who is in a channel, by name
     replay                  channels that keep their last messages
@@ -144,6 +145,8 @@ class Settings:
     trust_proxy: int = 0  # proxies in front, True is 1; of each X-Forwarded- list, the farthest one's entry counts
     subprotocols: Any = ()  # the handler's; the first of the client's that is among them is chosen
     compress: bool = False  # permessage-deflate (RFC 7692) with clients that offer it; costs CPU
+    rate: Any = None  # (messages, seconds) of a client of a WebSocket; None: no limit
+    on_flood: str = "wait"  # beyond `rate`: reading pauses; or "close", with 1008
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1911,7 +1914,7 @@ class Stream(Process):
         del inbox[:done]
         if not inbox:
             self.inbox_bytes = 0
-        if not self.reader.active and not self._should_pause():
+        if not self.reader.active and not self.should_pause():
             self.reader.start(self.readable)
 
     def handle_result(self, result: Any, _info: Any = None, callback: str = "websocket_handle") -> int:
@@ -1984,10 +1987,10 @@ class Stream(Process):
         if not data:
             self.input_over = True
             self.inbox.append(Close(None, "", ("error", "closed")))
-        if self._should_pause():
+        if self.should_pause():
             self.reader.stop()
 
-    def _should_pause(self) -> bool:
+    def should_pause(self) -> bool:
         """Returns whether the client has to wait for the handler, or has no more to say."""
         inbox, settings = self.inbox, self.settings
         too_much = self.inbox_bytes > settings.max_message_size and inbox
@@ -2354,7 +2357,7 @@ class Nova(bottle.Bottle):
 def _settings(where: str, settings: Settings, options: Mapping[str, Any]) -> Settings:
     if "checks" in rooms:
         rooms["checks"].check_settings(where, options)
-    for name, needed in {"compress": "deflate", "trust_proxy": "proxy"}.items():
+    for name, needed in {"compress": "deflate", "trust_proxy": "proxy", "rate": "rate", "on_flood": "rate"}.items():
         if options.get(name):
             room(needed).check(options)  # raises here, and not at the first client, if it was cut off
     return replace(settings, **options)
@@ -2476,6 +2479,8 @@ class _WebSocketEndpoint(_Endpoint):
         if self.settings.compress:
             kind, extension = room("deflate").negotiate(environ.get("HTTP_SEC_WEBSOCKET_EXTENSIONS", ""))
             headers.update(extension)
+        if self.settings.rate:
+            kind = room("rate").limit(kind)
         return self.accept_connection(kind, req, headers)
 
     def accept_connection(self, kind: Any, req: Request, headers: dict[str, str]) -> HTTPResponse:
@@ -4860,6 +4865,167 @@ def negotiate(offered: str) -> tuple[Any, dict[str, str]]:
 
 
 rooms["deflate"] = SimpleNamespace(negotiate=negotiate, check=lambda _options: None)
+
+
+# ----- cut here: without rate ----------------------------------------------------------------------------------------
+# Lost: rate=(messages, seconds), on_flood.
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Rate: WebSockets whose clients may send so many messages a time.
+# Invariant: a client that sends more waits, or is disconnected. No message is lost, and they stay in order.
+#
+# A client has `messages` tokens, which it gets back evenly in `seconds`. A message takes one. Without one it is held,
+# as is all that follows: messages, the client's close, the end of its bytes. Of the pings and pongs that find no token,
+# the last one of each read is handled immediately (RFC 6455 §5.5.3); so reading goes on until `backlog` messages, or
+# `max_message_size` bytes, are held. Beyond that, TCP holds the client back, and its pings with it.
+# ---------------------------------------------------------------------------------------------------------------------
+
+SHORTEST_PAUSE = 0.02  # seconds: what is held comes in portions, not with a timer for each message
+
+
+class TokenBucket:
+    """So many tokens, which come back evenly in so many seconds."""
+
+    __slots__ = ("changed_at", "per_second", "size", "tokens")
+
+    def __init__(self, size: int, seconds: float) -> None:
+        self.size, self.per_second = size, size / seconds
+        self.tokens, self.changed_at = float(size), monotonic()
+
+    def take(self, wanted: int) -> int:
+        """Takes as many tokens as there are, `wanted` at most. Returns how many."""
+        now = monotonic()
+        self.tokens = min(self.size, self.tokens + (now - self.changed_at) * self.per_second)
+        self.changed_at = now
+        taken = min(wanted, int(self.tokens))
+        self.tokens -= taken
+        return taken
+
+    def wait_time(self) -> float:
+        """Returns the seconds until there is a token."""
+        return max(0.0, (1 - self.tokens) / self.per_second)
+
+
+class RatedConnection(Connection):
+    """A WebSocket whose client has a limited rate. It has no slots, so that it combines with other kinds."""
+
+    MAX_READ = SMALL_READ  # bytes per read: what one read brings may have to be held
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.bucket = TokenBucket(*self.settings.rate)
+        self.held: deque[Any] = deque()  # what the client has sent too early
+        self.held_bytes = 0  # about
+        self.pause: Any = None  # timer; None while nothing is held
+
+    def parse(self, data: bytes) -> list[Any]:
+        frames = super().parse(data)
+        if self.phase is not OPEN:
+            return frames
+        ready, late_controls = [], {}
+        tokens = 0 if self.held else self.bucket.take(sum(map(_takes_token, frames)))
+        for frame in frames:
+            if not self.held and (tokens > 0 or not _takes_token(frame)):
+                ready.append(frame)
+                tokens -= _takes_token(frame)
+            elif type(frame) is tuple and frame[0] in ("ping", "pong"):
+                late_controls[frame[0]] = frame
+            elif self.settings.on_flood == "close":
+                return [*ready, self._refuse()]
+            else:
+                self._hold(frame)
+        return [*ready, *late_controls.values()]
+
+    def _refuse(self) -> Close:
+        self.parser.done = self.input_over = True  # the rest is ignored, as after a violation of the protocol
+        self.parser.reset()
+        messages, seconds = self.settings.rate
+        return Close(1008, f"more than {messages} messages in {seconds} s", ("error", "flood"))
+
+    def _hold(self, frame: Any) -> None:
+        self.held.append(frame)
+        self.held_bytes += len(frame[-1]) if type(frame) is tuple else 0
+        if self.pause is None:
+            self._begin_pause()
+
+    def _begin_pause(self) -> None:
+        self.pause = scheduler.hub.loop.timer(max(SHORTEST_PAUSE, self.bucket.wait_time()))
+        self.pause.start(self._end_pause)
+
+    def _end_pause(self) -> None:
+        """Hub callback: puts what has a token now into the inbox."""
+        self._drop_pause()
+        if self.phase is not OPEN:
+            return
+        while self.held and len(self.inbox) < self.settings.backlog:
+            if _takes_token(self.held[0]) and not self.bucket.take(1):
+                break
+            self.inbox.append(self.held.popleft())
+        if self.held:
+            self._begin_pause()
+        else:
+            self.held_bytes = 0
+        if not self.reader.active and not self.should_pause():
+            self.reader.start(self.readable)
+        if self.inbox and self.wake is enqueue:
+            enqueue(self)
+
+    def _drop_pause(self) -> None:
+        if self.pause is not None:
+            self.pause.close()
+            self.pause = None
+
+    def should_pause(self) -> bool:
+        settings = self.settings
+        is_full = len(self.held) >= settings.backlog or self.held_bytes > settings.max_message_size
+        return is_full or super().should_pause()
+
+    def step(self) -> None:
+        if self.held and self.inbox and isinstance(self.inbox[-1], Close):
+            self.held.append(self.inbox.pop())  # the client is gone: what it has sent comes first
+        super().step()
+
+    def check_timeouts(self, seconds: float) -> None:
+        if self.held:
+            self.idle_for = 0.0  # the pause is ours
+        super().check_timeouts(seconds)
+
+    def abort(self) -> None:
+        super().abort()
+        self._drop_pause()
+        self.held.clear()
+
+
+def _takes_token(frame: Any) -> bool:
+    return type(frame) is tuple and frame[0] != "close"
+
+
+@cache
+def _rated(kind: type[Connection]) -> Any:
+    return type(f"Rated{kind.__name__}", (RatedConnection, kind), {})
+
+
+def _limit(kind: Any) -> Any:
+    """Returns a kind of connection with a limited rate."""
+    if isinstance(kind, partial):
+        return partial(_rated(kind.func), *kind.args, **kind.keywords)
+    return _rated(kind)
+
+
+def _check_rate(options: Mapping[str, Any]) -> None:
+    match options.get("rate"):
+        case None:
+            pass
+        case (int(messages), int() | float() as seconds) if messages > 0 and 0 < seconds < inf:
+            pass
+        case rate:
+            raise ValueError(f"rate is (messages, seconds), such as (50, 1), not {rate!r}")
+    if options.get("on_flood", "wait") not in ("wait", "close"):
+        raise ValueError(f"on_flood is 'wait' or 'close', not {options['on_flood']!r}")
+
+
+rooms["rate"] = SimpleNamespace(limit=_limit, check=_check_rate)
 
 
 # ----- cut here: without gen_server ----------------------------------------------------------------------------------
@@ -8649,7 +8815,7 @@ def demo(notes: Notes, password: str | None = None) -> Nova:
     """Returns the tutorial's application; with a password, the board too."""
     pubsub.keep("notes")
     pubsub.keep("comments", seconds=24 * 3600)
-    small = {"protocol": "ws", "max_message_size": 65_536}  # bytes of a comment that is kept
+    small = {"protocol": "ws", "max_message_size": 65_536, "rate": (50, 1)}  # bytes of a comment that is kept
     api = NotesController(notes)
     page = {"Content-Type": "text/html; charset=utf-8", "Cache-Control": "no-cache"}
     script = {"Content-Type": "text/javascript; charset=utf-8", "Cache-Control": "no-cache"}

@@ -5643,7 +5643,7 @@ def test_frames_that_wait_behind_a_reply_nobody_reads_still_count():
             connection.inbox, connection.inbox_bytes = [("binary", b"y" * 60_000)] * 3, 180_000
             connection._handle_inbox()
             assert (len(connection.inbox), connection.inbox_bytes) == (2, 180_000)
-            assert connection._should_pause()
+            assert connection.should_pause()
 
 
 def test_a_client_that_pipelines_requests_lets_others_have_their_turn():
@@ -8399,6 +8399,180 @@ def test_a_compressed_frame_that_was_not_agreed_on_is_a_protocol_error():
 )  # fmt: skip
 def test_the_first_offer_of_compression_that_can_be_met_is_taken(offered, bits):
     assert nova_lite.choose_window(offered) == bits
+
+
+# -- a client's rate ---------------------------------------------------------------------------------------------------
+
+
+def rated(recorder, fn=lambda frame, state: ("ok", state), rate=(5, 0.5), **options):
+    path, handler, _ = on(recorder, fn)
+    return path, handler, {"protocol": "ws", "rate": rate, **options}
+
+
+def is_text(message):
+    return message[0] == "frame" and message[1][0] == "text"
+
+
+def texts(count):
+    """The next frames, which must be these texts in this order; returns how long they took."""
+    begun = time.monotonic()
+    assert [expect(is_text)[1] for _ in range(count)] == [("text", f"{number}") for number in range(count)]
+    return time.monotonic() - begun
+
+
+def one_by_one(sock, count):
+    for number in range(count):
+        sock.sendall(masked(1, b"%d" % number))
+
+
+def in_one_packet(sock, count):
+    sock.sendall(b"".join(masked(1, b"%d" % number) for number in range(count)))
+
+
+def in_fragments(sock, count):
+    for number in range(count):
+        sock.sendall(masked(1, b"", fin=False) + masked(0, b"%d" % number, fin=False))
+        sock.sendall(masked(9, b"between") + masked(0, b""))
+
+
+@pytest.mark.parametrize("options", [{}, {"compress": True}], ids=["plain", "compress"])
+@pytest.mark.parametrize("sent", [one_by_one, in_one_packet, in_fragments])
+def test_a_client_that_sends_more_waits_and_loses_nothing(recorder, sent, options):
+    with serving(rated(recorder, lambda frame, state: ("ok", state, "hibernate"), (50, 0.5), **options)) as server:
+        with upgraded(server, Sec_WebSocket_Extensions="permessage-deflate") as sock:
+            (connection,) = server.registry.connections
+            assert isinstance(connection, nova_lite.RatedConnection)
+            assert hasattr(connection, "window_bits") == bool(options)
+            sent(sock, 80)
+            assert 0.2 < texts(80) < PATIENCE
+            sock.sendall(masked(8))
+            ended("remote")
+    assert (connection.pause, list(connection.held)) == (None, [])
+
+
+def test_compressed_messages_wait_as_well(recorder):
+    with serving(rated(recorder, compress=True)) as server, ws(server) as client:
+        assert client.protocol.extensions
+        for number in range(10):
+            client.send(f"{number}")
+        assert 0.3 < texts(10) < PATIENCE
+
+
+def test_a_route_without_a_rate_has_the_plain_kind_of_connection(recorder):
+    with serving(on(recorder, lambda frame, state: ("ok", state))) as server, ws(server):
+        assert {type(it) for it in server.registry.connections} == {nova_lite.Connection}
+
+
+@given(st.integers(1, 20), st.lists(st.tuples(st.floats(0, 3), st.integers(0, 30)), max_size=30))
+def test_in_any_time_there_are_as_many_tokens_as_told(size, steps):
+    now, taken = 0.0, []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(nova_lite, "monotonic", lambda: now)
+        bucket = nova_lite.TokenBucket(size, 2.0)
+        for gap, wanted in steps:
+            now += gap
+            taken += [now] * bucket.take(wanted)
+        now += 1000
+        assert bucket.take(1000) == size
+    for first, begun in enumerate(taken):
+        for last in range(first, len(taken)):
+            assert last - first + 1 <= size + (taken[last] - begun) * size / 2 + 1e-6
+
+
+def test_pings_are_answered_while_messages_wait_and_a_close_after_them(recorder):
+    with serving(rated(recorder, rate=(1, 0.15))) as server, upgraded(server) as sock:
+        in_one_packet(sock, 4)
+        sock.sendall(masked(9, b"first") + masked(9, b"last"))
+        assert read_until(sock, b"last").endswith(b"\x8a\x04last")
+        assert len(until(lambda: next(iter(server.registry.connections)).held)) > 0
+        sock.sendall(masked(8, b"\x03\xe8"))
+        frames = [expect(is_a("frame"))[1] for _ in range(5)]
+        assert [frame for frame in frames if frame[0] == "text"] == [("text", f"{number}") for number in range(4)]
+        assert ("ping", b"last") in frames
+        ended(("remote", 1000, ""))
+        assert close_code(sock) == 1000
+
+
+@pytest.mark.parametrize("how", ["closes the socket", "breaks the protocol"])
+def test_what_a_client_has_sent_before_its_end_is_not_lost(recorder, how):
+    with serving(rated(recorder, rate=(1, 0.1))) as server, upgraded(server) as sock:
+        in_one_packet(sock, 4)
+        if how == "closes the socket":
+            sock.close()
+        else:
+            sock.sendall(b"\x81\x01x")
+        assert 0.2 < texts(4) < PATIENCE
+        ended(("error", "closed" if how == "closes the socket" else "badframe"))
+
+
+def test_a_flood_is_held_back_by_tcp_and_holds_little_memory(recorder):
+    with serving(rated(recorder, rate=(1, 60.0), backlog=8), idle_timeout=0.4) as server, upgraded(server) as sock:
+        sock.settimeout(0.6)
+        flood = masked(1, b"x" * 100) * 300_000
+        with pytest.raises(TimeoutError):
+            sock.sendall(flood)
+        (connection,) = server.registry.connections
+        assert 8 <= len(connection.held) <= 8 + nova_lite.SMALL_READ // 100
+        assert not connection.reader.active
+        assert connection.phase == nova_lite.OPEN, "the server's own pause is not the client's silence"
+        exit(connection, "shutdown")
+        ended("shutdown")
+        sock.close()
+        until(lambda: not server.registry.connections)
+        assert (connection.pause, len(connection.held)) == (None, 0)
+
+
+def test_a_client_that_is_silent_is_disconnected_with_a_rate_as_without(recorder):
+    with serving(rated(recorder), idle_timeout=0.2, ping_interval=60.0) as server, upgraded(server):
+        ended("timeout")
+
+
+def test_a_handler_that_stops_while_messages_wait_closes(recorder):
+    with serving(rated(recorder, lambda frame, state: ("stop", state), (1, 60.0))) as server, upgraded(server) as sock:
+        in_one_packet(sock, 20)
+        ended("stop")
+        assert close_code(sock) == 1000
+        until(lambda: not server.registry.connections)
+
+
+def test_messages_wait_for_a_handler_that_is_slow_as_well(recorder):
+    def slow(frame, state):
+        gevent.sleep(0.02)
+        return "ok", state
+
+    with serving(rated(recorder, slow, (20, 0.2), backlog=2)) as server, upgraded(server) as sock:
+        in_one_packet(sock, 40)
+        texts(40)
+
+
+def test_a_flood_closes_with_1008_where_that_is_told_and_is_one_line(recorder, caplog):
+    caplog.set_level("INFO", "nova_lite")
+    with serving(rated(recorder, on_flood="close", rate=(5, 60))) as server, upgraded(server) as sock:
+        peer = "{}:{}".format(*sock.getsockname())
+        in_one_packet(sock, 30)
+        texts(5)
+        ended(("error", "flood"))
+        assert close_code(sock) == 1008
+    (record,) = [it for it in caplog.records if "closed: " in it.getMessage()]
+    assert record.levelname == "WARNING"
+    assert record.getMessage().endswith(f" /ws {peer} closed: ('error', 'flood') (1008 more than 5 messages in 60 s)")
+    assert receive(0, is_a("frame")) is None
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        *[({"rate": rate}, f"such as (50, 1), not {rate!r}") for rate in (
+            50, "50/s", (50,), (0, 1), (1, 0), (-1, 1), (1.5, 1), (1, float("nan")), (1, float("inf")), (1, "1"),
+        )],
+        ({"on_flood": "drop"}, "on_flood is 'wait' or 'close', not 'drop'"),
+        ({"rate": (1, 1), "on_flood": 1}, "on_flood is 'wait' or 'close', not 1"),
+    ],
+)  # fmt: skip
+def test_a_rate_that_is_none_is_told_when_the_application_is_made(options, words):
+    for make in (lambda: Nova([], **options), lambda: one_route(Parrot, protocol="ws", **options)):
+        with pytest.raises(ValueError, match=re.escape(words)):
+            make()
 
 
 # -- gen_server -------------------------------------------------------------------------------------------------------
@@ -13681,6 +13855,7 @@ def test_asking_for_a_room_that_was_cut_off_is_an_error_that_names_it(tmp_path):
         'pubsub.keep("notes")': "replay",
         'Server(app, port=0, certfile="server.pem")': "tls",
         "Nova(trust_proxy=1)": "proxy",
+        'Nova([{"routes": [("/ws", WebSocketHandler, {"protocol": "ws", "rate": (50, 1)})]}])': "rate",
         "Server(app, port=0, trust_proxy=1)": "proxy",
         "app.board()": "board",
         "Nova(plugins=[print])": "plugins",
