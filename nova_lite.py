@@ -3973,8 +3973,9 @@ class Cors:
         rules = SimpleNamespace(**{**CORS_OPTIONS, **options})
         for name in ("origins", "headers", "methods", "expose"):
             value = getattr(rules, name)
-            if value != "*" and (isinstance(value, str) or not isinstance(value, Iterable)):
-                raise ValueError(f'cors: {name} is a list, or "*", not {value!r}')
+            is_list = isinstance(value, list | tuple | set | frozenset) and all(isinstance(item, str) for item in value)
+            if value != "*" and not is_list:
+                raise ValueError(f'cors: {name} is a list of strings, or "*", not {value!r}')
         for origin in () if rules.origins == "*" else rules.origins:
             if parse_origin(origin) is None:
                 raise ValueError(f"cors: expected an origin such as 'https://example.org', got {origin!r}")
@@ -4009,8 +4010,9 @@ class Cors:
             return "ok", req, state
         headers = req["resp_headers"]
         if is_allowed:
-            served = [method for method in env.get("allowed", [asked]) for method in _with_head(method)]
-            methods = served if rules.methods == "*" else [method.upper() for method in rules.methods]
+            served = {*env.get("allowed", [asked])}
+            served |= {"HEAD"} if "GET" in served else set()
+            methods = sorted(served) if rules.methods == "*" else [method.upper() for method in rules.methods]
             headers["Access-Control-Allow-Methods"] = ", ".join(methods)
             allowed = names if rules.headers == "*" else ", ".join(rules.headers)
             if allowed:
@@ -4020,10 +4022,6 @@ class Cors:
         if rules.headers == "*":
             _add_vary(headers, "Access-Control-Request-Headers")
         return "stop", ("status", 204), req, state
-
-
-def _with_head(method: str) -> list[str]:
-    return ["GET", "HEAD"] if method == "GET" else [method]
 
 
 cors = Cors()

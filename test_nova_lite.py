@@ -7077,10 +7077,11 @@ def test_cors_names_the_origin_that_is_allowed_and_what_the_response_depends_on(
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({}, 'origins is a list, or "*", not None'), ({"origins": ORIGIN}, "origins is a list"),
+        ({}, 'origins is a list of strings, or "*", not None'), ({"origins": ORIGIN}, "origins is a list"),
         ({"origins": "*", "credentials": True}, "with credentials"),
         ({"origins": ["*"]}, "expected an origin such as"), ({"origins": [ORIGIN + "/"]}, "expected an origin such as"),
-        ({"origins": [ORIGIN], "headers": "X-A"}, "headers is a list"),
+        ({"origins": [ORIGIN], "headers": "X-A"}, "headers is a list of strings"),
+        ({"origins": [ORIGIN], "expose": [1]}, "expose"),
         ({"origins": [ORIGIN], "max_age": "60"}, "max_age is a number of seconds"),
         ({"origins": [ORIGIN], "max_age": -1}, "max_age"),
         ({"allow_origins": "*"}, "cors has no option allow_origins; it has origins, headers"),
