@@ -4187,6 +4187,7 @@ rooms["views"] = SimpleNamespace(
 # and "ok" or "break" with an answer: before the controller its headers count, after it the answer is the response.
 # ---------------------------------------------------------------------------------------------------------------------
 
+from copy import copy
 from inspect import signature
 from itertools import chain
 
@@ -4197,7 +4198,7 @@ _REQUEST, _HEADERS, _PAGE = (f"nova_lite.plugins.{name}" for name in ("request",
 CORS_OPTIONS: dict[str, Any] = {  # and their defaults
     "origins": None, "headers": "*", "methods": "*", "expose": [], "credentials": False, "max_age": None,
 }  # fmt: skip
-_ENTITY = re.compile("Content-.*|Etag|Last-Modified|Accept-Ranges", re.IGNORECASE)  # says something of one body only
+_ENTITY = re.compile("Content-(?!Security)|Etag|Last-Modified|Accept-Ranges", re.IGNORECASE)  # of one body only
 _PLUGIN_RESULTS = 'expected ("ok" | "break" | "stop"[, answer], req, state) or ("error", reason)'
 
 
@@ -4314,7 +4315,7 @@ class _Group:
             if answer is not None:
                 response.close()
                 headers = {name: values for name, values in response.headers.dict.items() if not _ENTITY.match(name)}
-                response = entry.convert(answer, req)
+                response = _isolate(entry.convert(answer, req))
                 _add_headers(response, headers)
             if verdict != "ok":
                 break
@@ -4356,30 +4357,31 @@ class _Extension(dict[int, Any]):
     # -- around a controller
 
     def apply(self, callback: Any, route: bottle.Route) -> Any:
-        endpoint, make_request = route.callback, self.make_request
+        endpoint, make_request, group = route.callback, self.make_request, self.find_plugins(route)
         if hasattr(endpoint, "make_request"):
             make_request = partial(type(endpoint).make_request, endpoint)
-            endpoint.make_request = lambda _bindings: bottle.request.environ[_REQUEST]
+            endpoint.make_request = partial(_find_request, make_request)
             env = {"app": self.app, "callback": endpoint.controller, "secure": endpoint.security}
         else:  # a route of bottle's own
             env = {"app": self.app, "callback": endpoint, "secure": False}
-        return partial(self.call, callback, route, make_request, env)
+        return partial(self.call, callback, route, group, make_request, env)
 
     def make_request(self, bindings: dict[str, Any]) -> Request:
         return Request(bottle.request.environ, bindings, self.app.settings)
 
-    def call(self, callback: Any, route: bottle.Route, make_request: Any, env: Any, **bindings: Any) -> HTTPResponse:
-        environ = bottle.request.environ
+    def call(
+        self, callback: Any, route: bottle.Route, group: _Group, make_request: Any, env: Any, **bindings: Any
+    ) -> HTTPResponse:
+        environ, env = bottle.request.environ, dict(env)
         req = environ[_REQUEST] = make_request(dict(bindings))
         req.set("resp_headers", bottle.HeaderDict())
-        group, env = self.find_plugins(route), dict(env)
         response, req = group.run_before(req, env)
         environ[_REQUEST], headers = req, req["resp_headers"].dict
         if response is not None:
-            response = getattr(route.callback, "answer", lambda response, _req: response)(response, req)
+            response = _isolate(getattr(route.callback, "answer", lambda response, _req: response)(response, req))
             _add_headers(response, headers)
         else:
-            response = _call_route(callback, route, bindings)
+            response = _isolate(_call_route(callback, route, bindings))
             _add_headers(response, headers)
             response = group.run_after(req, env, response)
         environ[_HEADERS] = headers
@@ -4398,7 +4400,7 @@ class _Extension(dict[int, Any]):
     def handle_error(self, error: HTTPError) -> Any:
         environ = bottle.request.environ
         response: HTTPResponse = error
-        req = environ.get(_REQUEST) or self.make_request({})
+        req = _find_request(self.make_request, {})
         if _HEADERS not in environ:
             req.set("resp_headers", bottle.HeaderDict())
             environ[_HEADERS] = req["resp_headers"].dict
@@ -4457,9 +4459,22 @@ class _Extension(dict[int, Any]):
             reason = {"class": type(error.exception).__name__, "reason": error.exception}
             req.set("crash_info", {"status_code": status, **reason})
         result = _with_status(endpoint.guarded_call(endpoint.controller, req), status)
-        response = endpoint.answer(result, req)
+        response = _isolate(endpoint.answer(result, req))
         _add_headers(response, error.headers.dict)
         return response
+
+
+def _find_request(make_request: Callable[[dict[str, Any]], Request], bindings: dict[str, Any]) -> Request:
+    """Returns the request that the plugins have seen, or a new one."""
+    req = bottle.request.environ.get(_REQUEST)
+    return make_request(bindings) if req is None else req
+
+
+def _isolate(response: HTTPResponse) -> HTTPResponse:
+    """Returns a copy with headers of its own: a controller may return the same response each time."""
+    copied = copy(response)
+    copied._headers = {name: list(values) for name, values in response._headers.items()}
+    return copied
 
 
 def _call_route(callback: Any, route: bottle.Route, bindings: dict[str, Any]) -> HTTPResponse:
@@ -4522,6 +4537,7 @@ def _extend(app: Nova) -> _Extension:
 
 def _install(app: Nova, plugins: Any) -> None:
     """Adds the plugins for all routes: bottle's, and those in Nova's form, which are tuples."""
+    plugins = list(plugins)
     _check_plugins(plugins)
     for plugin in plugins:
         if not isinstance(plugin, tuple):
@@ -4532,10 +4548,13 @@ def _install(app: Nova, plugins: Any) -> None:
 
 def _prepare(app: Nova, group: Mapping[str, Any]) -> Mapping[str, Any]:
     """Returns a group as the core takes it: without status routes, and with bottle's plugins only."""
-    routes, plugins = list(group.get("routes", ())), bottle.makelist(group.get("plugins"))
+    routes, plugins = group.get("routes", ()), bottle.makelist(group.get("plugins"))
+    if isinstance(routes, Iterator):
+        routes = list(routes)
+        group = {**group, "routes": routes}
     _check_plugins(plugins)
     ours = [plugin for plugin in plugins if isinstance(plugin, tuple)]
-    statuses = [route for route in routes if isinstance(route, tuple) and route and isinstance(route[0], int)]
+    statuses = [route for route in routes if isinstance(route, tuple | list) and route and isinstance(route[0], int)]
     inherits = not ours and (bool(plugins) or "plugins" not in group)
     if inherits and not statuses and not isinstance(app.error_handler, _Extension):
         return group
@@ -4581,8 +4600,9 @@ class Cors:
         rules = SimpleNamespace(**{**CORS_OPTIONS, **options})
         for name in ("origins", "headers", "methods", "expose"):
             value = getattr(rules, name)
-            if value != "*" and (isinstance(value, str) or not isinstance(value, Iterable)):
-                raise ValueError(f'cors: {name} is a list, or "*", not {value!r}')
+            is_list = isinstance(value, list | tuple | set | frozenset) and all(isinstance(item, str) for item in value)
+            if value != "*" and not is_list:
+                raise ValueError(f'cors: {name} is a list of strings, or "*", not {value!r}')
         for origin in () if rules.origins == "*" else rules.origins:
             if parse_origin(origin) is None:
                 raise ValueError(f"cors: expected an origin such as 'https://example.org', got {origin!r}")
@@ -4617,8 +4637,9 @@ class Cors:
             return "ok", req, state
         headers = req["resp_headers"]
         if is_allowed:
-            served = [method for method in env.get("allowed", [asked]) for method in _with_head(method)]
-            methods = served if rules.methods == "*" else [method.upper() for method in rules.methods]
+            served = {*env.get("allowed", [asked])}
+            served |= {"HEAD"} if "GET" in served else set()
+            methods = sorted(served) if rules.methods == "*" else [method.upper() for method in rules.methods]
             headers["Access-Control-Allow-Methods"] = ", ".join(methods)
             allowed = names if rules.headers == "*" else ", ".join(rules.headers)
             if allowed:
@@ -4628,10 +4649,6 @@ class Cors:
         if rules.headers == "*":
             _add_vary(headers, "Access-Control-Request-Headers")
         return "stop", ("status", 204), req, state
-
-
-def _with_head(method: str) -> list[str]:
-    return ["GET", "HEAD"] if method == "GET" else [method]
 
 
 cors = Cors()

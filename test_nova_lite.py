@@ -7160,6 +7160,31 @@ def test_headers_of_plugins_are_on_every_response_and_post_request_sees_its_stat
                 assert (given, headers["X-Pre"], headers["X-Post"]) == (expected, "1", str(expected))
 
 
+def test_a_response_that_a_controller_returns_each_time_does_not_keep_the_headers_of_one_request():
+    def count(req, state):
+        req["resp_headers"]["X-Post"] = str(req["qs"])
+        return "ok", req, state
+
+    always, page = HTTPResponse("always"), HTTPResponse("page", 404)
+    plugins = [("pre_request", cors, {"origins": [ORIGIN, "http://b"]}), post("a", count)]
+    app = Nova([{"plugins": plugins, "routes": [("/", lambda _req: always), (404, lambda _req: page)]}])
+    for path in ("/", "/nothing"):
+        for origin in (ORIGIN, "http://b"):
+            _, headers, _ = ask(app, "GET", path, HTTP_ORIGIN=origin)
+            assert headers["Access-Control-Allow-Origin"] == origin
+    assert (dict(always.headers), dict(page.headers)) == ({}, {})
+
+
+def test_plugins_and_routes_may_be_iterators_and_bottle_may_take_all_plugins_away():
+    for group in ({"routes": iter([("/", stepping), (404, saying("none"))])}, {"routes": iter([("/", stepping)])}):
+        app = Nova(iter([group]), plugins=iter([pre("a")]))
+        steps.clear()
+        assert (ask(app)[0], steps) == (200, ["pre a", "controller"])
+    app.uninstall(True)
+    steps.clear()
+    assert (ask(app)[0], steps) == (200, ["controller"])
+
+
 def test_a_stream_is_not_held_back_by_plugins():
     def chunks():
         yield b"first"
@@ -7628,10 +7653,11 @@ def test_cors_names_the_origin_that_is_allowed_and_what_the_response_depends_on(
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({}, 'origins is a list, or "*", not None'), ({"origins": ORIGIN}, "origins is a list"),
+        ({}, 'origins is a list of strings, or "*", not None'), ({"origins": ORIGIN}, "origins is a list"),
         ({"origins": "*", "credentials": True}, "with credentials"),
         ({"origins": ["*"]}, "expected an origin such as"), ({"origins": [ORIGIN + "/"]}, "expected an origin such as"),
-        ({"origins": [ORIGIN], "headers": "X-A"}, "headers is a list"),
+        ({"origins": [ORIGIN], "headers": "X-A"}, "headers is a list of strings"),
+        ({"origins": [ORIGIN], "expose": [1]}, "expose"),
         ({"origins": [ORIGIN], "max_age": "60"}, "max_age is a number of seconds"),
         ({"origins": [ORIGIN], "max_age": -1}, "max_age"),
         ({"allow_origins": "*"}, "cors has no option allow_origins; it has origins, headers"),
