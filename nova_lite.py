@@ -90,6 +90,7 @@ from dataclasses import dataclass, replace
 from datetime import datetime
 from functools import cache, lru_cache, partial
 from io import BytesIO
+from ipaddress import ip_address
 from itertools import count, islice
 from math import inf, isnan
 from operator import itemgetter
@@ -3503,8 +3504,6 @@ rooms["tls"] = SimpleNamespace(
 # Proxy: what a proxy in front says of the client, and by which names a server is called.
 # Invariant: without `trust_proxy`, nothing that a client writes in an X-Forwarded header counts.
 # ---------------------------------------------------------------------------------------------------------------------
-
-from ipaddress import ip_address
 
 LOOPBACK_NAMES = ("localhost", "127.0.0.1", "[::1]")
 _REWRITTEN = "nova_lite.rewritten"  # in WSGI's environ: nothing is rewritten twice
@@ -8592,7 +8591,6 @@ import hashlib
 import secrets
 import sqlite3
 from contextlib import closing
-from ipaddress import ip_address
 from itertools import pairwise, takewhile
 from socket import AF_INET, AF_INET6, SOCK_DGRAM, socket
 
