@@ -6063,11 +6063,15 @@ class History(Recorder):
             self.begin(epoch, offset)
         self.offset = offset
         self.messages.append((monotonic() if at is None else at, message))
+        self._drop_old()
+
+    def _drop_old(self) -> None:
+        while self.messages and monotonic() - self.messages[0][0] > self.seconds:
+            self.messages.popleft()
 
     def since(self, position: Any) -> list[Message] | None:
         """Returns the messages after `position`, all for "first"; None if it is too old or from another epoch."""
-        while self.messages and monotonic() - self.messages[0][0] > self.seconds:
-            self.messages.popleft()
+        self._drop_old()
         if position == "first":
             return [message for _, message in self.messages]
         epoch, offset = self._parse(position)
@@ -6480,7 +6484,7 @@ TRANSPORT_TIMEOUT = 4.0  # seconds without the node's own beat until it reconnec
 TICK = 0.5  # seconds
 FIRST_DELAY, LAST_DELAY = 0.1, 5.0  # seconds before reconnecting, doubled each time, with jitter
 MAX_OUTBOX = 64 * 1024 * 1024  # bytes that may wait for Redis; beyond, broadcasts are lost, which is announced
-JOIN_TIME = 5.0  # seconds that `join` waits for its subscription at most, and `connect` for Redis
+JOIN_TIME = 5.0  # seconds that `join` waits for its subscription at most, `connect` and `publish` for Redis
 MAX_CHANGES = 500  # in one delta: with the largest metas of presence, it is half of what a message may have
 MAX_NAMES = 1000  # names of nodes that have left; a pid of an earlier one prints the node's id
 MAX_LOST = 10_000  # channels announced one by one; beyond, all channels are
@@ -6528,14 +6532,14 @@ class RemotePid(Pid):
 class Redis:
     """Opens connections to the Redis of a URL, and names its keys and channels."""
 
-    def __init__(self, url: str) -> None:
+    def __init__(self, url: str, timeout: float | None = None) -> None:
         self.module = room("codec").import_package("redis")
         parts = urlsplit(url)
         query = dict(parse_qsl(parts.query, keep_blank_values=True))
         self.prefix = query.pop("prefix", "nova") + ":"
         location = url.partition("://")[2].rpartition("@")[2].partition("?")[0]
         self.label = f"{parts.scheme}://{location}"  # for the log: no password, not even one with a slash
-        options = {"protocol": 2, "socket_timeout": None, "socket_connect_timeout": 5, "socket_keepalive": True}
+        options = {"protocol": 2, "socket_timeout": timeout, "socket_connect_timeout": 5, "socket_keepalive": True}
         options |= {"decode_responses": False, "health_check_interval": 0}
         query = {name: value for name, value in query.items() if name not in options}
         try:
@@ -7220,9 +7224,9 @@ def _find_redis() -> Any:
 def publish(url: str, channel: str, topic: str | bytes, payload: Any) -> int:
     """Broadcasts without being a node. Returns how many nodes have members in the channel.
 
-    Raises OSError or redis.RedisError if Redis cannot be reached, and the errors of `connect` and `broadcast`.
+    Raises OSError or redis.RedisError if Redis does not respond within 5 seconds, and what `broadcast` raises.
     """
-    redis, message = Redis(url), pubsub.make_message(channel, topic, payload)
+    redis, message = Redis(url, JOIN_TIME), pubsub.make_message(channel, topic, payload)
     data = room("codec").Codec(None, os.urandom(8)).encode([*message[2:], None])
     with redis.client:
         return redis.client.publish(redis.key("channel:", channel), data)

@@ -10569,6 +10569,13 @@ def test_publish_answers_how_many_nodes_it_has_reached(shared_redis, node, membe
     assert drain() == []
 
 
+def test_publish_raises_when_redis_hangs(monkeypatch):
+    monkeypatch.setattr(nova_lite, "JOIN_TIME", 0.1)
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        with gevent.Timeout(PATIENCE), pytest.raises((OSError, RedisError), match="Timeout"):
+            nova_lite.publish(f"redis://127.0.0.1:{silent.getsockname()[1]}", "room", "topic", 1)
+
+
 def test_a_node_subscribes_only_where_it_has_members(shared_redis, pair, member, node):
     def subscribed():
         return shared_redis.client.pubsub_channels(f"{node.prefix}:channel:*")
