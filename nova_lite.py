@@ -35,7 +35,9 @@ The map. A room uses the rooms above it, others only through `rooms`. Those afte
     proxy                   what a proxy in front says of the client
     checks                  mistakes in routes and options, as errors that say what to do
     views                   templates and files, the look of pages
+    plugins                 before and after controllers; cors; pages for statuses; mounted applications
     deflate                 compression (permessage-deflate)
+    rate                    clients that may say so much a time
     gen_server              servers with calls; supervisors
     presence                who is in a channel, by name
     replay                  channels that keep their last messages
@@ -44,6 +46,7 @@ The map. A room uses the rooms above it, others only through `rooms`. Those afte
     cluster                 other nodes, through Redis
     leases                  a child that runs on one node of the cluster
     sessions                cookies; what the server remembers of a browser between requests
+    logs                    the access log; lines in JSON
     stats                   figures of this node and of all nodes
     board                   a page that shows them
     demo, main              Nova's tutorial; the command line
@@ -142,6 +145,8 @@ class Settings:
     trust_proxy: int = 0  # proxies in front, True is 1; of each X-Forwarded- list, the farthest one's entry counts
     subprotocols: Any = ()  # the handler's; the first of the client's that is among them is chosen
     compress: bool = False  # permessage-deflate (RFC 7692) with clients that offer it; costs CPU
+    rate: Any = None  # (messages, seconds) of a client of a WebSocket; None: no limit
+    on_flood: str = "wait"  # beyond `rate`: reading pauses; or "close", with 1008
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -162,6 +167,10 @@ class Settings:
 
 TIME_SLICE = 0.003  # seconds of turns before sockets and timers are looked at: none must wait for 5 ms
 YIELD_DELAY = 1e-6  # seconds: the shortest sleep that polls sockets; after sleep(0) gevent runs 50 callbacks first
+CALLBACKS = (  # of handlers and servers
+    "init", "terminate", "websocket_init", "websocket_handle", "websocket_info", "handle_call", "handle_cast",
+    "handle_continue", "handle_info",
+)  # fmt: skip
 HOLD_LIMIT = 0.1  # seconds of one turn; what holds the hub longer, and so keeps all others waiting, is logged
 SPARE_RUNNERS = 64  # idle runners kept: a burst of blocking callbacks must not keep as many stacks
 
@@ -910,11 +919,9 @@ def is_normal(reason: Any) -> bool:
 
 
 def failing_callback(error: BaseException) -> str:
-    """Returns the name of the callback that raised `error`: the first frame after the last one of this file."""
-    names = [(frame.f_code.co_filename, frame.f_code.co_name) for frame, _ in traceback.walk_tb(error.__traceback__)]
-    own = [at for at, (filename, _) in enumerate(names) if filename == __file__]
-    foreign = names[own[-1] + 1 :] if own else names
-    return foreign[0][1] if foreign else names[-1][1] if names else ""
+    """Returns the name of the callback in which `error` was raised, "" if that was after it returned."""
+    codes = [frame.f_code for frame, _ in traceback.walk_tb(error.__traceback__)]
+    return next((code.co_name for code in codes if code.co_filename != __file__ or code.co_name in CALLBACKS), "")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1232,6 +1239,7 @@ pubsub = PubSub()
 # Invariant: no sockets. WSGI's environ comes in, a bottle response goes out.
 # ---------------------------------------------------------------------------------------------------------------------
 
+REFUSAL_KEY = "nova_lite.refusal"  # in WSGI's environ: why the request was refused, for the server's log
 MAX_FIELDS = 10_000  # of a form
 COOKIES_KEY = "nova_lite.cookies"  # in WSGI's environ: those to send, by the room sessions; None: it is too late
 _ESCAPE = re.compile(r"\\(?:([0-3][0-7]{2})|(.))")  # in a cookie's value between quotes
@@ -1274,7 +1282,7 @@ class Request(Mapping[str, Any]):
         return f"<Request {self['method']} {printable(self['path'])}>"
 
     def set(self, key: str, value: Any) -> None:
-        """Sets what only the handshake or `security` can determine."""
+        """Sets a key: what the handshake or `security` determines, or what a plugin has for the controller."""
         self._known[key] = value
 
     def detach(self) -> None:
@@ -1298,10 +1306,15 @@ class Request(Mapping[str, Any]):
         origin, allowed = self.environ.get("HTTP_ORIGIN"), self.settings.origins
         if origin is None or allowed == "*":
             return True
+        own = f"{self.environ['wsgi.url_scheme']}://{self.environ.get('HTTP_HOST', '')}"
+        why = f"in origins={allowed}"
         if allowed is None:
-            own = f"{self.environ['wsgi.url_scheme']}://{self.environ.get('HTTP_HOST', '')}"
+            why = f"{printable(own)}, this host; behind a proxy see trust_proxy, else origins=[…]"
             allowed = rooms["proxy"].list_origins(own, self.environ) if "proxy" in rooms else [own]
-        return parse_origin(origin) in {parse_origin(text) for text in allowed} - {None}
+        if parse_origin(origin) in {parse_origin(text) for text in allowed} - {None}:
+            return True
+        self.environ[REFUSAL_KEY] = f"Origin {printable(origin)} is not {why}"
+        return False
 
     def content_type(self) -> str:
         return self.environ.get("CONTENT_TYPE", "").partition(";")[0].strip().lower()
@@ -1462,7 +1475,11 @@ def make_response(status: Any, headers: Any, body: Any = None) -> HTTPResponse:
 
 
 def json_response(status: Any, headers: Any, data: Any) -> HTTPResponse:
-    response = make_response(status, headers, _json_encoder.encode(data).encode())
+    try:
+        body = _json_encoder.encode(data).encode()
+    except (RecursionError, TypeError, ValueError) as error:
+        raise ValueError(rooms["checks"].explain_json(data) if "checks" in rooms else error) from None
+    response = make_response(status, headers, body)
     response.headers.setdefault("Content-Type", "application/json")
     return response
 
@@ -1573,7 +1590,9 @@ def encode_frame(frame: Any) -> bytes:
             return close_frame(code, reason)
         case "close":
             return close_frame(NO_STATUS)
-    raise ValueError(f"not a frame: {frame!r}")
+    raise ValueError(
+        f'not a frame: {frame!r}; a frame is ("text", str), ("binary", bytes), ("close", code, reason), ...'
+    )
 
 
 class Parser:
@@ -1716,6 +1735,7 @@ STARTING, OPEN, CLOSING, CLOSED = "starting", "open", "closing", "closed"
 READ_SIZE = 65536  # bytes per read or send, so that one client's flood leaves room for the others
 SMALL_READ = 4096  # bytes per read of a client whose bytes take long to parse: tiny frames, or compressed ones
 TURN_TIME = 0.01  # seconds after which a turn ends; 64 broadcasts to 1,000 take 5 ms, and are cheaper in one piece
+REFUSALS = (1002, 1007, 1008, 1009, 1013)  # close codes for a client that breaks the protocol or exceeds a limit
 LINGER = 5.0  # seconds that a closed connection waits for the client to close as well
 CACHED_FRAMES, CACHED_BYTES = 256, 1_000_000  # of broadcasts: a flood on 64 channels still finds its frames
 
@@ -1816,7 +1836,7 @@ class Stream(Process):
             case ("ok", state):
                 self.state, self.init_waiter = state, None
             case result:
-                raise ValueError(f"init returned {result!r}, not ('ok', state)")
+                raise ValueError(f'{self.role()}.init answered {result!r}; expected ("ok", state)')
         init_waiter.send("ok")
         self.reschedule()
 
@@ -1866,7 +1886,7 @@ class Stream(Process):
                     outgoing.append(data)
                     size += len(data)
             else:
-                size += self.handle_result(result, info)
+                size += self.handle_result(result, info, "websocket_info")
             if not mailbox or size > READ_SIZE or self.write_buffer or self.exiting is not None:
                 break  # the rest waits in the mailbox, where it is counted, and not yet encoded
             if not done % 8 and monotonic() > deadline:  # checked for each message, it would cost a flood 5 %
@@ -1879,7 +1899,8 @@ class Stream(Process):
             if type(frame) is not tuple:
                 if frame != "$init":
                     raise frame
-                result = self.handler.websocket_init(self.state)
+                size += self.handle_result(self.handler.websocket_init(self.state), None, "websocket_init")
+                result = "ok"
             elif frame[0] == "close":
                 raise Close(frame[1], "", "remote" if frame[1] == NO_STATUS else ("remote", *frame[1:]))
             else:
@@ -1893,17 +1914,17 @@ class Stream(Process):
         del inbox[:done]
         if not inbox:
             self.inbox_bytes = 0
-        if not self.reader.active and not self._should_pause():
+        if not self.reader.active and not self.should_pause():
             self.reader.start(self.readable)
 
-    def handle_result(self, result: Any, _info: Any = None) -> int:
+    def handle_result(self, result: Any, _info: Any = None, callback: str = "websocket_handle") -> int:
         """Keeps the state and queues the frames that a callback returned. Returns their size in bytes."""
         match result:
             case ("reply", frames, state) | ("reply", frames, state, "hibernate"):
                 self.state = state
                 if isinstance(frames, list):
-                    return sum(self._queue_frame(frame) for frame in frames)
-                return self._queue_frame(frames)
+                    return sum(self._queue_frame(frame, callback) for frame in frames)
+                return self._queue_frame(frames, callback)
             case ("ok", state) | ("ok", state, "hibernate"):
                 self.state = state
             case ("stop", state) | ("stop", state, "hibernate"):
@@ -1912,11 +1933,15 @@ class Stream(Process):
             case "ok":
                 pass
             case _:
-                raise ValueError(f"a callback returned {result!r}")
+                expected = '("ok", state), ("reply", frame, state) or ("stop", state)'
+                raise ValueError(f"{self.role()}.{callback} answered {result!r}; expected {expected}")
         return 0
 
-    def _queue_frame(self, frame: Any) -> int:
-        data = self.encode(frame)
+    def _queue_frame(self, frame: Any, callback: str = "websocket_info") -> int:
+        try:
+            data = self.encode(frame)
+        except ValueError as error:
+            raise ValueError(f"{self.role()}.{callback} replied with what is {error}") from None
         self.outgoing.append(data)
         if frame == "close" or frame[0] == "close":
             raise Close(None, "", "stop")  # None: the handler's own close frame is queued
@@ -1962,10 +1987,10 @@ class Stream(Process):
         if not data:
             self.input_over = True
             self.inbox.append(Close(None, "", ("error", "closed")))
-        if self._should_pause():
+        if self.should_pause():
             self.reader.stop()
 
-    def _should_pause(self) -> bool:
+    def should_pause(self) -> bool:
         """Returns whether the client has to wait for the handler, or has no more to say."""
         inbox, settings = self.inbox, self.settings
         too_much = self.inbox_bytes > settings.max_message_size and inbox
@@ -2031,12 +2056,15 @@ class Stream(Process):
 
     def cleanup(self, error: BaseException) -> Any:
         if self.init_waiter is not None:
-            return self.log_crash(error, f"{type(self.handler).__name__}.init")
+            return self.log_crash(error, f"{self.role()}.init")
         close = self._close_for(error)
         close.__traceback__ = None  # its frames hold it: 3 KiB a connection until the next garbage collection
         if self.phase is OPEN:
             self._start_close(close)
-        log.info("%r%s closed: %r", self, self.title(), close.reason)
+        level, text = logging.INFO, f" ({close.code} {close.text})" if close.text else ""
+        if close.code in REFUSALS:
+            level = logging.WARNING
+        log.log(level, "%r%s closed: %r%s", self, self.title(), close.reason, text)
         if hasattr(self.handler, "terminate"):
             self.handler.terminate(close.reason, self.req, self.state)
         if isinstance(error, ProcessExit) and not isinstance(error.reason, Close):
@@ -2050,7 +2078,8 @@ class Stream(Process):
             return cause
         if isinstance(error, ProcessExit):
             return Close(1001 if is_normal(cause) else 1011, "", cause)
-        self.log_crash(error, f"{type(self.handler).__name__}.{failing_callback(error)}")
+        callback = failing_callback(error)
+        self.log_crash(error, callback and f"{self.role()}.{callback}")
         return Close(1011, "", ("crash", type(error), error))
 
     def role(self) -> str:
@@ -2237,12 +2266,19 @@ class Nova(bottle.Bottle):
     of `req`, or, with {"protocol": "ws"}, a handler: a class, a module or any object with the callbacks. Options are
     "methods" (a list; "_" is any), "protocol" ("http" or "ws"), and the names in `Settings`, which `Nova` takes for all
     routes. Raises ValueError for unknown keys and options.
+
+    A route (404, controller) makes the page for that status, from 400 to 599. `plugins` are bottle's, or Nova's: tuples
+    ("pre_request" or "post_request", plugin, options). A group with Nova's does not have those for all.
     """
 
-    def __init__(self, groups: Iterable[Mapping[str, Any]] = (), **settings: Any) -> None:
+    def __init__(
+        self, groups: Iterable[Mapping[str, Any]] = (), *, plugins: Iterable[Any] = (), **settings: Any
+    ) -> None:
         super().__init__()
         self.settings = _settings("Nova", Settings(), settings)
         self.plugins.insert(0, SimpleNamespace(apply=lambda *args: partial(_call_outermost, *args)))
+        if plugins:
+            room("plugins").install(self, plugins)
         for group in [groups] if isinstance(groups, Mapping) else groups:
             self.add(group)
 
@@ -2252,13 +2288,17 @@ class Nova(bottle.Bottle):
             rooms["checks"].check_group(group)
         if unknown := set(group) - GROUP_KEYS:  # with a misspelt "security", the group would be open
             raise ValueError(f"a group of routes has no {', '.join(sorted(unknown))}")
+        if "plugins" in rooms:
+            group = rooms["plugins"].prepare(self, group)
         for route in group.get("routes", ()):
+            if "checks" in rooms:
+                rooms["checks"].check_route(self, group, route, _rule)
             self._add(group, *route)
 
     def _add(self, group: Mapping[str, Any], path: str, controller: Any, options: Any = ()) -> None:
+        if isinstance(path, int) or any(isinstance(plugin, tuple) for plugin in bottle.makelist(group.get("plugins"))):
+            room("plugins")  # which would have taken these; raises if it was cut off
         rule, options = _rule(group.get("prefix", ""), path), dict(options)
-        if "checks" in rooms:
-            rooms["checks"].check_route(self, rule, controller, options)
         settings = {key: value for key, value in options.items() if key not in ROUTE_OPTIONS}
         methods = ["get"] if options.get("protocol") == "ws" else options.get("methods") or ["_"]
         kind = _WebSocketEndpoint if options.get("protocol") == "ws" else _Endpoint
@@ -2266,9 +2306,23 @@ class Nova(bottle.Bottle):
         names = ["ANY" if method == "_" else method.upper() for method in methods]
         self.route(rule, names, endpoint, apply=group.get("plugins", []))
 
+    def endpoint(self, controller: Callable[[Request], Any], security: Any = False) -> Any:
+        """Returns a controller in the form that bottle calls."""
+        return _Endpoint(controller, security, self.settings)
+
+    def mount(self, prefix: str, app: Any, *, security: Any = False, **options: Any) -> None:
+        """Serves a WSGI application below `prefix` (see the room plugins); `options` are those of bottle's `route`."""
+        if "plugins" in rooms or security is not False:
+            room("plugins").mount(self, prefix, app, security, options)
+        else:
+            super().mount(prefix, app, **options)
+
     def run(self, host: str = "127.0.0.1", port: int = 8080, **options: Any) -> None:
         """Serves the application until SIGINT or SIGTERM; `options` are those of the function `run`."""
-        room("server").run(self, host, port, **options)
+        try:
+            room("server").run(self, host, port, **options)
+        finally:
+            self.close()  # its plugins
 
     def stats(self) -> dict[str, Any]:
         """Returns figures of this node (see the function `stats`)."""
@@ -2303,8 +2357,9 @@ class Nova(bottle.Bottle):
 def _settings(where: str, settings: Settings, options: Mapping[str, Any]) -> Settings:
     if "checks" in rooms:
         rooms["checks"].check_settings(where, options)
-    if options.get("trust_proxy"):
-        room("proxy").check_hops(options["trust_proxy"])
+    for name, needed in {"compress": "deflate", "trust_proxy": "proxy", "rate": "rate", "on_flood": "rate"}.items():
+        if options.get(name):
+            room(needed).check(options)  # raises here, and not at the first client, if it was cut off
     return replace(settings, **options)
 
 
@@ -2349,6 +2404,8 @@ class _Endpoint:
                 return "status", *answer[1:]
             case ("redirect", _) | HTTPResponse():
                 return answer
+        if answer is not False and "checks" in rooms:
+            rooms["checks"].warn_of_answer(self, answer, req)
         return "status", 401
 
     def answer(self, result: Any, req: Request) -> HTTPResponse:
@@ -2374,8 +2431,9 @@ class _Endpoint:
             return fn(req)
         except HTTPResponse as response:
             return response
-        except Exception:
+        except Exception as error:
             log.exception("%s crashed at %s %s", name_of(fn), req["method"], printable(req["path"]))
+            req.set("crash_info", {"status_code": 500, "class": type(error).__name__, "reason": error})
             return HTTPError(500)
 
 
@@ -2397,8 +2455,6 @@ class _WebSocketEndpoint(_Endpoint):
 
     def __init__(self, handler: Any, security: Any, settings: Settings) -> None:
         super().__init__(handler, security, settings)
-        if settings.compress:
-            room("deflate")  # raises here, and not at the first client, if it was cut off
 
     def __call__(self, **bindings: Any) -> HTTPResponse:
         req = self.make_request(bindings)
@@ -2423,12 +2479,15 @@ class _WebSocketEndpoint(_Endpoint):
         if self.settings.compress:
             kind, extension = room("deflate").negotiate(environ.get("HTTP_SEC_WEBSOCKET_EXTENSIONS", ""))
             headers.update(extension)
+        if self.settings.rate:
+            kind = room("rate").limit(kind)
         return self.accept_connection(kind, req, headers)
 
     def accept_connection(self, kind: Any, req: Request, headers: dict[str, str]) -> HTTPResponse:
         """Runs `init`. If it accepts, the server sends this response and detaches the socket."""
         registry: ConnectionRegistry = req.environ[REGISTRY_KEY]
         if len(registry.connections) >= registry.limit:
+            req.environ[REFUSAL_KEY] = f"{registry.limit} connections are the limit"
             return HTTPError(503, "there are too many connections", Retry_After="5")
         connection = kind(self.controller, req, self.settings, registry)
         if not connection.start():
@@ -2601,14 +2660,8 @@ class RequestHandler(UpgradeHandler):
             connection.interrupt("shutdown")
 
     def log_request(self) -> None:
-        if log.isEnabledFor(logging.INFO):
-            milliseconds = (self.time_finish - self.time_start) * 1000
-            status = (self._orig_status or "000").split()[0]
-            line = printable(self.requestline or ""), status, self.response_length, milliseconds
-            log.info('%s "%s" %s %d %.1f ms', self.peer(), *line)
-
-    def peer(self) -> str:
-        return "{REMOTE_ADDR}:{REMOTE_PORT}".format_map(self.environ)  # the client's, if a proxy is trusted
+        if "logs" in rooms:
+            rooms["logs"].log_request(self)
 
 
 class Server(gevent.pywsgi.WSGIServer):
@@ -2646,7 +2699,7 @@ class Server(gevent.pywsgi.WSGIServer):
         self.tree = room("launch").ApplicationTree(children, self) if children else None
         self.failed = False  # the tree's supervisor has ended
         self.on_failure: Callable[[], Any] = partial(gevent.spawn, self.stop)
-        tls = {"ssl_context": room("tls").make_context(certfile, keyfile)} if certfile else {}
+        tls = room("tls").set_up(self, certfile, keyfile) if certfile else {}
         if reuse_port:
             self.get_listener = lambda _address, backlog, _family: room("launch").bound_socket(host, port, backlog)
         handler = rooms["http"].handler if "http" in rooms else RequestHandler
@@ -2689,9 +2742,6 @@ class Server(gevent.pywsgi.WSGIServer):
         self._timer = self.loop.timer(0.1)
         self._timer.start(self._start_accepting_if_started)
         return None
-
-    def wrap_socket_and_handle(self, client_socket: Any, address: Any) -> None:
-        room("tls").handle_client(self, client_socket, address)
 
     def stop(self, timeout: float | None = None) -> None:
         """Closes the listener, waits for requests, and closes WebSockets with 1001; aborts the rest after `timeout`.
@@ -2740,6 +2790,7 @@ def run(
     shutdown_delay: float = SHUTDOWN_DELAY,
     reload: bool = False,
     log_level: str = "info",
+    log_format: str = "plain",
     children: Iterable[dict[str, Any]] = (),
     **options: Any,
 ) -> None:
@@ -2749,11 +2800,14 @@ def run(
     load balancer can notice. A second signal ends the process immediately. `cluster` is the URL of a Redis (see
     `pubsub.connect`), and `name` is this node's name there. `workers` is the number of processes on the port (see
     `run_workers`); more than one need a cluster. `reload` restarts the program when one of its files changes.
+    With `log_format="json"`, a line of the log is a JSON object.
     `children` (see `start_supervisor`) are started in each process that serves, before it does, and stopped after the
     drain, also if a signal comes while they start; if their supervisor ends, the server drains and the exit code is 1.
     `options` are `Server`'s. Raises OSError if the address is in use, ValueError for a bad child and for workers
     without a cluster, RuntimeError for a child that cannot be started and for a room that this copy lacks.
     """
+    if log_format != "plain":
+        logging.basicConfig(level=log_level.upper(), handlers=[room("logs").log_handler(log_format)])
     process = "%(process)d " if workers > 1 else ""
     logging.basicConfig(level=log_level.upper(), format=f"%(asctime)s {process}%(levelname)s %(name)s: %(message)s")
     options["children"] = room("gen_server").check_children(children) if children else ()  # before there are workers
@@ -3141,8 +3195,9 @@ class StrictRequestHandler(RequestHandler):
         """Refuses a request that cannot be read, and closes: the start of the next one is unknown."""
         late = "408 Request Timeout" if isinstance(ex, TimeoutError) else "400 Bad Request"
         status, reason = getattr(ex, "status_line", late), printable(getattr(ex, "body", None) or ex)
-        line = printable(self.requestline or "")
-        log.info('%s:%d "%s" refused: %s (%s)', *self.client_address[:2], line, status, reason)
+        peer, line = "{}:{}".format(*self.client_address[:2]), printable(self.requestline or "")
+        fields = {"peer": peer, "request": line, "status": int(status[:3]), "phrase": status[4:], "reason": reason}
+        log.info('%(peer)s "%(request)s" refused: %(status)d %(phrase)s (%(reason)s)', fields)
         self._orig_status = status
         kind, body = error_body(status, status[4:], "")
         head = f"HTTP/1.1 {status}\r\nContent-Type: {kind}\r\nContent-Length: {len(body)}\r\nConnection: close\r\n\r\n"
@@ -3203,7 +3258,8 @@ class StrictRequestHandler(RequestHandler):
         else:
             if not isinstance(error, gevent.GreenletExit):
                 line = printable(self.requestline or "")
-                log.error('%s "%s" crashed', self.peer(), line, exc_info=(kind, error, tb))
+                fields = {"peer": "{REMOTE_ADDR}:{REMOTE_PORT}".format_map(self.environ), "request": line}
+                log.error('%(peer)s "%(request)s" crashed', fields, exc_info=(kind, error, tb))
             self._refuse(500)
 
     def _refuse(self, status: int, text: str = "") -> None:
@@ -3358,8 +3414,8 @@ rooms["http"] = SimpleNamespace(handler=StrictRequestHandler, SlicedBytes=_Slice
 from ssl import SSLEOFError, SSLWantReadError, SSLWantWriteError, SSLZeroReturnError
 
 
-def _make_context(certfile: str, keyfile: str | None) -> Any:
-    """Returns a server's context. Raises OSError if a file cannot be read, or has no certificate or no key."""
+def _set_up(server: Any, certfile: str, keyfile: str | None) -> dict[str, Any]:
+    """Returns gevent's arguments for a server that speaks TLS. Raises OSError if a file cannot be used."""
     from gevent import ssl
 
     context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
@@ -3368,7 +3424,8 @@ def _make_context(certfile: str, keyfile: str | None) -> Any:
         context.load_cert_chain(certfile, keyfile)
     except OSError as error:  # OpenSSL's message does not name the file
         raise OSError(error.errno, f"the certificate {certfile} cannot be used: {error.strerror}") from error
-    return context
+    server.wrap_socket_and_handle = partial(_handle_client, server)
+    return {"ssl_context": context}
 
 
 class TLS:
@@ -3409,7 +3466,7 @@ def _handle_client(server: Server, client_socket: Any, address: Any) -> None:
         with gevent.Timeout(server.HEAD_TIME, TimeoutError("no TLS handshake in time")):
             sock = server.wrap_socket(client_socket, server_side=True)
     except OSError as error:
-        log.info("%s:%d refused: %s", *address[:2], error)
+        log.info("%(peer)s refused: %(reason)s", {"peer": "{}:{}".format(*address[:2]), "reason": error})
         client_socket.close()
         return
     handler = server.handler_class(sock, address, server)
@@ -3433,8 +3490,7 @@ def _send_close_notify(sock: Any) -> None:
 
 
 rooms["tls"] = SimpleNamespace(
-    make_context=_make_context,
-    handle_client=_handle_client,
+    set_up=_set_up,
     detach=_detach,
     send_close_notify=_send_close_notify,
 )
@@ -3471,13 +3527,13 @@ class ProxiedHandler(RequestHandler):
 
 def _handler_behind(hops: Any, handler: type[RequestHandler]) -> Any:
     """Returns the class of handlers for a server behind so many proxies."""
-    _check_hops(hops)
+    _check({"trust_proxy": hops})
     return type(handler.__name__, (ProxiedHandler, handler), {"hops": hops})
 
 
-def _check_hops(hops: Any) -> None:
-    if not isinstance(hops, int) or hops < 0:
-        raise ValueError(f"trust_proxy is a number of proxies, or True for one, not {hops!r}")
+def _check(options: Mapping[str, Any]) -> None:
+    if not isinstance(options["trust_proxy"], int) or options["trust_proxy"] < 0:
+        raise ValueError(f"trust_proxy is a number of proxies, or True for one, not {options['trust_proxy']!r}")
 
 
 def _rewrite(environ: dict[str, Any], hops: int) -> None:
@@ -3547,7 +3603,7 @@ def is_loopback(host: str) -> bool:
 
 
 rooms["proxy"] = SimpleNamespace(
-    check_hops=_check_hops,
+    check=_check,
     handler_behind=_handler_behind,
     list_origins=_list_origins,
     rewrite=_rewrite,
@@ -3555,62 +3611,400 @@ rooms["proxy"] = SimpleNamespace(
 
 
 # ----- cut here: without checks --------------------------------------------------------------------------------------
-# Lost: mistakes in routes and options are found, with advice, when the application is made. The core refuses unknown
-# keys of a group; other mistakes show at the request.
+# Lost: mistakes in routes, options and callbacks are found, with advice, when the application is made or a server is
+# started. The core refuses unknown keys of a group; other mistakes show at the request.
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Checks: finds mistakes when the application is made, and says what is wrong, where, and what to do instead.
-# Invariant: a program without mistakes is the same with and without this room. A doubtful case is no mistake.
+# Invariant: a program without mistakes runs the same with and without this room. Nothing of the application is called,
+# and what cannot be known is no mistake.
 # ---------------------------------------------------------------------------------------------------------------------
 
+import difflib
+import inspect
+from collections.abc import Collection
 from dataclasses import fields
+from types import MethodType
 
-CALLBACKS = ("init", "websocket_handle", "websocket_info")  # which each handler must have
+WEBSOCKET_CALLBACKS = {  # with the arguments of each
+    "init": ("state",),
+    "websocket_init": ("state",),
+    "websocket_handle": ("frame", "state"),
+    "websocket_info": ("info", "state"),
+    "terminate": ("reason", "req", "state"),
+}
+SERVER_CALLBACKS = {
+    "init": ("args",),
+    "handle_continue": ("term", "state"),
+    "handle_call": ("request", "from_", "state"),
+    "handle_cast": ("request", "state"),
+    "handle_info": ("info", "state"),
+    "terminate": ("reason", "state"),
+}
+_METHODS = (  # IANA's registry, and those in wide use beside it
+    "ACL BASELINE-CONTROL BIND CHECKIN CHECKOUT CONNECT COPY DELETE GET HEAD LABEL LINK LOCK M-SEARCH MERGE MKACTIVITY "
+    "MKCALENDAR MKCOL MKREDIRECTREF MKWORKSPACE MOVE NOTIFY OPTIONS ORDERPATCH PATCH POST PROPFIND PROPPATCH PURGE PUT "
+    "QUERY REBIND REPORT SEARCH SUBSCRIBE TRACE UNBIND UNCHECKOUT UNLINK UNLOCK UNSUBSCRIBE UPDATE UPDATEREDIRECTREF "
+    "VERSION-CONTROL ANY _"
+)
+_COMMON_METHODS = ("DELETE", "GET", "HEAD", "OPTIONS", "PATCH", "POST", "PUT")
+_PROTOCOLS = {"websocket": "ws", "websockets": "ws", "wss": "ws", "https": "http"}
+_routes: weakref.WeakKeyDictionary[Nova, dict[Any, str]] = weakref.WeakKeyDictionary()  # (rule, method) -> controller
+_checked_servers: weakref.WeakSet[Any] = weakref.WeakSet()  # classes
+_warned: weakref.WeakSet[Any] = weakref.WeakSet()  # endpoints whose `security` has been reported
+
+
+def _suggest(name: Any, known: Iterable[str]) -> str:
+    """Returns the end of a message on an unknown name: the nearest one that is known, else all."""
+    nearest = difflib.get_close_matches(str(name), known, 1)
+    return f"did you mean {nearest[0]!r}?" if nearest else f"known are {', '.join(sorted(known))}"
+
+
+# -- groups and routes
 
 
 def _check_group(group: Any) -> None:
-    unknown = set(group) - GROUP_KEYS
-    if unknown:
-        raise ValueError(f"a group of routes has no {', '.join(sorted(unknown))}")
-    security = group.get("security", False)
-    if security is not False and not callable(security):
-        raise ValueError(f"security is False or a function of req, not {security!r}")
+    if not isinstance(group, Mapping):
+        advice = "" if isinstance(group, str) else f': write Nova([{{"routes": [{_shown(group)}, ...]}}])'
+        raise ValueError(f"Nova takes groups of routes, dicts, not {_shown(group)}{advice}")
+    where = _name_group(group)
+    for key in group:
+        if key in ROUTE_OPTIONS or key in _settings_names():
+            raise ValueError(f"{where}: {key!r} is an option of a route: (path, controller, {{{key!r}: ...}})")
+        if key not in GROUP_KEYS:
+            raise ValueError(f"{where} has no key {key!r}; {_suggest(key, GROUP_KEYS)}")
+    if not isinstance(group.get("prefix", ""), str):
+        raise ValueError(f"{where}: the prefix must be a string, got {group['prefix']!r}")
+    _check_security(where, group.get("security", False))
+    routes = group.get("routes", ())
+    if isinstance(routes, str | bytes | Mapping) or not isinstance(routes, Iterable):
+        raise ValueError(f"{where}: routes must be a list of (path, controller[, options]), got {_shown(routes)}")
 
 
-def _check_route(app: Nova, rule: str, controller: Any, options: Mapping[str, Any]) -> None:
-    protocol = options.get("protocol", "http")
-    if isinstance(options.get("methods"), str):
-        raise ValueError(f"{rule}: methods is a list")
-    if protocol not in ("http", "ws") or (protocol == "http" and not callable(controller)):
-        raise ValueError(f"{rule}: {controller!r} cannot serve the protocol {protocol!r}")
-    missing = [name for name in CALLBACKS if not hasattr(controller, name)]
-    if protocol == "ws" and missing:
-        raise ValueError(f"{rule}: the WebSocket handler {controller!r} lacks {', '.join(missing)}")
+def _name_group(group: Mapping[Any, Any]) -> str:
+    if group.get("prefix"):
+        return f"the group with the prefix {group['prefix']!r}"
+    match group.get("routes"):
+        case [[str(path), *_], *_]:
+            return f"the group of the route {path!r}"
+    return "a group of routes"
+
+
+def _check_security(where: str, security: Any) -> None:
+    if security is False:
+        return
+    if not callable(security):
+        raise ValueError(f"{where}: security must be False or a function of req, got {security!r}")
+    _check_call(f"{where}: security {name_of(security)}", security, ("req",))
+
+
+def _check_route(app: Nova, group: Mapping[str, Any], route: Any, make_rule: Callable[[str, str], str]) -> None:
+    where = _name_group(group)
+    if not isinstance(route, tuple | list) or not 2 <= len(route) <= 3:
+        raise ValueError(f"{where}: a route must be a tuple (path, controller[, options]), got {_shown(route)}")
+    path, controller, options = (*route, {})[:3]
+    if isinstance(path, bool) or not isinstance(path, str | int):
+        raise ValueError(f"{where}: a route must begin with its path, a string, got {_shown(path)}")
+    rule = make_rule(group.get("prefix", ""), path) if isinstance(path, str) else f"the route of the status {path}"
+    try:
+        options = dict(options)
+    except (TypeError, ValueError):
+        raise ValueError(f'{rule}: the options must be a dict such as {{"methods": ["get"]}}, got {options!r}')
+    _check_options(rule, options)
+    if options.get("protocol", "http") == "ws":
+        _check_handler(rule, controller)
+    else:
+        _check_controller(rule, controller)
+    if isinstance(path, str):
+        _check_twice(app, rule, options, controller)
+
+
+def _check_options(rule: str, options: Mapping[str, Any]) -> None:
+    known = ROUTE_OPTIONS | _settings_names()
+    for key in options:
+        if key in GROUP_KEYS - known:
+            raise ValueError(f"{rule}: {key!r} is a key of the group, not of a route")
+        if key not in known:
+            raise ValueError(f"{rule}: there is no option {key!r}; {_suggest(key, known)}")
+    protocol, methods = options.get("protocol", "http"), options.get("methods", [])
+    if protocol not in ("http", "ws"):
+        nearest = _PROTOCOLS.get(str(protocol).lower()) or ("ws" if "socket" in str(protocol).lower() else None)
+        advice = f"did you mean {nearest!r}?" if nearest else "it is 'http' or 'ws'"
+        raise ValueError(f"{rule}: there is no protocol {protocol!r}; {advice}")
+    if not isinstance(methods, list | tuple | set | frozenset):
+        raise ValueError(f'{rule}: methods must be a list such as ["get", "post"], got {methods!r}')
+    for method in methods:
+        _check_method(rule, method)
+    if protocol == "ws" and {method.upper() for method in methods} - {"GET", "ANY", "_"}:
+        raise ValueError(f"{rule}: a WebSocket route has no methods, since its handshake is a GET")
+
+
+def _check_method(rule: str, method: Any) -> None:
+    """Raises ValueError for what is no method of HTTP, or resembles a common one. Others are accepted in capitals."""
+    name = method.upper() if isinstance(method, str) else ""
+    if name in _METHODS.split():
+        return
+    nearest = difflib.get_close_matches(name, _COMMON_METHODS, 1)
+    if nearest or name != method or not re.fullmatch("[A-Z0-9_-]+", name):
+        advice = f"did you mean {nearest[0].lower()!r}?" if nearest else 'any is "_"; write one of your own in capitals'
+        raise ValueError(f"{rule}: {method!r} is no method of HTTP; {advice}")
+
+
+def _check_controller(rule: str, controller: Any) -> None:
+    is_handler = any(hasattr(controller, name) for name in ("websocket_handle", "websocket_info"))
+    if is_handler and (isinstance(controller, type) or not callable(controller)):
+        raise ValueError(f'{rule}: {_shown(controller)} is a WebSocket handler: its route needs {{"protocol": "ws"}}')
+    if not callable(controller):
+        advice = {str: "write the function, not its name", ModuleType: "write module.function"}.get(type(controller))
+        advice = advice or "write the function without calling it"
+        raise ValueError(f"{rule}: a controller must be a function of req, got {_shown(controller)}: {advice}")
+    _check_call(f"{rule}: the controller {name_of(controller)}", controller, ("req",))
+
+
+def _check_twice(app: Nova, rule: str, options: Mapping[str, Any], controller: Any) -> None:
+    """Raises ValueError for a rule and method that are taken. What a binding is called makes no difference."""
+    methods = ["GET"] if options.get("protocol") == "ws" else options.get("methods") or ["_"]
+    pattern = re.sub(r"<[^<>:]*", "<", rule)
+    taken = _routes.setdefault(app, {})
+    for method in {"ANY" if method == "_" else method.upper() for method in methods}:
+        if (pattern, method) in taken:
+            first = taken[pattern, method]
+            method = "any method" if method == "ANY" else method
+            raise ValueError(
+                f"{rule}: there are two routes for {method}, {first} and {_shown(controller)}, and the second replaces "
+                'the first; give them different "methods", or remove one'
+            )
+        taken[pattern, method] = _shown(controller)
+
+
+def _shown(thing: Any) -> str:
+    """Returns how a message names a function, a class, or anything else."""
+    if isinstance(thing, tuple):
+        return f"({', '.join(map(_shown, thing))}{',' * (len(thing) == 1)})"
+    name = getattr(thing, "__qualname__", None) or getattr(thing, "__name__", None)
+    return name if isinstance(name, str) else repr(thing)
+
+
+# -- callbacks
+
+
+def _check_handler(rule: str, handler: Any) -> None:
+    where = f"{rule}: the WebSocket handler {_shown(handler)}"
+    _check_callbacks(where, handler, WebSocketHandler, WEBSOCKET_CALLBACKS)
+    missing = [name for name in ("init", "websocket_handle", "websocket_info") if not hasattr(handler, name)]
+    if missing:
+        advice = "inherit from WebSocketHandler, or add them"
+        raise ValueError(f"{where} lacks {', '.join(missing)}: {advice}")
+    _check_instantiable(where, handler, "every connection has an instance of its own")
+
+
+def _check_server(server: Any, base: type) -> None:
+    """Checks a class, module or object that `start_link` was given; classes once. `base` has the default callbacks."""
+    kind = server if isinstance(server, type | ModuleType) else type(server)
+    if kind not in _checked_servers:
+        _check_callbacks(f"the server {_shown(kind)}", kind, base, SERVER_CALLBACKS)
+        _checked_servers.add(kind)
+    _check_instantiable(f"the server {_shown(kind)}", server, "start_link makes the instance")
+
+
+def _check_instantiable(where: str, thing: Any, why: str) -> None:
+    if not isinstance(thing, type):
+        return
+    if inspect.isabstract(thing):
+        lacking: Any = vars(thing)["__abstractmethods__"]
+        raise ValueError(f"{where} is abstract: it lacks {', '.join(sorted(lacking))}")
+    problem = _find_problem(thing, ())
+    if problem:
+        raise ValueError(f"{where} must be made without arguments, but it {problem}: {why}; or give an instance")
+
+
+def _check_callbacks(where: str, thing: Any, base: type, callbacks: Mapping[str, tuple[str, ...]]) -> None:
+    for name, arguments in callbacks.items():
+        callback, leading = _as_called(thing, name, inspect.getattr_static(thing, name, None))
+        if callable(callback):
+            _check_call(f"{where}: {name}", callback, (*leading, *arguments))
+    own = _own_functions(thing, base)
+    for name in sorted(own - callbacks.keys()):
+        meant = [callback for callback in callbacks if callback not in own and _is_misspelt(name, callback)]
+        if meant:
+            nearest = difflib.get_close_matches(name, meant, 1, 0)[0]
+            raise ValueError(f"{where} has {name!r}, which is never called; did you mean {nearest!r}?")
+
+
+def _as_called(thing: Any, name: str, value: Any) -> tuple[Any, tuple[str, ...]]:
+    """Returns the function that a call of the attribute reaches, and what precedes the arguments; None if unknown."""
+    if isinstance(value, staticmethod | classmethod):
+        return value.__func__, ("cls",) if isinstance(value, classmethod) else ()
+    if isinstance(thing, ModuleType) or (not isinstance(thing, type) and name in getattr(thing, "__dict__", ())):
+        return value, ()
+    return (value, ("self",)) if isinstance(value, FunctionType) else (None, ())
+
+
+def _own_functions(thing: Any, base: type) -> set[str]:
+    """Returns the names of the public functions of a class, an object or a module, without those of `base`."""
+    kind = thing if isinstance(thing, type) else type(thing)
+    spaces: list[Any] = [vars(one) for one in kind.__mro__ if one not in (object, ModuleType, base)]
+    if not isinstance(thing, type):
+        spaces.append(getattr(thing, "__dict__", {}))
+    functions = FunctionType | staticmethod | classmethod | partial
+    own = {name for space in spaces for name, value in space.items() if isinstance(value, functions)}
+    return {name for name in own if not name.startswith("_")}
+
+
+def _is_misspelt(name: str, callback: str) -> bool:
+    """Returns whether a name is a callback's with letters transposed, missing or added, or in another case."""
+    head = callback.rpartition("_")[0] + "_"
+    longer = callback.startswith("websocket")
+    if name.startswith(head):
+        name, callback = name[len(head) :], callback[len(head) :]
+    name, callback = name.lower().replace("_", ""), callback.replace("_", "")
+    if name == callback or name[:1] != callback[:1] or sorted(name) == sorted(callback):
+        return name[:1] == callback[:1]
+    is_close = difflib.SequenceMatcher(None, name, callback).ratio() >= 0.83
+    return is_close and (len(name) != len(callback) or longer)  # handle_cost is not a misspelt handle_cast
+
+
+def _check_call(where: str, fn: Any, arguments: tuple[str, ...]) -> None:
+    if _is_async(fn):
+        raise ValueError(f"{where} is an async def, which is not supported: use def; while it waits, others run")
+    problem = _find_problem(fn, arguments)
+    if problem:
+        raise ValueError(f"{where} is called with ({', '.join(arguments)}), but it {problem}")
+
+
+def _is_async(fn: Any) -> bool:
+    while isinstance(fn, partial):
+        fn = fn.func
+    if not isinstance(fn, type) and not inspect.isroutine(fn):
+        fn = type(fn).__call__
+    is_function = type(fn) in (FunctionType, MethodType)  # not a mock, which seems to be anything
+    return is_function and (inspect.iscoroutinefunction(fn) or inspect.isasyncgenfunction(fn))
+
+
+def _find_problem(fn: Any, arguments: tuple[str, ...]) -> str:
+    """Returns why `fn` cannot be called with these arguments, "" if it can or if that cannot be known."""
+    try:
+        if hasattr(fn, "__signature__"):  # what a decorator wants others to see
+            return ""
+        signature = inspect.signature(fn, follow_wrapped=False)
+    except Exception:  # of a function in C; of annotations that cannot be evaluated
+        return ""
+    try:
+        signature.bind(*arguments)
+    except TypeError:
+        shown = signature.replace(return_annotation=inspect.Signature.empty)
+        return f"takes {shown}"
+    return ""
+
+
+# -- settings
+
+
+def _settings_names() -> set[str]:
+    return {field.name for field in fields(Settings)}
+
+
+def _is_count(value: Any) -> bool:
+    return hasattr(type(value), "__index__") and not isinstance(value, bool) and value >= 0
+
+
+def _is_seconds(value: Any) -> bool:
+    kind = type(value)
+    is_number = hasattr(kind, "__float__") or hasattr(kind, "__index__")
+    return is_number and not isinstance(value, bool) and bool(value > 0)
+
+
+def _is_names(value: Any) -> bool:
+    return isinstance(value, Collection) and not isinstance(value, str | bytes)
+
+
+_EXPECTED: dict[str, tuple[Callable[[Any], bool], str]] = {  # by a setting's name, or by its type
+    "max_body": (_is_count, "a number of bytes"),
+    "max_message_size": (_is_count, "a number of bytes"),
+    "trust_proxy": (lambda value: isinstance(value, int) and value >= 0, "a number of proxies, or True for one"),
+    "subprotocols": (_is_names, "a list of names"),
+    "on_slow": (lambda value: value in ("close", "drop_oldest", "drop_new"), "'close', 'drop_oldest' or 'drop_new'"),
+    "origins": (lambda value: value in (None, "*") or _is_names(value), "a list of origins, or '*'"),
+    "int": (_is_count, "a whole number of 0 or more"),
+    "float": (_is_seconds, "a number of seconds above 0"),
+    "bool": (lambda value: isinstance(value, bool), "True or False"),
+    "str": (lambda value: isinstance(value, str), "a string"),
+}
 
 
 def _check_settings(where: str, options: Mapping[str, Any]) -> None:
-    unknown = set(options) - {field.name for field in fields(Settings)}
-    if unknown:
-        raise ValueError(f"{where}: there is no option {', '.join(sorted(unknown))}")
-    if isinstance(options.get("origins"), str) and options["origins"] != "*":
-        raise ValueError(f"{where}: origins is a list, or '*'")
+    types = {field.name: field.type for field in fields(Settings)}
+    for name, value in options.items():
+        if name in GROUP_KEYS:
+            raise ValueError(f'{where}: {name!r} is a key of a group: Nova([{{"{name}": ..., "routes": [...]}}])')
+        if name not in types:
+            raise ValueError(f"{where}: there is no option {name!r}; {_suggest(name, types)}")
+        is_right, what = _EXPECTED.get(name) or _EXPECTED.get(str(types[name])) or (bool, "")
+        if what and not is_right(value):
+            raise ValueError(f"{where}: {name} must be {what}, got {value!r}")
     for origin in () if options.get("origins") in (None, "*") else options["origins"]:
         if parse_origin(origin) is None:
             raise ValueError(
                 f"{where}: expected an origin such as 'https://example.org', without a path, got {origin!r}"
             )
-    if not isinstance(options.get("trust_proxy", 0), int) or options.get("trust_proxy", 0) < 0:
-        raise ValueError(
-            f"{where}: trust_proxy is a number of proxies, or True for one, not {options['trust_proxy']!r}"
+
+
+# -- at run time
+
+
+def _warn_of_answer(endpoint: Any, answer: Any, req: Request) -> None:
+    """Logs, once for each route, that `security` has returned neither yes nor no."""
+    if endpoint not in _warned:
+        _warned.add(endpoint)
+        log.warning(
+            "security %s answered %r at %s, which is neither yes nor no, so the client gets a 401; expected True, "
+            '(True, auth_data), False, (False, headers), (False, status, headers[, body]) or ("redirect", url)',
+            _shown(endpoint.security),
+            answer,
+            printable(req["path"]),
         )
-    if isinstance(options.get("subprotocols"), str):
-        raise ValueError(f"{where}: subprotocols is a list")
-    if options.get("on_slow", "close") not in ("close", "drop_oldest", "drop_new"):
-        raise ValueError(f"{where}: on_slow is 'close', 'drop_oldest' or 'drop_new'")
 
 
-rooms["checks"] = SimpleNamespace(check_group=_check_group, check_route=_check_route, check_settings=_check_settings)
+def _explain_json(data: Any) -> str:
+    """Returns what in `data` cannot be encoded as JSON, and where."""
+    try:
+        return _find_unencodable(data, "data", ()) or "data is not JSON"
+    except RecursionError:
+        return "data is nested too deep for JSON"
+
+
+def _find_unencodable(value: Any, where: str, above: tuple[int, ...]) -> str:
+    if id(value) in above:
+        return f"at {where}: it contains itself"
+    if isinstance(value, dict):
+        keys = [key for key in value if not isinstance(key, str | int | float | None) or not _is_scalar(key)]
+        if keys:
+            return f"at {where}: the key {keys[0]!r} is not JSON"
+        items: Iterable[tuple[Any, Any]] = value.items()
+    elif isinstance(value, list | tuple):
+        items = enumerate(value)
+    else:
+        shown = repr(value) if isinstance(value, str | float) else type(value).__name__
+        return "" if _is_scalar(value) else f"at {where}: {shown} is not JSON"
+    inside = (_find_unencodable(part, f"{where}[{key!r}]", (*above, id(value))) for key, part in items)
+    return next(filter(None, inside), "")
+
+
+def _is_scalar(value: Any) -> bool:
+    if isinstance(value, str):
+        return not any("\ud800" <= character <= "\udfff" for character in value)  # a lone surrogate is not UTF-8
+    return isinstance(value, int | None) or (isinstance(value, float) and -inf < value < inf)
+
+
+rooms["checks"] = SimpleNamespace(
+    check_group=_check_group,
+    check_route=_check_route,
+    check_server=_check_server,
+    check_settings=_check_settings,
+    explain_json=_explain_json,
+    warn_of_answer=_warn_of_answer,
+)
 # ----- cut here: without views ---------------------------------------------------------------------------------------
 # Lost: templates and files: ("ok", variables), ("view", variables), ("sendfile", ...), static. Pages look plain.
 
@@ -3770,6 +4164,584 @@ rooms["views"] = SimpleNamespace(
     STYLE=STYLE,
     HEAD=HEAD + f'<link rel="icon" href="{STAR}">\n',  # of the pages of this file; an error's has the site's icon
 )
+# ----- cut here: without plugins -------------------------------------------------------------------------------------
+# Lost: plugins in Nova's form, cors, status routes. app.mount is bottle's, and has no security.
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Plugins: what runs before and after controllers, pages for statuses, and other applications below a prefix.
+# Invariant: a request to an application that uses none of these runs no code of this room.
+#
+# A plugin is a class, a module or any object with pre_request(req, env, options, state), post_request (the same), or
+# both. Optional are init() or init(options), whose result is the first state, and stop(state), which app.close() calls.
+# The state belongs to the application: all entries of a plugin share it. `env` is a dict of the request: app, callback,
+# secure, plugin_state, and what plugins keep there. Headers for the response are set in req["resp_headers"], before and
+# after. After, req["resp_status_code"] is the status. A callback returns, as in nova_plugin_handler,
+#
+#   ("ok", req, state)                the next plugin, or the controller
+#   ("break", req, state)             skips the other plugins of this kind
+#   ("stop", answer, req, state)      answers as a controller does, or ("reply"[, status[, headers]], body); this skips
+#                                     security, the controller and post_request. Without an answer it is a 204
+#   ("error", reason)                 a 500, as are a crash and any other value
+#
+# and "ok" or "break" with an answer: before the controller its headers count, after it the answer is the response.
+# ---------------------------------------------------------------------------------------------------------------------
+
+from inspect import signature
+from itertools import chain
+
+__all__ += ["cors"]
+
+PHASES = ("pre_request", "post_request")
+_REQUEST, _HEADERS, _PAGE = (f"nova_lite.plugins.{name}" for name in ("request", "headers", "page"))  # in the environ
+CORS_OPTIONS: dict[str, Any] = {  # and their defaults
+    "origins": None, "headers": "*", "methods": "*", "expose": [], "credentials": False, "max_age": None,
+}  # fmt: skip
+_ENTITY = re.compile("Content-.*|Etag|Last-Modified|Accept-Ranges", re.IGNORECASE)  # says something of one body only
+_PLUGIN_RESULTS = 'expected ("ok" | "break" | "stop"[, answer], req, state) or ("error", reason)'
+
+
+class _Plugin:
+    """A plugin of one application: its only instance, and its state, which all its callbacks share."""
+
+    def __init__(self, plugin: Any, options: Any) -> None:
+        self.name = plugin.__name__ if isinstance(plugin, ModuleType) else name_of(plugin)
+        self.instance = plugin() if isinstance(plugin, type) else plugin
+        init = getattr(self.instance, "init", dict)
+        wants_options = init is not dict and bool(signature(init).parameters)
+        self.state = init(options) if wants_options else init()
+
+    def stop(self) -> None:
+        if hasattr(self.instance, "stop"):
+            self.instance.stop(self.state)
+
+
+class _PluginEntry:
+    """A plugin at one of its places, before or after the controllers of a group."""
+
+    def __init__(self, extension: _Extension, phase: str, plugin: Any, options: Any = None, priority: int = 0) -> None:
+        options = {} if options is None else options
+        if phase not in PHASES:
+            raise ValueError(f"a plugin runs at {' or '.join(PHASES)}, not at {phase!r}")
+        if id(plugin) not in extension.plugins:
+            extension.plugins[id(plugin)] = _Plugin(plugin, options)
+        self.plugin, self.phase, self.priority = extension.plugins[id(plugin)], phase, priority
+        try:
+            self.callback = getattr(self.plugin.instance, phase)
+            signature(self.callback).bind(None, None, None, None)
+        except (AttributeError, TypeError, ValueError):
+            raise ValueError(f"the plugin {self.plugin.name} needs {phase}(req, env, options, state)") from None
+        check = getattr(self.plugin.instance, "check_options", None)
+        self.options = options if check is None else check(options)
+
+    def run(self, req: Request, env: dict[str, Any]) -> tuple[str, Any, Request]:
+        """Returns ("ok", "break" or "stop"; an answer or None; the request). What goes wrong is a 500 that stops."""
+        env["plugin_state"] = self.phase
+        try:
+            result = self.callback(req, env, self.options, self.plugin.state)
+        except HTTPResponse as response:
+            return "stop", response, req
+        except Exception as error:
+            where = self.plugin.name, self.phase, req["method"], printable(req["path"])
+            log.exception("the plugin %s crashed in %s at %s %s", *where)
+            req.set("crash_info", {"status_code": 500, "class": type(error).__name__, "reason": error})
+            return "stop", HTTPError(500), req
+        match result:
+            case ("ok" | "break" | "stop" as verdict, *answer, Request() as changed, state) if len(answer) < 2:
+                self.plugin.state = state
+                changed.set("resp_headers", req["resp_headers"])
+                return verdict, answer[0] if answer else None, changed
+            case ("error", reason):
+                path = printable(req["path"])
+                log.error("%s.%s: %r at %s %s", self.plugin.name, self.phase, reason, req["method"], path)
+            case reason:
+                log.error("%s.%s answered %.500r; %s", self.plugin.name, self.phase, reason, _PLUGIN_RESULTS)
+        req.set("crash_info", {"status_code": 500, "class": "error", "reason": reason})
+        return "stop", HTTPError(500), req
+
+    def convert(self, answer: Any, req: Request) -> HTTPResponse:
+        """Returns an answer as a response: what a controller may return, Nova's ("reply", ...), or None, a 204."""
+        form: Any = answer
+        try:
+            match answer:
+                case None:
+                    form = ("status", 204)
+                case ("reply", *given, str() | bytes() as body) if len(given) < 3:
+                    form = "status", given[0] if given else 200, dict(given[1]) if given[1:] else {}, body
+            return to_response(form, req["method"], self.plugin.name)
+        except HTTPResponse as response:
+            return response
+        except Exception:
+            log.exception("%s.%s answered with %r, which is no response", self.plugin.name, self.phase, answer)
+            return HTTPError(500)
+
+
+class _Group:
+    """What the routes of a group have of this room. It stands among a route's plugins, as a mark that does nothing."""
+
+    def __init__(self, prefix: str, entries: Iterable[_PluginEntry] | None, statuses: Mapping[int, Any]) -> None:
+        segments = [part for part in prefix.split("/") if part]
+        pattern = ["[^/]+" if part[0] == ":" or "<" in part else re.escape(part) for part in segments]
+        self.pattern = re.compile("".join(f"/{part}" for part in pattern) + "(/|$)")
+        self.length = len(segments)
+        self.statuses = statuses
+        self.inherits = entries is None  # whether it has the plugins for all
+        # cors is the first: its headers are on what another plugin answers too, and a preflight has no cookies.
+        ordered = sorted(entries or (), key=lambda entry: (entry.plugin.instance is not cors, entry.priority))
+        self.before = [entry for entry in ordered if entry.phase == "pre_request"]
+        self.after = [entry for entry in ordered if entry.phase == "post_request"]
+
+    def apply(self, callback: Any, _route: bottle.Route) -> Any:
+        return callback
+
+    def run_before(self, req: Request, env: dict[str, Any]) -> tuple[HTTPResponse | None, Request]:
+        """Returns the response, if a plugin has stopped the request, and the request."""
+        for entry in self.before:
+            verdict, answer, req = entry.run(req, env)
+            if verdict == "stop":
+                return entry.convert(answer, req), req
+            if answer is not None:  # as in Nova: the controller's status and body replace these
+                req["resp_headers"].dict.update(entry.convert(answer, req).headers.dict)
+            if verdict == "break":
+                break
+        return None, req
+
+    def run_after(self, req: Request, env: dict[str, Any], response: HTTPResponse) -> HTTPResponse:
+        for entry in self.after:
+            req.set("resp_headers", response.headers)
+            req.set("resp_status_code", response.status_code)
+            verdict, answer, req = entry.run(req, env)
+            if answer is not None:
+                response.close()
+                headers = {name: values for name, values in response.headers.dict.items() if not _ENTITY.match(name)}
+                response = entry.convert(answer, req)
+                _add_headers(response, headers)
+            if verdict != "ok":
+                break
+        return response
+
+
+class _Extension(dict[int, Any]):
+    """What this room adds to an application: its outermost plugin of bottle's, and its error handlers.
+
+    bottle's handlers of errors, `app.error(404)`, remain those of the statuses for which no group has a route.
+    """
+
+    def __init__(self, app: Nova) -> None:
+        super().__init__(app.error_handler)
+        self.app = app
+        self.plugins: dict[int, _Plugin] = {}  # by the id of what the application has named
+        self.for_all = _Group("", (), {})
+        self.groups: list[_Group] = []  # those with longer prefixes first, then those added last
+        app.__dict__["error_handler"] = self  # bottle takes an attribute that is set again for a mistake
+        app.plugins.insert(0, SimpleNamespace(name="nova", apply=self.apply, close=self.close))
+        app.reset()
+
+    def add(self, group: _Group) -> None:
+        self.groups = sorted([group, *self.groups], key=lambda group: -group.length)
+
+    def close(self) -> None:
+        for plugin in self.plugins.values():
+            plugin.stop()
+
+    def find_group(self, route: bottle.Route | None) -> _Group:
+        """Returns the group of a route, or what is for all."""
+        marks = [mark for mark in route.plugins if isinstance(mark, _Group)] if route is not None else []
+        return marks[0] if marks else self.for_all
+
+    def find_plugins(self, route: bottle.Route) -> _Group:
+        group = self.find_group(route)
+        return self.for_all if group.inherits else group
+
+    # -- around a controller
+
+    def apply(self, callback: Any, route: bottle.Route) -> Any:
+        endpoint, make_request = route.callback, self.make_request
+        if hasattr(endpoint, "make_request"):
+            make_request = partial(type(endpoint).make_request, endpoint)
+            endpoint.make_request = lambda _bindings: bottle.request.environ[_REQUEST]
+            env = {"app": self.app, "callback": endpoint.controller, "secure": endpoint.security}
+        else:  # a route of bottle's own
+            env = {"app": self.app, "callback": endpoint, "secure": False}
+        return partial(self.call, callback, route, make_request, env)
+
+    def make_request(self, bindings: dict[str, Any]) -> Request:
+        return Request(bottle.request.environ, bindings, self.app.settings)
+
+    def call(self, callback: Any, route: bottle.Route, make_request: Any, env: Any, **bindings: Any) -> HTTPResponse:
+        environ = bottle.request.environ
+        req = environ[_REQUEST] = make_request(dict(bindings))
+        req.set("resp_headers", bottle.HeaderDict())
+        group, env = self.find_plugins(route), dict(env)
+        response, req = group.run_before(req, env)
+        environ[_REQUEST], headers = req, req["resp_headers"].dict
+        if response is not None:
+            response = getattr(route.callback, "answer", lambda response, _req: response)(response, req)
+            _add_headers(response, headers)
+        else:
+            response = _call_route(callback, route, bindings)
+            _add_headers(response, headers)
+            response = group.run_after(req, env, response)
+        environ[_HEADERS] = headers
+        if not isinstance(response, HTTPError):
+            del environ[_REQUEST]  # a cycle, which would be there until the next garbage collection
+        elif environ.get("bottle.app") is not self.app:  # merged into another one
+            response = self.make_page(response, req)
+        return response
+
+    # -- errors
+
+    def get(self, status: Any, _default: Any = None) -> Any:
+        """Returns bottle's handler of a status: it gets an error, sets bottle's response, and returns the body."""
+        return self.handle_error
+
+    def handle_error(self, error: HTTPError) -> Any:
+        environ = bottle.request.environ
+        response: HTTPResponse = error
+        req = environ.get(_REQUEST) or self.make_request({})
+        if _HEADERS not in environ:
+            req.set("resp_headers", bottle.HeaderDict())
+            environ[_HEADERS] = req["resp_headers"].dict
+            response, req = self.handle_unmatched(error, req)
+        if isinstance(response, HTTPError):
+            response = self.make_page(response, req)
+        _add_headers(response, environ[_HEADERS])
+        response.apply(bottle.response)
+        if isinstance(response, HTTPError):
+            return super().get(response.status_code, self.app.default_error_handler)(response)
+        return response.body
+
+    def handle_unmatched(self, error: HTTPError, req: Request) -> tuple[HTTPResponse, Request]:
+        """Returns the response to a request without a route, and the request.
+
+        If its path has a route for another method, pre_request runs: it may be a preflight. An unknown path is a 404.
+        """
+        if error.status_code == 404:
+            for group in self.list_groups(req):
+                for entry in (self.for_all if group.inherits else group).before:
+                    if entry.plugin.instance is cors:
+                        cors.add_headers(req, entry.options)
+                        return error, req
+        allowed = error.headers.get("Allow", "").split(",") if error.status_code == 405 else []
+        route = self.find_route(req, allowed)
+        if route is None or True in route.skiplist:
+            return error, req
+        env = {"app": self.app, "callback": None, "secure": False, "allowed": allowed}
+        response, req = self.find_plugins(route).run_before(req, env)
+        return response or error, req
+
+    def find_route(self, req: Request, allowed: list[str]) -> bottle.Route | None:
+        """Returns the route of the path for the method that a preflight names, or for another one."""
+        asked = req.environ.get("HTTP_ACCESS_CONTROL_REQUEST_METHOD", "")
+        for method in sorted(allowed, key=lambda method: method != asked):
+            with suppress(HTTPError):
+                return self.app.match({"REQUEST_METHOD": method, "PATH_INFO": req.environ["PATH_INFO"]})[0]
+        return None
+
+    def list_groups(self, req: Request) -> list[_Group]:
+        """Returns the groups with a prefix of the request's path, those with longer ones first."""
+        path = "/" + req.environ["PATH_INFO"].removeprefix(self.app.config.get("_mount.prefix", "")).lstrip("/")
+        return [group for group in self.groups if group.pattern.match(path)] + [self.for_all]
+
+    def make_page(self, error: HTTPError, req: Request) -> HTTPResponse:
+        """Returns the response of the status route of an error, with the error's headers, or the error."""
+        environ, status = bottle.request.environ, error.status_code
+        groups = [self.find_group(environ.get("bottle.route")), *self.list_groups(req)]
+        endpoint = next((group.statuses[status] for group in groups if status in group.statuses), None)
+        if endpoint is None or _PAGE in environ:  # the page itself is an error: that one is bottle's
+            return error
+        environ[_PAGE] = True
+        req.set("resp_status_code", status)
+        req.set("reason", str(error.body or error.status_line[4:]))
+        if error.exception is not None:  # a route of bottle's own
+            reason = {"class": type(error.exception).__name__, "reason": error.exception}
+            req.set("crash_info", {"status_code": status, **reason})
+        result = _with_status(endpoint.guarded_call(endpoint.controller, req), status)
+        response = endpoint.answer(result, req)
+        _add_headers(response, error.headers.dict)
+        return response
+
+
+def _call_route(callback: Any, route: bottle.Route, bindings: dict[str, Any]) -> HTTPResponse:
+    """Returns the response of a route. A crash in one of bottle's own is the error that bottle makes of it."""
+    try:
+        result = callback(**bindings)
+    except HTTPResponse as raised:
+        return raised
+    except Exception as error:
+        if not route.app.catchall or isinstance(error, bottle.RouteReset):
+            raise
+        environ, text = bottle.request.environ, traceback.format_exc()
+        environ["wsgi.errors"].write(text)
+        environ["bottle.exc_info"] = sys.exc_info()
+        return HTTPError(500, "Internal Server Error", error, text)
+    if isinstance(result, HTTPResponse):
+        return result
+    response = bottle.response.copy(HTTPResponse)
+    response.body = result
+    return response
+
+
+def _with_status(result: Any, status: int) -> Any:
+    """Returns a controller's result with the status, if it has none of its own."""
+    match result:
+        case (*form, Request()):
+            return _with_status(tuple(form), status)
+        case ("json", data):
+            return "json", status, {}, data
+        case ("ok" | "view" as kind, variables):
+            return kind, variables, {"status_code": status}
+        case ("ok" | "view" as kind, variables, Mapping() as options):
+            return kind, variables, {"status_code": status, **options}
+    return result
+
+
+def _add_headers(response: HTTPResponse, headers: Mapping[str, list[str]]) -> None:
+    """Adds the headers that a response has not. `Vary` and `Set-Cookie` are merged."""
+    for name, values in headers.items():
+        if name == "Vary":
+            _add_vary(response.headers, ", ".join(values))
+        elif name == "Set-Cookie":
+            known = response.headers.dict.setdefault(name, [])
+            known.extend(value for value in values if value not in known)
+        else:
+            response.headers.dict.setdefault(name, list(values))
+
+
+def _add_vary(headers: Any, names: str) -> None:
+    known = [name.strip() for name in ", ".join(headers.getall("Vary")).split(",") if name.strip()]
+    lower = [name.lower() for name in known]
+    known += [name for name in map(str.strip, names.split(",")) if name.lower() not in lower]
+    headers["Vary"] = "*" if "*" in known else ", ".join(known)
+
+
+def _extend(app: Nova) -> _Extension:
+    handlers = app.error_handler
+    return handlers if isinstance(handlers, _Extension) else _Extension(app)
+
+
+def _install(app: Nova, plugins: Any) -> None:
+    """Adds the plugins for all routes: bottle's, and those in Nova's form, which are tuples."""
+    _check_plugins(plugins)
+    for plugin in plugins:
+        if not isinstance(plugin, tuple):
+            app.install(plugin)
+    extension = _extend(app)
+    extension.for_all = _Group("", [_PluginEntry(extension, *item) for item in plugins if isinstance(item, tuple)], {})
+
+
+def _prepare(app: Nova, group: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Returns a group as the core takes it: without status routes, and with bottle's plugins only."""
+    routes, plugins = list(group.get("routes", ())), bottle.makelist(group.get("plugins"))
+    _check_plugins(plugins)
+    ours = [plugin for plugin in plugins if isinstance(plugin, tuple)]
+    statuses = [route for route in routes if isinstance(route, tuple) and route and isinstance(route[0], int)]
+    inherits = not ours and (bool(plugins) or "plugins" not in group)
+    if inherits and not statuses and not isinstance(app.error_handler, _Extension):
+        return group
+    extension = _extend(app)
+    entries = None if inherits else [_PluginEntry(extension, *plugin) for plugin in ours]
+    mark = _Group(group.get("prefix", ""), entries, dict(_status_route(app, *route) for route in statuses))
+    extension.add(mark)
+    routes = [route for route in routes if not any(route is other for other in statuses)]
+    return {**group, "routes": routes, "plugins": [*(item for item in plugins if not isinstance(item, tuple)), mark]}
+
+
+def _check_plugins(plugins: Any) -> None:
+    for plugin in plugins:
+        if isinstance(plugin, str) or (isinstance(plugin, tuple) and not 2 <= len(plugin) <= 4):
+            form = '("pre_request" | "post_request", plugin, options[, priority])'
+            raise ValueError(f"plugins is a list of bottle's plugins and of {form}; it has {plugin!r}")
+
+
+def _status_route(app: Nova, status: int, controller: Any, options: Any = ()) -> tuple[int, Any]:
+    if not 400 <= status <= 599:
+        raise ValueError(f"a status route is for a status from 400 to 599, not for {status!r}")
+    if not callable(controller):
+        raise ValueError(f"the status route {status} needs a function of req, not {controller!r}")
+    if set(options) - {"methods"}:
+        raise ValueError(f"the status route {status} has no option {', '.join(set(options) - {'methods'})}")
+    return status, app.endpoint(controller)
+
+
+class Cors:
+    """A plugin, `("pre_request", cors, {"origins": ["https://example.org"]})`: scripts of other origins use a group.
+
+    Options: "origins" (a list, or "*"), "headers" and "methods" that they may send (lists; without them, those that the
+    browser asks for), "expose" (a list: response headers that they may read), "credentials" (whether browsers send
+    cookies), "max_age" (seconds for which a browser keeps the answer). It runs before other plugins. A preflight is a
+    204, before `security`. Raises ValueError, when the application is made, for another option, and for "*" together
+    with credentials.
+    """
+
+    def check_options(self, options: Mapping[str, Any]) -> SimpleNamespace:
+        unknown = set(options) - set(CORS_OPTIONS)
+        if unknown:
+            raise ValueError(f"cors has no option {', '.join(sorted(unknown))}; it has {', '.join(CORS_OPTIONS)}")
+        rules = SimpleNamespace(**{**CORS_OPTIONS, **options})
+        for name in ("origins", "headers", "methods", "expose"):
+            value = getattr(rules, name)
+            if value != "*" and (isinstance(value, str) or not isinstance(value, Iterable)):
+                raise ValueError(f'cors: {name} is a list, or "*", not {value!r}')
+        for origin in () if rules.origins == "*" else rules.origins:
+            if parse_origin(origin) is None:
+                raise ValueError(f"cors: expected an origin such as 'https://example.org', got {origin!r}")
+        if rules.origins == "*" and rules.credentials:
+            raise ValueError('cors: with credentials, origins is a list: "*" would open the session to all pages')
+        if rules.max_age is not None and (type(rules.max_age) is not int or rules.max_age < 0):
+            raise ValueError(f"cors: max_age is a number of seconds, not {rules.max_age!r}")
+        if rules.origins != "*":
+            rules.origins = {parse_origin(origin) for origin in rules.origins}
+        return rules
+
+    def add_headers(self, req: Request, rules: SimpleNamespace) -> bool:
+        """Returns whether the origin is allowed."""
+        headers, origin = req["resp_headers"], req.environ.get("HTTP_ORIGIN")
+        if rules.origins == "*":
+            headers["Access-Control-Allow-Origin"] = "*"
+        else:
+            _add_vary(headers, "Origin")  # also without an Origin: a cache must not give this response to another one
+            if origin is None or parse_origin(origin) not in rules.origins:
+                return False
+            headers["Access-Control-Allow-Origin"] = origin
+        if rules.credentials:
+            headers["Access-Control-Allow-Credentials"] = "true"
+        if rules.expose:
+            headers["Access-Control-Expose-Headers"] = ", ".join(rules.expose)
+        return True
+
+    def pre_request(self, req: Request, env: Any, rules: SimpleNamespace, state: Any) -> Any:
+        asked, names = (req.environ.get(f"HTTP_ACCESS_CONTROL_REQUEST_{part}") for part in ("METHOD", "HEADERS"))
+        is_allowed = self.add_headers(req, rules)
+        if req["method"] != "OPTIONS" or "HTTP_ORIGIN" not in req.environ or asked is None:
+            return "ok", req, state
+        headers = req["resp_headers"]
+        if is_allowed:
+            served = [method for method in env.get("allowed", [asked]) for method in _with_head(method)]
+            methods = served if rules.methods == "*" else [method.upper() for method in rules.methods]
+            headers["Access-Control-Allow-Methods"] = ", ".join(methods)
+            allowed = names if rules.headers == "*" else ", ".join(rules.headers)
+            if allowed:
+                headers["Access-Control-Allow-Headers"] = allowed
+            if rules.max_age is not None:
+                headers["Access-Control-Max-Age"] = str(rules.max_age)
+        if rules.headers == "*":
+            _add_vary(headers, "Access-Control-Request-Headers")
+        return "stop", ("status", 204), req, state
+
+
+def _with_head(method: str) -> list[str]:
+    return ["GET", "HEAD"] if method == "GET" else [method]
+
+
+cors = Cors()
+
+
+# -- other applications
+
+
+def _mount(app: Nova, prefix: str, other: Any, security: Any, options: dict[str, Any]) -> None:
+    """Serves a WSGI application, bottle's and Nova's included, below `prefix`, with or without the slash behind it.
+
+    At "/" it gets what no route of `app` is for. `security` is as in a group, for WebSockets too; the application finds
+    what it returns in `environ["nova_lite.auth_data"]`. Plugins and hooks of `app` are not those of the other, as in
+    bottle; its errors are its own. Raises ValueError for a prefix without a slash.
+    """
+    if not prefix.startswith("/") or not callable(other):
+        raise ValueError(f'expected a prefix such as "/admin" and a WSGI application, got {prefix!r} and {other!r}')
+    if security is not False and not callable(security):
+        raise ValueError(f"security is False or a function of req, not {security!r}")
+    path = re.sub(r"(?<=/):(\w+)", r"<\1>", "/" + "/".join(part for part in prefix.split("/") if part))
+
+    def controller(req: Request) -> HTTPResponse:
+        segments = (app.config.get("_mount.prefix", "") + path).split("/")  # `app` may be mounted in bottle's way
+        return _call_application(other, len([*filter(None, segments)]), req)
+
+    controller.__qualname__ = f"mount({prefix!r})"
+    endpoint = app.endpoint(controller, security)
+    options = {"skip": True, "method": "PROXY", "mountpoint": {"prefix": prefix, "target": other}, **options}
+    if path == "/":
+        if "match" in vars(app.router):
+            raise ValueError('there is an application at "/" already')
+        route = bottle.Route(app, "/<:re:.*>", "PROXY", endpoint, skiplist=[True])
+        app.router.match = partial(_match, app.router.match, route)
+    else:
+        for rule in (path, f"{path}/<:re:.*>"):
+            app.route(rule, callback=endpoint, **options)
+
+
+def _match(match: Any, rest: bottle.Route, environ: dict[str, Any]) -> Any:
+    """Does what the method of bottle's router does, but returns `rest` instead of a 404."""
+    try:
+        return match(environ)
+    except HTTPError as error:
+        if error.status_code != 404:
+            raise
+        return rest, {}
+
+
+def _call_application(application: Any, depth: int, req: Request) -> HTTPResponse:
+    """Calls a WSGI application, mounted below `depth` segments of the path, and returns its response (PEP 3333)."""
+    environ, response = _make_environ(req, depth), HTTPResponse()
+    begun: list[bool] = []
+    written: list[bytes] = []
+
+    def start_response(status: str, headers: list[tuple[str, str]], exc_info: Any = None) -> Any:
+        if begun and exc_info is None:
+            raise AssertionError("start_response was called twice")
+        begun[:] = [True]
+        response.status = _decode(status)
+        response.headers.dict.clear()
+        for name, value in headers:
+            response.add_header(name, _decode(value))
+        return written.append
+
+    saved = bottle.response.copy(HTTPResponse)  # another bottle's application begins with a new one
+    try:
+        body = application(environ, start_response)
+        first, iterator = [], iter(body)
+        for chunk in iterator if not begun else ():  # a generator starts its response when it is asked for the first
+            first.append(chunk)
+            if begun:
+                break
+    finally:
+        bottle.request.bind(req.environ)
+        saved.apply(bottle.response)
+    if not begun:
+        raise RuntimeError("a mounted application has not called start_response")
+    response.body = body
+    if written or first:
+        response.body = bottle._closeiter(chain(written, first, iterator), getattr(body, "close", None))
+    return response
+
+
+def _make_environ(req: Request, depth: int) -> dict[str, Any]:
+    own = "bottle.", "route.", "nova_lite."  # what `app` and its rooms keep there is not the other's
+    environ = {name: value for name, value in req.environ.items() if not name.startswith(own)}
+    for name in {REGISTRY_KEY, UPGRADING_KEY} & set(req.environ):
+        environ[name] = req.environ[name]
+    parts = req.environ["bottle.raw_path"].split("/", depth + 1)  # in latin-1: bottle has decoded the other one
+    environ["SCRIPT_NAME"] = environ.get("SCRIPT_NAME", "") + "/".join(parts[: depth + 1])
+    environ["PATH_INFO"] = "/" + "".join(parts[depth + 1 :])
+    environ["nova_lite.auth_data"] = req["auth_data"]
+    body = req.environ.get("bottle.request.body")
+    if body is not None:
+        environ["bottle.request.body"] = body
+        if not getattr(body, "is_unread", False):  # a hook has read it
+            body.seek(0)
+            environ["wsgi.input"] = body
+    return environ
+
+
+def _decode(text: str) -> str:
+    """Returns a header of WSGI as the text of which bottle makes one again."""
+    try:
+        return text.encode("latin-1").decode()
+    except UnicodeError:
+        return text
+
+
+rooms["plugins"] = SimpleNamespace(install=_install, prepare=_prepare, mount=_mount)
 # ----- cut here: without deflate -------------------------------------------------------------------------------------
 # Lost: compression (permessage-deflate).
 
@@ -3892,7 +4864,168 @@ def negotiate(offered: str) -> tuple[Any, dict[str, str]]:
     return partial(DeflateConnection, window_bits=bits), headers
 
 
-rooms["deflate"] = SimpleNamespace(negotiate=negotiate)
+rooms["deflate"] = SimpleNamespace(negotiate=negotiate, check=lambda _options: None)
+
+
+# ----- cut here: without rate ----------------------------------------------------------------------------------------
+# Lost: rate=(messages, seconds), on_flood.
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Rate: WebSockets whose clients may send so many messages a time.
+# Invariant: a client that sends more waits, or is disconnected. No message is lost, and they stay in order.
+#
+# A client has `messages` tokens, which it gets back evenly in `seconds`. A message takes one. Without one it is held,
+# as is all that follows: messages, the client's close, the end of its bytes. Of the pings and pongs that find no token,
+# the last one of each read is handled immediately (RFC 6455 §5.5.3); so reading goes on until `backlog` messages, or
+# `max_message_size` bytes, are held. Beyond that, TCP holds the client back, and its pings with it.
+# ---------------------------------------------------------------------------------------------------------------------
+
+SHORTEST_PAUSE = 0.02  # seconds: what is held comes in portions, not with a timer for each message
+
+
+class TokenBucket:
+    """So many tokens, which come back evenly in so many seconds."""
+
+    __slots__ = ("changed_at", "per_second", "size", "tokens")
+
+    def __init__(self, size: int, seconds: float) -> None:
+        self.size, self.per_second = size, size / seconds
+        self.tokens, self.changed_at = float(size), monotonic()
+
+    def take(self, wanted: int) -> int:
+        """Takes as many tokens as there are, `wanted` at most. Returns how many."""
+        now = monotonic()
+        self.tokens = min(self.size, self.tokens + (now - self.changed_at) * self.per_second)
+        self.changed_at = now
+        taken = min(wanted, int(self.tokens))
+        self.tokens -= taken
+        return taken
+
+    def wait_time(self) -> float:
+        """Returns the seconds until there is a token."""
+        return max(0.0, (1 - self.tokens) / self.per_second)
+
+
+class RatedConnection(Connection):
+    """A WebSocket whose client has a limited rate. It has no slots, so that it combines with other kinds."""
+
+    MAX_READ = SMALL_READ  # bytes per read: what one read brings may have to be held
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.bucket = TokenBucket(*self.settings.rate)
+        self.held: deque[Any] = deque()  # what the client has sent too early
+        self.held_bytes = 0  # about
+        self.pause: Any = None  # timer; None while nothing is held
+
+    def parse(self, data: bytes) -> list[Any]:
+        frames = super().parse(data)
+        if self.phase is not OPEN:
+            return frames
+        ready, late_controls = [], {}
+        tokens = 0 if self.held else self.bucket.take(sum(map(_takes_token, frames)))
+        for frame in frames:
+            if not self.held and (tokens > 0 or not _takes_token(frame)):
+                ready.append(frame)
+                tokens -= _takes_token(frame)
+            elif type(frame) is tuple and frame[0] in ("ping", "pong"):
+                late_controls[frame[0]] = frame
+            elif self.settings.on_flood == "close":
+                return [*ready, self._refuse()]
+            else:
+                self._hold(frame)
+        return [*ready, *late_controls.values()]
+
+    def _refuse(self) -> Close:
+        self.parser.done = self.input_over = True  # the rest is ignored, as after a violation of the protocol
+        self.parser.reset()
+        messages, seconds = self.settings.rate
+        return Close(1008, f"more than {messages} messages in {seconds} s", ("error", "flood"))
+
+    def _hold(self, frame: Any) -> None:
+        self.held.append(frame)
+        self.held_bytes += len(frame[-1]) if type(frame) is tuple else 0
+        if self.pause is None:
+            self._begin_pause()
+
+    def _begin_pause(self) -> None:
+        self.pause = scheduler.hub.loop.timer(max(SHORTEST_PAUSE, self.bucket.wait_time()))
+        self.pause.start(self._end_pause)
+
+    def _end_pause(self) -> None:
+        """Hub callback: puts what has a token now into the inbox."""
+        self._drop_pause()
+        if self.phase is not OPEN:
+            return
+        while self.held and len(self.inbox) < self.settings.backlog:
+            if _takes_token(self.held[0]) and not self.bucket.take(1):
+                break
+            self.inbox.append(self.held.popleft())
+        if self.held:
+            self._begin_pause()
+        else:
+            self.held_bytes = 0
+        if not self.reader.active and not self.should_pause():
+            self.reader.start(self.readable)
+        if self.inbox and self.wake is enqueue:
+            enqueue(self)
+
+    def _drop_pause(self) -> None:
+        if self.pause is not None:
+            self.pause.close()
+            self.pause = None
+
+    def should_pause(self) -> bool:
+        settings = self.settings
+        is_full = len(self.held) >= settings.backlog or self.held_bytes > settings.max_message_size
+        return is_full or super().should_pause()
+
+    def step(self) -> None:
+        if self.held and self.inbox and isinstance(self.inbox[-1], Close):
+            self.held.append(self.inbox.pop())  # the client is gone: what it has sent comes first
+        super().step()
+
+    def check_timeouts(self, seconds: float) -> None:
+        if self.held:
+            self.idle_for = 0.0  # the pause is ours
+        super().check_timeouts(seconds)
+
+    def abort(self) -> None:
+        super().abort()
+        self._drop_pause()
+        self.held.clear()
+
+
+def _takes_token(frame: Any) -> bool:
+    return type(frame) is tuple and frame[0] != "close"
+
+
+@cache
+def _rated(kind: type[Connection]) -> Any:
+    return type(f"Rated{kind.__name__}", (RatedConnection, kind), {})
+
+
+def _limit(kind: Any) -> Any:
+    """Returns a kind of connection with a limited rate."""
+    if isinstance(kind, partial):
+        return partial(_rated(kind.func), *kind.args, **kind.keywords)
+    return _rated(kind)
+
+
+def _check_rate(options: Mapping[str, Any]) -> None:
+    match options.get("rate"):
+        case None:
+            pass
+        case (int(messages), int() | float() as seconds) if messages > 0 and 0 < seconds < inf:
+            pass
+        case rate:
+            raise ValueError(f"rate is (messages, seconds), such as (50, 1), not {rate!r}")
+    if options.get("on_flood", "wait") not in ("wait", "close"):
+        raise ValueError(f"on_flood is 'wait' or 'close', not {options['on_flood']!r}")
+
+
+rooms["rate"] = SimpleNamespace(limit=_limit, check=_check_rate)
 
 
 # ----- cut here: without gen_server ----------------------------------------------------------------------------------
@@ -4109,9 +5242,6 @@ class ServerProcess(Process):
     def role(self) -> str:
         return getattr(type(self.server), "__name__", "")
 
-    def title(self) -> str:
-        return super().title() or f" {self.role()}"
-
 
 def start_link(cls: Any, args: Any = None, name: str | None = None, timeout: float | None = None) -> Any:
     """Starts a server, linked to the caller, and waits for its `init` (gen_server:start_link/4).
@@ -4121,6 +5251,8 @@ def start_link(cls: Any, args: Any = None, name: str | None = None, timeout: flo
     for no limit, kills the server and returns ("error", "timeout").
     """
     me = calling_process()
+    if "checks" in rooms:
+        rooms["checks"].check_server(cls, GenServer)
     if name is not None and check_name(name) in registered:
         return "error", ("already_started", registered[name])
     server = ServerProcess(cls() if isinstance(cls, type) else cls, args, me)
@@ -4808,9 +5940,9 @@ class ResumableEventStream(EventStream):
         position = next(filter(None, dict(self.channels).values()), None)  # one will do: the other channels resync
         return super().preamble(_position_event(position))
 
-    def handle_result(self, result: Any, info: Any = None) -> int:
+    def handle_result(self, result: Any, info: Any = None, *callback: str) -> int:
         queued = len(self.outgoing)
-        size = super().handle_result(result)
+        size = super().handle_result(result, info, *callback)
         match info:
             case Message(position=str(position)) if len(self.outgoing) > queued:
                 self.outgoing[-1] = f"id: {position}\n".encode() + self.outgoing[-1]
@@ -6662,6 +7794,110 @@ __all__ += ["session"]
 rooms["sessions"] = SimpleNamespace(set_cookie=set_cookie, get_cookie=_get_cookie, send_cookies=_send_cookies)
 
 
+# ----- cut here: without logs ----------------------------------------------------------------------------------------
+# Lost: the access log, with the reasons of refusals; log_format="json".
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Logs: the access log, and lines that programs read.
+# Invariant: a record is one line, whatever a client has sent.
+#
+# A record's arguments may be one dict: its items are the fields of the line in JSON. One that mentions a connection's
+# process has the fields `process`, `path` and `peer`.
+# ---------------------------------------------------------------------------------------------------------------------
+
+from datetime import timezone
+
+_ACCESS = '%(peer)s "%(request)s" %(status)03d %(bytes)d %(milliseconds).1f ms'
+_RECORD_KEYS = {*vars(logging.makeLogRecord({})), "message", "asctime"}
+
+
+def _log_request(handler: Any) -> None:
+    """Logs a response. A refusal that an operator may want to change is a warning, with its reason."""
+    environ = handler.environ
+    reason = environ.get(REFUSAL_KEY)
+    level = logging.WARNING if reason else logging.INFO
+    if log.isEnabledFor(level):
+        fields = {
+            "peer": f"{environ.get('REMOTE_ADDR')}:{environ.get('REMOTE_PORT')}",
+            "request": printable(handler.requestline or ""),
+            "status": int((handler._orig_status or "000").split()[0]),
+            "bytes": handler.response_length,
+            "milliseconds": round((handler.time_finish - handler.time_start) * 1000, 3),
+        }
+        if reason:
+            fields["reason"] = reason
+        log.log(level, f"{_ACCESS}: %(reason)s" if reason else _ACCESS, fields)
+
+
+class JSONFormatter(logging.Formatter):
+    """Formats a record as one JSON object: time (UTC), level, logger, pid, message; fields; traceback.
+
+    The fields are those of an event of this module (peer, path, method, status, milliseconds, reason, ... as far as
+    there are any), and what a program passes to the logger as `extra`.
+    """
+
+    def format(self, record: logging.LogRecord) -> str:
+        at = datetime.fromtimestamp(record.created, timezone.utc).isoformat(timespec="milliseconds")
+        line = {
+            "time": at.replace("+00:00", "Z"),
+            "level": record.levelname.lower(),
+            "logger": record.name,
+            "pid": record.process,
+            "message": record.getMessage(),
+        }
+        for name, value in {**_list_fields(record), **_list_extra(record)}.items():
+            line.setdefault(str(name), _simplify(value))
+        trace = [self.formatException(record.exc_info)] if record.exc_info else []
+        if record.stack_info:
+            trace.append(record.stack_info)
+        if trace:
+            line["traceback"] = "\n".join(trace)
+        return json.dumps(line)
+
+
+def _list_fields(record: logging.LogRecord) -> dict[str, Any]:
+    if isinstance(record.args, Mapping):
+        fields = dict(record.args)
+        method, _, rest = str(fields.pop("request", "")).partition(" ")
+        return {"method": method, "path": rest.partition(" ")[0], **fields} if rest else fields
+    for process in record.args or ():
+        if isinstance(process, Stream):
+            peer = "{}:{}".format(*process.req["peer"])
+            return {"process": process, "path": process.req["path"], "peer": peer}
+    return {}
+
+
+def _list_extra(record: logging.LogRecord) -> dict[str, Any]:
+    return {name: value for name, value in vars(record).items() if name not in _RECORD_KEYS}
+
+
+def _simplify(value: Any) -> Any:
+    """Returns what JSON has for a value: numbers, strings and None as they are, anything else as text."""
+    if value is None or isinstance(value, bool | int | str) or (isinstance(value, float) and abs(value) < inf):
+        return value
+    return str(value)
+
+
+def log_handler(log_format: str = "plain", shows_process: bool = False) -> logging.Handler:
+    """Returns a handler that writes to the standard error, for `logging.basicConfig(handlers=[...])`.
+
+    The format is "plain" (the id of the OS process is shown if asked for) or "json". Raises ValueError for another one.
+    """
+    process = "%(process)d " if shows_process else ""
+    plain = logging.Formatter(f"%(asctime)s {process}%(levelname)s %(name)s: %(message)s")
+    formatters = {"plain": plain, "json": JSONFormatter()}
+    if log_format not in formatters:
+        raise ValueError(f"log_format is 'plain' or 'json', not {log_format!r}")
+    handler = logging.StreamHandler()
+    handler.setFormatter(formatters[log_format])
+    return handler
+
+
+__all__ += ["JSONFormatter", "log_handler"]
+rooms["logs"] = SimpleNamespace(log_request=_log_request, log_handler=log_handler)
+
+
 # ----- cut here: without stats ---------------------------------------------------------------------------------------
 # Lost: app.stats, and with it app.board.
 
@@ -7579,7 +8815,7 @@ def demo(notes: Notes, password: str | None = None) -> Nova:
     """Returns the tutorial's application; with a password, the board too."""
     pubsub.keep("notes")
     pubsub.keep("comments", seconds=24 * 3600)
-    small = {"protocol": "ws", "max_message_size": 65_536}  # bytes of a comment that is kept
+    small = {"protocol": "ws", "max_message_size": 65_536, "rate": (50, 1)}  # bytes of a comment that is kept
     api = NotesController(notes)
     page = {"Content-Type": "text/html; charset=utf-8", "Cache-Control": "no-cache"}
     script = {"Content-Type": "text/javascript; charset=utf-8", "Cache-Control": "no-cache"}
@@ -8045,8 +9281,8 @@ def parse_options() -> argparse.Namespace:
     add("--certfile", metavar="FILE", help="certificate (PEM): serve https and wss")
     add("--keyfile", metavar="FILE", help="private key of the certificate, if it is in another file")
     add("--reload", action="store_true", help="restart whenever a file of the program changes")
-    levels = ["debug", "info", "warning", "error"]
-    add("--log-level", choices=levels, default="info", help="lowest level to log (%(default)s)")
+    add("--log-level", choices=["debug", "info", "warning", "error"], default="info", help="lowest level (%(default)s)")
+    add("--log-format", choices=["plain", "json"], default="plain", help="json: each line is an object (%(default)s)")
     add("--version", action="version", version=f"nova_lite {__version__}")
     args = parser.parse_args()
     if args.workers > 1 and args.cluster is None:
@@ -8073,8 +9309,8 @@ def main() -> int:
         if sys.argv[1:2] == [name]:
             return subcommand(sys.argv[2:])
     args = parse_options()
-    process = "%(process)d " if args.workers > 1 else ""
-    logging.basicConfig(level=args.log_level.upper(), format=f"%(asctime)s {process}%(levelname)s %(message)s")
+    handler = log_handler(args.log_format, args.workers > 1)
+    logging.basicConfig(level=args.log_level.upper(), handlers=[handler])
     choose_password()  # before workers or a child are started: they must share it
     try:
         if args.reload:
