@@ -11835,6 +11835,14 @@ def test_a_form_of_another_site_is_refused(guarded, login, path, origin):
     assert (status, headers["Set-Cookie"], list(login.wrong)) == (403, None, [])
 
 
+@pytest.mark.parametrize("path", ["/login", "/logout"])
+def test_a_form_of_another_site_does_not_touch_the_session(guarded, path):
+    cookie = cookie_of(try_password(guarded)[1])  # which a browser would not send along: SameSite
+    changes = {"HTTP_ORIGIN": "http://evil.example", "HTTP_COOKIE": cookie}
+    assert ask(guarded, "POST", path, b"password=sesame", FORM, **changes)[0] == 403
+    assert is_welcome(guarded, cookie)
+
+
 def test_the_pages_own_form_is_not_refused(guarded):
     assert try_password(guarded, HTTP_ORIGIN="http://localhost")[0] == 303
 
