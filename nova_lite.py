@@ -7747,10 +7747,10 @@ class _Entry:
     """A session in memory."""
 
     values: dict[str, str]  # key -> JSON
-    created: float
+    begun: float
     used: float
 
-    __slots__ = ("created", "used", "values")
+    __slots__ = ("begun", "used", "values")
 
 
 class _Memory:
@@ -7806,7 +7806,7 @@ class _Memory:
         return entry
 
     def _is_over(self, entry: _Entry, now: float) -> bool:
-        return now - entry.used >= self.options.idle or now - entry.created >= self.options.absolute
+        return now - entry.used >= self.options.idle or now - entry.begun >= self.options.absolute
 
     def _drop(self, name: str) -> None:
         self.renewed.pop(name, None)
