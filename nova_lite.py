@@ -48,6 +48,7 @@ The map. A room uses the rooms above it, others only through `rooms`. Those afte
     sessions                cookies; what the server remembers of a browser between requests
     logs                    the access log; lines in JSON
     stats                   figures of this node and of all nodes
+    metrics                 figures of all nodes, for Prometheus
     board                   a page that shows them
     demo, main              Nova's tutorial; the command line
 
@@ -2062,9 +2063,8 @@ class Stream(Process):
         close.__traceback__ = None  # its frames hold it: 3 KiB a connection until the next garbage collection
         if self.phase is OPEN:
             self._start_close(close)
-        level, text = logging.INFO, f" ({close.code} {close.text})" if close.text else ""
-        if close.code in REFUSALS:
-            level = logging.WARNING
+        text = f" ({close.code} {close.text})" if close.text else ""
+        level = logging.WARNING if close.code in REFUSALS else logging.INFO
         log.log(level, "%r%s closed: %r%s", self, self.title(), close.reason, text)
         if hasattr(self.handler, "terminate"):
             self.handler.terminate(close.reason, self.req, self.state)
@@ -2216,7 +2216,6 @@ class ConnectionRegistry:
         self.limit = limit  # connections
         self.leaving = False  # whether the server is asked to stop, but still serves for SHUTDOWN_DELAY
         self.draining = False
-        self.host = ""  # the address that the server listens on; "" before it does
         self.slow_closed = 0  # connections whose client did not read
         self.dropped = 0  # messages, for clients that did not read
         self.logged, self.logged_drops = -60.0, 0  # when drops were logged last, and how many there were then
@@ -2329,9 +2328,13 @@ class Nova(bottle.Bottle):
         """Returns figures of this node (see the function `stats`)."""
         return room("stats").stats()
 
-    def board(self, path: str = "/board", security: Any = False, logout: str = "") -> None:
-        """Adds the board, a page that shows what this node is doing (see the function `board`)."""
-        room("board").board(self, path, security, logout)
+    def board(self, path: str = "/board", security: Any = None, logout: str = "") -> None:
+        """Adds the board, a page that shows what this node is doing; without `security`, to this machine only."""
+        room("board").board(self, path, room("proxy").is_local if security is None else security, logout)
+
+    def metrics(self, path: str = "/metrics", security: Any = False) -> None:
+        """Adds figures of all nodes for Prometheus (see the function `metrics`)."""
+        room("metrics").metrics(self, path, security)
 
     def _cast(self, out: Any, peek: Any = None) -> Any:
         """Logs what bottle turns into a 500 without a word: a generator's first step, a body that cannot be encoded."""
@@ -2648,8 +2651,7 @@ class RequestHandler(UpgradeHandler):
         self.rfile.close()
         raw: Any
         if self.server.ssl_enabled:
-            raw, rest = room("tls").detach(sock)
-            early += rest
+            raw, early = room("tls").detach(sock, early)
         else:
             raw = _socket.socket(sock.family, sock.type, sock.proto, sock.detach())
             raw.setblocking(False)  # whatever socket.setdefaulttimeout says
@@ -2672,7 +2674,7 @@ class Server(gevent.pywsgi.WSGIServer):
     `reuse_port`, other processes may serve the same port. `trust_proxy` is the number of proxies in front, for an
     application that is no `Nova` with that setting. `children` are the application's, as `run` has them: if their
     supervisor ends, `failed` is set and the server stops. Raises OSError if the address is in use or a file cannot be
-    read, RuntimeError if a child cannot be started.
+    read, RuntimeError if a child cannot be started, ValueError if other machines would reach a board without security.
     """
 
     KEEP_ALIVE, HEAD_TIME, BODY_TIME = 75.0, 10.0, 30.0  # seconds, by the room http: next request, head (or TLS), body
@@ -2703,8 +2705,8 @@ class Server(gevent.pywsgi.WSGIServer):
         if reuse_port:
             self.get_listener = lambda _address, backlog, _family: room("launch").bound_socket(host, port, backlog)
         handler = rooms["http"].handler if "http" in rooms else RequestHandler
-        if hops := trust_proxy or getattr(getattr(app, "settings", None), "trust_proxy", 0):
-            handler = room("proxy").handler_behind(hops, handler)
+        if trust_proxy or "proxy" in rooms:
+            handler = room("proxy").set_up(self, app, host, trust_proxy, handler)
         super().__init__((host, port), app, BACKLOG, log=None, error_log=log, handler_class=handler, **tls)
 
     def __enter__(self) -> Server:
@@ -2725,7 +2727,6 @@ class Server(gevent.pywsgi.WSGIServer):
         _check_patch()
         scheduler.bind_thread()
         super().init_socket()
-        self.registry.host = self.address[0]
         self.socket.setsockopt(IPPROTO_TCP, TCP_NODELAY, 1)  # accepted sockets inherit it
 
     def do_read(self) -> Any:
@@ -3414,7 +3415,7 @@ rooms["http"] = SimpleNamespace(handler=StrictRequestHandler, SlicedBytes=_Slice
 from ssl import SSLEOFError, SSLWantReadError, SSLWantWriteError, SSLZeroReturnError
 
 
-def _set_up(server: Any, certfile: str, keyfile: str | None) -> dict[str, Any]:
+def _set_up_tls(server: Any, certfile: str, keyfile: str | None) -> dict[str, Any]:
     """Returns gevent's arguments for a server that speaks TLS. Raises OSError if a file cannot be used."""
     from gevent import ssl
 
@@ -3475,11 +3476,10 @@ def _handle_client(server: Server, client_socket: Any, address: Any) -> None:
         sock.close()
 
 
-def _detach(sock: Any) -> tuple[TLS, bytes]:
-    """Returns the socket for a connection's process, and the bytes that TLS has read ahead."""
-    early = b""
+def _detach(sock: Any, early: bytes) -> tuple[TLS, bytes]:
+    """Returns the socket for a connection's process, and `early` with the bytes that TLS has read ahead."""
     with suppress(OSError):
-        early = sock.recv(sock.pending()) if sock.pending() else b""
+        early += sock.recv(sock.pending()) if sock.pending() else b""
     return TLS(sock), early
 
 
@@ -3490,14 +3490,15 @@ def _send_close_notify(sock: Any) -> None:
 
 
 rooms["tls"] = SimpleNamespace(
-    set_up=_set_up,
+    set_up=_set_up_tls,
     detach=_detach,
     send_close_notify=_send_close_notify,
 )
 
 
 # ----- cut here: without proxy ---------------------------------------------------------------------------------------
-# Lost: trust_proxy; and localhost, 127.0.0.1 and [::1] are then different hosts for an Origin.
+# Lost: trust_proxy; localhost, 127.0.0.1 and [::1] as one host for an Origin; the check that a board without security
+# is for this machine only.
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -3505,6 +3506,7 @@ rooms["tls"] = SimpleNamespace(
 # Invariant: without `trust_proxy`, nothing that a client writes in an X-Forwarded header counts.
 # ---------------------------------------------------------------------------------------------------------------------
 
+local_registries: weakref.WeakSet[Any] = weakref.WeakSet()  # of servers that only this machine reaches
 LOOPBACK_NAMES = ("localhost", "127.0.0.1", "[::1]")
 _REWRITTEN = "nova_lite.rewritten"  # in WSGI's environ: nothing is rewritten twice
 _SCHEMES = {"http": "http", "https": "https", "ws": "http", "wss": "https"}  # some proxies forward wss
@@ -3523,13 +3525,18 @@ class ProxiedHandler(RequestHandler):
         return environ
 
 
-def _handler_behind(hops: Any, handler: type[RequestHandler]) -> Any:
-    """Returns the class of handlers for a server behind so many proxies."""
-    _check({"trust_proxy": hops})
-    return type(handler.__name__, (ProxiedHandler, handler), {"hops": hops})
+def _set_up_proxy(server: Any, app: Any, host: str, hops: Any, handler: type[RequestHandler]) -> Any:
+    """Prepares a server, and returns the class of its handlers. Raises ValueError, see `Server`."""
+    hops = hops or getattr(getattr(app, "settings", None), "trust_proxy", 0)
+    _check_hops({"trust_proxy": hops})
+    if is_loopback(host):
+        local_registries.add(server.registry)
+    if not is_loopback(host) or hops:
+        _check_exposure(app, host)
+    return type(handler.__name__, (ProxiedHandler, handler), {"hops": hops}) if hops else handler
 
 
-def _check(options: Mapping[str, Any]) -> None:
+def _check_hops(options: Mapping[str, Any]) -> None:
     if not isinstance(options["trust_proxy"], int) or options["trust_proxy"] < 0:
         raise ValueError(f"trust_proxy is a number of proxies, or True for one, not {options['trust_proxy']!r}")
 
@@ -3587,7 +3594,7 @@ def _list_origins(own: str, environ: Mapping[str, Any]) -> list[str]:
     origins, port = [own], f":{match[2]}" if match[2] else ""
     if _REWRITTEN in environ and not port and origin is not None:
         origins.append(f"{own}:{origin[2]}")
-    if match[1].lower() in LOOPBACK_NAMES and REGISTRY_KEY in environ and is_loopback(environ[REGISTRY_KEY].host):
+    if match[1].lower() in LOOPBACK_NAMES and environ.get(REGISTRY_KEY) in local_registries:
         origins += [f"{scheme}://{name}{port}" for name in LOOPBACK_NAMES]
     return origins
 
@@ -3600,11 +3607,33 @@ def is_loopback(host: str) -> bool:
     return False
 
 
+def _is_local(req: Request) -> bool:
+    """The `security` of what is for this machine only."""
+    return is_loopback(req["peer"][0])
+
+
+def _check_exposure(app: Any, host: str) -> None:
+    """Raises ValueError if what is for this machine only would be served to others."""
+    route = next(_list_local_routes(app), None)
+    if route is not None:
+        why = "trust_proxy says that there is a proxy in front" if is_loopback(host) else f"others may reach {host!r}"
+        advice = "give app.board a security, or security=False if everyone may see it"
+        raise ValueError(f"the board at {route.rule.rstrip('/')} is for this machine only, but {why}: {advice}")
+
+
+def _list_local_routes(app: Any) -> Iterator[Any]:
+    for route in app.routes if isinstance(app, bottle.Bottle) else ():
+        if getattr(route.callback, "security", None) is _is_local:
+            yield route
+        yield from _list_local_routes(route.config.get("mountpoint.target"))
+
+
 rooms["proxy"] = SimpleNamespace(
-    check=_check,
-    handler_behind=_handler_behind,
+    check=_check_hops,
+    is_local=_is_local,
     list_origins=_list_origins,
     rewrite=_rewrite,
+    set_up=_set_up_proxy,
 )
 
 
@@ -8259,6 +8288,103 @@ vars(rooms["stats"]).update(  # for the board, which asks for what it shows only
     list_supervisors=_list_supervisors,
     list_leases=_leases,
 )
+
+
+# ----- cut here: without metrics -------------------------------------------------------------------------------------
+# Lost: app.metrics.
+# Needs: the room stats.
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Metrics: figures of all nodes in Prometheus' text format, 0.0.4.
+# Invariant: the number of series depends on the number of nodes alone. So no label is a process, a channel or a path:
+# clients name channels, and Prometheus would keep each name for weeks. The board and `stats` have them.
+# ---------------------------------------------------------------------------------------------------------------------
+
+METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+LABEL_LENGTH = 200  # characters of a node's name
+
+
+def _longest_mailbox(figures: Mapping[str, Any]) -> int:
+    return max((process["mailbox"] for process in figures["processes"]), default=0)
+
+
+_METRICS: tuple[tuple[str, str, str, Any], ...] = (  # name, type, help; the figure in `stats`, or a function of them
+    ("uptime_seconds", "gauge", "Seconds since the node was started.", "uptime_seconds"),
+    ("cpu_seconds_total", "counter", "CPU time of the OS process.", "cpu_seconds"),
+    ("memory_bytes", "gauge", "Resident memory of the OS process.", "memory_bytes"),
+    ("connections", "gauge", "WebSockets and event streams.", "connections"),
+    ("max_connections", "gauge", "Connections that the node accepts at most.", "max_connections"),
+    ("draining", "gauge", "1 while the node is stopping, else 0.", "draining"),
+    ("slow_closed_total", "counter", "Connections closed since their clients did not read.", "slow_closed"),
+    ("messages_dropped_total", "counter", "Messages dropped for clients that did not read.", "messages_dropped"),
+    ("processes", "gauge", "Processes, connections included.", "process_count"),
+    ("longest_mailbox_messages", "gauge", "Messages in the longest mailbox.", _longest_mailbox),
+    ("channels", "gauge", "Channels that have members on any node.", "channel_count"),
+    ("cluster_up", "gauge", "1 while connected to the cluster, else 0.", lambda it: it["cluster"]["up"]),
+    ("cluster_nodes", "gauge", "Nodes known here, with this one.", lambda it: len(it["cluster"]["nodes"]) + 1),
+    ("cluster_dropped_total", "counter", "Messages that were unreadable.", lambda it: it["cluster"]["dropped"]),
+)
+
+
+def metrics(app: Nova, path: str = "/metrics", security: Any = False) -> None:
+    """Adds figures of all nodes, workers included, to an application, for Prometheus; `security` as in a group.
+
+    Each has the label `node`. They are numbers only, without a name that a client has chosen: unlike the board, they
+    may be served without security, since few scrapers log in. A node that does not answer within a second is missing.
+    """
+    room("stats")  # raises here, and not at the first client, if it was cut off
+    app.add({"security": security, "routes": [(path, _show_metrics, {"methods": ["get"]})]})
+
+
+def _show_metrics(_req: Request) -> Any:
+    text = format_metrics(room("stats").cluster_stats())
+    return "status", 200, {"Content-Type": METRICS_TYPE, "Cache-Control": "no-store"}, text.encode("utf-8", "replace")
+
+
+def format_metrics(nodes: Iterable[Mapping[str, Any]]) -> str:
+    """Returns the `stats` of nodes in Prometheus' text format."""
+    named = _name_nodes(nodes)
+    info = [f'{{node="{name}",version="{_escape(figures.get("version"))}"}} 1' for name, figures in named.items()]
+    lines = _family("info", "gauge", "The version of nova_lite.", info)
+    for metric, kind, text, figure in _METRICS:
+        values = {name: _read_figure(figure, figures) for name, figures in named.items()}
+        samples = [f'{{node="{name}"}} {value}' for name, value in values.items() if value is not None]
+        lines += _family(metric, kind, text, samples)
+    return "".join(f"{line}\n" for line in lines)
+
+
+def _family(name: str, kind: str, text: str, samples: list[str]) -> list[str]:
+    head = [f"# HELP nova_lite_{name} {text}", f"# TYPE nova_lite_{name} {kind}"] if samples else []
+    return head + [f"nova_lite_{name}{sample}" for sample in samples]
+
+
+def _name_nodes(nodes: Iterable[Mapping[str, Any]]) -> dict[str, Mapping[str, Any]]:
+    """Returns the nodes by their labels. Of nodes with one name, those that started later get a number."""
+    named: dict[str, Mapping[str, Any]] = {}
+    for figures in sorted(nodes, key=lambda figures: -(_read_figure("uptime_seconds", figures) or 0)):
+        label, numbers = _escape(figures.get("node")), count(2)
+        name = label
+        while name in named:
+            name = f"{label} {next(numbers)}"
+        named[name] = figures
+    return named
+
+
+def _read_figure(figure: Any, figures: Mapping[str, Any]) -> Any:
+    """Returns a number, or None if the node has none: it is alone, or of another version."""
+    try:
+        value = figure(figures) if callable(figure) else figures[figure]
+    except (KeyError, TypeError):
+        return None
+    return value + 0 if isinstance(value, int | float) and abs(value) < inf else None
+
+
+def _escape(value: Any) -> str:
+    return str(value)[:LABEL_LENGTH].replace("\\", r"\\").replace('"', r"\"").replace("\n", r"\n")
+
+
+rooms["metrics"] = SimpleNamespace(metrics=metrics)
 
 
 # ----- cut here: without board ---------------------------------------------------------------------------------------

