@@ -14583,6 +14583,22 @@ def test_recipe_the_unit_is_what_systemd_accepts(tmp_path):
     assert (done.returncode, "rooms.service" in done.stderr) == (0, False), done.stderr
 
 
+def test_recipe_prometheus_scrapes_figures_that_its_rules_name(kitchen, redis_url):
+    parser = pytest.importorskip("prometheus_client.parser")
+    path = re.search(r"metrics_path: (\S+)", RECIPES["prometheus.yml"])[1]
+    assert "rules.yml" in re.search(r"rule_files: \[(.+)\]", RECIPES["prometheus.yml"])[1]
+    with recipe_running(kitchen, "watched.py", REDIS=redis_url, METRICS_TOKEN="secret") as server:
+        scheme = re.search(r"authorization: {type: (\w+),", RECIPES["prometheus.yml"])[1]
+        assert http_request(server, "GET", path)[0] == 401
+        status, _, text = http_request(server, "GET", path, headers={"Authorization": f"{scheme} secret"})
+        assert status == 200
+    samples = [sample for family in parser.text_string_to_metric_families(text.decode()) for sample in family.samples]
+    assert all(sample.labels["node"] for sample in samples)
+    watched = set(re.findall(r"\bnova_lite_\w+", RECIPES["rules.yml"]))
+    assert len(watched) >= 4
+    assert watched <= {sample.name for sample in samples}
+
+
 def test_recipe_the_dockerfile_names_files_packages_and_a_command_that_are_there(kitchen):
     lines = dict(line.split(" ", 1) for line in RECIPES["Dockerfile"].splitlines()[1:])
     assert list(lines) == ["FROM", "RUN", "COPY", "USER", "CMD"]
