@@ -14221,21 +14221,21 @@ def test_the_readme_explains_every_option(name):
 # -- the recipes of the README
 
 
-def recipes():
+def read_recipes():
     """The files of the README's recipes, by name: each code block's first line is a comment with it."""
     section = (ROOT / "README.md").read_text().partition("## Recipes\n")[2].partition("\n## ")[0]
     blocks = re.findall(r"```\w*\n(# ([\w./-]+).*?\n)```", section, re.DOTALL)
     return {name: text for text, name in blocks}
 
 
-RECIPES = recipes()
+COOKBOOK = read_recipes()
 
 
 @pytest.fixture(scope="module")
 def kitchen(tmp_path_factory):
     """A folder with all recipes, as printed."""
     folder = tmp_path_factory.mktemp("recipes")
-    for name, text in RECIPES.items():
+    for name, text in COOKBOOK.items():
         (folder / name).write_text(text)
     return folder
 
@@ -14267,10 +14267,10 @@ def receive_json(client, count=1):
     return [json.loads(client.recv(PATIENCE)) for _ in range(count)]
 
 
-@pytest.mark.parametrize("name", RECIPES)
+@pytest.mark.parametrize("name", COOKBOOK)
 def test_a_recipe_fits_on_a_screen(name):
-    assert RECIPES[name].count("\n") <= 40
-    assert max(map(len, RECIPES[name].splitlines())) <= 120
+    assert COOKBOOK[name].count("\n") <= 40
+    assert max(map(len, COOKBOOK[name].splitlines())) <= 120
 
 
 def test_the_readmes_links_lead_to_its_headings():
@@ -14350,7 +14350,7 @@ def order_watched(kitchen, redis_url):
 def test_recipe_a_cron_job_pushes(kitchen, redis_url, tmp_path):
     for file in (PROGRAM, kitchen / "push.py"):
         (tmp_path / file.name).symlink_to(file)
-    table = RECIPES["crontab"].replace("/srv/orders", str(tmp_path)).replace(".venv/bin/python", sys.executable)
+    table = COOKBOOK["crontab"].replace("/srv/orders", str(tmp_path)).replace(".venv/bin/python", sys.executable)
     jobs = re.findall(r"^[\d*/]+ [\d*/]+ \* \* \* +(.+)$", table, re.MULTILINE)
     assert re.search(r"^REDIS=redis://\S+$", table, re.MULTILINE)
     env = {**os.environ, "REDIS": redis_url, "PYTHONPATH": str(ROOT)}
@@ -14558,7 +14558,7 @@ def test_recipe_nginx_says_who_the_client_is_whatever_it_says_itself(kitchen, tm
 
 
 def test_recipe_the_unit_of_systemd_runs_workers_and_drains_them(kitchen, redis_url, tmp_path):
-    options = dict(re.findall(r"^(\w+)=(.*)$", RECIPES["rooms.service"], re.MULTILINE))
+    options = dict(re.findall(r"^(\w+)=(.*)$", COOKBOOK["rooms.service"], re.MULTILINE))
     env = dict(item.split("=", 1) for item in options["Environment"].split())
     folder = options["WorkingDirectory"]
     assert options["ExecStart"] == f"{folder}/.venv/bin/python rooms.py"
@@ -14577,7 +14577,7 @@ def test_recipe_the_unit_of_systemd_runs_workers_and_drains_them(kitchen, redis_
 def test_recipe_the_unit_is_what_systemd_accepts(tmp_path):
     if shutil.which("systemd-analyze") is None:
         pytest.skip("there is no systemd on this machine")
-    unit = RECIPES["rooms.service"].replace("/srv/rooms/.venv/bin/python", sys.executable)
+    unit = COOKBOOK["rooms.service"].replace("/srv/rooms/.venv/bin/python", sys.executable)
     (tmp_path / "rooms.service").write_text(unit)
     done = subprocess.run(["systemd-analyze", "verify", tmp_path / "rooms.service"], capture_output=True, text=True)
     assert (done.returncode, "rooms.service" in done.stderr) == (0, False), done.stderr
@@ -14585,25 +14585,25 @@ def test_recipe_the_unit_is_what_systemd_accepts(tmp_path):
 
 def test_recipe_prometheus_scrapes_figures_that_its_rules_name(kitchen, redis_url):
     parser = pytest.importorskip("prometheus_client.parser")
-    path = re.search(r"metrics_path: (\S+)", RECIPES["prometheus.yml"])[1]
-    assert "rules.yml" in re.search(r"rule_files: \[(.+)\]", RECIPES["prometheus.yml"])[1]
+    path = re.search(r"metrics_path: (\S+)", COOKBOOK["prometheus.yml"])[1]
+    assert "rules.yml" in re.search(r"rule_files: \[(.+)\]", COOKBOOK["prometheus.yml"])[1]
     with recipe_running(kitchen, "watched.py", REDIS=redis_url, METRICS_TOKEN="secret") as server:
-        scheme = re.search(r"authorization: {type: (\w+),", RECIPES["prometheus.yml"])[1]
+        scheme = re.search(r"authorization: {type: (\w+),", COOKBOOK["prometheus.yml"])[1]
         assert http_request(server, "GET", path)[0] == 401
         status, _, text = http_request(server, "GET", path, headers={"Authorization": f"{scheme} secret"})
         assert status == 200
     samples = [sample for family in parser.text_string_to_metric_families(text.decode()) for sample in family.samples]
     assert all(sample.labels["node"] for sample in samples)
-    watched = set(re.findall(r"\bnova_lite_\w+", RECIPES["rules.yml"]))
+    watched = set(re.findall(r"\bnova_lite_\w+", COOKBOOK["rules.yml"]))
     assert len(watched) >= 4
     assert watched <= {sample.name for sample in samples}
 
 
 def test_recipe_the_dockerfile_names_files_packages_and_a_command_that_are_there(kitchen):
-    lines = dict(line.split(" ", 1) for line in RECIPES["Dockerfile"].splitlines()[1:])
+    lines = dict(line.split(" ", 1) for line in COOKBOOK["Dockerfile"].splitlines()[1:])
     assert list(lines) == ["FROM", "RUN", "COPY", "USER", "CMD"]
     *files, folder = lines["COPY"].split()
-    assert all((ROOT / file).exists() or file in RECIPES for file in files)
+    assert all((ROOT / file).exists() or file in COOKBOOK for file in files)
     assert set(files) == {"nova_lite.py", "rooms.py"}
     packages = set(re.findall(r"\"?([a-z][\w-]+)(?:[<>=][^\"]*\")?", lines["RUN"].partition("--no-cache-dir ")[2]))
     required = {re.split("[<>=]", line)[0] for line in (ROOT / "requirements.txt").read_text().split()}
