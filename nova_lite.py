@@ -7351,8 +7351,8 @@ def set_cookie(
     uses https. `samesite` is "Lax", "Strict", "None" (which needs `secure`) or None, for the browser's default.
 
     Raises ValueError for what browsers would not take: control characters, more than MAX_COOKIE bytes, a `__Host-`
-    without what that demands; TypeError for a value that is no string, or not JSON; RuntimeError if it is too late: a
-    WebSocket or an event stream has its response.
+    without what that demands; TypeError for a value that is no string, or not JSON; RuntimeError if it is too late (a
+    WebSocket or an event stream has its response), or if another application than a Nova sends the response.
     """
     secure = is_https(req) if secure is None else secure
     text = _quote(value) if secret is None else _sign(name, value, secret, max_age)
@@ -7374,6 +7374,8 @@ def _cookies_to_send(req: Request) -> dict[Any, str]:
     cookies: dict[Any, str] | None = req.environ.setdefault(COOKIES_KEY, {})
     if cookies is None:
         raise RuntimeError("no cookie can be sent any more: the response to this request has been sent")
+    if not isinstance(req.environ.get("bottle.app"), Nova | None):  # it has taken over the routes
+        raise RuntimeError("no cookie can be sent: mount the application in bottle's as app.wsgi, not as app")
     return cookies
 
 
@@ -7576,10 +7578,10 @@ class _Entry:
     """A session in memory."""
 
     values: dict[str, str]  # key -> JSON
-    created: float
+    begun: float
     used: float
 
-    __slots__ = ("created", "used", "values")
+    __slots__ = ("begun", "used", "values")
 
 
 class _Memory:
@@ -7635,7 +7637,7 @@ class _Memory:
         return entry
 
     def _is_over(self, entry: _Entry, now: float) -> bool:
-        return now - entry.used >= self.options.idle or now - entry.created >= self.options.absolute
+        return now - entry.used >= self.options.idle or now - entry.begun >= self.options.absolute
 
     def _drop(self, name: str) -> None:
         self.renewed.pop(name, None)
