@@ -1411,6 +1411,8 @@ def read_body(environ: dict[str, Any], limit: int) -> bytes:
         length = int(environ.get("CONTENT_LENGTH") or 0)
         is_wanted = chunked or 0 < length <= limit
         body = file.read(limit + 1 if chunked else length) if is_wanted else b""  # type: ignore[union-attr]
+    except HTTPError:  # of the room http, which may be an OSError, too: 400, 408 or 413
+        raise
     except (AttributeError, OSError, ValueError):
         raise HTTPError(400, "the body could not be read")
     size = max(length, len(body))
@@ -7551,8 +7553,8 @@ def set_cookie(
     uses https. `samesite` is "Lax", "Strict", "None" (which needs `secure`) or None, for the browser's default.
 
     Raises ValueError for what browsers would not take: control characters, more than MAX_COOKIE bytes, a `__Host-`
-    without what that demands; TypeError for a value that is no string, or not JSON; RuntimeError if it is too late: a
-    WebSocket or an event stream has its response.
+    without what that demands; TypeError for a value that is no string, or not JSON; RuntimeError if it is too late (a
+    WebSocket or an event stream has its response), or if another application than a Nova sends the response.
     """
     secure = is_https(req) if secure is None else secure
     text = _quote(value) if secret is None else _sign(name, value, secret, max_age)
@@ -7574,6 +7576,8 @@ def _cookies_to_send(req: Request) -> dict[Any, str]:
     cookies: dict[Any, str] | None = req.environ.setdefault(COOKIES_KEY, {})
     if cookies is None:
         raise RuntimeError("no cookie can be sent any more: the response to this request has been sent")
+    if not isinstance(req.environ.get("bottle.app"), Nova | None):  # it has taken over the routes
+        raise RuntimeError("no cookie can be sent: mount the application in bottle's as app.wsgi, not as app")
     return cookies
 
 

@@ -12522,6 +12522,15 @@ def test_a_cookie_leaves_a_mounted_application_once():
     assert as_sent(ask(app, path="/sub/")[1]) == "a=2; a=3"
 
 
+def test_bottle_with_the_routes_of_a_nova_sends_no_cookies_and_one_that_mounts_it_does(caplog):
+    app = bottle.Bottle()
+    app.mount("/routes/", one_route(with_cookie(("status", 200))))
+    app.mount("/mounted", one_route(with_cookie(("status", 200))).wsgi)
+    assert ask(app, path="/routes/")[0] == 500
+    assert "mount the application in bottle's as app.wsgi" in caplog.text
+    assert as_sent(ask(app, path="/mounted/")[1]) == "a=2; a=3"
+
+
 def test_no_other_client_gets_a_cookie():
     waiting = gevent.event.Event()
 
