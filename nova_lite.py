@@ -34,7 +34,8 @@ The map. A room uses the rooms above it, others only through `rooms`. Those afte
     tls                     https and wss
     proxy                   what a proxy in front says of the client
     checks                  mistakes in routes and options, as errors that say what to do
-    views                   templates and files, the look of pages
+    views                   templates and files; the look of pages, and their client, NovaSocket
+    plugins                 before and after controllers; cors; pages for statuses; mounted applications
     deflate                 compression (permessage-deflate)
     rate                    clients that may say so much a time
     gen_server              servers with calls; supervisors
@@ -44,6 +45,7 @@ The map. A room uses the rooms above it, others only through `rooms`. Those afte
     codec                   what crosses to another node
     cluster                 other nodes, through Redis
     leases                  a child that runs on one node of the cluster
+    sessions                cookies; what the server remembers of a browser between requests
     logs                    the access log; lines in JSON
     stats                   figures of this node and of all nodes
     metrics                 figures of all nodes, for Prometheus
@@ -89,6 +91,7 @@ from dataclasses import dataclass, replace
 from datetime import datetime
 from functools import cache, lru_cache, partial
 from io import BytesIO
+from ipaddress import ip_address
 from itertools import count, islice
 from math import inf, isnan
 from operator import itemgetter
@@ -166,6 +169,10 @@ class Settings:
 
 TIME_SLICE = 0.003  # seconds of turns before sockets and timers are looked at: none must wait for 5 ms
 YIELD_DELAY = 1e-6  # seconds: the shortest sleep that polls sockets; after sleep(0) gevent runs 50 callbacks first
+CALLBACKS = (  # of handlers and servers
+    "init", "terminate", "websocket_init", "websocket_handle", "websocket_info", "handle_call", "handle_cast",
+    "handle_continue", "handle_info",
+)  # fmt: skip
 HOLD_LIMIT = 0.1  # seconds of one turn; what holds the hub longer, and so keeps all others waiting, is logged
 SPARE_RUNNERS = 64  # idle runners kept: a burst of blocking callbacks must not keep as many stacks
 
@@ -914,11 +921,9 @@ def is_normal(reason: Any) -> bool:
 
 
 def failing_callback(error: BaseException) -> str:
-    """Returns the name of the callback that raised `error`: the first frame after the last one of this file."""
-    names = [(frame.f_code.co_filename, frame.f_code.co_name) for frame, _ in traceback.walk_tb(error.__traceback__)]
-    own = [at for at, (filename, _) in enumerate(names) if filename == __file__]
-    foreign = names[own[-1] + 1 :] if own else names
-    return foreign[0][1] if foreign else names[-1][1] if names else ""
+    """Returns the name of the callback in which `error` was raised, "" if that was after it returned."""
+    codes = [frame.f_code for frame, _ in traceback.walk_tb(error.__traceback__)]
+    return next((code.co_name for code in codes if code.co_filename != __file__ or code.co_name in CALLBACKS), "")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1238,6 +1243,7 @@ pubsub = PubSub()
 
 REFUSAL_KEY = "nova_lite.refusal"  # in WSGI's environ: why the request was refused, for the server's log
 MAX_FIELDS = 10_000  # of a form
+COOKIES_KEY = "nova_lite.cookies"  # in WSGI's environ: those to send, by the room sessions; None: it is too late
 _ESCAPE = re.compile(r"\\(?:([0-3][0-7]{2})|(.))")  # in a cookie's value between quotes
 _ORIGIN = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://([A-Za-z0-9._~-]+|\[[0-9A-Fa-f:.]+\])(?::([0-9]{1,5}))?")
 _SUSPECT = re.compile(r"\\u|[0-9][eE]|[0-9]{300}|NaN|Infinity")  # a lone surrogate, or a number that JSON lacks?
@@ -1278,12 +1284,24 @@ class Request(Mapping[str, Any]):
         return f"<Request {self['method']} {printable(self['path'])}>"
 
     def set(self, key: str, value: Any) -> None:
-        """Sets what only the handshake or `security` can determine."""
+        """Sets a key: what the handshake or `security` determines, or what a plugin has for the controller."""
         self._known[key] = value
 
     def detach(self) -> None:
         """Drops the server's buffers, for a request that outlives its HTTP connection."""
-        self.environ = {key: value for key, value in self.environ.items() if type(value) is str}
+        self.environ = {key: value for key, value in self.environ.items() if type(value) is str} | {COOKIES_KEY: None}
+
+    def set_cookie(self, name: str, value: Any, **options: Any) -> None:
+        """Sends a cookie with the response; `options` are those of the function `set_cookie`."""
+        room("sessions").set_cookie(self, name, value, **options)
+
+    def get_cookie(self, name: str, secret: str | bytes | None = None) -> Any:
+        """Returns a cookie's value, with `secret` that of a signed one; None if it is missing or forged."""
+        return room("sessions").get_cookie(self, name, secret)
+
+    def delete_cookie(self, name: str, **options: Any) -> None:
+        """Makes the client forget a cookie, for which `path` and `domain` must be those that it was set with."""
+        room("sessions").set_cookie(self, name, "", **{**options, "max_age": 0})
 
     def is_own_origin(self) -> bool:
         """Returns whether the Origin, if any, is allowed. Only browsers have to send one (RFC 6455 §10.2)."""
@@ -1317,14 +1335,6 @@ def printable(text: Any) -> str:
     return repr(str(text))[1:-1].replace('"', '\\"')
 
 
-class _SlicedBytes(BytesIO):
-    """Yields to other greenlets while bottle parses a form: 1 MB may take 0.8 s."""
-
-    def read(self, size: int | None = -1) -> bytes:
-        scheduler.yield_after_slice()
-        return super().read(min(size, 4096) if size and size > 0 else size)
-
-
 def _json(req: Request) -> Any:
     is_json = req.content_type() == "application/json" or req.content_type().endswith("+json")
     return parse_json(req["body"]) if is_json and req["body"] else None
@@ -1338,7 +1348,7 @@ def _params(req: Request) -> Mapping[str, Any]:
             text = req["body"].decode("utf-8", "replace")
             return dict(parse_qsl(text, keep_blank_values=True, max_num_fields=MAX_FIELDS))
         if req.content_type() == "multipart/form-data":
-            body = _SlicedBytes(req["body"])  # first, since it changes what the environ says of the body
+            body = getattr(rooms.get("http"), "SlicedBytes", BytesIO)(req["body"])  # first: it changes the environ
             own = {key: value for key, value in req.environ.items() if not key.startswith("bottle.")}
             form = dict(bottle.BaseRequest({**own, "wsgi.input": body}).forms.decode())
             "".join([*form, *form.values()]).encode()  # some charsets make lone surrogates
@@ -1401,8 +1411,6 @@ def read_body(environ: dict[str, Any], limit: int) -> bytes:
         length = int(environ.get("CONTENT_LENGTH") or 0)
         is_wanted = chunked or 0 < length <= limit
         body = file.read(limit + 1 if chunked else length) if is_wanted else b""  # type: ignore[union-attr]
-    except HTTPError:  # of the room http: 400, 408 or 413
-        raise
     except (AttributeError, OSError, ValueError):
         raise HTTPError(400, "the body could not be read")
     size = max(length, len(body))
@@ -1469,7 +1477,11 @@ def make_response(status: Any, headers: Any, body: Any = None) -> HTTPResponse:
 
 
 def json_response(status: Any, headers: Any, data: Any) -> HTTPResponse:
-    response = make_response(status, headers, _json_encoder.encode(data).encode())
+    try:
+        body = _json_encoder.encode(data).encode()
+    except (RecursionError, TypeError, ValueError) as error:
+        raise ValueError(rooms["checks"].explain_json(data) if "checks" in rooms else error) from None
+    response = make_response(status, headers, body)
     response.headers.setdefault("Content-Type", "application/json")
     return response
 
@@ -1580,7 +1592,9 @@ def encode_frame(frame: Any) -> bytes:
             return close_frame(code, reason)
         case "close":
             return close_frame(NO_STATUS)
-    raise ValueError(f"not a frame: {frame!r}")
+    raise ValueError(
+        f'not a frame: {frame!r}; a frame is ("text", str), ("binary", bytes), ("close", code, reason), ...'
+    )
 
 
 class Parser:
@@ -1824,7 +1838,7 @@ class Stream(Process):
             case ("ok", state):
                 self.state, self.init_waiter = state, None
             case result:
-                raise ValueError(f"init returned {result!r}, not ('ok', state)")
+                raise ValueError(f'{self.role()}.init answered {result!r}; expected ("ok", state)')
         init_waiter.send("ok")
         self.reschedule()
 
@@ -1874,7 +1888,7 @@ class Stream(Process):
                     outgoing.append(data)
                     size += len(data)
             else:
-                size += self.handle_result(result, info)
+                size += self.handle_result(result, info, "websocket_info")
             if not mailbox or size > READ_SIZE or self.write_buffer or self.exiting is not None:
                 break  # the rest waits in the mailbox, where it is counted, and not yet encoded
             if not done % 8 and monotonic() > deadline:  # checked for each message, it would cost a flood 5 %
@@ -1887,7 +1901,8 @@ class Stream(Process):
             if type(frame) is not tuple:
                 if frame != "$init":
                     raise frame
-                result = self.handler.websocket_init(self.state)
+                size += self.handle_result(self.handler.websocket_init(self.state), None, "websocket_init")
+                result = "ok"
             elif frame[0] == "close":
                 raise Close(frame[1], "", "remote" if frame[1] == NO_STATUS else ("remote", *frame[1:]))
             else:
@@ -1904,14 +1919,14 @@ class Stream(Process):
         if not self.reader.active and not self.should_pause():
             self.reader.start(self.readable)
 
-    def handle_result(self, result: Any, _info: Any = None) -> int:
+    def handle_result(self, result: Any, _info: Any = None, callback: str = "websocket_handle") -> int:
         """Keeps the state and queues the frames that a callback returned. Returns their size in bytes."""
         match result:
             case ("reply", frames, state) | ("reply", frames, state, "hibernate"):
                 self.state = state
                 if isinstance(frames, list):
-                    return sum(self._queue_frame(frame) for frame in frames)
-                return self._queue_frame(frames)
+                    return sum(self._queue_frame(frame, callback) for frame in frames)
+                return self._queue_frame(frames, callback)
             case ("ok", state) | ("ok", state, "hibernate"):
                 self.state = state
             case ("stop", state) | ("stop", state, "hibernate"):
@@ -1920,11 +1935,15 @@ class Stream(Process):
             case "ok":
                 pass
             case _:
-                raise ValueError(f"a callback returned {result!r}")
+                expected = '("ok", state), ("reply", frame, state) or ("stop", state)'
+                raise ValueError(f"{self.role()}.{callback} answered {result!r}; expected {expected}")
         return 0
 
-    def _queue_frame(self, frame: Any) -> int:
-        data = self.encode(frame)
+    def _queue_frame(self, frame: Any, callback: str = "websocket_info") -> int:
+        try:
+            data = self.encode(frame)
+        except ValueError as error:
+            raise ValueError(f"{self.role()}.{callback} replied with what is {error}") from None
         self.outgoing.append(data)
         if frame == "close" or frame[0] == "close":
             raise Close(None, "", "stop")  # None: the handler's own close frame is queued
@@ -2039,7 +2058,7 @@ class Stream(Process):
 
     def cleanup(self, error: BaseException) -> Any:
         if self.init_waiter is not None:
-            return self.log_crash(error, f"{type(self.handler).__name__}.init")
+            return self.log_crash(error, f"{self.role()}.init")
         close = self._close_for(error)
         close.__traceback__ = None  # its frames hold it: 3 KiB a connection until the next garbage collection
         if self.phase is OPEN:
@@ -2060,7 +2079,8 @@ class Stream(Process):
             return cause
         if isinstance(error, ProcessExit):
             return Close(1001 if is_normal(cause) else 1011, "", cause)
-        self.log_crash(error, f"{type(self.handler).__name__}.{failing_callback(error)}")
+        callback = failing_callback(error)
+        self.log_crash(error, callback and f"{self.role()}.{callback}")
         return Close(1011, "", ("crash", type(error), error))
 
     def role(self) -> str:
@@ -2246,12 +2266,19 @@ class Nova(bottle.Bottle):
     of `req`, or, with {"protocol": "ws"}, a handler: a class, a module or any object with the callbacks. Options are
     "methods" (a list; "_" is any), "protocol" ("http" or "ws"), and the names in `Settings`, which `Nova` takes for all
     routes. Raises ValueError for unknown keys and options.
+
+    A route (404, controller) makes the page for that status, from 400 to 599. `plugins` are bottle's, or Nova's: tuples
+    ("pre_request" or "post_request", plugin, options). A group with Nova's does not have those for all.
     """
 
-    def __init__(self, groups: Iterable[Mapping[str, Any]] = (), **settings: Any) -> None:
+    def __init__(
+        self, groups: Iterable[Mapping[str, Any]] = (), *, plugins: Iterable[Any] = (), **settings: Any
+    ) -> None:
         super().__init__()
         self.settings = _settings("Nova", Settings(), settings)
         self.plugins.insert(0, SimpleNamespace(apply=lambda *args: partial(_call_outermost, *args)))
+        if plugins:
+            room("plugins").install(self, plugins)
         for group in [groups] if isinstance(groups, Mapping) else groups:
             self.add(group)
 
@@ -2261,13 +2288,17 @@ class Nova(bottle.Bottle):
             rooms["checks"].check_group(group)
         if unknown := set(group) - GROUP_KEYS:  # with a misspelt "security", the group would be open
             raise ValueError(f"a group of routes has no {', '.join(sorted(unknown))}")
+        if "plugins" in rooms:
+            group = rooms["plugins"].prepare(self, group)
         for route in group.get("routes", ()):
+            if "checks" in rooms:
+                rooms["checks"].check_route(self, group, route, _rule)
             self._add(group, *route)
 
     def _add(self, group: Mapping[str, Any], path: str, controller: Any, options: Any = ()) -> None:
+        if isinstance(path, int) or any(isinstance(plugin, tuple) for plugin in bottle.makelist(group.get("plugins"))):
+            room("plugins")  # which would have taken these; raises if it was cut off
         rule, options = _rule(group.get("prefix", ""), path), dict(options)
-        if "checks" in rooms:
-            rooms["checks"].check_route(self, rule, controller, options)
         settings = {key: value for key, value in options.items() if key not in ROUTE_OPTIONS}
         methods = ["get"] if options.get("protocol") == "ws" else options.get("methods") or ["_"]
         kind = _WebSocketEndpoint if options.get("protocol") == "ws" else _Endpoint
@@ -2275,9 +2306,23 @@ class Nova(bottle.Bottle):
         names = ["ANY" if method == "_" else method.upper() for method in methods]
         self.route(rule, names, endpoint, apply=group.get("plugins", []))
 
+    def endpoint(self, controller: Callable[[Request], Any], security: Any = False) -> Any:
+        """Returns a controller in the form that bottle calls."""
+        return _Endpoint(controller, security, self.settings)
+
+    def mount(self, prefix: str, app: Any, *, security: Any = False, **options: Any) -> None:
+        """Serves a WSGI application below `prefix` (see the room plugins); `options` are those of bottle's `route`."""
+        if "plugins" in rooms or security is not False:
+            room("plugins").mount(self, prefix, app, security, options)
+        else:
+            super().mount(prefix, app, **options)
+
     def run(self, host: str = "127.0.0.1", port: int = 8080, **options: Any) -> None:
         """Serves the application until SIGINT or SIGTERM; `options` are those of the function `run`."""
-        room("server").run(self, host, port, **options)
+        try:
+            room("server").run(self, host, port, **options)
+        finally:
+            self.close()  # its plugins
 
     def stats(self) -> dict[str, Any]:
         """Returns figures of this node (see the function `stats`)."""
@@ -2302,10 +2347,12 @@ class Nova(bottle.Bottle):
             where = bottle.request.method, printable(bottle.request.path)
             log.error("the response to %s %s crashed", *where, exc_info=error)
             return super()._cast(HTTPError(500, exception=error), peek)
+        finally:
+            if COOKIES_KEY in bottle.request.environ:
+                room("sessions").send_cookies(bottle.request.environ)
 
     def default_error_handler(self, res: HTTPError) -> bytes:
-        accept = bottle.request.environ.get("HTTP_ACCEPT", "")
-        text = str(res.body or res.status_line.partition(" ")[2])
+        accept, text = bottle.request.get_header("Accept", ""), str(res.body or res.status_line.partition(" ")[2])
         bottle.response.content_type, body = error_body(res.status_line, text, accept)
         return body
 
@@ -2360,6 +2407,8 @@ class _Endpoint:
                 return "status", *answer[1:]
             case ("redirect", _) | HTTPResponse():
                 return answer
+        if answer is not False and "checks" in rooms:
+            rooms["checks"].warn_of_answer(self, answer, req)
         return "status", 401
 
     def answer(self, result: Any, req: Request) -> HTTPResponse:
@@ -2385,8 +2434,9 @@ class _Endpoint:
             return fn(req)
         except HTTPResponse as response:
             return response
-        except Exception:
+        except Exception as error:
             log.exception("%s crashed at %s %s", name_of(fn), req["method"], printable(req["path"]))
+            req.set("crash_info", {"status_code": 500, "class": type(error).__name__, "reason": error})
             return HTTPError(500)
 
 
@@ -2743,6 +2793,7 @@ def run(
     log_level: str = "info",
     log_format: str = "plain",
     children: Iterable[dict[str, Any]] = (),
+    ready: Callable[[Server], Any] | None = None,
     **options: Any,
 ) -> None:
     """Serves `app` until SIGINT or SIGTERM, then drains for at most `drain_time` seconds and returns.
@@ -2751,7 +2802,7 @@ def run(
     load balancer can notice. A second signal ends the process immediately. `cluster` is the URL of a Redis (see
     `pubsub.connect`), and `name` is this node's name there. `workers` is the number of processes on the port (see
     `run_workers`); more than one need a cluster. `reload` restarts the program when one of its files changes.
-    With `log_format="json"`, a line of the log is a JSON object.
+    With `log_format="json"`, a line of the log is a JSON object. `ready` is called with the server once it serves.
     `children` (see `start_supervisor`) are started in each process that serves, before it does, and stopped after the
     drain, also if a signal comes while they start; if their supervisor ends, the server drains and the exit code is 1.
     `options` are `Server`'s. Raises OSError if the address is in use, ValueError for a bad child and for workers
@@ -2771,18 +2822,12 @@ def run(
         number, port = room("launch").run_workers(workers, host, port, drain_time + shutdown_delay)
         options["reuse_port"], name = True, f"{name or scheduler.node}-{number}"
     _descriptor_limit(raised=True)
-    try:
-        _serve(Server(app, host, port, drain_time=drain_time, **options), shutdown_delay, cluster, name)
-    finally:
-        if cluster is not None:
-            pubsub.disconnect()
+    _serve(Server(app, host, port, drain_time=drain_time, **options), shutdown_delay, cluster, name, ready)
 
 
-def _serve(server: Server, shutdown_delay: float, cluster: str | None, name: str | None) -> None:
+def _serve(server: Server, shutdown_delay: float, cluster: str | None, name: str | None, ready: Any) -> None:
     asked_to_stop = gevent.event.Event()
     server.on_failure = asked_to_stop.set
-    if cluster is not None:
-        pubsub.connect(cluster, name)
     signals = count()
 
     def on_signal() -> None:
@@ -2791,15 +2836,20 @@ def _serve(server: Server, shutdown_delay: float, cluster: str | None, name: str
         asked_to_stop.set()
 
     with ExitStack() as closers:
+        if cluster is not None:
+            closers.callback(pubsub.disconnect)
+            pubsub.connect(cluster, name)
         for sign in (signal.SIGINT, signal.SIGTERM):  # before the server: children may take long to start
             closers.callback(gevent.signal_handler(sign, on_signal).cancel)
         for close in filter(None, [hook(asked_to_stop.set) for hook in while_serving]):
             closers.callback(close)
         closers.enter_context(server)
+        if ready is not None:
+            ready(server)
         host = server.address[0]
         scheme, shown = "https" if server.ssl_enabled else "http", f"[{host}]" if ":" in host else host
         log.info("serving on %s://%s:%d/ (Ctrl-C stops)", scheme, shown, server.port)
-        log.info("the descriptor limit allows %d WebSockets", server.registry.limit)
+        log.debug("the descriptor limit allows %d WebSockets", server.registry.limit)
         gc.collect()
         gc.freeze()  # a full collection then takes 3 ms, not 15
         asked_to_stop.wait()
@@ -3344,7 +3394,15 @@ def _tokens(value: str) -> list[str]:
     return [token for token in re.split(r"[ \t,]+", value.lower()) if token]
 
 
-rooms["http"] = SimpleNamespace(handler=StrictRequestHandler)
+class _SlicedBytes(BytesIO):
+    """Yields to other greenlets while bottle parses a form: 1 MB may take 0.8 s."""
+
+    def read(self, size: int | None = -1) -> bytes:
+        scheduler.yield_after_slice()
+        return super().read(min(size, 4096) if size and size > 0 else size)
+
+
+rooms["http"] = SimpleNamespace(handler=StrictRequestHandler, SlicedBytes=_SlicedBytes)
 # ----- cut here: without tls -----------------------------------------------------------------------------------------
 # Lost: certfile and keyfile: https and wss without a proxy.
 
@@ -3447,8 +3505,6 @@ rooms["tls"] = SimpleNamespace(
 # Proxy: what a proxy in front says of the client, and by which names a server is called.
 # Invariant: without `trust_proxy`, nothing that a client writes in an X-Forwarded header counts.
 # ---------------------------------------------------------------------------------------------------------------------
-
-from ipaddress import ip_address
 
 local_registries: weakref.WeakSet[Any] = weakref.WeakSet()  # of servers that only this machine reaches
 LOOPBACK_NAMES = ("localhost", "127.0.0.1", "[::1]")
@@ -3582,68 +3638,406 @@ rooms["proxy"] = SimpleNamespace(
 
 
 # ----- cut here: without checks --------------------------------------------------------------------------------------
-# Lost: mistakes in routes and options are found, with advice, when the application is made. The core refuses unknown
-# keys of a group; other mistakes show at the request.
+# Lost: mistakes in routes, options and callbacks are found, with advice, when the application is made or a server is
+# started. The core refuses unknown keys of a group; other mistakes show at the request.
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Checks: finds mistakes when the application is made, and says what is wrong, where, and what to do instead.
-# Invariant: a program without mistakes is the same with and without this room. A doubtful case is no mistake.
+# Invariant: a program without mistakes runs the same with and without this room. Nothing of the application is called,
+# and what cannot be known is no mistake.
 # ---------------------------------------------------------------------------------------------------------------------
 
+import difflib
+import inspect
+from collections.abc import Collection
 from dataclasses import fields
+from types import MethodType
 
-CALLBACKS = ("init", "websocket_handle", "websocket_info")  # which each handler must have
+WEBSOCKET_CALLBACKS = {  # with the arguments of each
+    "init": ("state",),
+    "websocket_init": ("state",),
+    "websocket_handle": ("frame", "state"),
+    "websocket_info": ("info", "state"),
+    "terminate": ("reason", "req", "state"),
+}
+SERVER_CALLBACKS = {
+    "init": ("args",),
+    "handle_continue": ("term", "state"),
+    "handle_call": ("request", "from_", "state"),
+    "handle_cast": ("request", "state"),
+    "handle_info": ("info", "state"),
+    "terminate": ("reason", "state"),
+}
+_METHODS = (  # IANA's registry, and those in wide use beside it
+    "ACL BASELINE-CONTROL BIND CHECKIN CHECKOUT CONNECT COPY DELETE GET HEAD LABEL LINK LOCK M-SEARCH MERGE MKACTIVITY "
+    "MKCALENDAR MKCOL MKREDIRECTREF MKWORKSPACE MOVE NOTIFY OPTIONS ORDERPATCH PATCH POST PROPFIND PROPPATCH PURGE PUT "
+    "QUERY REBIND REPORT SEARCH SUBSCRIBE TRACE UNBIND UNCHECKOUT UNLINK UNLOCK UNSUBSCRIBE UPDATE UPDATEREDIRECTREF "
+    "VERSION-CONTROL ANY _"
+)
+_COMMON_METHODS = ("DELETE", "GET", "HEAD", "OPTIONS", "PATCH", "POST", "PUT")
+_PROTOCOLS = {"websocket": "ws", "websockets": "ws", "wss": "ws", "https": "http"}
+_routes: weakref.WeakKeyDictionary[Nova, dict[Any, str]] = weakref.WeakKeyDictionary()  # (rule, method) -> controller
+_checked_servers: weakref.WeakSet[Any] = weakref.WeakSet()  # classes
+_warned: weakref.WeakSet[Any] = weakref.WeakSet()  # endpoints whose `security` has been reported
+
+
+def _suggest(name: Any, known: Iterable[str]) -> str:
+    """Returns the end of a message on an unknown name: the nearest one that is known, else all."""
+    nearest = difflib.get_close_matches(str(name), known, 1)
+    return f"did you mean {nearest[0]!r}?" if nearest else f"known are {', '.join(sorted(known))}"
+
+
+# -- groups and routes
 
 
 def _check_group(group: Any) -> None:
-    unknown = set(group) - GROUP_KEYS
-    if unknown:
-        raise ValueError(f"a group of routes has no {', '.join(sorted(unknown))}")
-    security = group.get("security", False)
-    if security is not False and not callable(security):
-        raise ValueError(f"security is False or a function of req, not {security!r}")
+    if not isinstance(group, Mapping):
+        advice = "" if isinstance(group, str) else f': write Nova([{{"routes": [{_shown(group)}, ...]}}])'
+        raise ValueError(f"Nova takes groups of routes, dicts, not {_shown(group)}{advice}")
+    where = _name_group(group)
+    for key in group:
+        if key in ROUTE_OPTIONS or key in _settings_names():
+            raise ValueError(f"{where}: {key!r} is an option of a route: (path, controller, {{{key!r}: ...}})")
+        if key not in GROUP_KEYS:
+            raise ValueError(f"{where} has no key {key!r}; {_suggest(key, GROUP_KEYS)}")
+    if not isinstance(group.get("prefix", ""), str):
+        raise ValueError(f"{where}: the prefix must be a string, got {group['prefix']!r}")
+    _check_security(where, group.get("security", False))
+    routes = group.get("routes", ())
+    if isinstance(routes, str | bytes | Mapping) or not isinstance(routes, Iterable):
+        raise ValueError(f"{where}: routes must be a list of (path, controller[, options]), got {_shown(routes)}")
 
 
-def _check_route(app: Nova, rule: str, controller: Any, options: Mapping[str, Any]) -> None:
-    protocol = options.get("protocol", "http")
-    if isinstance(options.get("methods"), str):
-        raise ValueError(f"{rule}: methods is a list")
-    if protocol not in ("http", "ws") or (protocol == "http" and not callable(controller)):
-        raise ValueError(f"{rule}: {controller!r} cannot serve the protocol {protocol!r}")
-    missing = [name for name in CALLBACKS if not hasattr(controller, name)]
-    if protocol == "ws" and missing:
-        raise ValueError(f"{rule}: the WebSocket handler {controller!r} lacks {', '.join(missing)}")
+def _name_group(group: Mapping[Any, Any]) -> str:
+    if group.get("prefix"):
+        return f"the group with the prefix {group['prefix']!r}"
+    match group.get("routes"):
+        case [[str(path), *_], *_]:
+            return f"the group of the route {path!r}"
+    return "a group of routes"
+
+
+def _check_security(where: str, security: Any) -> None:
+    if security is False:
+        return
+    if not callable(security):
+        raise ValueError(f"{where}: security must be False or a function of req, got {security!r}")
+    _check_call(f"{where}: security {name_of(security)}", security, ("req",))
+
+
+def _check_route(app: Nova, group: Mapping[str, Any], route: Any, make_rule: Callable[[str, str], str]) -> None:
+    where = _name_group(group)
+    if not isinstance(route, tuple | list) or not 2 <= len(route) <= 3:
+        raise ValueError(f"{where}: a route must be a tuple (path, controller[, options]), got {_shown(route)}")
+    path, controller, options = (*route, {})[:3]
+    if isinstance(path, bool) or not isinstance(path, str | int):
+        raise ValueError(f"{where}: a route must begin with its path, a string, got {_shown(path)}")
+    rule = make_rule(group.get("prefix", ""), path) if isinstance(path, str) else f"the route of the status {path}"
+    try:
+        options = dict(options)
+    except (TypeError, ValueError):
+        raise ValueError(f'{rule}: the options must be a dict such as {{"methods": ["get"]}}, got {options!r}')
+    _check_options(rule, options)
+    if options.get("protocol", "http") == "ws":
+        _check_handler(rule, controller)
+    else:
+        _check_controller(rule, controller)
+    if isinstance(path, str):
+        _check_twice(app, rule, options, controller)
+
+
+def _check_options(rule: str, options: Mapping[str, Any]) -> None:
+    known = ROUTE_OPTIONS | _settings_names()
+    for key in options:
+        if key in GROUP_KEYS - known:
+            raise ValueError(f"{rule}: {key!r} is a key of the group, not of a route")
+        if key not in known:
+            raise ValueError(f"{rule}: there is no option {key!r}; {_suggest(key, known)}")
+    protocol, methods = options.get("protocol", "http"), options.get("methods", [])
+    if protocol not in ("http", "ws"):
+        nearest = _PROTOCOLS.get(str(protocol).lower()) or ("ws" if "socket" in str(protocol).lower() else None)
+        advice = f"did you mean {nearest!r}?" if nearest else "it is 'http' or 'ws'"
+        raise ValueError(f"{rule}: there is no protocol {protocol!r}; {advice}")
+    if not isinstance(methods, list | tuple | set | frozenset):
+        raise ValueError(f'{rule}: methods must be a list such as ["get", "post"], got {methods!r}')
+    for method in methods:
+        _check_method(rule, method)
+    if protocol == "ws" and {method.upper() for method in methods} - {"GET", "ANY", "_"}:
+        raise ValueError(f"{rule}: a WebSocket route has no methods, since its handshake is a GET")
+
+
+def _check_method(rule: str, method: Any) -> None:
+    """Raises ValueError for what is no method of HTTP, or resembles a common one. Others are accepted in capitals."""
+    name = method.upper() if isinstance(method, str) else ""
+    if name in _METHODS.split():
+        return
+    nearest = difflib.get_close_matches(name, _COMMON_METHODS, 1)
+    if nearest or name != method or not re.fullmatch("[A-Z0-9_-]+", name):
+        advice = f"did you mean {nearest[0].lower()!r}?" if nearest else 'any is "_"; write one of your own in capitals'
+        raise ValueError(f"{rule}: {method!r} is no method of HTTP; {advice}")
+
+
+def _check_controller(rule: str, controller: Any) -> None:
+    is_handler = any(hasattr(controller, name) for name in ("websocket_handle", "websocket_info"))
+    if is_handler and (isinstance(controller, type) or not callable(controller)):
+        raise ValueError(f'{rule}: {_shown(controller)} is a WebSocket handler: its route needs {{"protocol": "ws"}}')
+    if not callable(controller):
+        advice = {str: "write the function, not its name", ModuleType: "write module.function"}.get(type(controller))
+        advice = advice or "write the function without calling it"
+        raise ValueError(f"{rule}: a controller must be a function of req, got {_shown(controller)}: {advice}")
+    _check_call(f"{rule}: the controller {name_of(controller)}", controller, ("req",))
+
+
+def _check_twice(app: Nova, rule: str, options: Mapping[str, Any], controller: Any) -> None:
+    """Raises ValueError for a rule and method that are taken. What a binding is called makes no difference."""
+    methods = ["GET"] if options.get("protocol") == "ws" else options.get("methods") or ["_"]
+    pattern = re.sub(r"<[^<>:]*", "<", rule)
+    taken = _routes.setdefault(app, {})
+    for method in {"ANY" if method == "_" else method.upper() for method in methods}:
+        if (pattern, method) in taken:
+            first = taken[pattern, method]
+            method = "any method" if method == "ANY" else method
+            raise ValueError(
+                f"{rule}: there are two routes for {method}, {first} and {_shown(controller)}, and the second replaces "
+                'the first; give them different "methods", or remove one'
+            )
+        taken[pattern, method] = _shown(controller)
+
+
+def _shown(thing: Any) -> str:
+    """Returns how a message names a function, a class, or anything else."""
+    if isinstance(thing, tuple):
+        return f"({', '.join(map(_shown, thing))}{',' * (len(thing) == 1)})"
+    name = getattr(thing, "__qualname__", None) or getattr(thing, "__name__", None)
+    return name if isinstance(name, str) else repr(thing)
+
+
+# -- callbacks
+
+
+def _check_handler(rule: str, handler: Any) -> None:
+    where = f"{rule}: the WebSocket handler {_shown(handler)}"
+    _check_callbacks(where, handler, WebSocketHandler, WEBSOCKET_CALLBACKS)
+    missing = [name for name in ("init", "websocket_handle", "websocket_info") if not hasattr(handler, name)]
+    if missing:
+        advice = "inherit from WebSocketHandler, or add them"
+        raise ValueError(f"{where} lacks {', '.join(missing)}: {advice}")
+    _check_instantiable(where, handler, "every connection has an instance of its own")
+
+
+def _check_server(server: Any, base: type) -> None:
+    """Checks a class, module or object that `start_link` was given; classes once. `base` has the default callbacks."""
+    kind = server if isinstance(server, type | ModuleType) else type(server)
+    if kind not in _checked_servers:
+        _check_callbacks(f"the server {_shown(kind)}", kind, base, SERVER_CALLBACKS)
+        _checked_servers.add(kind)
+    _check_instantiable(f"the server {_shown(kind)}", server, "start_link makes the instance")
+
+
+def _check_instantiable(where: str, thing: Any, why: str) -> None:
+    if not isinstance(thing, type):
+        return
+    if inspect.isabstract(thing):
+        lacking: Any = vars(thing)["__abstractmethods__"]
+        raise ValueError(f"{where} is abstract: it lacks {', '.join(sorted(lacking))}")
+    problem = _find_problem(thing, ())
+    if problem:
+        raise ValueError(f"{where} must be made without arguments, but it {problem}: {why}; or give an instance")
+
+
+def _check_callbacks(where: str, thing: Any, base: type, callbacks: Mapping[str, tuple[str, ...]]) -> None:
+    for name, arguments in callbacks.items():
+        callback, leading = _as_called(thing, name, inspect.getattr_static(thing, name, None))
+        if callable(callback):
+            _check_call(f"{where}: {name}", callback, (*leading, *arguments))
+    own = _own_functions(thing, base)
+    for name in sorted(own - callbacks.keys()):
+        meant = [callback for callback in callbacks if callback not in own and _is_misspelt(name, callback)]
+        if meant:
+            nearest = difflib.get_close_matches(name, meant, 1, 0)[0]
+            raise ValueError(f"{where} has {name!r}, which is never called; did you mean {nearest!r}?")
+
+
+def _as_called(thing: Any, name: str, value: Any) -> tuple[Any, tuple[str, ...]]:
+    """Returns the function that a call of the attribute reaches, and what precedes the arguments; None if unknown."""
+    if isinstance(value, staticmethod | classmethod):
+        return value.__func__, ("cls",) if isinstance(value, classmethod) else ()
+    if isinstance(thing, ModuleType) or (not isinstance(thing, type) and name in getattr(thing, "__dict__", ())):
+        return value, ()
+    return (value, ("self",)) if isinstance(value, FunctionType) else (None, ())
+
+
+def _own_functions(thing: Any, base: type) -> set[str]:
+    """Returns the names of the public functions of a class, an object or a module, without those of `base`."""
+    kind = thing if isinstance(thing, type) else type(thing)
+    spaces: list[Any] = [vars(one) for one in kind.__mro__ if one not in (object, ModuleType, base)]
+    if not isinstance(thing, type):
+        spaces.append(getattr(thing, "__dict__", {}))
+    functions = FunctionType | staticmethod | classmethod | partial
+    own = {name for space in spaces for name, value in space.items() if isinstance(value, functions)}
+    return {name for name in own if not name.startswith("_")}
+
+
+def _is_misspelt(name: str, callback: str) -> bool:
+    """Returns whether a name is a callback's with letters transposed, missing or added, or in another case."""
+    head = callback.rpartition("_")[0] + "_"
+    longer = callback.startswith("websocket")
+    if name.startswith(head):
+        name, callback = name[len(head) :], callback[len(head) :]
+    name, callback = name.lower().replace("_", ""), callback.replace("_", "")
+    if name == callback or name[:1] != callback[:1] or sorted(name) == sorted(callback):
+        return name[:1] == callback[:1]
+    is_close = difflib.SequenceMatcher(None, name, callback).ratio() >= 0.83
+    return is_close and (len(name) != len(callback) or longer)  # handle_cost is not a misspelt handle_cast
+
+
+def _check_call(where: str, fn: Any, arguments: tuple[str, ...]) -> None:
+    if _is_async(fn):
+        raise ValueError(f"{where} is an async def, which is not supported: use def; while it waits, others run")
+    problem = _find_problem(fn, arguments)
+    if problem:
+        raise ValueError(f"{where} is called with ({', '.join(arguments)}), but it {problem}")
+
+
+def _is_async(fn: Any) -> bool:
+    while isinstance(fn, partial):
+        fn = fn.func
+    if not isinstance(fn, type) and not inspect.isroutine(fn):
+        fn = type(fn).__call__
+    is_function = type(fn) in (FunctionType, MethodType)  # not a mock, which seems to be anything
+    return is_function and (inspect.iscoroutinefunction(fn) or inspect.isasyncgenfunction(fn))
+
+
+def _find_problem(fn: Any, arguments: tuple[str, ...]) -> str:
+    """Returns why `fn` cannot be called with these arguments, "" if it can or if that cannot be known."""
+    try:
+        if hasattr(fn, "__signature__"):  # what a decorator wants others to see
+            return ""
+        signature = inspect.signature(fn, follow_wrapped=False)
+    except Exception:  # of a function in C; of annotations that cannot be evaluated
+        return ""
+    try:
+        signature.bind(*arguments)
+    except TypeError:
+        shown = signature.replace(return_annotation=inspect.Signature.empty)
+        return f"takes {shown}"
+    return ""
+
+
+# -- settings
+
+
+def _settings_names() -> set[str]:
+    return {field.name for field in fields(Settings)}
+
+
+def _is_count(value: Any) -> bool:
+    return hasattr(type(value), "__index__") and not isinstance(value, bool) and value >= 0
+
+
+def _is_seconds(value: Any) -> bool:
+    kind = type(value)
+    is_number = hasattr(kind, "__float__") or hasattr(kind, "__index__")
+    return is_number and not isinstance(value, bool) and bool(value > 0)
+
+
+def _is_names(value: Any) -> bool:
+    return isinstance(value, Collection) and not isinstance(value, str | bytes)
+
+
+_EXPECTED: dict[str, tuple[Callable[[Any], bool], str]] = {  # by a setting's name, or by its type
+    "max_body": (_is_count, "a number of bytes"),
+    "max_message_size": (_is_count, "a number of bytes"),
+    "trust_proxy": (lambda value: isinstance(value, int) and value >= 0, "a number of proxies, or True for one"),
+    "subprotocols": (_is_names, "a list of names"),
+    "on_slow": (lambda value: value in ("close", "drop_oldest", "drop_new"), "'close', 'drop_oldest' or 'drop_new'"),
+    "origins": (lambda value: value in (None, "*") or _is_names(value), "a list of origins, or '*'"),
+    "int": (_is_count, "a whole number of 0 or more"),
+    "float": (_is_seconds, "a number of seconds above 0"),
+    "bool": (lambda value: isinstance(value, bool), "True or False"),
+    "str": (lambda value: isinstance(value, str), "a string"),
+}
 
 
 def _check_settings(where: str, options: Mapping[str, Any]) -> None:
-    unknown = set(options) - {field.name for field in fields(Settings)}
-    if unknown:
-        raise ValueError(f"{where}: there is no option {', '.join(sorted(unknown))}")
-    if isinstance(options.get("origins"), str) and options["origins"] != "*":
-        raise ValueError(f"{where}: origins is a list, or '*'")
+    types = {field.name: field.type for field in fields(Settings)}
+    for name, value in options.items():
+        if name in GROUP_KEYS:
+            raise ValueError(f'{where}: {name!r} is a key of a group: Nova([{{"{name}": ..., "routes": [...]}}])')
+        if name not in types:
+            raise ValueError(f"{where}: there is no option {name!r}; {_suggest(name, types)}")
+        is_right, what = _EXPECTED.get(name) or _EXPECTED.get(str(types[name])) or (bool, "")
+        if what and not is_right(value):
+            raise ValueError(f"{where}: {name} must be {what}, got {value!r}")
     for origin in () if options.get("origins") in (None, "*") else options["origins"]:
         if parse_origin(origin) is None:
             raise ValueError(
                 f"{where}: expected an origin such as 'https://example.org', without a path, got {origin!r}"
             )
-    if not isinstance(options.get("trust_proxy", 0), int) or options.get("trust_proxy", 0) < 0:
-        raise ValueError(
-            f"{where}: trust_proxy is a number of proxies, or True for one, not {options['trust_proxy']!r}"
+
+
+# -- at run time
+
+
+def _warn_of_answer(endpoint: Any, answer: Any, req: Request) -> None:
+    """Logs, once for each route, that `security` has returned neither yes nor no."""
+    if endpoint not in _warned:
+        _warned.add(endpoint)
+        log.warning(
+            "security %s answered %r at %s, which is neither yes nor no, so the client gets a 401; expected True, "
+            '(True, auth_data), False, (False, headers), (False, status, headers[, body]) or ("redirect", url)',
+            _shown(endpoint.security),
+            answer,
+            printable(req["path"]),
         )
-    if isinstance(options.get("subprotocols"), str):
-        raise ValueError(f"{where}: subprotocols is a list")
-    if options.get("on_slow", "close") not in ("close", "drop_oldest", "drop_new"):
-        raise ValueError(f"{where}: on_slow is 'close', 'drop_oldest' or 'drop_new'")
 
 
-rooms["checks"] = SimpleNamespace(check_group=_check_group, check_route=_check_route, check_settings=_check_settings)
+def _explain_json(data: Any) -> str:
+    """Returns what in `data` cannot be encoded as JSON, and where."""
+    try:
+        return _find_unencodable(data, "data", ()) or "data is not JSON"
+    except RecursionError:
+        return "data is nested too deep for JSON"
+
+
+def _find_unencodable(value: Any, where: str, above: tuple[int, ...]) -> str:
+    if id(value) in above:
+        return f"at {where}: it contains itself"
+    if isinstance(value, dict):
+        keys = [key for key in value if not isinstance(key, str | int | float | None) or not _is_scalar(key)]
+        if keys:
+            return f"at {where}: the key {keys[0]!r} is not JSON"
+        items: Iterable[tuple[Any, Any]] = value.items()
+    elif isinstance(value, list | tuple):
+        items = enumerate(value)
+    else:
+        shown = repr(value) if isinstance(value, str | float) else type(value).__name__
+        return "" if _is_scalar(value) else f"at {where}: {shown} is not JSON"
+    inside = (_find_unencodable(part, f"{where}[{key!r}]", (*above, id(value))) for key, part in items)
+    return next(filter(None, inside), "")
+
+
+def _is_scalar(value: Any) -> bool:
+    if isinstance(value, str):
+        return not any("\ud800" <= character <= "\udfff" for character in value)  # a lone surrogate is not UTF-8
+    return isinstance(value, int | None) or (isinstance(value, float) and -inf < value < inf)
+
+
+rooms["checks"] = SimpleNamespace(
+    check_group=_check_group,
+    check_route=_check_route,
+    check_server=_check_server,
+    check_settings=_check_settings,
+    explain_json=_explain_json,
+    warn_of_answer=_warn_of_answer,
+)
 # ----- cut here: without views ---------------------------------------------------------------------------------------
-# Lost: templates and files: ("ok", variables), ("view", variables), ("sendfile", ...), static. Pages look plain.
+# Lost: templates and files: ("ok", variables), ("view", variables), ("sendfile", ...), static; the look of pages.
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Views: templates and files, which bottle renders and sends, and the look that the pages of this file share.
+# Views: templates and files, which bottle renders and sends; the look of this file's pages, and NovaSocket for yours.
 # Invariant: as in requests and responses, no sockets; a bottle response goes out. No path leads out of a static folder.
 # ---------------------------------------------------------------------------------------------------------------------
 
@@ -3791,12 +4185,759 @@ def _error_page(title: str, text: str) -> str:
     return f"{HEAD}<title>{title}</title>{look}<main><h1>{title}</h1><p>{text}</p>{home}</main></html>\n"
 
 
+# The client for pages, JavaScript that depends on nothing: serve it, or copy it.
+CLIENT = """/* A WebSocket that reconnects. Copy it.
+
+     const notes = new NovaSocket("/notifications?since=");  // replays what was missed, if the server keeps it
+     notes.on("open", load).on("nova_resync", load);  // at first, and whenever messages may be missing
+     notes.on("note_created", note => ...);           // {"event": "note_created", "data": ...}
+     notes.on("message", text => ...);                // any message, as received
+     notes.on("closed", ({ code, reason }) => ...);   // why the connection ended; 1006: without a close frame
+     notes.on("state", socket => ...);                // connecting, open, waiting (until `retryAt`), offline, closed,
+                                                      // refused (`refusal` says why): only now() tries again
+     notes.off("message", fn).send("text");           // false if it can neither be sent nor queued
+
+   The URL may be a function, called for each connection: new NovaSocket(async () => `/live?token=${await fresh()}`).
+   The second argument is a subprotocol, or a list of them. A server refuses by the close code 1008, or by a 401, 403 or
+   redirect before the 101. A message sent while the connection breaks may be lost. The heartbeat is an empty binary
+   message that the server returns (`case ("binary", b""): return "reply", frame, state`); it follows each message, so
+   that a dead connection shows within 5 s. If the server does not return it, only the browser detects those. */
+"use strict";
+class NovaSocket {
+  static OWN = ["open", "message", "state", "closed"];  // the server cannot send events of these names
+  static LIMIT = 100;  // messages queued while disconnected
+  static BEAT = 20000; static ANSWER = 5000; static CONNECT = 10000;  // ms: silence before a heartbeat; timeouts
+  static delay(tries, random = Math.random()) {  // seconds: 0.5 to 4, so that many clients do not come back together,
+    const least = Math.min(15, 0.5 * 2 ** tries), most = Math.min(30, 4 * 2 ** tries);  // doubled up to 15 to 30
+    return least + (most - least) * random;
+  }
+
+  constructor(url, protocols = []) {
+    const { signal } = this.end = new AbortController();
+    Object.assign(this, { url, protocols, listeners: new Map(), queue: [], tries: 0, position: null, answers: false });
+    addEventListener("online", () => this.now(), { signal });
+    addEventListener("offline", () => this.lost(), { signal });
+    addEventListener("pagehide", () => this.leave("offline"), { signal });  // the browser may keep the page
+    addEventListener("pageshow", event => event.persisted && this.now(), { signal });
+    document.addEventListener("visibilitychange", () => document.hidden || this.now(), { signal });
+    this.connect();
+  }
+  on(event, fn) {
+    this.listeners.set(event, [...this.listeners.get(event) ?? [], fn]);
+    return this;
+  }
+  off(event, fn) {
+    this.listeners.set(event, (this.listeners.get(event) ?? []).filter(other => other !== fn));
+    return this;
+  }
+  send(data) {
+    if (this.state === "open") {
+      this.socket.send(data);
+      if (!this.beating) this.beat();
+    } else if (["closed", "refused"].includes(this.state) || this.queue.length >= NovaSocket.LIMIT) return false;
+    else this.queue.push(data);
+    return true;
+  }
+  close() { this.end.abort(); this.leave("closed"); }
+  now() {  // connects, or checks the connection, immediately
+    if (this.state === "open") this.beat();
+    else if (["waiting", "offline", "refused"].includes(this.state)) this.connect();
+  }
+
+  // The rest is private. There is one timer: for the next step, unless something else happens first.
+  emit(event, data) {
+    for (const fn of this.listeners.get(event) ?? []) try { fn(data); } catch (error) { console.error(error); }
+  }
+  become(state, ms, next) {
+    this.after(ms, next);
+    this.state = state;
+    this.emit("state", this);
+  }
+  after(ms, next) {
+    clearTimeout(this.timer);
+    if (next) this.timer = setTimeout(() => next.call(this), ms);
+  }
+  async connect() {
+    const attempt = this.attempt = {};
+    this.beating = false;
+    this.become("connecting", NovaSocket.CONNECT, this.lost);
+    try {
+      const given = typeof this.url === "function" ? await this.url() : this.url;
+      if (this.attempt !== attempt) return;  // lost or closed meanwhile
+      this.address = new URL(given, location.href);
+      if (this.position !== null) this.address.searchParams.set("since", this.position);
+      const socket = this.socket = new WebSocket(this.address.href.replace(/^http/, "ws"), this.protocols);
+      socket.binaryType = "arraybuffer";
+      socket.onopen = () => this.opened();
+      socket.onmessage = ({ data }) => this.received(data);
+      socket.onclose = event => this.lost(event);
+    } catch (error) {
+      console.error(error);
+      if (this.attempt === attempt) this.lost();
+    }
+  }
+  opened() {
+    this.since = Date.now();
+    this.become("open", 0, this.beat);
+    this.emit("open", this);
+    while (this.queue.length && this.state === "open") this.socket.send(this.queue.shift());
+  }
+  beat() {
+    this.beating = true;
+    this.socket.send(new Uint8Array());
+    this.after(NovaSocket.ANSWER, () => this.answers ? this.lost() : this.rest());
+  }
+  rest() {  // until the next heartbeat
+    this.beating = false;
+    this.after(NovaSocket.BEAT, this.beat);
+  }
+  received(data) {
+    this.rest();  // the connection is alive
+    if (data.byteLength === 0) return void (this.answers = true);
+    this.emit("message", data);
+    let json = {};
+    if (data[0] === "{") try { json = JSON.parse(data); } catch { /* not JSON */ }
+    if (json.position !== undefined) this.position = json.position;
+    if (!NovaSocket.OWN.includes(json.event)) this.emit(json.event, json.data);
+  }
+  lost({ code = 1006, reason = "" } = {}) {
+    const wasOpen = this.state === "open";
+    if (wasOpen && Date.now() - this.since > 5000) this.tries = 0;  // not if it is closed after opening
+    if (code === 1008) this.refuse(reason || "the server has closed the connection");
+    else {
+      const wait = NovaSocket.delay(this.tries++) * 1000;
+      this.retryAt = Date.now() + wait;
+      this.leave(navigator.onLine ? "waiting" : "offline", wait, this.connect);
+      if (!wasOpen && this.tries % 4 === 3) this.ask();
+    }
+    this.emit("closed", { code, reason });
+  }
+  async ask() {  // why handshakes fail, which browsers do not tell: an event stream is refused for the same reasons
+    const { attempt } = this, end = new AbortController(), headers = { Accept: "text/event-stream" };
+    const url = this.address?.href.replace(/^ws/, "http");
+    try {
+      const answer = await fetch(url, { headers, redirect: "manual", cache: "no-store", signal: end.signal });
+      const refused = answer.type === "opaqueredirect" || [401, 403].includes(answer.status);
+      end.abort();
+      if (refused && this.attempt === attempt) this.refuse(answer.status ? `status ${answer.status}` : "log in first");
+    } catch { /* the server cannot be reached */ }
+  }
+  refuse(why) {
+    this.tries = 2;  // so that the next failure asks again
+    this.refusal = why;
+    this.leave("refused");
+  }
+  leave(...next) {
+    this.attempt = null;
+    if (this.socket) this.socket.onopen = this.socket.onmessage = this.socket.onclose = null;
+    this.socket?.close();
+    this.become(...next);
+  }
+}
+"""
+
 rooms["views"] = SimpleNamespace(
     to_response=_to_response,
     error_page=_error_page,
+    CLIENT=CLIENT,
     STYLE=STYLE,
     HEAD=HEAD + f'<link rel="icon" href="{STAR}">\n',  # of the pages of this file; an error's has the site's icon
 )
+# ----- cut here: without plugins -------------------------------------------------------------------------------------
+# Lost: plugins in Nova's form, cors, status routes. app.mount is bottle's, and has no security.
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Plugins: what runs before and after controllers, pages for statuses, and other applications below a prefix.
+# Invariant: a request to an application that uses none of these runs no code of this room.
+#
+# A plugin is a class, a module or any object with pre_request(req, env, options, state), post_request (the same), or
+# both. Optional are init() or init(options), whose result is the first state, and stop(state), which app.close() calls.
+# The state belongs to the application: all entries of a plugin share it. `env` is a dict of the request: app, callback,
+# secure, plugin_state, and what plugins keep there. Headers for the response are set in req["resp_headers"], before and
+# after. After, req["resp_status_code"] is the status. A callback returns, as in nova_plugin_handler,
+#
+#   ("ok", req, state)                the next plugin, or the controller
+#   ("break", req, state)             skips the other plugins of this kind
+#   ("stop", answer, req, state)      answers as a controller does, or ("reply"[, status[, headers]], body); this skips
+#                                     security, the controller and post_request. Without an answer it is a 204
+#   ("error", reason)                 a 500, as are a crash and any other value
+#
+# and "ok" or "break" with an answer: before the controller its headers count, after it the answer is the response.
+# ---------------------------------------------------------------------------------------------------------------------
+
+from copy import copy
+from inspect import signature
+from itertools import chain
+
+__all__ += ["cors"]
+
+PHASES = ("pre_request", "post_request")
+_REQUEST, _HEADERS, _PAGE = (f"nova_lite.plugins.{name}" for name in ("request", "headers", "page"))  # in the environ
+CORS_OPTIONS: dict[str, Any] = {  # and their defaults
+    "origins": None, "headers": "*", "methods": "*", "expose": [], "credentials": False, "max_age": None,
+}  # fmt: skip
+_ENTITY = re.compile("Content-(?!Security)|Etag|Last-Modified|Accept-Ranges", re.IGNORECASE)  # of one body only
+_PLUGIN_RESULTS = 'expected ("ok" | "break" | "stop"[, answer], req, state) or ("error", reason)'
+
+
+class _Plugin:
+    """A plugin of one application: its only instance, and its state, which all its callbacks share."""
+
+    def __init__(self, plugin: Any, options: Any) -> None:
+        self.name = plugin.__name__ if isinstance(plugin, ModuleType) else name_of(plugin)
+        self.instance = plugin() if isinstance(plugin, type) else plugin
+        init = getattr(self.instance, "init", dict)
+        wants_options = init is not dict and bool(signature(init).parameters)
+        self.state = init(options) if wants_options else init()
+
+    def stop(self) -> None:
+        if hasattr(self.instance, "stop"):
+            self.instance.stop(self.state)
+
+
+class _PluginEntry:
+    """A plugin at one of its places, before or after the controllers of a group."""
+
+    def __init__(self, extension: _Extension, phase: str, plugin: Any, options: Any = None, priority: int = 0) -> None:
+        options = {} if options is None else options
+        if phase not in PHASES:
+            raise ValueError(f"a plugin runs at {' or '.join(PHASES)}, not at {phase!r}")
+        if id(plugin) not in extension.plugins:
+            extension.plugins[id(plugin)] = _Plugin(plugin, options)
+        self.plugin, self.phase, self.priority = extension.plugins[id(plugin)], phase, priority
+        try:
+            self.callback = getattr(self.plugin.instance, phase)
+            signature(self.callback).bind(None, None, None, None)
+        except (AttributeError, TypeError, ValueError):
+            raise ValueError(f"the plugin {self.plugin.name} needs {phase}(req, env, options, state)") from None
+        check = getattr(self.plugin.instance, "check_options", None)
+        self.options = options if check is None else check(options)
+
+    def run(self, req: Request, env: dict[str, Any]) -> tuple[str, Any, Request]:
+        """Returns ("ok", "break" or "stop"; an answer or None; the request). What goes wrong is a 500 that stops."""
+        env["plugin_state"] = self.phase
+        try:
+            result = self.callback(req, env, self.options, self.plugin.state)
+        except HTTPResponse as response:
+            return "stop", response, req
+        except Exception as error:
+            where = self.plugin.name, self.phase, req["method"], printable(req["path"])
+            log.exception("the plugin %s crashed in %s at %s %s", *where)
+            req.set("crash_info", {"status_code": 500, "class": type(error).__name__, "reason": error})
+            return "stop", HTTPError(500), req
+        match result:
+            case ("ok" | "break" | "stop" as verdict, *answer, Request() as changed, state) if len(answer) < 2:
+                self.plugin.state = state
+                changed.set("resp_headers", req["resp_headers"])
+                return verdict, answer[0] if answer else None, changed
+            case ("error", reason):
+                path = printable(req["path"])
+                log.error("%s.%s: %r at %s %s", self.plugin.name, self.phase, reason, req["method"], path)
+            case reason:
+                log.error("%s.%s answered %.500r; %s", self.plugin.name, self.phase, reason, _PLUGIN_RESULTS)
+        req.set("crash_info", {"status_code": 500, "class": "error", "reason": reason})
+        return "stop", HTTPError(500), req
+
+    def convert(self, answer: Any, req: Request) -> HTTPResponse:
+        """Returns an answer as a response: what a controller may return, Nova's ("reply", ...), or None, a 204."""
+        form: Any = answer
+        try:
+            match answer:
+                case None:
+                    form = ("status", 204)
+                case ("reply", *given, str() | bytes() as body) if len(given) < 3:
+                    form = "status", given[0] if given else 200, dict(given[1]) if given[1:] else {}, body
+            return to_response(form, req["method"], self.plugin.name)
+        except HTTPResponse as response:
+            return response
+        except Exception:
+            log.exception("%s.%s answered with %r, which is no response", self.plugin.name, self.phase, answer)
+            return HTTPError(500)
+
+
+class _Group:
+    """What the routes of a group have of this room. It stands among a route's plugins, as a mark that does nothing."""
+
+    def __init__(self, prefix: str, entries: Iterable[_PluginEntry] | None, statuses: Mapping[int, Any]) -> None:
+        segments = [part for part in prefix.split("/") if part]
+        pattern = ["[^/]+" if part[0] == ":" or "<" in part else re.escape(part) for part in segments]
+        self.pattern = re.compile("".join(f"/{part}" for part in pattern) + "(/|$)")
+        self.length = len(segments)
+        self.statuses = statuses
+        self.inherits = entries is None  # whether it has the plugins for all
+        # cors is the first: its headers are on what another plugin answers too, and a preflight has no cookies.
+        ordered = sorted(entries or (), key=lambda entry: (entry.plugin.instance is not cors, entry.priority))
+        self.before = [entry for entry in ordered if entry.phase == "pre_request"]
+        self.after = [entry for entry in ordered if entry.phase == "post_request"]
+
+    def apply(self, callback: Any, _route: bottle.Route) -> Any:
+        return callback
+
+    def run_before(self, req: Request, env: dict[str, Any]) -> tuple[HTTPResponse | None, Request]:
+        """Returns the response, if a plugin has stopped the request, and the request."""
+        for entry in self.before:
+            verdict, answer, req = entry.run(req, env)
+            if verdict == "stop":
+                return entry.convert(answer, req), req
+            if answer is not None:  # as in Nova: the controller's status and body replace these
+                req["resp_headers"].dict.update(entry.convert(answer, req).headers.dict)
+            if verdict == "break":
+                break
+        return None, req
+
+    def run_after(self, req: Request, env: dict[str, Any], response: HTTPResponse) -> HTTPResponse:
+        for entry in self.after:
+            req.set("resp_headers", response.headers)
+            req.set("resp_status_code", response.status_code)
+            verdict, answer, req = entry.run(req, env)
+            if answer is not None:
+                response.close()
+                headers = {name: values for name, values in response.headers.dict.items() if not _ENTITY.match(name)}
+                response = _isolate(entry.convert(answer, req))
+                _add_headers(response, headers)
+            if verdict != "ok":
+                break
+        return response
+
+
+class _Extension(dict[int, Any]):
+    """What this room adds to an application: its outermost plugin of bottle's, and its error handlers.
+
+    bottle's handlers of errors, `app.error(404)`, remain those of the statuses for which no group has a route.
+    """
+
+    def __init__(self, app: Nova) -> None:
+        super().__init__(app.error_handler)
+        self.app = app
+        self.plugins: dict[int, _Plugin] = {}  # by the id of what the application has named
+        self.for_all = _Group("", (), {})
+        self.groups: list[_Group] = []  # those with longer prefixes first, then those added last
+        app.__dict__["error_handler"] = self  # bottle takes an attribute that is set again for a mistake
+        app.plugins.insert(0, SimpleNamespace(name="nova", apply=self.apply, close=self.close))
+        app.reset()
+
+    def add(self, group: _Group) -> None:
+        self.groups = sorted([group, *self.groups], key=lambda group: -group.length)
+
+    def close(self) -> None:
+        for plugin in self.plugins.values():
+            plugin.stop()
+
+    def find_group(self, route: bottle.Route | None) -> _Group:
+        """Returns the group of a route, or what is for all."""
+        marks = [mark for mark in route.plugins if isinstance(mark, _Group)] if route is not None else []
+        return marks[0] if marks else self.for_all
+
+    def find_plugins(self, route: bottle.Route) -> _Group:
+        group = self.find_group(route)
+        return self.for_all if group.inherits else group
+
+    # -- around a controller
+
+    def apply(self, callback: Any, route: bottle.Route) -> Any:
+        endpoint, make_request, group = route.callback, self.make_request, self.find_plugins(route)
+        if hasattr(endpoint, "make_request"):
+            make_request = partial(type(endpoint).make_request, endpoint)
+            endpoint.make_request = partial(_find_request, make_request)
+            env = {"app": self.app, "callback": endpoint.controller, "secure": endpoint.security}
+        else:  # a route of bottle's own
+            env = {"app": self.app, "callback": endpoint, "secure": False}
+        return partial(self.call, callback, route, group, make_request, env)
+
+    def make_request(self, bindings: dict[str, Any]) -> Request:
+        return Request(bottle.request.environ, bindings, self.app.settings)
+
+    def call(
+        self, callback: Any, route: bottle.Route, group: _Group, make_request: Any, env: Any, **bindings: Any
+    ) -> HTTPResponse:
+        environ, env = bottle.request.environ, dict(env)
+        req = environ[_REQUEST] = make_request(dict(bindings))
+        req.set("resp_headers", bottle.HeaderDict())
+        response, req = group.run_before(req, env)
+        environ[_REQUEST], headers = req, req["resp_headers"].dict
+        if response is not None:
+            response = _isolate(getattr(route.callback, "answer", lambda response, _req: response)(response, req))
+            _add_headers(response, headers)
+        else:
+            response = _isolate(_call_route(callback, route, bindings))
+            _add_headers(response, headers)
+            response = group.run_after(req, env, response)
+        environ[_HEADERS] = headers
+        if not isinstance(response, HTTPError):
+            del environ[_REQUEST]  # a cycle, which would be there until the next garbage collection
+        elif environ.get("bottle.app") is not self.app:  # merged into another one
+            response = self.make_page(response, req)
+        return response
+
+    # -- errors
+
+    def get(self, status: Any, _default: Any = None) -> Any:
+        """Returns bottle's handler of a status: it gets an error, sets bottle's response, and returns the body."""
+        return self.handle_error
+
+    def handle_error(self, error: HTTPError) -> Any:
+        environ = bottle.request.environ
+        response: HTTPResponse = error
+        req = _find_request(self.make_request, {})
+        if _HEADERS not in environ:
+            req.set("resp_headers", bottle.HeaderDict())
+            environ[_HEADERS] = req["resp_headers"].dict
+            response, req = self.handle_unmatched(error, req)
+        if isinstance(response, HTTPError):
+            response = self.make_page(response, req)
+        _add_headers(response, environ[_HEADERS])
+        response.apply(bottle.response)
+        if isinstance(response, HTTPError):
+            return super().get(response.status_code, self.app.default_error_handler)(response)
+        return response.body
+
+    def handle_unmatched(self, error: HTTPError, req: Request) -> tuple[HTTPResponse, Request]:
+        """Returns the response to a request without a route, and the request.
+
+        If its path has a route for another method, pre_request runs: it may be a preflight. An unknown path is a 404.
+        """
+        if error.status_code == 404:
+            for group in self.list_groups(req):
+                for entry in (self.for_all if group.inherits else group).before:
+                    if entry.plugin.instance is cors:
+                        cors.add_headers(req, entry.options)
+                        return error, req
+        allowed = error.headers.get("Allow", "").split(",") if error.status_code == 405 else []
+        route = self.find_route(req, allowed)
+        if route is None or True in route.skiplist:
+            return error, req
+        env = {"app": self.app, "callback": None, "secure": False, "allowed": allowed}
+        response, req = self.find_plugins(route).run_before(req, env)
+        return response or error, req
+
+    def find_route(self, req: Request, allowed: list[str]) -> bottle.Route | None:
+        """Returns the route of the path for the method that a preflight names, or for another one."""
+        asked = req.environ.get("HTTP_ACCESS_CONTROL_REQUEST_METHOD", "")
+        for method in sorted(allowed, key=lambda method: method != asked):
+            with suppress(HTTPError):
+                return self.app.match({"REQUEST_METHOD": method, "PATH_INFO": req.environ["PATH_INFO"]})[0]
+        return None
+
+    def list_groups(self, req: Request) -> list[_Group]:
+        """Returns the groups with a prefix of the request's path, those with longer ones first."""
+        path = "/" + req.environ["PATH_INFO"].removeprefix(self.app.config.get("_mount.prefix", "")).lstrip("/")
+        return [group for group in self.groups if group.pattern.match(path)] + [self.for_all]
+
+    def make_page(self, error: HTTPError, req: Request) -> HTTPResponse:
+        """Returns the response of the status route of an error, with the error's headers, or the error."""
+        environ, status = bottle.request.environ, error.status_code
+        groups = [self.find_group(environ.get("bottle.route")), *self.list_groups(req)]
+        endpoint = next((group.statuses[status] for group in groups if status in group.statuses), None)
+        if endpoint is None or _PAGE in environ:  # the page itself is an error: that one is bottle's
+            return error
+        environ[_PAGE] = True
+        req.set("resp_status_code", status)
+        req.set("reason", str(error.body or error.status_line[4:]))
+        if error.exception is not None:  # a route of bottle's own
+            reason = {"class": type(error.exception).__name__, "reason": error.exception}
+            req.set("crash_info", {"status_code": status, **reason})
+        result = _with_status(endpoint.guarded_call(endpoint.controller, req), status)
+        response = _isolate(endpoint.answer(result, req))
+        _add_headers(response, error.headers.dict)
+        return response
+
+
+def _find_request(make_request: Callable[[dict[str, Any]], Request], bindings: dict[str, Any]) -> Request:
+    """Returns the request that the plugins have seen, or a new one."""
+    req = bottle.request.environ.get(_REQUEST)
+    return make_request(bindings) if req is None else req
+
+
+def _isolate(response: HTTPResponse) -> HTTPResponse:
+    """Returns a copy with headers of its own: a controller may return the same response each time."""
+    copied = copy(response)
+    copied._headers = {name: list(values) for name, values in response._headers.items()}
+    return copied
+
+
+def _call_route(callback: Any, route: bottle.Route, bindings: dict[str, Any]) -> HTTPResponse:
+    """Returns the response of a route. A crash in one of bottle's own is the error that bottle makes of it."""
+    try:
+        result = callback(**bindings)
+    except HTTPResponse as raised:
+        return raised
+    except Exception as error:
+        if not route.app.catchall or isinstance(error, bottle.RouteReset):
+            raise
+        environ, text = bottle.request.environ, traceback.format_exc()
+        environ["wsgi.errors"].write(text)
+        environ["bottle.exc_info"] = sys.exc_info()
+        return HTTPError(500, "Internal Server Error", error, text)
+    if isinstance(result, HTTPResponse):
+        return result
+    response = bottle.response.copy(HTTPResponse)
+    response.body = result
+    return response
+
+
+def _with_status(result: Any, status: int) -> Any:
+    """Returns a controller's result with the status, if it has none of its own."""
+    match result:
+        case (*form, Request()):
+            return _with_status(tuple(form), status)
+        case ("json", data):
+            return "json", status, {}, data
+        case ("ok" | "view" as kind, variables):
+            return kind, variables, {"status_code": status}
+        case ("ok" | "view" as kind, variables, Mapping() as options):
+            return kind, variables, {"status_code": status, **options}
+    return result
+
+
+def _add_headers(response: HTTPResponse, headers: Mapping[str, list[str]]) -> None:
+    """Adds the headers that a response has not. `Vary` and `Set-Cookie` are merged."""
+    for name, values in headers.items():
+        if name == "Vary":
+            _add_vary(response.headers, ", ".join(values))
+        elif name == "Set-Cookie":
+            known = response.headers.dict.setdefault(name, [])
+            known.extend(value for value in values if value not in known)
+        else:
+            response.headers.dict.setdefault(name, list(values))
+
+
+def _add_vary(headers: Any, names: str) -> None:
+    known = [name.strip() for name in ", ".join(headers.getall("Vary")).split(",") if name.strip()]
+    lower = [name.lower() for name in known]
+    known += [name for name in map(str.strip, names.split(",")) if name.lower() not in lower]
+    headers["Vary"] = "*" if "*" in known else ", ".join(known)
+
+
+def _extend(app: Nova) -> _Extension:
+    handlers = app.error_handler
+    return handlers if isinstance(handlers, _Extension) else _Extension(app)
+
+
+def _install(app: Nova, plugins: Any) -> None:
+    """Adds the plugins for all routes: bottle's, and those in Nova's form, which are tuples."""
+    plugins = list(plugins)
+    _check_plugins(plugins)
+    for plugin in plugins:
+        if not isinstance(plugin, tuple):
+            app.install(plugin)
+    extension = _extend(app)
+    extension.for_all = _Group("", [_PluginEntry(extension, *item) for item in plugins if isinstance(item, tuple)], {})
+
+
+def _prepare(app: Nova, group: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Returns a group as the core takes it: without status routes, and with bottle's plugins only."""
+    routes, plugins = group.get("routes", ()), bottle.makelist(group.get("plugins"))
+    if isinstance(routes, Iterator):
+        routes = list(routes)
+        group = {**group, "routes": routes}
+    _check_plugins(plugins)
+    ours = [plugin for plugin in plugins if isinstance(plugin, tuple)]
+    statuses = [route for route in routes if isinstance(route, tuple | list) and route and isinstance(route[0], int)]
+    inherits = not ours and (bool(plugins) or "plugins" not in group)
+    if inherits and not statuses and not isinstance(app.error_handler, _Extension):
+        return group
+    extension = _extend(app)
+    entries = None if inherits else [_PluginEntry(extension, *plugin) for plugin in ours]
+    mark = _Group(group.get("prefix", ""), entries, dict(_status_route(app, *route) for route in statuses))
+    extension.add(mark)
+    routes = [route for route in routes if not any(route is other for other in statuses)]
+    return {**group, "routes": routes, "plugins": [*(item for item in plugins if not isinstance(item, tuple)), mark]}
+
+
+def _check_plugins(plugins: Any) -> None:
+    for plugin in plugins:
+        if isinstance(plugin, str) or (isinstance(plugin, tuple) and not 2 <= len(plugin) <= 4):
+            form = '("pre_request" | "post_request", plugin, options[, priority])'
+            raise ValueError(f"plugins is a list of bottle's plugins and of {form}; it has {plugin!r}")
+
+
+def _status_route(app: Nova, status: int, controller: Any, options: Any = ()) -> tuple[int, Any]:
+    if not 400 <= status <= 599:
+        raise ValueError(f"a status route is for a status from 400 to 599, not for {status!r}")
+    if not callable(controller):
+        raise ValueError(f"the status route {status} needs a function of req, not {controller!r}")
+    if set(options) - {"methods"}:
+        raise ValueError(f"the status route {status} has no option {', '.join(set(options) - {'methods'})}")
+    return status, app.endpoint(controller)
+
+
+class Cors:
+    """A plugin, `("pre_request", cors, {"origins": ["https://example.org"]})`: scripts of other origins use a group.
+
+    Options: "origins" (a list, or "*"), "headers" and "methods" that they may send (lists; without them, those that the
+    browser asks for), "expose" (a list: response headers that they may read), "credentials" (whether browsers send
+    cookies), "max_age" (seconds for which a browser keeps the answer). It runs before other plugins. A preflight is a
+    204, before `security`. Raises ValueError, when the application is made, for another option, and for "*" together
+    with credentials.
+    """
+
+    def check_options(self, options: Mapping[str, Any]) -> SimpleNamespace:
+        unknown = set(options) - set(CORS_OPTIONS)
+        if unknown:
+            raise ValueError(f"cors has no option {', '.join(sorted(unknown))}; it has {', '.join(CORS_OPTIONS)}")
+        rules = SimpleNamespace(**{**CORS_OPTIONS, **options})
+        for name in ("origins", "headers", "methods", "expose"):
+            value = getattr(rules, name)
+            is_list = isinstance(value, list | tuple | set | frozenset) and all(isinstance(item, str) for item in value)
+            if value != "*" and not is_list:
+                raise ValueError(f'cors: {name} is a list of strings, or "*", not {value!r}')
+        for origin in () if rules.origins == "*" else rules.origins:
+            if parse_origin(origin) is None:
+                raise ValueError(f"cors: expected an origin such as 'https://example.org', got {origin!r}")
+        if rules.origins == "*" and rules.credentials:
+            raise ValueError('cors: with credentials, origins is a list: "*" would open the session to all pages')
+        if rules.max_age is not None and (type(rules.max_age) is not int or rules.max_age < 0):
+            raise ValueError(f"cors: max_age is a number of seconds, not {rules.max_age!r}")
+        if rules.origins != "*":
+            rules.origins = {parse_origin(origin) for origin in rules.origins}
+        return rules
+
+    def add_headers(self, req: Request, rules: SimpleNamespace) -> bool:
+        """Returns whether the origin is allowed."""
+        headers, origin = req["resp_headers"], req.environ.get("HTTP_ORIGIN")
+        if rules.origins == "*":
+            headers["Access-Control-Allow-Origin"] = "*"
+        else:
+            _add_vary(headers, "Origin")  # also without an Origin: a cache must not give this response to another one
+            if origin is None or parse_origin(origin) not in rules.origins:
+                return False
+            headers["Access-Control-Allow-Origin"] = origin
+        if rules.credentials:
+            headers["Access-Control-Allow-Credentials"] = "true"
+        if rules.expose:
+            headers["Access-Control-Expose-Headers"] = ", ".join(rules.expose)
+        return True
+
+    def pre_request(self, req: Request, env: Any, rules: SimpleNamespace, state: Any) -> Any:
+        asked, names = (req.environ.get(f"HTTP_ACCESS_CONTROL_REQUEST_{part}") for part in ("METHOD", "HEADERS"))
+        is_allowed = self.add_headers(req, rules)
+        if req["method"] != "OPTIONS" or "HTTP_ORIGIN" not in req.environ or asked is None:
+            return "ok", req, state
+        headers = req["resp_headers"]
+        if is_allowed:
+            served = {*env.get("allowed", [asked])}
+            served |= {"HEAD"} if "GET" in served else set()
+            methods = sorted(served) if rules.methods == "*" else [method.upper() for method in rules.methods]
+            headers["Access-Control-Allow-Methods"] = ", ".join(methods)
+            allowed = names if rules.headers == "*" else ", ".join(rules.headers)
+            if allowed:
+                headers["Access-Control-Allow-Headers"] = allowed
+            if rules.max_age is not None:
+                headers["Access-Control-Max-Age"] = str(rules.max_age)
+        if rules.headers == "*":
+            _add_vary(headers, "Access-Control-Request-Headers")
+        return "stop", ("status", 204), req, state
+
+
+cors = Cors()
+
+
+# -- other applications
+
+
+def _mount(app: Nova, prefix: str, other: Any, security: Any, options: dict[str, Any]) -> None:
+    """Serves a WSGI application, bottle's and Nova's included, below `prefix`, with or without the slash behind it.
+
+    At "/" it gets what no route of `app` is for. `security` is as in a group, for WebSockets too; the application finds
+    what it returns in `environ["nova_lite.auth_data"]`. Plugins and hooks of `app` are not those of the other, as in
+    bottle; its errors are its own. Raises ValueError for a prefix without a slash.
+    """
+    if not prefix.startswith("/") or not callable(other):
+        raise ValueError(f'expected a prefix such as "/admin" and a WSGI application, got {prefix!r} and {other!r}')
+    if security is not False and not callable(security):
+        raise ValueError(f"security is False or a function of req, not {security!r}")
+    path = re.sub(r"(?<=/):(\w+)", r"<\1>", "/" + "/".join(part for part in prefix.split("/") if part))
+
+    def controller(req: Request) -> HTTPResponse:
+        segments = (app.config.get("_mount.prefix", "") + path).split("/")  # `app` may be mounted in bottle's way
+        return _call_application(other, len([*filter(None, segments)]), req)
+
+    controller.__qualname__ = f"mount({prefix!r})"
+    endpoint = app.endpoint(controller, security)
+    options = {"skip": True, "method": "PROXY", "mountpoint": {"prefix": prefix, "target": other}, **options}
+    if path == "/":
+        if "match" in vars(app.router):
+            raise ValueError('there is an application at "/" already')
+        route = bottle.Route(app, "/<:re:.*>", "PROXY", endpoint, skiplist=[True])
+        app.router.match = partial(_match, app.router.match, route)
+    else:
+        for rule in (path, f"{path}/<:re:.*>"):
+            app.route(rule, callback=endpoint, **options)
+
+
+def _match(match: Any, rest: bottle.Route, environ: dict[str, Any]) -> Any:
+    """Does what the method of bottle's router does, but returns `rest` instead of a 404."""
+    try:
+        return match(environ)
+    except HTTPError as error:
+        if error.status_code != 404:
+            raise
+        return rest, {}
+
+
+def _call_application(application: Any, depth: int, req: Request) -> HTTPResponse:
+    """Calls a WSGI application, mounted below `depth` segments of the path, and returns its response (PEP 3333)."""
+    environ, response = _make_environ(req, depth), HTTPResponse()
+    begun: list[bool] = []
+    written: list[bytes] = []
+
+    def start_response(status: str, headers: list[tuple[str, str]], exc_info: Any = None) -> Any:
+        if begun and exc_info is None:
+            raise AssertionError("start_response was called twice")
+        begun[:] = [True]
+        response.status = _decode(status)
+        response.headers.dict.clear()
+        for name, value in headers:
+            response.add_header(name, _decode(value))
+        return written.append
+
+    saved = bottle.response.copy(HTTPResponse)  # another bottle's application begins with a new one
+    try:
+        body = application(environ, start_response)
+        first, iterator = [], iter(body)
+        for chunk in iterator if not begun else ():  # a generator starts its response when it is asked for the first
+            first.append(chunk)
+            if begun:
+                break
+    finally:
+        bottle.request.bind(req.environ)
+        saved.apply(bottle.response)
+    if not begun:
+        raise RuntimeError("a mounted application has not called start_response")
+    response.body = body
+    if written or first:
+        response.body = bottle._closeiter(chain(written, first, iterator), getattr(body, "close", None))
+    return response
+
+
+def _make_environ(req: Request, depth: int) -> dict[str, Any]:
+    own = "bottle.", "route.", "nova_lite."  # what `app` and its rooms keep there is not the other's
+    environ = {name: value for name, value in req.environ.items() if not name.startswith(own)}
+    for name in {REGISTRY_KEY, UPGRADING_KEY} & set(req.environ):
+        environ[name] = req.environ[name]
+    parts = req.environ["bottle.raw_path"].split("/", depth + 1)  # in latin-1: bottle has decoded the other one
+    environ["SCRIPT_NAME"] = environ.get("SCRIPT_NAME", "") + "/".join(parts[: depth + 1])
+    environ["PATH_INFO"] = "/" + "".join(parts[depth + 1 :])
+    environ["nova_lite.auth_data"] = req["auth_data"]
+    body = req.environ.get("bottle.request.body")
+    if body is not None:
+        environ["bottle.request.body"] = body
+        if not getattr(body, "is_unread", False):  # a hook has read it
+            body.seek(0)
+            environ["wsgi.input"] = body
+    return environ
+
+
+def _decode(text: str) -> str:
+    """Returns a header of WSGI as the text of which bottle makes one again."""
+    try:
+        return text.encode("latin-1").decode()
+    except UnicodeError:
+        return text
+
+
+rooms["plugins"] = SimpleNamespace(install=_install, prepare=_prepare, mount=_mount)
 # ----- cut here: without deflate -------------------------------------------------------------------------------------
 # Lost: compression (permessage-deflate).
 
@@ -4297,9 +5438,6 @@ class ServerProcess(Process):
     def role(self) -> str:
         return getattr(type(self.server), "__name__", "")
 
-    def title(self) -> str:
-        return super().title() or f" {self.role()}"
-
 
 def start_link(cls: Any, args: Any = None, name: str | None = None, timeout: float | None = None) -> Any:
     """Starts a server, linked to the caller, and waits for its `init` (gen_server:start_link/4).
@@ -4309,6 +5447,8 @@ def start_link(cls: Any, args: Any = None, name: str | None = None, timeout: flo
     for no limit, kills the server and returns ("error", "timeout").
     """
     me = calling_process()
+    if "checks" in rooms:
+        rooms["checks"].check_server(cls, GenServer)
     if name is not None and check_name(name) in registered:
         return "error", ("already_started", registered[name])
     server = ServerProcess(cls() if isinstance(cls, type) else cls, args, me)
@@ -4952,11 +6092,15 @@ class History(Recorder):
             self.begin(epoch, offset)
         self.offset = offset
         self.messages.append((monotonic() if at is None else at, message))
+        self._drop_old()
+
+    def _drop_old(self) -> None:
+        while self.messages and monotonic() - self.messages[0][0] > self.seconds:
+            self.messages.popleft()
 
     def since(self, position: Any) -> list[Message] | None:
         """Returns the messages after `position`, all for "first"; None if it is too old or from another epoch."""
-        while self.messages and monotonic() - self.messages[0][0] > self.seconds:
-            self.messages.popleft()
+        self._drop_old()
         if position == "first":
             return [message for _, message in self.messages]
         epoch, offset = self._parse(position)
@@ -4996,9 +6140,9 @@ class ResumableEventStream(EventStream):
         position = next(filter(None, dict(self.channels).values()), None)  # one will do: the other channels resync
         return super().preamble(_position_event(position))
 
-    def handle_result(self, result: Any, info: Any = None) -> int:
+    def handle_result(self, result: Any, info: Any = None, *callback: str) -> int:
         queued = len(self.outgoing)
-        size = super().handle_result(result)
+        size = super().handle_result(result, info, *callback)
         match info:
             case Message(position=str(position)) if len(self.outgoing) > queued:
                 self.outgoing[-1] = f"id: {position}\n".encode() + self.outgoing[-1]
@@ -5369,7 +6513,7 @@ TRANSPORT_TIMEOUT = 4.0  # seconds without the node's own beat until it reconnec
 TICK = 0.5  # seconds
 FIRST_DELAY, LAST_DELAY = 0.1, 5.0  # seconds before reconnecting, doubled each time, with jitter
 MAX_OUTBOX = 64 * 1024 * 1024  # bytes that may wait for Redis; beyond, broadcasts are lost, which is announced
-JOIN_TIME = 5.0  # seconds that `join` waits for its subscription at most, and `connect` for Redis
+JOIN_TIME = 5.0  # seconds that `join` waits for its subscription at most, `connect` and `publish` for Redis
 MAX_CHANGES = 500  # in one delta: with the largest metas of presence, it is half of what a message may have
 MAX_NAMES = 1000  # names of nodes that have left; a pid of an earlier one prints the node's id
 MAX_LOST = 10_000  # channels announced one by one; beyond, all channels are
@@ -5417,14 +6561,14 @@ class RemotePid(Pid):
 class Redis:
     """Opens connections to the Redis of a URL, and names its keys and channels."""
 
-    def __init__(self, url: str) -> None:
+    def __init__(self, url: str, timeout: float | None = None) -> None:
         self.module = room("codec").import_package("redis")
         parts = urlsplit(url)
         query = dict(parse_qsl(parts.query, keep_blank_values=True))
         self.prefix = query.pop("prefix", "nova") + ":"
         location = url.partition("://")[2].rpartition("@")[2].partition("?")[0]
         self.label = f"{parts.scheme}://{location}"  # for the log: no password, not even one with a slash
-        options = {"protocol": 2, "socket_timeout": None, "socket_connect_timeout": 5, "socket_keepalive": True}
+        options = {"protocol": 2, "socket_timeout": timeout, "socket_connect_timeout": 5, "socket_keepalive": True}
         options |= {"decode_responses": False, "health_check_interval": 0}
         query = {name: value for name, value in query.items() if name not in options}
         try:
@@ -6109,9 +7253,9 @@ def _find_redis() -> Any:
 def publish(url: str, channel: str, topic: str | bytes, payload: Any) -> int:
     """Broadcasts without being a node. Returns how many nodes have members in the channel.
 
-    Raises OSError or redis.RedisError if Redis cannot be reached, and the errors of `connect` and `broadcast`.
+    Raises OSError or redis.RedisError if Redis does not respond within 5 seconds, and what `broadcast` raises.
     """
-    redis, message = Redis(url), pubsub.make_message(channel, topic, payload)
+    redis, message = Redis(url, JOIN_TIME), pubsub.make_message(channel, topic, payload)
     data = room("codec").Codec(None, os.urandom(8)).encode([*message[2:], None])
     with redis.client:
         return redis.client.publish(redis.key("channel:", channel), data)
@@ -6350,6 +7494,504 @@ def _list_leases() -> list[dict[str, Any]]:
 getattr(rooms.get("gen_server"), "scopes", {})["cluster"] = _start
 __all__ += ["lease_number"]
 rooms["leases"] = SimpleNamespace(resolve=_resolve, list_leases=_list_leases)
+
+
+# ----- cut here: without sessions ------------------------------------------------------------------------------------
+# Lost: session, req.set_cookie, req.get_cookie, req.delete_cookie. bottle.response.set_cookie remains.
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Sessions: cookies, and what the server remembers of a browser between its requests.
+# Invariant: only an id that was made here is a session's. Its hash is stored, the id itself is not, nor is it logged.
+#
+# A session is some JSON texts, by key. They are in memory, or, on a node of a cluster, in Redis, where one script makes
+# each operation atomic. A session exists from the first `set`, or from `renew`, which marks it as a login. Two tables
+# hold the logins and the others, in the order of their last use. When there are too many sessions, the others go first.
+# A session that is over is removed when it is looked up, or when new ones are made: each of them removes a few.
+# ---------------------------------------------------------------------------------------------------------------------
+
+import hmac
+from base64 import urlsafe_b64decode, urlsafe_b64encode
+from collections import OrderedDict
+from hashlib import sha256
+from secrets import token_urlsafe
+
+from gevent.queue import LifoQueue
+
+MAX_COOKIE = 4096  # bytes of a name and its value: browsers ignore a larger cookie (RFC 6265bis §5.6)
+MAX_SWEEP = 100  # sessions that are over, removed when one is made: it makes one, so they never become more
+MAX_LIFE = 1e9  # seconds
+REDIS_TIME = 1.0  # seconds until an operation fails, and between two tries while Redis is away
+REDIS_CONNECTIONS = 16  # of a node, at most; each operation has one for itself
+SESSION_KEY = "nova_lite.session"  # in WSGI's environ: the hash of the id that the response sends; "" if it deletes it
+_COOKIE_NAME = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")  # RFC 6265 §4.1.1, as are the next two
+_COOKIE_OCTETS = re.compile(r"[!#-+\--:<-\[\]-~]*")
+_COOKIE_PATH = re.compile(r"/[ -:<-~]*")
+_SESSION_ID = re.compile(r"[A-Za-z0-9_-]{22}")
+
+
+def set_cookie(
+    req: Request,
+    name: str,
+    value: Any,
+    *,
+    secret: str | bytes | None = None,
+    max_age: int | None = None,
+    path: str = "/",
+    domain: str | None = None,
+    secure: bool | None = None,
+    httponly: bool = True,
+    samesite: str | None = "Lax",
+) -> None:
+    """Sends a cookie with the response to `req`, whatever that is: a redirect, an error, a WebSocket's 101.
+
+    `value` is a string. With `secret` it is anything that JSON can hold, and signed, so that `get_cookie` does not take
+    another one for it, nor that of another name; the client can read it. `max_age` is in seconds, None: until the
+    browser ends; a signed cookie is not accepted for longer. `secure` (https only) is by default whether the client
+    uses https. `samesite` is "Lax", "Strict", "None" (which needs `secure`) or None, for the browser's default.
+
+    Raises ValueError for what browsers would not take: control characters, more than MAX_COOKIE bytes, a `__Host-`
+    without what that demands; TypeError for a value that is no string, or not JSON; RuntimeError if it is too late: a
+    WebSocket or an event stream has its response.
+    """
+    secure = is_https(req) if secure is None else secure
+    text = _quote(value) if secret is None else _sign(name, value, secret, max_age)
+    _check_attributes(name, path, domain, secure, samesite)
+    if len(name) + len(text) > MAX_COOKIE:
+        raise ValueError(f"the cookie {name!r} has {len(name) + len(text)} bytes; a browser takes {MAX_COOKIE}")
+    given = {"Max-Age": None if max_age is None else int(max_age), "Path": path, "Domain": domain, "SameSite": samesite}
+    parts = [f"{name}={text}", *(f"{key}={value}" for key, value in given.items() if value is not None)]
+    parts += ["HttpOnly"] * httponly + ["Secure"] * secure
+    _cookies_to_send(req)[name, path, domain] = "; ".join(parts)
+
+
+def is_https(req: Request) -> bool:
+    """Returns whether the client uses https; behind a proxy, `trust_proxy` must say that there is one."""
+    return bool(req.environ.get("wsgi.url_scheme") == "https")
+
+
+def _cookies_to_send(req: Request) -> dict[Any, str]:
+    cookies: dict[Any, str] | None = req.environ.setdefault(COOKIES_KEY, {})
+    if cookies is None:
+        raise RuntimeError("no cookie can be sent any more: the response to this request has been sent")
+    return cookies
+
+
+def _check_attributes(name: str, path: str, domain: str | None, secure: bool, samesite: str | None) -> None:
+    if not _COOKIE_NAME.fullmatch(name):
+        raise ValueError(f"{name!r} is not the name of a cookie")
+    if not _COOKIE_PATH.fullmatch(path) or not re.fullmatch(r"[A-Za-z0-9.-]+", domain or "-"):
+        raise ValueError(f"the cookie {name!r} has no such path or domain: {path!r}, {domain!r}")
+    if samesite not in ("Lax", "Strict", "None", None) or (samesite == "None" and not secure):
+        raise ValueError(f"samesite is 'Lax', 'Strict', None, or, with secure=True, 'None', not {samesite!r}")
+    prefix = name.lower().partition("-")[0]
+    if prefix in ("__host", "__secure") and not (secure and (prefix == "__secure" or (path, domain) == ("/", None))):
+        raise ValueError(f"browsers ignore {name!r}: it needs https, and with __Host- the path '/' and no domain")
+
+
+def _quote(value: str) -> str:
+    """Returns a string as a cookie's value, between quotes if it must be: `req["cookies"]` reads it (http.cookies)."""
+    if not isinstance(value, str):
+        raise TypeError(f"a cookie's value is a string, or with a secret what JSON can hold, not {value!r}")
+    if re.search(r"[\x00-\x1f\x7f]", value):
+        raise ValueError(f"a cookie cannot hold control characters: {value!r}")
+    if _COOKIE_OCTETS.fullmatch(value):
+        return value
+    octets = (chr(octet) for octet in value.encode())
+    return '"' + "".join(it if it == " " or _COOKIE_OCTETS.fullmatch(it) else f"\\{ord(it):03o}" for it in octets) + '"'
+
+
+def _sign(name: str, value: Any, secret: str | bytes, max_age: int | None) -> str:
+    """Returns base64(JSON of [value, time of its end or None]), a dot, and the signature of that for this name."""
+    end = None if max_age is None else int(time.time()) + max_age
+    text = json.dumps([value, end], allow_nan=False, separators=(",", ":"))
+    payload = urlsafe_b64encode(text.encode()).rstrip(b"=").decode()
+    return f"{payload}.{_signature(name, payload, secret)}"
+
+
+def _signature(name: str, payload: str, secret: str | bytes) -> str:
+    key = secret.encode() if isinstance(secret, str) else secret
+    if not key:
+        raise ValueError("the secret is empty")
+    digest = hmac.digest(key, f"nova_lite cookie {name}={payload}".encode(), "sha256")
+    return urlsafe_b64encode(digest).rstrip(b"=").decode()
+
+
+def _get_cookie(req: Request, name: str, secret: str | bytes | None = None) -> Any:
+    if secret is None:
+        return req["cookies"].get(name)
+    for text in _values(req, name):
+        payload, _, signature = text.rpartition(".")
+        if hmac.compare_digest(signature.encode(), _signature(name, payload, secret).encode()):
+            value, end = json.loads(urlsafe_b64decode(payload + "=" * (-len(payload) % 4)))
+            if end is None or time.time() < end:
+                return value
+    return None
+
+
+def _values(req: Request, name: str) -> list[str]:
+    """Returns the values of all cookies of this name: a page of a parent domain may have set another one."""
+    pairs = (pair.partition("=") for pair in req.environ.get("HTTP_COOKIE", "").split(";"))
+    return [value.strip(" \t") for key, _, value in pairs if key.strip(" \t") == name]
+
+
+def _send_cookies(environ: dict[str, Any]) -> None:
+    """Adds the cookies to bottle's response, in place of its headers: a program may return one response many times."""
+    lines = environ.pop(COOKIES_KEY) or {}
+    headers = bottle.response._headers
+    cookies = [*headers.get("Set-Cookie", []), *lines.values()]
+    bottle.response._headers = {"Cache-Control": ["private"], **headers, "Set-Cookie": cookies}
+
+
+class Session:
+    """What the server remembers of a browser, by key. The one instance is `session`.
+
+    A value is anything that JSON can hold. A key's value is replaced as a whole, and requests that set different keys
+    at the same time do not lose any. The functions take the request, in a controller, in `security` and in a WebSocket
+    handler. On a node of a cluster the sessions are in Redis; while that is away, they raise an HTTPError (503).
+    """
+
+    def __init__(self) -> None:
+        self.configure()
+        self.memory = _Memory(self)
+        self.redis: _RedisSessions | None = None  # of the adapter below; None before it is used
+        self.adapter: Any = None
+
+    def configure(
+        self,
+        *,
+        idle: float = 12 * 3600.0,
+        absolute: float = 7 * 86400.0,
+        cookie: str = "nova_session",
+        secure: bool | None = None,
+        limit: int = 100_000,
+        max_size: int = 16_384,
+    ) -> None:
+        """Sets the limits; those left out get their defaults. Raises ValueError for limits that admit no session.
+
+        A session is over `idle` seconds after its last use, and `absolute` seconds after it was made or renewed.
+        `cookie` is its cookie's name; over https it has the prefix `__Host-`. `secure` is whether clients use https, by
+        default what the request says (see `trust_proxy`). There are at most `limit` sessions, and one has at most
+        `max_size` bytes of keys and JSON.
+        """
+        is_possible = 0 < idle < MAX_LIFE and 0 < absolute < MAX_LIFE and limit > 0 and max_size > 0
+        if not (is_possible and _COOKIE_NAME.fullmatch(cookie)):
+            raise ValueError(f"no session is possible with {idle=}, {absolute=}, {limit=}, {max_size=}, {cookie=}")
+        self.idle, self.absolute, self.cookie, self.secure = idle, absolute, cookie, secure
+        self.limit, self.max_size = limit, max_size
+
+    def get(self, req: Request, key: str, default: Any = None) -> Any:
+        """Returns the value of `key`, or `default` without a session or without that key. Makes no session."""
+        name = self._find(req)
+        text = self._store().get(name, key) if name else None
+        return default if text is None else json.loads(text)
+
+    def set(self, req: Request, key: str, value: Any) -> str:
+        """Sets the value of `key`, in a new session if there is none, whose cookie goes out with the response.
+
+        Returns "ok". Raises TypeError for what JSON cannot hold, ValueError over `max_size`, RuntimeError if there is
+        no session and the response has been sent (a WebSocket's), HTTPError (503) if there are too many sessions.
+        """
+        if not isinstance(key, str):
+            raise TypeError(f"a session's key is a string, not {key!r}")
+        text = json.dumps(value, allow_nan=False, separators=(",", ":"))
+        if len(key.encode()) + len(text) > self.max_size:
+            raise ValueError(f"{key!r} has {len(text)} bytes; a session may have {self.max_size}")
+        name = self._find(req)
+        if not name or not self._store().set(name, key, text):
+            self._start(req, lambda new: self._store().create(new, key, text))
+        return "ok"
+
+    def delete(self, req: Request, key: str | None = None) -> str:
+        """Deletes a key, or, without one, the session: a logout, on all nodes. Returns "ok", also if there is none."""
+        name = self._find(req)
+        if name:
+            self._store().delete(name, key)
+        if key is None:
+            if req.environ.get(COOKIES_KEY, {}) is not None and (name or _values(req, self._cookie_name(req))):
+                req.set_cookie(self._cookie_name(req), "", max_age=0, secure=self._is_secure(req))
+            req.environ[SESSION_KEY] = ""
+        return "ok"
+
+    def renew(self, req: Request) -> str:
+        """Gives the session a new id, at a login: who knew the old one, or chose it, has no session. Returns "ok".
+
+        Makes a session if there is none. A renewed session is not pushed out by others. Raises RuntimeError if the
+        response has been sent (a WebSocket's).
+        """
+        old = self._find(req)
+        self._start(req, lambda new: self._store().renew(old or "", new))
+        return "ok"
+
+    def _start(self, req: Request, make: Callable[[str], None]) -> None:
+        """Calls `make` with the name of a new session, and sends its id. The id is nowhere else."""
+        _cookies_to_send(req)  # raises if it is too late
+        session_id = token_urlsafe(16)
+        name = _hash(session_id)
+        make(name)
+        max_age = max(1, int(self.absolute))
+        req.set_cookie(self._cookie_name(req), session_id, max_age=max_age, secure=self._is_secure(req))
+        req.environ[SESSION_KEY] = name
+
+    def _find(self, req: Request) -> str | None:
+        """Returns the name of the session that the request may have, or None.
+
+        Of several cookies, one of which another site of the domain may have set, that of a session counts. Should more
+        than one have a session, or should they be many, none counts.
+        """
+        known: str | None = req.environ.get(SESSION_KEY)
+        if known is not None:
+            return known
+        ids = {text for text in _values(req, self._cookie_name(req)) if _SESSION_ID.fullmatch(text)}
+        names = [_hash(text) for text in ids]
+        if 1 < len(names) < 5:
+            names = [name for name in names if self._store().is_live(name)]
+        return names[0] if len(names) == 1 else None
+
+    def _is_secure(self, req: Request) -> bool:
+        return is_https(req) if self.secure is None else self.secure
+
+    def _cookie_name(self, req: Request) -> str:
+        # With the prefix, no page over http, and none of another host of the domain, can have set it (RFC 6265bis).
+        return f"__Host-{self.cookie}" if self._is_secure(req) else self.cookie
+
+    def _store(self) -> _Memory | _RedisSessions:
+        if self.adapter is not pubsub.adapter:
+            self.adapter = pubsub.adapter
+            redis = rooms["cluster"].find_redis if "cluster" in rooms else lambda: None
+            self.redis = _RedisSessions(self, redis) if redis() else None
+        return self.redis or self.memory
+
+
+def _hash(session_id: str) -> str:
+    return sha256(session_id.encode()).hexdigest()
+
+
+def _error_503(text: str) -> HTTPError:
+    return HTTPError(503, text, Retry_After="1")
+
+
+@dataclass(eq=False)
+class _Entry:
+    """A session in memory."""
+
+    values: dict[str, str]  # key -> JSON
+    created: float
+    used: float
+
+    __slots__ = ("created", "used", "values")
+
+
+class _Memory:
+    """The sessions of a node alone, by the hashes of their ids. Nothing here blocks: each operation is atomic."""
+
+    def __init__(self, options: Session) -> None:
+        self.options = options
+        self.others: OrderedDict[str, _Entry] = OrderedDict()  # not renewed; here and below, the longest unused first
+        self.renewed: OrderedDict[str, _Entry] = OrderedDict()
+
+    def is_live(self, name: str) -> bool:
+        return self._use(name) is not None
+
+    def get(self, name: str, key: str) -> str | None:
+        entry = self._use(name)
+        return entry.values.get(key) if entry else None
+
+    def set(self, name: str, key: str, text: str) -> bool:
+        entry = self._use(name)
+        if entry:
+            size = sum(len(it.encode()) for pair in {**entry.values, key: text}.items() for it in pair)
+            if size > self.options.max_size:
+                raise ValueError(f"a session may have {self.options.max_size} bytes; with {key!r} it has {size}")
+            entry.values[key] = text
+        return entry is not None
+
+    def create(self, name: str, key: str, text: str) -> None:
+        self._make_room(is_renewed=False)
+        self.others[name] = _Entry({key: text}, monotonic(), monotonic())
+
+    def delete(self, name: str, key: str | None) -> None:
+        entry = self._use(name)
+        if entry and key is not None:
+            entry.values.pop(key, None)
+        elif entry:
+            self._drop(name)
+
+    def renew(self, old: str, new: str) -> None:
+        entry = self._use(old)
+        self._drop(old)
+        self._make_room(is_renewed=True)
+        self.renewed[new] = _Entry(entry.values if entry else {}, monotonic(), monotonic())
+
+    def _use(self, name: str) -> _Entry | None:
+        """Returns a session that is not over, and counts that as a use."""
+        table = self.renewed if name in self.renewed else self.others
+        entry, now = table.get(name), monotonic()
+        if entry is None or self._is_over(entry, now):
+            self._drop(name)
+            return None
+        entry.used = now
+        table.move_to_end(name)
+        return entry
+
+    def _is_over(self, entry: _Entry, now: float) -> bool:
+        return now - entry.used >= self.options.idle or now - entry.created >= self.options.absolute
+
+    def _drop(self, name: str) -> None:
+        self.renewed.pop(name, None)
+        self.others.pop(name, None)
+
+    def _make_room(self, is_renewed: bool) -> None:
+        for table in (self.others, self.renewed):
+            for _ in range(MAX_SWEEP):
+                if not table or not self._is_over(next(iter(table.values())), monotonic()):
+                    break
+                table.popitem(last=False)
+        while len(self.others) + len(self.renewed) >= self.options.limit:
+            if not self.others and not is_renewed:
+                raise _error_503("there are too many sessions")
+            (self.others or self.renewed).popitem(last=False)
+
+
+# KEYS: a session, the others, the renewed, the new session. ARGV: the operation, milliseconds idle and absolute, the
+# limits of number and size, key, value. A session is a hash; the tables are sorted by the time of the last use. Returns
+# {status, value}: 0 no session, 1 done, 2 too large, 3 too many.
+_SESSION_SCRIPT = f"""
+local op, idle, absolute, limit, size, field, value = unpack(ARGV)
+local time, tables = redis.call('TIME'), {{KEYS[2], KEYS[3]}}
+local now = time[1] * 1000 + math.floor(time[2] / 1000)
+local function drop(key)
+  redis.call('DEL', key)
+  for _, table in ipairs(tables) do redis.call('ZREM', table, key) end
+end
+local function make_room(is_renewed)
+  for _, table in ipairs(tables) do
+    local over = redis.call('ZRANGEBYSCORE', table, '-inf', now - idle, 'LIMIT', 0, {MAX_SWEEP})
+    for _, key in ipairs(over) do drop(key) end
+  end
+  while redis.call('ZCARD', tables[1]) + redis.call('ZCARD', tables[2]) >= tonumber(limit) do
+    local oldest = redis.call('ZRANGE', tables[1], 0, 0)[1] or is_renewed and redis.call('ZRANGE', tables[2], 0, 0)[1]
+    if not oldest then return false end
+    drop(oldest)
+  end
+  return true
+end
+local function use(key, table, is_new)
+  local created = redis.call('HGET', key, 'created')
+  local left = created and math.min(idle, created + absolute - now) or 0
+  if left <= 0 then return drop(key) end
+  redis.call('PEXPIRE', key, left)
+  redis.call('ZADD', table or redis.call('ZSCORE', tables[2], key) and tables[2] or tables[1], now, key)
+  return true
+end
+if op == 'create' then
+  if not make_room(false) then return {{3}} end
+  redis.call('HSET', KEYS[1], 'created', now, field, value)
+  use(KEYS[1], tables[1])
+  return {{1}}
+elseif op == 'renew' then
+  if redis.call('EXISTS', KEYS[4]) == 1 then return {{1}} end
+  if use(KEYS[1]) then redis.call('RENAME', KEYS[1], KEYS[4]) end
+  drop(KEYS[1])
+  make_room(true)
+  redis.call('HSET', KEYS[4], 'created', now)
+  use(KEYS[4], tables[2])
+  return {{1}}
+end
+if not use(KEYS[1]) then return {{0}} end
+if op == 'get' then return {{1, redis.call('HGET', KEYS[1], field)}} end
+if op == 'delete' then redis.call('HDEL', KEYS[1], field) end
+if op == 'end' then drop(KEYS[1]) end
+if op == 'set' then
+  local all, sum = redis.call('HGETALL', KEYS[1]), #field + #value - 1
+  for at = 1, #all, 2 do
+    if all[at] ~= 'created' and all[at] ~= field then sum = sum + #all[at] + #all[at + 1] - 1 end
+  end
+  if sum > tonumber(size) then return {{2, sum}} end
+  redis.call('HSET', KEYS[1], field, value)
+end
+return {{1}}
+"""
+
+
+class _RedisSessions:
+    """The sessions of a cluster. No operation waits for longer than REDIS_TIME, nor while Redis is known to be away."""
+
+    def __init__(self, options: Session, find_redis: Callable[[], Any]) -> None:
+        self.options = options
+        self.connections: Any = LifoQueue()  # those that no operation is using; they connect by themselves
+        for _ in range(REDIS_CONNECTIONS):
+            connection, self.key = find_redis()
+            self.connections.put(connection)
+        self.is_away, self.retry_at = False, 0.0  # the last operation failed; when the next one may try again
+
+    def is_live(self, name: str) -> bool:
+        return bool(self._ask("live", name)[0] == 1)
+
+    def get(self, name: str, key: str) -> str | None:
+        _, *values = self._ask("get", name, key)
+        return values[0].decode() if values and values[0] is not None else None
+
+    def set(self, name: str, key: str, text: str) -> bool:
+        status, *sizes = self._ask("set", name, key, text)
+        if status == 2:
+            raise ValueError(f"a session may have {self.options.max_size} bytes; with {key!r} it has {sizes[0]}")
+        return bool(status == 1)
+
+    def create(self, name: str, key: str, text: str) -> None:
+        if self._ask("create", name, key, text)[0] == 3:
+            raise _error_503("there are too many sessions")
+
+    def delete(self, name: str, key: str | None) -> None:
+        self._ask("end", name) if key is None else self._ask("delete", name, key)
+
+    def renew(self, old: str, new: str) -> None:
+        self._ask("renew", old, new=new)
+
+    def _ask(self, op: str, name: str, key: str = "", text: str = "", new: str = "") -> list[Any]:
+        options = self.options
+        limits = int(options.idle * 1000), int(options.absolute * 1000), options.limit, options.max_size
+        keys = [self.key("session:", name), self.key("sessions"), self.key("logins"), self.key("session:", new)]
+        response: list[Any] | None = None
+        failure = f"no response in {REDIS_TIME:.1f} s"
+        if self.is_away and monotonic() < self.retry_at:
+            raise _error_503("the sessions cannot be reached")
+        self.retry_at = monotonic() + 2 * REDIS_TIME  # while Redis is away, one request a time tries
+        try:
+            with gevent.Timeout(REDIS_TIME, False):
+                response = self._request(*keys, op, *limits, f":{key}", text)
+        except Exception as error:
+            failure = str(error)
+        if self.is_away != (response is None):
+            self.is_away = response is None
+            refusing = f"requests that need them are refused: {failure}"
+            log.warning("sessions: %s", refusing if self.is_away else "Redis responds again")
+        self.retry_at = monotonic() + REDIS_TIME
+        if response is None:
+            raise _error_503("the sessions cannot be reached")
+        return response
+
+    def _request(self, *arguments: Any) -> Any:
+        connection = self.connections.get()
+        try:
+            with suppress(Exception):  # Redis may have closed the connection, as it does when it restarts
+                return self._evaluate(connection, arguments)
+            connection.disconnect()
+            return self._evaluate(connection, arguments)
+        except BaseException:
+            connection.disconnect()  # a late response must not be taken for the next one
+            raise
+        finally:
+            self.connections.put(connection)
+
+    def _evaluate(self, connection: Any, arguments: Any) -> Any:
+        connection.send_command("EVAL", _SESSION_SCRIPT, 4, *arguments)
+        return connection.read_response()
+
+
+session = Session()
+__all__ += ["session"]
+rooms["sessions"] = SimpleNamespace(set_cookie=set_cookie, get_cookie=_get_cookie, send_cookies=_send_cookies)
 
 
 # ----- cut here: without logs ----------------------------------------------------------------------------------------
@@ -7076,11 +8718,11 @@ $("pause").onclick = event => event.target.ariaPressed = paused = !paused;
 import argparse
 import ast
 import hashlib
-import hmac
 import secrets
 import sqlite3
 from contextlib import closing
 from itertools import pairwise, takewhile
+from socket import AF_INET, AF_INET6, SOCK_DGRAM, socket
 
 from gevent.threadpool import ThreadPool
 
@@ -7221,7 +8863,7 @@ class NotesController:
 
 
 def is_text(*fields: str) -> bool:
-    return all(field and "\0" not in field for field in fields)  # PostgreSQL stores no NUL
+    return all(field.strip() and "\0" not in field for field in fields)  # PostgreSQL stores no NUL
 
 
 def unprocessable(req: Request, *names: str) -> Any:
@@ -7260,17 +8902,25 @@ class CommentsHandler(WebSocketHandler):
 
     def websocket_info(self, info: Any, state: Any) -> Any:
         match info:
-            case ("nova_pubsub", "comments", _sender, "new_comment", text) if isinstance(text, str):
+            case ("nova_pubsub", "comments", _sender, "new_comment", {"name": name, "text": text}):  # of the page
+                return "reply", ("text", f"{name}: {text}"), state
+            case ("nova_pubsub", "comments", _sender, "new_comment", str(text)):
                 return "reply", ("text", text), state
         return "ok", state
 
 
 class ChatHandler(WebSocketHandler):
-    """Sends who is here, the comments that are kept, "live", then changes. Receives "say TEXT", "here|typing NAME"."""
+    """Serves the page: sends who is here, the comments that are kept, "live", then comments, visitors and notes.
 
+    It receives "say ID TEXT", "here NAME" and "typing NAME". The ID is the client's: a comment that it sends again, as
+    the connection broke before it came back, is not said twice.
+    """
+
+    said: deque[str] = deque(maxlen=1000)  # the ids of comments, of all clients
     name = last = ""  # the visitor's name, and the message that set it
 
     def websocket_init(self, state: Any) -> Any:
+        pubsub.join("notes")
         pubsub.join("comments", since="first")
         self_pid().send("live")  # after what is kept
         return "reply", ("text", json.dumps({"event": "here", "data": presence.list("comments")})), state
@@ -7280,7 +8930,8 @@ class ChatHandler(WebSocketHandler):
             case ("binary", b""):
                 return "reply", frame, state
             case ("text", text) if text.startswith("say "):
-                pubsub.broadcast("comments", "new_comment", text[4:])
+                id, _, said = text[4:].partition(" ")
+                return self.say(id[:100], said, state)
             case ("text", text) if len(text) <= 100 and text != self.last:  # each key that is pressed repeats it
                 doing, _, name = re.sub("[\0-\x1f\u202a-\u202e\u2066-\u2069]", "", text).partition(" ")  # reversal
                 presence.untrack("comments", self.name)
@@ -7288,15 +8939,27 @@ class ChatHandler(WebSocketHandler):
                 presence.track("comments", self.name, {"typing": doing == "typing"})  # both changes are one event
         return "ok", state
 
+    def say(self, id: str, text: str, state: Any) -> Any:
+        comment = {"id": id, "name": self.name, "text": text, "at": time.time()}
+        if id in self.said:  # the client may have missed it
+            return "reply", ("text", json.dumps({"event": "new_comment", "data": comment})), state
+        self.said.append(id)
+        pubsub.broadcast("comments", "new_comment", comment)
+        return "ok", state
+
     def websocket_info(self, info: Any, state: Any) -> Any:
         match info:
-            case ("nova_pubsub", "comments", _sender, "new_comment", str()):
+            case ("nova_pubsub", "comments", _, "new_comment", str() | {"id": str(), "name": str(), "text": str()}):
+                return "reply", ("text", info.once(as_json)), state
+            case ("nova_pubsub", "notes", _, _, _):
                 return "reply", ("text", info.once(as_json)), state
             case ("nova_presence", "comments", _joins, _leaves):
                 return "reply", ("text", info.once(lambda it: json.dumps({"event": "moved", "data": it[2:]}))), state
             case ("nova_resync", "comments"):  # some may be missing; the page skips those that it has
                 pubsub.leave("comments")
                 return self.websocket_init(state)
+            case ("nova_resync", "notes"):  # the page loads all notes again
+                return "reply", ("text", '{"event": "nova_resync", "data": null}'), state
             case "live":
                 return "reply", ("text", '{"event": "live"}'), state
         return "ok", state
@@ -7375,30 +9038,22 @@ def children_of(notes: Notes) -> list[dict[str, Any]]:
 class Login:
     """Protects pages by one password: `routes` is the group with /login and /logout, `security` is for other groups.
 
-    No session is stored. The cookie holds its expiry time and a signature, whose key is derived from the password: all
-    workers accept it, it survives a restart, and a new password ends every login.
+    A session that is logged in holds what proves its password. So it ends when the password changes, on any node.
     """
 
-    LIFE = 12 * 3600  # seconds until a login expires
     TRIES, TRIES_OF_ALL = 5, 30  # wrong passwords a minute, from one address and from all
 
     def __init__(self, password: str, home: str = "/board") -> None:
-        self.home = home
-        # Slow by intention: with a stolen cookie, passwords must not be guessed by the million.
-        self.key = hashlib.scrypt(password.encode(), salt=b"nova_lite login", n=2**14, r=8, p=1)
-        self.proof = self.sign("password", password)
+        self.home, self.password = home, password
+        # Slow by intention: what is stored must not help to guess passwords by the million.
+        self.proof = hashlib.scrypt(password.encode(), salt=b"nova_lite login", n=2**14, r=8, p=1).hex()
         self.wrong: deque[tuple[float, str]] = deque()  # time, address; at most TRIES_OF_ALL
         post = {"methods": ["post"], "max_body": 4096}
         show = ("/login", self.show, {"methods": ["get"]})
         self.routes = {"routes": [show, ("/login", self.log_in, post), ("/logout", self.log_out, post)]}
 
-    def sign(self, kind: str, text: str) -> str:
-        return hmac.new(self.key, f"{kind}:{text}".encode(), "sha256").hexdigest()
-
     def is_logged_in(self, req: Request) -> bool:
-        session, _, signature = req["cookies"].get("nova_login", "").rpartition(".")
-        is_ours = hmac.compare_digest(signature.encode(), self.sign("session", session).encode())
-        return is_ours and int(session.partition(".")[0]) > time.time()
+        return session.get(req, "login") == self.proof
 
     def security(self, req: Request) -> Any:
         if self.is_logged_in(req):
@@ -7417,15 +9072,19 @@ class Login:
         if wait > 0:
             return self.page(429, f"Too many wrong passwords. Wait {wait} seconds.", {"Retry-After": str(wait)})
         given = password if isinstance(password, str) else ""
-        if not hmac.compare_digest(self.sign("password", given), self.proof):
+        if not hmac.compare_digest(given.encode(), self.password.encode()):
             self.wrong.append((monotonic(), address))
             log.warning("wrong password at /login from %s", address)
             return self.page(401, "That is not the password.")
-        session = f"{int(time.time()) + self.LIFE}.{secrets.token_urlsafe(16)}"
-        return self.redirect(req, self.home, f"{session}.{self.sign('session', session)}", self.LIFE)
+        session.renew(req)
+        session.set(req, "login", self.proof)
+        return "status", 303, {"Location": self.home}
 
     def log_out(self, req: Request) -> Any:
-        return self.redirect(req, "/login", "", 0) if req.is_own_origin() else ("status", 403)
+        if not req.is_own_origin():
+            return "status", 403
+        session.delete(req)
+        return "status", 303, {"Location": "/login"}
 
     def wait(self, address: str) -> int:
         """Returns the seconds until this address may try again."""
@@ -7435,12 +9094,6 @@ class Login:
         of_all, own = [at for at, _ in self.wrong], [at for at, other in self.wrong if other == address]
         ends = [*own[-self.TRIES :][: len(own) >= self.TRIES], *of_all[: len(of_all) >= self.TRIES_OF_ALL]]
         return int(max(ends) + 60 - now) + 1 if ends else 0
-
-    def redirect(self, req: Request, path: str, cookie: str, seconds: int) -> Any:
-        # Behind a proxy the request may be plain HTTP; the form's Origin has the scheme that the browser uses.
-        https = req.environ["wsgi.url_scheme"] == "https" or req["headers"].get("Origin", "").startswith("https:")
-        options = f"Max-Age={seconds}; Path=/; HttpOnly; SameSite=Strict{'; Secure' if https else ''}"
-        return "status", 303, {"Location": path, "Set-Cookie": f"nova_login={cookie}; {options}"}
 
     def page(self, status: int, error: str = "", headers: Mapping[str, str] | None = None) -> Any:
         policy = "default-src 'none'; style-src 'unsafe-inline'; img-src data:; frame-ancestors 'none'"
@@ -7484,11 +9137,12 @@ def demo(notes: Notes, password: str | None = None) -> Nova:
     small = {"protocol": "ws", "max_message_size": 65_536, "rate": (50, 1)}  # bytes of a comment that is kept
     api = NotesController(notes)
     page = {"Content-Type": "text/html; charset=utf-8", "Cache-Control": "no-cache"}
+    text = PAGE if password else PAGE.replace('<nav><a href="/board">Board</a></nav>', "")
     script = {"Content-Type": "text/javascript; charset=utf-8", "Cache-Control": "no-cache"}
     app = Nova([
         {"routes": [
-            ("/", lambda _req: ("status", 200, page, PAGE), {"methods": ["get"]}),
-            ("/nova.js", lambda _req: ("status", 200, script, CLIENT), {"methods": ["get"]}),
+            ("/", lambda _req: ("status", 200, page, text), {"methods": ["get"]}),
+            ("/nova.js", lambda _req: ("status", 200, script, room("views").CLIENT), {"methods": ["get"]}),
             ("/heartbeat", heartbeat, {"methods": ["get"]}),
             ("/ws", EchoHandler, {"protocol": "ws"}),
             ("/comments", CommentsHandler, small),
@@ -7516,44 +9170,63 @@ PAGE = (
     + """<title>nova_lite</title>
 <meta name="description" content="Live comments and notes: what one window does, every window shows.">
 <style>
-  body, section, form, #comments { display: flex; flex-direction: column; gap: .75rem }
+  body { min-height: 100dvh } body, section, form, #comments { display: flex; flex-direction: column; gap: .75rem }
   header, .row, #line { display: flex; flex-flow: row wrap; gap: .25rem .75rem; align-items: center }
-  h3 { font-size: 1rem; line-height: 1.35 } header { min-height: 2.25rem } #line { color: var(--dim) }
-  #line { margin-left: auto; gap: .3rem; padding: 0 .6rem; border: 1px solid transparent; border-radius: 2rem }
-  #line, small, label, .error, .plain, .row p { font-size: .875rem } .dim:empty { display: none }
-  #line::before { content: ""; display: inline-block; width: 10px; height: 10px; border: 2px solid; border-radius: 50%;
-                  color: var(--good); margin-right: .25rem } #line:not(.away)::before { background: currentColor }
-  #line.away, .away::before { color: var(--warn) !important; border-color: currentColor }
+  header { min-height: 2.25rem; column-gap: 1.25rem } h3 { font-size: 1.0625rem; line-height: 1.35 }
+  #line { margin-left: auto; gap: .3rem } .dim:empty { display: none } form { margin: 0 }
+  #line, nav, small, label, .error, .plain, .row p, #typing, #news { font-size: .875rem } #line { color: var(--dim) }
+  #line::before { content: ""; border: 5px solid var(--good); border-radius: 50%; margin-right: .25rem }
+  #line.away::before { padding: 3px; border: 2px solid var(--warn) }
   #wait { font-variant-numeric: tabular-nums } main { flex: 1; display: grid; gap: 1rem; min-height: 0 }
-  section { min-width: 0; min-height: 0; overflow: auto; padding: 1rem 1rem 0; background: var(--card);
-            border: 1px solid var(--line); border-radius: .75rem }
+  section { min-width: 0; min-height: 0; max-height: 60rem; padding: 1rem; background: var(--card);
+            border: 1px solid var(--line); border-radius: .75rem; position: relative }
   section > .row { min-height: 2.5rem; justify-content: space-between }
-  .list { flex: 1; list-style: none; overflow: auto; min-height: 6rem; margin: 0 -.5rem; padding: .25rem .5rem 1.5rem;
-          scrollbar-width: thin; mask: linear-gradient(#000 calc(100% - 1.5rem), transparent) }
-  #comments { align-items: flex-start; gap: .4rem; max-height: 40dvh }
-  #comments p { max-width: 88%; padding: .35rem .8rem; border: 1px solid var(--line); border-radius: 0 1rem 1rem }
-  #comments .mine { align-self: flex-end; background: var(--tint); border-radius: 1rem 0 1rem 1rem }
+  .list { flex: 1; list-style: none; overflow: auto; min-height: 6rem; margin: 0 -.5rem; padding: .25rem .5rem;
+          scrollbar-width: thin } .new { position: relative; isolation: isolate }
+  .new::after { content: ""; position: absolute; inset: 0; z-index: -1; border-radius: inherit; opacity: 0;
+          background: var(--flare) } #comments { align-items: flex-start; gap: .4rem; max-height: 45dvh }
+  #comments > :first-child { margin-top: auto }
+  #comments p { max-width: 88%; padding: .35rem .8rem; border: 1px solid var(--line); border-radius: .3rem 1rem 1rem }
+  #comments .mine { align-self: flex-end; background: var(--tint); border-radius: 1rem .3rem 1rem 1rem }
+  #comments .pending { background: none; border: 1px dashed var(--edge) } #comments .failed { border-color: var(--bad) }
+  #comments .name { display: block; font-size: .8125rem; font-weight: 600; color: var(--accent) }
   time { margin-left: .6rem; font-size: .75rem; white-space: nowrap } .seen { position: absolute; opacity: 0 }
-  li { padding: .75rem .2rem .75rem .5rem; margin: 0 -.5rem; border-top: 1px solid var(--line) }
-  li .row { margin-top: .2rem } #say [name=nick] { flex: 0 1 27% } label { font-weight: 600 }
-  li p { white-space: pre-wrap; max-height: 18rem; overflow: auto } li small { flex: 1 }
-  form.row { flex-wrap: nowrap } .row input { flex: 1 } #search { max-width: 15rem }
-  input, textarea { display: block; width: 100%; min-width: 0; font-size: 1rem; font-weight: 400; resize: vertical }
+  #typing { display: block; min-height: 1.3125rem; margin: -.4rem 0 } #more { align-self: center; margin-top: -3.25rem;
+          border-radius: 2rem } .hint { padding: 1.25rem 1rem; border: 1px dashed var(--edge); border-radius: .75rem;
+          display: grid; gap: .75rem; justify-items: center; text-align: center; text-wrap: balance;
+          color: var(--dim) } .hint button { color: var(--accent); font-weight: 600 }
+  #say { display: grid; grid: auto / minmax(7rem, 27%) 1fr auto }
+  #notes { padding: 0 } li:first-child { border: 0 !important } li { padding: .75rem .5rem .5rem;
+          border-top: 1px solid var(--line) } li .row { margin-top: .2rem } li .erase { padding-right: 0 }
+  li small { flex: 1 } label { font-weight: 600 }
+  li p { white-space: pre-wrap; max-height: 18rem; overflow: auto; font-size: .9375rem } h3 + p { margin-top: .15rem }
+  li.editing { background: var(--tint); box-shadow: inset 3px 0 var(--accent) }
+  li.draft small::after { content: " · not saved yet"; color: var(--warn) }
+  #search { flex: 0 1 15rem } input, textarea { display: block; width: 100%; min-width: 0; font-size: 1rem;
+          font-weight: 400 } textarea { resize: none; max-height: 45dvh } label > * { margin-block: .2rem }
   .plain, summary { color: var(--accent) } .plain { min-height: 1.75rem; padding: 0 .3rem; border: 0;
-         background: none; text-decoration: underline } label > * { margin-block: .2rem }
+          background: none; text-decoration: underline } .plain:hover { background: none }
+  @media (hover: hover) { li .plain:not(:hover, :focus-visible) { color: var(--dim); text-decoration: none } }
+  .erase:is(:hover, :focus-visible) { color: var(--bad) } #form .row { gap: .5rem }
   details:not([open]) > summary::before { content: "+"; margin-right: .4em }
   summary { display: flex; align-items: center; justify-content: center; border-style: dashed; font-weight: 600 }
   [open] > summary { border-color: transparent; padding: .4rem 0; justify-content: start; background: none }
-  @media (min-width: 40rem) and (min-height: 30rem) { #comments { max-height: none }
-    body { height: 100dvh } main { grid-template: minmax(0, 1fr) / 1fr 1fr } }
+  [open] ~ #none { display: none }
+  @media (min-width: 40rem) { main { grid-template: minmax(0, 1fr) / 1fr 1fr; align-items: start }
+    #comments { max-height: 60dvh } }
+  @media (min-width: 40rem) and (min-height: 30rem) { body { height: 100dvh } #comments { max-height: none }
+    main { align-items: stretch } section { overflow: auto } }
+  @media (max-width: 40rem) { #search { flex: 1 0 100% } #say { grid: auto auto / 1fr auto } #say > :first-child {
+    grid-column: 1 / -1 } }
   @media (pointer: coarse) { main :is(input, textarea, button, summary) { min-height: 2.75rem } }
-  @media (prefers-reduced-motion: no-preference) { .new { animation: arrive .3s ease-out, flare 2.5s ease-out }
-    .home.new { animation: none } .home.new::before { animation: star .8s ease-out }
-    @keyframes arrive { from { opacity: 0; translate: 0 -.6rem } }
-    @keyframes flare { from { background: var(--flare) } } @keyframes star { 30% { scale: 1.4; rotate: 45deg } } }
+  @media (prefers-reduced-motion: no-preference) { .new { animation: arrive .3s ease-out }
+    .new::after { animation: flare 2.5s ease-out } .home.new { animation: none }
+    .home.new::before { animation: star .8s ease-out } @keyframes flare { from { opacity: 1 } }
+    @keyframes arrive { from { opacity: 0; translate: 0 .6rem } }
+    @keyframes star { 30% { scale: 1.4; rotate: 45deg } } }
 </style>
 <header>
-  <h1><a class="home" href="/">nova_lite</a></h1>
+  <h1><a class="home" href="/">nova_lite</a></h1><nav><a href="/board">Board</a></nav>
   <div id="line" class="away"><span id="state" role="status">connecting</span><span id="wait" aria-hidden="true"></span
     ><button id="now" class="plain" aria-label="Reconnect now" hidden>now</button></div>
 </header>
@@ -7562,31 +9235,39 @@ PAGE = (
     <div class="row"><h2 id="comments-title">Live comments</h2>
       <p id="here" hidden><span id="count"></span>
         <a id="second" href="/" target="_blank">Open a second window</a></p></div>
-    <form id="say" class="row">
-      <input name="nick" aria-label="Your name" placeholder="Your name" autocomplete="nickname" maxlength="40">
-      <input name="text" aria-label="Your comment" placeholder="Say something" autocomplete="off" maxlength="2000">
-      <button class="main">Send</button></form>
-    <p id="hush" class="dim" role="status">No comments yet. The first appears in every window.</p>
     <div id="comments" class="list" role="log" aria-live="polite" aria-labelledby="comments-title" tabindex="0"></div>
+    <div id="first" class="hint" hidden><p>Nothing has been said yet. What you say appears in every window.</p>
+      <button>Say “Hello, world!”</button></div>
+    <button id="more" hidden>New comments below</button>
+    <p id="typing" class="dim"></p>
+    <form id="say">
+      <input name="nick" dir="auto" aria-label="Your name" placeholder="Your name" autocomplete="nickname"
+        maxlength="40"><input name="text" dir="auto" aria-label="Your comment" placeholder="Say something"
+        autocomplete="off" maxlength="2000"><button class="main">Send</button></form>
   </section>
   <section aria-labelledby="notes-title">
     <div class="row"><h2 id="notes-title">Notes</h2>
       <form id="search" role="search"><input type="search" aria-label="Search" placeholder="Search notes"></form></div>
     <details id="add"><summary>New note</summary><form id="form" autocomplete="off" novalidate>
-      <div><label>Title <input name="title" aria-describedby="e1" required></label><p id="e1" class="error"></p></div>
-      <div><label>Text <textarea name="body" aria-describedby="e2" rows="3" required></textarea></label>
+      <div><label>Title <input name="title" dir="auto" aria-describedby="e1" required></label>
+        <p id="e1" class="error"></p></div>
+      <div><label>Text <textarea name="body" dir="auto" aria-describedby="e2" rows="3" required></textarea></label>
         <p id="e2" class="error"></p></div>
-      <div><label>Author <input name="author" aria-describedby="e3" required></label><p id="e3" class="error"></p></div>
+      <div><label>Author <input name="author" dir="auto" aria-describedby="e3" required></label>
+        <p id="e3" class="error"></p></div>
       <p id="error" class="error" role="alert"></p>
-      <div class="row"><button class="main">Save</button><button type="button" name="cancel">Cancel</button></div>
+      <div class="row"><button class="main" title="Ctrl+Enter">Save</button
+        ><button type="button" name="cancel">Cancel</button></div>
     </form></details>
     <p id="news" class="dim" role="status"></p>
     <p id="found" class="dim" role="status"></p>
+    <div id="none" class="hint" hidden><p>There are no notes yet. What you write appears in every window.</p>
+      <button>Write “Groceries”</button></div>
     <ul id="notes" class="list" role="list" aria-labelledby="notes-title"></ul>
   </section>
 </main>
-<template id="card"><li><div><h3></h3><p></p><div class="row"><small></small><button class="plain">Edit</button>
-  <button class="plain">Delete</button></div></div></li></template>
+<template id="card"><li><div><h3 dir="auto"></h3><p dir="auto"></p><div class="row"><small><bdi></bdi></small>
+  <button class="plain">Edit</button><button class="plain erase">Delete</button></div></div></li></template>
 <script src="/nova.js"></script>
 <script>
 "use strict";
@@ -7598,6 +9279,8 @@ function element(tag, className, ...children) {  // children are text: user inpu
   return node;
 }
 
+function button(text, fn) { return Object.assign(element("button", "plain", text), { type: "button", onclick: fn }); }
+
 function arrived(node) {  // highlights the node and the star
   for (const it of [node, document.querySelector(".home")]) {
     it.classList.remove("new");
@@ -7606,30 +9289,31 @@ function arrived(node) {  // highlights the node and the star
   }
 }
 
-// The connections.
-const comments = new NovaSocket("/chat"), events = new NovaSocket("/notifications?since="), lines = [comments, events];
+function join(names) { return names.flatMap((name, at) => [at ? ", " : "", element("bdi", "", name)]); }
+
+// The connection.
+const line = new NovaSocket("/chat");
 let word = "connecting", ticking;
 function report() {
-  const away = lines.filter(line => line.state !== "open"), kept = comments.queue.length;
-  const wait = Math.min(...away.filter(line => line.state !== "connecting").map(line => line.retryAt - Date.now()));
-  if (!away.length) word = "connected";
-  else if (word !== "connecting") word = navigator.onLine ? "reconnecting" : "offline";
+  const isOpen = line.state === "open", wait = line.state === "waiting" ? line.retryAt - Date.now() : 0;
+  if (isOpen) word = "connected";
+  else if (line.state === "refused") word = `refused: ${line.refusal}`;
+  else if (word !== "connecting" || wait) word = navigator.onLine ? "reconnecting" : "offline";
   if ($("state").textContent !== word) $("state").textContent = word;  // a screen reader reads changes only
-  $("wait").textContent = word !== "offline" && wait < Infinity ? `in ${Math.max(1, Math.ceil(wait / 1000))} s` : "";
-  $("now").hidden = !away.length || (word === "connecting" && wait === Infinity);
-  $("here").hidden = comments.state !== "open";
-  $("line").className = away.length ? "away" : "";
-  if (kept) $("hush").textContent = `${kept} comment${kept > 1 ? "s" : ""} will be sent when the line is back.`;
-  else if (!away.length && $("comments").children.length) $("hush").textContent = "";
+  $("wait").textContent = word !== "offline" && wait ? `in ${Math.max(1, Math.ceil(wait / 1000))} s` : "";
+  $("now").hidden = isOpen || word === "connecting";
+  $("here").hidden = !isOpen;
+  $("line").className = isOpen ? "" : "away";
+  $("first").hidden = past || $("comments").childElementCount > 0;
   clearTimeout(ticking);
-  if (away.length) ticking = setTimeout(report, 250);
+  if (!isOpen) ticking = setTimeout(report, 250);
 }
-const now = $("now").onclick = () => lines.forEach(line => line.now());
-for (const line of lines) line.on("state", report).on("open", now);  // when one connects, all try again
+$("now").onclick = () => line.now();
 
 // Visitors: who is here, and who is typing.
-const storage = (() => { try { return localStorage; } catch { return {}; } })();  // the browser may refuse it
-const { nick, text } = $("say").elements, here = new Map();  // JSON of [name, typing] -> how many windows
+const store = kind => { try { return window[kind]; } catch { return {}; } };  // the browser may refuse it
+const storage = store("localStorage"), { nick, text } = $("say").elements;
+const here = new Map();  // JSON of [name, typing] -> how many windows
 let typing = false, quiet;
 nick.value = storage.nova_name ?? "";
 nick.onchange = () => { storage.nova_name = nick.value; tell(false); };
@@ -7638,55 +9322,107 @@ function tell(now) {  // the others; until nothing has been typed for some secon
   quiet = clearTimeout(quiet);
   typing = now;
   if (typing) quiet = setTimeout(() => tell(false), 4000);
-  if (comments.state === "open") comments.send(`${typing ? "typing" : "here"} ${nick.value}`);
+  if (line.state === "open") line.send(`${typing ? "typing" : "here"} ${nick.value}`);
 }
-comments.on("open", () => tell(false)).on("here", people => { here.clear(); count(people, 1); });
-comments.on("moved", ([joins, leaves]) => { count(leaves, -1); count(joins, 1); });
+line.on("open", () => tell(false)).on("here", people => { here.clear(); count(people, 1); });
+line.on("moved", ([joins, leaves]) => { count(leaves, -1); count(joins, 1); });
 
 function count(people, step) {
   for (const [name, metas] of Object.entries(people)) for (const { typing } of metas) {
     const who = JSON.stringify([name, typing]), windows = (here.get(who) ?? 0) + step;
     if (windows) here.set(who, windows); else here.delete(who);
   }
-  const names = new Map(), own = nick.value.trim() || "Someone";
+  const names = new Set(), typers = new Set(), own = nick.value.trim() || "Someone";
   let total = 0;
   for (const [who, windows] of here) {
     const [name, busy] = JSON.parse(who);
     total += windows;
-    if (busy && windows > (typing && name === own)) names.set(name, `${name} is typing`);
-    else if (name !== "Someone" && !names.has(name)) names.set(name, name);
+    if (name !== "Someone") names.add(name);
+    if (busy && windows > (typing && name === own)) typers.add(name);
   }
-  const some = [...names.values()].sort().slice(0, 12).join(", "), more = names.size > 12 ? ", …" : "";
-  $("count").textContent = total > 1 ? `${total} are here${some && ": "}${some}${more}` : "Only you are here.";
+  const some = join([...names].sort().slice(0, 12)), more = names.size > 12 ? ", …" : "";
+  $("count").replaceChildren(total > 1 ? `${total} are here${some.length ? ": " : ""}` : "Only you are here.",
+    ...total > 1 ? [...some, more] : []);
   $("second").hidden = total > 1;
+  $("typing").replaceChildren(...typers.size > 3 ? ["Several people are typing…"] : join([...typers].sort()),
+    typers.size > 3 || !typers.size ? "" : typers.size > 1 ? " are typing…" : " is typing…");
 }
 
-// Comments: first those that are kept. A replay may repeat some: they are known by their position.
-const mine = [];  // sent, and not received yet
+// Comments. One of this window is shown as pending until it comes back; its id tells it from others with the same text.
+const session = store("sessionStorage"), own = new Set(JSON.parse(session.nova_comments ?? "[]"));
+const list = $("comments"), bubbles = new Map(), pending = new Map();  // id -> <p>; of those not confirmed
 let past = true;  // until "live", comments are replayed
-for (const event of ["here", "live"]) comments.on(event, () => { past = event === "here"; });
-comments.on("new_comment", said => {
-  const { position } = comments, own = mine.indexOf(said), { children } = $("comments");
-  if (position && [...children].some(other => other.position === position)) return;
-  const time = past ? "earlier" : new Date().toLocaleTimeString([], { timeStyle: "short" });
-  const comment = Object.assign(element("p", own < 0 ? "" : "mine", said, element("time", "", time)), { position });
-  if (own >= 0) mine.splice(own, 1), comment.prepend(element("span", "seen", "You: "));
-  $("comments").prepend(comment);
-  if (children.length > 200) $("comments").lastChild.remove();
-  if (!past) arrived(comment);
+line.on("here", () => { past = true; });
+line.on("live", () => { past = false; pending.forEach(deliver); report(); });
+line.on("closed", () => { past = true; report(); }).on("state", ({ state }) => {
+  if (state === "refused") pending.forEach(fail);
   report();
 });
+
+function bubble({ id, name, text, at }) {
+  const isMine = own.has(id), who = isMine ? element("span", "seen", "You: ") : element("bdi", "name", name);
+  const shown = at ? new Date(at * 1000).toLocaleTimeString([], { timeStyle: "short" }) : "earlier";
+  const node = element("p", isMine ? "mine" : "", name && name !== "Someone" || isMine ? who : "",
+    element("bdi", "said", text), element("time", "", shown));
+  bubbles.set(id, Object.assign(node, { key: id }));
+  return node;
+}
+
+function show(node, before = null) {
+  const isLast = list.scrollHeight - list.scrollTop - list.clientHeight < 50;
+  list.insertBefore(node, before);
+  if (list.childElementCount > 200) bubbles.delete(list.firstChild.key), list.firstChild.remove();
+  if (isLast || !before && own.has(node.key)) list.scrollTop = list.scrollHeight;
+  $("more").hidden = isLast || past || own.has(node.key);
+  report();
+}
+$("more").onclick = () => { list.scrollTop = list.scrollHeight; };
+list.onscroll = () => { if (list.scrollHeight - list.scrollTop - list.clientHeight < 50) $("more").hidden = true; };
+
+line.on("new_comment", said => {
+  const now = past ? 0 : Date.now() / 1000;  // a client of /comments sends text: its position is its id
+  const comment = typeof said === "string" ? { id: line.position, text: said, at: now } : said, { id } = comment;
+  if (bubbles.has(id) && !pending.has(id)) return;
+  bubbles.get(id)?.remove();
+  pending.delete(id);
+  const node = bubble(comment);
+  show(node, pending.values().next().value);
+  if (!past) arrived(node);
+});
+
+function mark(node, className, ...label) {
+  node.className = `mine pending ${className}`;
+  node.querySelector("time").replaceChildren(...label);
+}
+function deliver(node, id) {  // again after a reconnect; not for ever: it may be the reason why the line breaks
+  if (line.state === "refused" || node.tries === 2) fail(node, id);
+  else if (past) mark(node, "", "waiting for the line");
+  else if (line.send(`say ${id} ${node.text}`)) mark(node, "", "sending…"), node.tries++;
+}
+function fail(node, id) {
+  mark(node, "failed", "not sent · ", button("Retry", () => { node.tries = 0; line.now(); deliver(node, id); }));
+}
+function speak(said) {
+  const id = crypto.getRandomValues(new Uint32Array(4)).join("-");
+  session.nova_comments = JSON.stringify([...own.add(id)].slice(-200));
+  const node = Object.assign(bubble({ id, text: said }), { text: said, tries: 0 });
+  pending.set(id, node);
+  show(node);
+  deliver(node, id);
+  report();
+}
 $("say").onsubmit = event => {
   event.preventDefault();
-  const name = nick.value.trim(), said = text.value.trim(), line = name ? `${name}: ${said}` : said;
-  if (said && comments.send(`say ${line}`)) mine.push(line), text.value = "";
+  if (text.value.trim()) speak(text.value.trim());
+  text.value = "";
   if (typing) tell(false);
-  report();
 };
+$("first").querySelector("button").onclick = () => { speak("Hello, world!"); text.focus(); };
 
 // Notes: the page changes when the event arrives, in this window as in all others.
 const items = new Map(), query = $("search").elements[0];  // id -> its <li>
-let loading = null, searching;
+const erased = new Set();  // ids of notes that this window deletes
+let loading = null, searching, passing;
 
 async function api(method, path, data) {  // returns [ok, body]
   const options = { method, headers: { "Content-Type": "application/json" }, cache: "no-store" };
@@ -7706,44 +9442,54 @@ async function load() {  // all notes; changes that arrive meanwhile are applied
   for (const change of changes) change();
   search();
 }
-events.on("open", load).on("nova_resync", load);
+line.on("open", load).on("nova_resync", load);
 
 for (const [change, word] of [[put, "created"], [put, "updated"], [drop, "deleted"]])
-  events.on("note_" + word, note => {
-    const title = note.title ?? items.get(note.id)?.note.title;
-    loading?.push(() => change(note));
-    change(note, true);
-    if (title) say(`“${title}” was ${word}.`);
+  line.on("note_" + word, event => {
+    const note = event.title ? event : items.get(event.id)?.note;
+    loading?.push(() => change(event));
+    change(event, true);
+    const undo = erased.delete(event.id) ? button("Undo", () => restore(note)) : "";
+    if (note) say("“", element("bdi", "", note.title), `” was ${word}. `, undo);
     search();
   });
-const say = text => { $("news").textContent = text; };
+async function restore(note) {
+  const [ok, { error }] = await api("POST", "", note);
+  if (!ok) say(error, " ", button("Undo", () => restore(note)));
+}
+function say(...parts) {  // for 6 seconds
+  $("news").replaceChildren(...parts);
+  clearTimeout(passing);
+  passing = setTimeout(() => $("news").matches(":hover, :focus-within") ? say(...parts) : say(), 6000);
+}
 
 function search() {  // shows what the indexer finds, or all
   const q = encodeURIComponent(query.value.trim());
   searching = clearTimeout(searching);
-  if (!q) return show(null);
+  if (!q) return filter(null);
   const mine = searching = setTimeout(async () => {
     const [ok, { notes, error }] = await api("GET", `/search?q=${q}`);
-    if (searching === mine) ok ? show(notes.map(note => note.id)) : say(error);
+    if (searching === mine) ok ? filter(notes.map(note => note.id)) : say(error);
   }, 150);
 }
-query.oninput = () => { say(""); search(); };
+query.oninput = () => { say(); search(); };
 $("search").onsubmit = event => event.preventDefault();
 
-function show(ids) {
+function filter(ids) {
   for (const [id, item] of items) item.hidden = ids !== null && !ids.includes(id);
-  const count = ids ? ids.length : items.size, all = count ? "" : "No notes yet. The first appears in every window.";
-  $("found").textContent = ids ? `${count || "No"} note${count === 1 ? "" : "s"} found.` : all;
+  const count = ids ? ids.length : items.size;
+  $("found").textContent = ids ? `${count || "No"} note${count === 1 ? "" : "s"} found.` : "";
+  $("none").hidden = ids !== null || count > 0;
 }
 
 function put(note, glow) {
   const item = items.get(note.id) ?? card(note);
   if (JSON.stringify(item.note) === JSON.stringify(note)) return;
   item.note = note;
-  for (const [tag, key] of [["h3", "title"], ["p", "body"], ["small", "author"]])
+  for (const [tag, key] of [["h3", "title"], ["p", "body"], ["bdi", "author"]])
     item.querySelector(tag).textContent = note[key];
   for (const it of item.querySelectorAll("button")) it.setAttribute("aria-label", `${it.textContent} ${note.title}`);
-  if (item === editing && !busy) $("error").textContent = "It has been changed elsewhere. Saving replaces that.";
+  if (item === editing && !busy) $("error").textContent = CHANGED;
   if (glow) arrived(item);
 }
 
@@ -7752,8 +9498,9 @@ function card({ id }) {
   item.hidden = query.value.trim() !== "";  // until the search has found it
   edit.onclick = () => fill(item);
   erase.onclick = async () => {
+    erased.add(id);
     const [ok, { error }] = await api("DELETE", `/${id}`);
-    if (!ok) say(error);
+    if (!ok && erased.delete(id)) say(error);
   };
   $("notes").insertBefore(item, [...$("notes").children].find(other => other.note.id < id) ?? null);
   items.set(id, item);
@@ -7770,45 +9517,76 @@ function drop({ id }) {
 }
 
 // The form: for a new note, or for a change to that of an item.
-const add = $("add"), form = $("form"), { title, body, author, cancel } = form.elements;
-let editing = null, draft = ["", ""], busy = false;
+const add = $("add"), form = $("form"), { title, body, author, cancel } = form.elements, drafts = new Map();
+const CHANGED = "It has been changed elsewhere. Saving replaces that.";
+let editing = null, busy = false;  // a draft: of an id, or of null for a new note, what is not saved, and its base
 
 function fill(item) {
-  if (!editing) draft = [title.value, body.value];
-  editing = item;
-  [title.value, body.value] = item ? [item.note.title, item.note.body] : draft;
+  keep();
+  editing?.classList.remove("editing");
+  item?.classList.add("editing");
+  const draft = drafts.get((editing = item)?.note.id ?? null), { note } = item ?? { note: { title: "", body: "" } };
+  [title.value, body.value] = draft ?? [note.title, note.body];
   author.closest("div").hidden = item !== null;  // the author cannot be changed
-  add.firstElementChild.textContent = item ? `Edit “${item.note.title}”` : "New note";
+  add.firstElementChild.replaceChildren(...item ? ["Edit “", element("bdi", "", note.title), "”"] : ["New note"]);
   for (const field of [title, body, author]) fault(field);
-  $("error").textContent = "";
+  $("error").textContent = draft && item && draft[2] !== JSON.stringify(note) ? CHANGED : "";
   add.open = item !== null;
-  if (item) title.focus();
+  if (item) grow(), title.focus();
+}
+
+function keep() {  // what is in the form, until it is saved or cancelled
+  const { note } = editing ?? { note: { id: null, title: "", body: "" } };
+  const differs = title.value !== note.title || body.value !== note.body;
+  if (differs) drafts.set(note.id, [title.value, body.value, JSON.stringify(note)]); else drafts.delete(note.id);
+  editing?.classList.toggle("draft", differs);
 }
 
 function leave() {
   const item = editing;
-  if (!item) title.value = body.value = "";
   fill(null);
+  add.open = false;
   (item?.isConnected ? item : add).querySelector("button, summary").focus();
+}
+
+function discard() {
+  [title.value, body.value] = editing ? [editing.note.title, editing.note.body] : ["", ""];
+  leave();
+}
+
+function grow() {
+  body.style.height = "auto";
+  body.style.height = `${body.scrollHeight + 2}px`;
 }
 
 form.onsubmit = async event => {
   event.preventDefault();
   if (busy) return;
-  const item = editing, note = { author: author.value.trim(), ...item?.note };
-  [note.title, note.body, busy] = [title.value.trim(), body.value.trim(), true];
+  const item = editing, note = { author: author.value.trim(), ...item?.note }, save = form.querySelector(".main");
+  [note.title, note.body, busy, save.textContent] = [title.value.trim(), body.value.trim(), true, "Saving…"];
   const [ok, { fields, error }] = await (items.has(note.id) ? api("PUT", `/${note.id}`, note) : api("POST", "", note));
-  busy = false;
-  if (editing !== item) return;  // it has been cancelled
-  if (ok) return leave();
+  [busy, save.textContent] = [false, "Save"];
+  if (editing !== item) return void (ok && drafts.delete(item?.note.id ?? null));  // another one was opened meanwhile
+  if (ok) return discard();
   for (const field of [title, body, author]) fault(field, fields?.[field.name]);
   $("error").textContent = fields ? "" : error;
   form.querySelector("[aria-invalid=true]")?.focus();
 };
-form.oninput = event => fault(event.target);
-form.onkeydown = event => { if (event.key === "Escape") leave(); };
-cancel.onclick = leave;
-add.ontoggle = () => add.open ? title.focus() : editing && fill(null);
+form.oninput = event => { fault(event.target); grow(); };
+form.onkeydown = event => {
+  if (event.key === "Escape") leave();
+  if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) form.requestSubmit();
+};
+cancel.onclick = discard;
+add.ontoggle = () => {
+  if (!add.open) return void (editing && fill(null));
+  author.value ||= nick.value;
+  title.focus();
+};
+$("none").querySelector("button").onclick = () => {
+  [title.value, body.value, author.value] = ["Groceries", "milk, bread, coffee", author.value || nick.value || "Ada"];
+  add.open = true;
+};
 
 function fault(field, text) {
   field.setAttribute("aria-invalid", !!text);
@@ -7820,124 +9598,37 @@ function fault(field, text) {
 )
 
 
-CLIENT = """/* A WebSocket that reconnects. Copy it.
-
-     const notes = new NovaSocket("/notifications?since=");  // replays what was missed, if the server keeps it
-     notes.on("open", load).on("nova_resync", load);  // at first, and whenever messages may be missing
-     notes.on("note_created", note => ...);           // {"event": "note_created", "data": ...}
-     notes.on("message", text => ...);                // any message, as received
-     notes.on("state", socket => ...);                // connecting, open, waiting (until `retryAt`), offline or closed
-     notes.send("text");                              // false if it can neither be sent nor queued
-
-   A message sent while the connection breaks may be lost. The heartbeat is an empty binary message that the server
-   returns (`case ("binary", b""): return "reply", frame, state`). If not, only the browser detects dead connections. */
-"use strict";
-class NovaSocket {
-  static OWN = ["open", "message", "state"];  // the server cannot send events of these names
-  static LIMIT = 100;  // messages queued while disconnected
-  static BEAT = 20000; static ANSWER = 5000; static CONNECT = 10000;  // ms: silence before a heartbeat; timeouts
-  static delay(tries, random = Math.random()) {  // seconds: 0.5 to 1, doubled each time, at most 15 to 30
-    return Math.min(30, 2 ** tries) * (1 + random) / 2;
-  }
-
-  constructor(path) {
-    const end = this.end = new AbortController(), { signal } = end;
-    Object.assign(this, { path, listeners: new Map(), queue: [], tries: 0, position: null, answers: false });
-    addEventListener("online", () => this.now(), { signal });
-    addEventListener("offline", () => this.lost(), { signal });
-    document.addEventListener("visibilitychange", () => document.hidden || this.now(), { signal });
-    this.connect();
-  }
-  on(event, fn) {
-    this.listeners.set(event, [...this.listeners.get(event) ?? [], fn]);
-    return this;
-  }
-  send(data) {
-    if (this.socket.readyState === WebSocket.OPEN) this.socket.send(data);
-    else if (this.state === "closed" || this.queue.length >= NovaSocket.LIMIT) return false;
-    else this.queue.push(data);
-    return true;
-  }
-  close() { this.end.abort(); this.leave("closed"); }
-  now() {  // connects, or checks the connection, immediately
-    if (this.state === "open") this.beat();
-    else if (["waiting", "offline"].includes(this.state)) this.connect();
-  }
-
-  // The rest is private. There is one timer: for the next step, unless something else happens first.
-  emit(event, data) {
-    for (const fn of this.listeners.get(event) ?? []) try { fn(data); } catch (error) { console.error(error); }
-  }
-  become(state, ms, next) {
-    this.after(ms, next);
-    this.state = state;
-    this.emit("state", this);
-  }
-  after(ms, next) {
-    clearTimeout(this.timer);
-    if (next) this.timer = setTimeout(() => next.call(this), ms);
-  }
-  connect() {
-    const url = new URL(this.path, location.href);
-    url.protocol = url.protocol.replace("http", "ws");
-    if (this.position !== null) url.searchParams.set("since", this.position);
-    const socket = this.socket = new WebSocket(url);
-    socket.binaryType = "arraybuffer";
-    socket.onopen = () => this.opened();
-    socket.onmessage = ({ data }) => this.received(data);
-    socket.onclose = () => this.lost();
-    this.become("connecting", NovaSocket.CONNECT, this.lost);
-  }
-  opened() {
-    this.since = Date.now();
-    this.become("open", 0, this.beat);
-    this.emit("open", this);
-    while (this.queue.length && this.socket.readyState === WebSocket.OPEN) this.socket.send(this.queue.shift());
-  }
-  beat() {
-    this.socket.send(new Uint8Array());
-    this.after(NovaSocket.ANSWER, () => this.answers ? this.lost() : this.after(NovaSocket.BEAT, this.beat));
-  }
-  received(data) {
-    this.after(NovaSocket.BEAT, this.beat);  // the connection is alive
-    if (data.byteLength === 0) return void (this.answers = true);
-    this.emit("message", data);
-    let json = {};
-    if (data[0] === "{") try { json = JSON.parse(data); } catch { /* not JSON */ }
-    if (json.position !== undefined) this.position = json.position;
-    if (!NovaSocket.OWN.includes(json.event)) this.emit(json.event, json.data);
-  }
-  lost() {
-    if (this.state === "open" && Date.now() - this.since > 5000) this.tries = 0;  // not if it is closed after opening
-    const wait = NovaSocket.delay(this.tries++) * 1000;
-    this.retryAt = Date.now() + wait;
-    this.leave(navigator.onLine ? "waiting" : "offline", wait, this.connect);
-  }
-  leave(...next) {
-    this.socket.onopen = this.socket.onmessage = this.socket.onclose = null;
-    this.socket.close();
-    this.become(...next);
-  }
-}
-"""
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Main: the command line: the demo, broadcast, vendor.
 # ---------------------------------------------------------------------------------------------------------------------
+
+
+MADE_UP = "NOVA_LITE_PASSWORD"  # in the environment of workers and reloads: the password, if nobody has chosen it
+HELP = """\
+your own program:
+  nova_lite.py vendor -o FILE     write the copy for your project, without the demo (vendor --help: which rooms)
+  The top of nova_lite.py has a live application in 15 lines. The demo, near its end, is one in full.
+
+a running cluster:
+  nova_lite.py broadcast --help   send a message into it, from a shell or a cron job
+
+environment:
+  HOST and PORT are the defaults of --host and --port. NOVA_PASSWORD is the password of /board; if it is not set, one
+  is made up and printed. NO_COLOR prints without colours.
+"""
 
 
 def parse_options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="nova_lite.py",
         description="Serves the demo: live comments, notes and their notifications. Open the URL in two windows.",
-        epilog="HOST and PORT in the environment are the defaults for --host and --port. "
-        "`nova_lite.py broadcast --help`: send a message into a running cluster, from a shell or a cron job. "
-        "`nova_lite.py vendor --help`: write the copy for your project, without the demo.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog=HELP,
     )
     env, add = os.environ, parser.add_argument
     add("--host", default=env.get("HOST", "127.0.0.1"), help="address to listen on (%(default)s)")
-    add("--port", type=between(int, 0, 65535), default=env.get("PORT", "8080"), help="port; 0: any (%(default)s)")
+    port = between(int, 0, 65535, "a port, a number")
+    add("--port", type=port, default=env.get("PORT", "8080"), help="TCP port; 0: any that is free (%(default)s)")
     add("--db", default="notes.db", help='the notes: a SQLite file, ":memory:", or postgresql://... (%(default)s)')
     add("--cluster", metavar="URL", help="redis://...: broadcasts reach all nodes that share this Redis")
     add("--name", metavar="NODE", help="this node's name in the cluster and in pids")
@@ -7958,15 +9649,53 @@ def parse_options() -> argparse.Namespace:
     return args
 
 
-def between(kind: type, low: int, high: int) -> Callable[[str], Any]:
+def between(kind: type, low: int, high: int, what: str = "a number") -> Callable[[str], Any]:
     """Returns a function that parses a number from `low` to `high`, for argparse."""
 
     def number(text: str) -> Any:
-        if not low <= kind(text) <= high:
-            raise argparse.ArgumentTypeError(f"expected {low} to {high}, got {text}")
-        return kind(text)
+        with suppress(ValueError):
+            if low <= kind(text) <= high:
+                return kind(text)
+        raise argparse.ArgumentTypeError(f"expected {what} from {low} to {high}, got {text!r}")
 
     return number
+
+
+def print_welcome(server: Server) -> None:
+    """Says where the demo is: on a terminal for people, in colour unless NO_COLOR is set; else whom it is open to."""
+    host, is_terminal = server.address[0], sys.stdout.isatty()
+    mark, plain = ("\033[1;36m", "\033[0m") if is_terminal and not os.environ.get("NO_COLOR") else ("", "")
+    scheme = "https" if server.ssl_enabled else "http"
+    home, *others = [f"{scheme}://{f'[{it}]' if ':' in it else it}:{server.port}/" for it in find_addresses(host)]
+    password = os.environ.get(MADE_UP) or "as in NOVA_PASSWORD"
+    lines = [
+        f"nova_lite {__version__}",
+        "",
+        f"  Page   {mark}{home}{plain}   (open it in two windows)",
+        f"  Board  {mark}{home}board{plain}   (password: {password})",
+        *[f"  Also   {mark}{other}{plain}" for other in others],
+        "",
+        "Ctrl-C stops.",
+    ]
+    if not ip_address(host).is_loopback:
+        open_to = f"Whoever reaches {' or '.join(others) or home} can read and write comments and notes."
+        lines[-1:-1] = [open_to]
+        if not is_terminal:
+            log.warning(open_to)
+    if is_terminal:
+        print("", *lines, "", sep="\n", flush=True)
+
+
+def find_addresses(host: str) -> list[str]:
+    """Returns addresses that a browser can open: `host`, or for all addresses this machine's, the loopback first."""
+    if not ip_address(host).is_unspecified:
+        return [host]
+    found = ["127.0.0.1"]
+    for family, other in [(AF_INET, "192.0.2.1"), (AF_INET6, "2001:db8::1")][: 1 + (":" in host)]:
+        with suppress(OSError), socket(family, SOCK_DGRAM) as probe:
+            probe.connect((other, 9))  # sends nothing: it only chooses the address to send from
+            found.append(probe.getsockname()[0])
+    return found
 
 
 def main() -> int:
@@ -7977,15 +9706,19 @@ def main() -> int:
     args = parse_options()
     handler = log_handler(args.log_format, args.workers > 1)
     logging.basicConfig(level=args.log_level.upper(), handlers=[handler])
+    if sys.stdout.isatty() and not os.environ.get("NOVA_PASSWORD"):  # printed once the demo is served
+        os.environ["NOVA_PASSWORD"] = os.environ[MADE_UP] = secrets.token_urlsafe(12)
     choose_password()  # before workers or a child are started: they must share it
     try:
+        number = 0  # of this worker
         if args.reload:
             reload_on_change()  # before the database is opened, which only the child needs
         if args.workers > 1:
-            run_workers(args.workers, args.host, args.port, 5.0 + args.shutdown_delay)  # 5.0: how long a server drains
-        return serve(**vars(args))
+            number, _ = run_workers(args.workers, args.host, args.port, 5.0 + args.shutdown_delay)  # 5.0: of the drain
+        return serve(ready=print_welcome if number == 0 else None, **vars(args))
     except OSError as error:  # ssl.SSLError is one
         what = str(error.strerror).partition(":")[0]
+        what += " (--port 0 takes one that is free)" if error.errno == errno.EADDRINUSE else ""
         print(f"nova_lite: cannot serve {error.filename or f'{args.host}:{args.port}'}: {what}", file=sys.stderr)
     except (ImportError, RuntimeError, ValueError) as error:  # of pubsub.connect, and of a child that does not start
         print(f"nova_lite: {error}", file=sys.stderr)
