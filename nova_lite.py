@@ -8010,8 +8010,6 @@ rooms["sessions"] = SimpleNamespace(set_cookie=set_cookie, get_cookie=_get_cooki
 # process has the fields `process`, `path` and `peer`.
 # ---------------------------------------------------------------------------------------------------------------------
 
-from datetime import timezone
-
 _ACCESS = '%(peer)s "%(request)s" %(status)03d %(bytes)d %(milliseconds).1f ms'
 _RECORD_KEYS = {*vars(logging.makeLogRecord({})), "message", "asctime"}
 
@@ -8041,10 +8039,11 @@ class JSONFormatter(logging.Formatter):
     there are any), and what a program passes to the logger as `extra`.
     """
 
+    converter = staticmethod(time.gmtime)
+
     def format(self, record: logging.LogRecord) -> str:
-        at = datetime.fromtimestamp(record.created, timezone.utc).isoformat(timespec="milliseconds")
         line = {
-            "time": at.replace("+00:00", "Z"),
+            "time": f"{self.formatTime(record, '%Y-%m-%dT%H:%M:%S')}.{int(record.msecs):03}Z",
             "level": record.levelname.lower(),
             "logger": record.name,
             "pid": record.process,
