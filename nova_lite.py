@@ -6969,9 +6969,14 @@ def demo(notes: Notes, password: str | None = None) -> Nova:
     ])  # fmt: skip
     if password:
         login = Login(password)
+        app.add({"routes": [(f"{path}/", redirect_to(path), {"methods": ["get"]}) for path in ("/login", login.home)]})
         app.add(login.routes)
         app.board(login.home, security=login.security, logout="/logout")
     return app
+
+
+def redirect_to(path: str) -> Callable[[Request], Any]:
+    return lambda _req: ("redirect", path)
 
 
 PAGE = (
@@ -6986,7 +6991,8 @@ PAGE = (
   #line, nav, small, label, .error, .plain, .row p, #typing, #news { font-size: .875rem } #line { color: var(--dim) }
   #line::before { content: ""; border: 5px solid var(--good); border-radius: 50%; margin-right: .25rem }
   #line.away::before { padding: 3px; border: 2px solid var(--warn) }
-  #wait { font-variant-numeric: tabular-nums } main { flex: 1; display: grid; gap: 1rem; min-height: 0 }
+  #wait { font-variant-numeric: tabular-nums } #wait:empty { display: none }
+  main { flex: 1; display: grid; gap: 1rem; min-height: 0 }
   section { min-width: 0; min-height: 0; max-height: 60rem; padding: 1rem; background: var(--card);
             border: 1px solid var(--line); border-radius: .75rem; position: relative }
   section > .row { min-height: 2.5rem; justify-content: space-between }
@@ -7025,7 +7031,7 @@ PAGE = (
     #comments { max-height: 60dvh } }
   @media (min-width: 40rem) and (min-height: 30rem) { body { height: 100dvh } #comments { max-height: none }
     main { align-items: stretch } section { overflow: auto } }
-  @media (max-width: 40rem) { #search { flex: 1 0 100% } #say { grid: auto auto / 1fr auto } #say > :first-child {
+  @media (max-width: 56rem) { #search { flex: 1 0 100% } #say { grid: auto auto / 1fr auto } #say > :first-child {
     grid-column: 1 / -1 } }
   @media (pointer: coarse) { main :is(input, textarea, button, summary) { min-height: 2.75rem } }
   @media (prefers-reduced-motion: no-preference) { .new { animation: arrive .3s ease-out }
@@ -7163,10 +7169,8 @@ const list = $("comments"), bubbles = new Map(), pending = new Map();  // id -> 
 let past = true;  // until "live", comments are replayed
 line.on("here", () => { past = true; });
 line.on("live", () => { past = false; pending.forEach(deliver); report(); });
-line.on("closed", () => { past = true; report(); }).on("state", ({ state }) => {
-  if (state === "refused") pending.forEach(fail);
-  report();
-});
+line.on("closed", () => { past = true; pending.forEach(deliver); report(); });
+line.on("state", ({ state }) => { if (state === "refused") pending.forEach(deliver); report(); });
 
 function bubble({ id, name, text, at }) {
   const isMine = own.has(id), who = isMine ? element("span", "seen", "You: ") : element("bdi", "name", name);
@@ -7269,7 +7273,7 @@ async function restore(note) {
 function say(...parts) {  // for 6 seconds
   $("news").replaceChildren(...parts);
   clearTimeout(passing);
-  passing = setTimeout(() => $("news").matches(":hover, :focus-within") ? say(...parts) : say(), 6000);
+  passing = setTimeout(() => $("news").querySelector(":is(:hover, :focus)") ? say(...parts) : say(), 6000);
 }
 
 function search() {  // shows what the indexer finds, or all
