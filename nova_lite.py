@@ -31,8 +31,13 @@ The map. A room uses the rooms above it, others only through `rooms`. Those afte
     Nova                    routes as data, security, the checks before the 101
     server                  HTTP, detaching sockets, draining
     http                    strict HTTP: limits, framing               (cut line; so have all rooms below)
+    tls                     https and wss
+    proxy                   what a proxy in front says of the client
+    checks                  mistakes in routes and options, as errors that say what to do
     views                   templates and files; the look of pages, and their client, NovaSocket
+    plugins                 before and after controllers; cors; pages for statuses; mounted applications
     deflate                 compression (permessage-deflate)
+    rate                    clients that may say so much a time
     gen_server              servers with calls; supervisors
     presence                who is in a channel, by name
     replay                  channels that keep their last messages
@@ -40,7 +45,11 @@ The map. A room uses the rooms above it, others only through `rooms`. Those afte
     codec                   what crosses to another node
     cluster                 other nodes, through Redis
     leases                  a child that runs on one node of the cluster
-    board                   the state of this node, as JSON and as a page
+    sessions                cookies; what the server remembers of a browser between requests
+    logs                    the access log; lines in JSON
+    stats                   figures of this node and of all nodes
+    metrics                 figures of all nodes, for Prometheus
+    board                   a page that shows them
     demo, main              Nova's tutorial; the command line
 
 Erlang's terms, here. An atom is a string, a tuple a tuple, a pid a `Pid`; `Pid ! Msg` is `pid.send(msg)`, `self()` is
@@ -78,15 +87,15 @@ import weakref
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, suppress
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from datetime import datetime
 from functools import cache, lru_cache, partial
 from io import BytesIO
+from ipaddress import ip_address
 from itertools import count, islice
 from math import inf, isnan
 from operator import itemgetter
 from socket import IPPROTO_TCP, TCP_NODELAY, gethostname
-from ssl import SSLEOFError, SSLWantReadError, SSLWantWriteError, SSLZeroReturnError
 from time import monotonic
 from types import FunctionType, ModuleType, SimpleNamespace
 from typing import Any, NoReturn
@@ -135,9 +144,11 @@ class Settings:
     backlog: int = 64  # frames, or `max_message_size` bytes, waiting for their handler; reading pauses beyond
     on_slow: str = "close"  # beyond `mailbox_limit`; or "drop_oldest", "drop_new": drops messages, and logs that
     origins: Any = None  # list of origins, or "*"; None: the request's own host, or no Origin header at all
-    trust_proxy: int = 0  # proxies in front, True is 1; of X-Forwarded-Proto and -Host, the farthest one's value counts
+    trust_proxy: int = 0  # proxies in front, True is 1; of each X-Forwarded- list, the farthest one's entry counts
     subprotocols: Any = ()  # the handler's; the first of the client's that is among them is chosen
     compress: bool = False  # permessage-deflate (RFC 7692) with clients that offer it; costs CPU
+    rate: Any = None  # (messages, seconds) of a client of a WebSocket; None: no limit
+    on_flood: str = "wait"  # beyond `rate`: reading pauses; or "close", with 1008
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -158,6 +169,10 @@ class Settings:
 
 TIME_SLICE = 0.003  # seconds of turns before sockets and timers are looked at: none must wait for 5 ms
 YIELD_DELAY = 1e-6  # seconds: the shortest sleep that polls sockets; after sleep(0) gevent runs 50 callbacks first
+CALLBACKS = (  # of handlers and servers
+    "init", "terminate", "websocket_init", "websocket_handle", "websocket_info", "handle_call", "handle_cast",
+    "handle_continue", "handle_info",
+)  # fmt: skip
 HOLD_LIMIT = 0.1  # seconds of one turn; what holds the hub longer, and so keeps all others waiting, is logged
 SPARE_RUNNERS = 64  # idle runners kept: a burst of blocking callbacks must not keep as many stacks
 
@@ -906,11 +921,9 @@ def is_normal(reason: Any) -> bool:
 
 
 def failing_callback(error: BaseException) -> str:
-    """Returns the name of the callback that raised `error`: the first frame after the last one of this file."""
-    names = [(frame.f_code.co_filename, frame.f_code.co_name) for frame, _ in traceback.walk_tb(error.__traceback__)]
-    own = [at for at, (filename, _) in enumerate(names) if filename == __file__]
-    foreign = names[own[-1] + 1 :] if own else names
-    return foreign[0][1] if foreign else names[-1][1] if names else ""
+    """Returns the name of the callback in which `error` was raised, "" if that was after it returned."""
+    codes = [frame.f_code for frame, _ in traceback.walk_tb(error.__traceback__)]
+    return next((code.co_name for code in codes if code.co_filename != __file__ or code.co_name in CALLBACKS), "")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1228,7 +1241,9 @@ pubsub = PubSub()
 # Invariant: no sockets. WSGI's environ comes in, a bottle response goes out.
 # ---------------------------------------------------------------------------------------------------------------------
 
+REFUSAL_KEY = "nova_lite.refusal"  # in WSGI's environ: why the request was refused, for the server's log
 MAX_FIELDS = 10_000  # of a form
+COOKIES_KEY = "nova_lite.cookies"  # in WSGI's environ: those to send, by the room sessions; None: it is too late
 _ESCAPE = re.compile(r"\\(?:([0-3][0-7]{2})|(.))")  # in a cookie's value between quotes
 _ORIGIN = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://([A-Za-z0-9._~-]+|\[[0-9A-Fa-f:.]+\])(?::([0-9]{1,5}))?")
 _SUSPECT = re.compile(r"\\u|[0-9][eE]|[0-9]{300}|NaN|Infinity")  # a lone surrogate, or a number that JSON lacks?
@@ -1239,15 +1254,18 @@ class Request(Mapping[str, Any]):
     """What a controller takes: a read-only mapping, computed lazily, that `match` takes apart.
 
     `method`, `path`, `bindings` (from the route), `params` (the JSON object or form of the body), `json` (any JSON),
-    `body` (bytes), `qs` or `parsed_qs` (the query), `headers` (in any case), `cookies`, `peer` (address, port; a
-    proxy's, if there is one in front), `auth_data` (what `security` returned), `subprotocol` (of a WebSocket: the
-    chosen one, or None), `since` (the last position that the client has received of a kept channel: its Last-Event-ID,
-    `since` in the query, or None). `body`, `json` and `params` may raise an HTTPError: 400, 408 or 413.
+    `body` (bytes), `qs` or `parsed_qs` (the query), `headers` (in any case), `cookies`, `peer` (address, port; with
+    `trust_proxy` the client's, with port 0 if the proxy hides it), `auth_data` (what `security` returned),
+    `subprotocol` (of a WebSocket: the chosen one, or None), `since` (the last position that the client has received of
+    a kept channel: its Last-Event-ID, `since` in the query, or None). `body`, `json` and `params` may raise an
+    HTTPError: 400, 408 or 413.
     """
 
     __slots__ = ("_known", "environ", "settings")
 
     def __init__(self, environ: dict[str, Any], bindings: dict[str, Any], settings: Settings = Settings()) -> None:
+        if settings.trust_proxy:
+            room("proxy").rewrite(environ, settings.trust_proxy)
         self.environ, self.settings = environ, settings
         self._known: dict[str, Any] = {"bindings": bindings, "auth_data": None, "subprotocol": None}
 
@@ -1266,29 +1284,39 @@ class Request(Mapping[str, Any]):
         return f"<Request {self['method']} {printable(self['path'])}>"
 
     def set(self, key: str, value: Any) -> None:
-        """Sets what only the handshake or `security` can determine."""
+        """Sets a key: what the handshake or `security` determines, or what a plugin has for the controller."""
         self._known[key] = value
 
     def detach(self) -> None:
         """Drops the server's buffers, for a request that outlives its HTTP connection."""
-        self.environ = {key: value for key, value in self.environ.items() if type(value) is str}
+        self.environ = {key: value for key, value in self.environ.items() if type(value) is str} | {COOKIES_KEY: None}
+
+    def set_cookie(self, name: str, value: Any, **options: Any) -> None:
+        """Sends a cookie with the response; `options` are those of the function `set_cookie`."""
+        room("sessions").set_cookie(self, name, value, **options)
+
+    def get_cookie(self, name: str, secret: str | bytes | None = None) -> Any:
+        """Returns a cookie's value, with `secret` that of a signed one; None if it is missing or forged."""
+        return room("sessions").get_cookie(self, name, secret)
+
+    def delete_cookie(self, name: str, **options: Any) -> None:
+        """Makes the client forget a cookie, for which `path` and `domain` must be those that it was set with."""
+        room("sessions").set_cookie(self, name, "", **{**options, "max_age": 0})
 
     def is_own_origin(self) -> bool:
         """Returns whether the Origin, if any, is allowed. Only browsers have to send one (RFC 6455 §10.2)."""
         origin, allowed = self.environ.get("HTTP_ORIGIN"), self.settings.origins
         if origin is None or allowed == "*":
             return True
+        own = f"{self.environ['wsgi.url_scheme']}://{self.environ.get('HTTP_HOST', '')}"
+        why = f"in origins={allowed}"
         if allowed is None:
-            scheme = self._forwarded("PROTO") or self.environ["wsgi.url_scheme"]
-            host = self._forwarded("HOST") or self.environ.get("HTTP_HOST", "")
-            allowed = [re.sub("^ws", "http", f"{scheme}://{host}")]  # some proxies forward wss
-        return parse_origin(origin) in {parse_origin(text) for text in allowed} - {None}
-
-    def _forwarded(self, name: str) -> str:
-        """Returns what the farthest of `trust_proxy` proxies wrote, or "". Each appends to the list or begins one."""
-        values = [part.strip() for part in self.environ.get(f"HTTP_X_FORWARDED_{name}", "").split(",")]
-        hops = self.settings.trust_proxy
-        return next(iter([value for value in values if value][-hops:]), "") if hops else ""
+            why = f"{printable(own)}, this host; behind a proxy see trust_proxy, else origins=[…]"
+            allowed = rooms["proxy"].list_origins(own, self.environ) if "proxy" in rooms else [own]
+        if parse_origin(origin) in {parse_origin(text) for text in allowed} - {None}:
+            return True
+        self.environ[REFUSAL_KEY] = f"Origin {printable(origin)} is not {why}"
+        return False
 
     def content_type(self) -> str:
         return self.environ.get("CONTENT_TYPE", "").partition(";")[0].strip().lower()
@@ -1307,14 +1335,6 @@ def printable(text: Any) -> str:
     return repr(str(text))[1:-1].replace('"', '\\"')
 
 
-class _SlicedBytes(BytesIO):
-    """Yields to other greenlets while bottle parses a form: 1 MB may take 0.8 s."""
-
-    def read(self, size: int | None = -1) -> bytes:
-        scheduler.yield_after_slice()
-        return super().read(min(size, 4096) if size and size > 0 else size)
-
-
 def _json(req: Request) -> Any:
     is_json = req.content_type() == "application/json" or req.content_type().endswith("+json")
     return parse_json(req["body"]) if is_json and req["body"] else None
@@ -1328,7 +1348,7 @@ def _params(req: Request) -> Mapping[str, Any]:
             text = req["body"].decode("utf-8", "replace")
             return dict(parse_qsl(text, keep_blank_values=True, max_num_fields=MAX_FIELDS))
         if req.content_type() == "multipart/form-data":
-            body = _SlicedBytes(req["body"])  # first, since it changes what the environ says of the body
+            body = getattr(rooms.get("http"), "SlicedBytes", BytesIO)(req["body"])  # first: it changes the environ
             own = {key: value for key, value in req.environ.items() if not key.startswith("bottle.")}
             form = dict(bottle.BaseRequest({**own, "wsgi.input": body}).forms.decode())
             "".join([*form, *form.values()]).encode()  # some charsets make lone surrogates
@@ -1391,8 +1411,6 @@ def read_body(environ: dict[str, Any], limit: int) -> bytes:
         length = int(environ.get("CONTENT_LENGTH") or 0)
         is_wanted = chunked or 0 < length <= limit
         body = file.read(limit + 1 if chunked else length) if is_wanted else b""  # type: ignore[union-attr]
-    except HTTPError:  # of the room http: 400, 408 or 413
-        raise
     except (AttributeError, OSError, ValueError):
         raise HTTPError(400, "the body could not be read")
     size = max(length, len(body))
@@ -1459,7 +1477,11 @@ def make_response(status: Any, headers: Any, body: Any = None) -> HTTPResponse:
 
 
 def json_response(status: Any, headers: Any, data: Any) -> HTTPResponse:
-    response = make_response(status, headers, _json_encoder.encode(data).encode())
+    try:
+        body = _json_encoder.encode(data).encode()
+    except (RecursionError, TypeError, ValueError) as error:
+        raise ValueError(rooms["checks"].explain_json(data) if "checks" in rooms else error) from None
+    response = make_response(status, headers, body)
     response.headers.setdefault("Content-Type", "application/json")
     return response
 
@@ -1570,7 +1592,9 @@ def encode_frame(frame: Any) -> bytes:
             return close_frame(code, reason)
         case "close":
             return close_frame(NO_STATUS)
-    raise ValueError(f"not a frame: {frame!r}")
+    raise ValueError(
+        f'not a frame: {frame!r}; a frame is ("text", str), ("binary", bytes), ("close", code, reason), ...'
+    )
 
 
 class Parser:
@@ -1713,6 +1737,7 @@ STARTING, OPEN, CLOSING, CLOSED = "starting", "open", "closing", "closed"
 READ_SIZE = 65536  # bytes per read or send, so that one client's flood leaves room for the others
 SMALL_READ = 4096  # bytes per read of a client whose bytes take long to parse: tiny frames, or compressed ones
 TURN_TIME = 0.01  # seconds after which a turn ends; 64 broadcasts to 1,000 take 5 ms, and are cheaper in one piece
+REFUSALS = (1002, 1007, 1008, 1009, 1013)  # close codes for a client that breaks the protocol or exceeds a limit
 LINGER = 5.0  # seconds that a closed connection waits for the client to close as well
 CACHED_FRAMES, CACHED_BYTES = 256, 1_000_000  # of broadcasts: a flood on 64 channels still finds its frames
 
@@ -1813,7 +1838,7 @@ class Stream(Process):
             case ("ok", state):
                 self.state, self.init_waiter = state, None
             case result:
-                raise ValueError(f"init returned {result!r}, not ('ok', state)")
+                raise ValueError(f'{self.role()}.init answered {result!r}; expected ("ok", state)')
         init_waiter.send("ok")
         self.reschedule()
 
@@ -1863,7 +1888,7 @@ class Stream(Process):
                     outgoing.append(data)
                     size += len(data)
             else:
-                size += self.handle_result(result, info)
+                size += self.handle_result(result, info, "websocket_info")
             if not mailbox or size > READ_SIZE or self.write_buffer or self.exiting is not None:
                 break  # the rest waits in the mailbox, where it is counted, and not yet encoded
             if not done % 8 and monotonic() > deadline:  # checked for each message, it would cost a flood 5 %
@@ -1876,7 +1901,8 @@ class Stream(Process):
             if type(frame) is not tuple:
                 if frame != "$init":
                     raise frame
-                result = self.handler.websocket_init(self.state)
+                size += self.handle_result(self.handler.websocket_init(self.state), None, "websocket_init")
+                result = "ok"
             elif frame[0] == "close":
                 raise Close(frame[1], "", "remote" if frame[1] == NO_STATUS else ("remote", *frame[1:]))
             else:
@@ -1890,17 +1916,17 @@ class Stream(Process):
         del inbox[:done]
         if not inbox:
             self.inbox_bytes = 0
-        if not self.reader.active and not self._should_pause():
+        if not self.reader.active and not self.should_pause():
             self.reader.start(self.readable)
 
-    def handle_result(self, result: Any, _info: Any = None) -> int:
+    def handle_result(self, result: Any, _info: Any = None, callback: str = "websocket_handle") -> int:
         """Keeps the state and queues the frames that a callback returned. Returns their size in bytes."""
         match result:
             case ("reply", frames, state) | ("reply", frames, state, "hibernate"):
                 self.state = state
                 if isinstance(frames, list):
-                    return sum(self._queue_frame(frame) for frame in frames)
-                return self._queue_frame(frames)
+                    return sum(self._queue_frame(frame, callback) for frame in frames)
+                return self._queue_frame(frames, callback)
             case ("ok", state) | ("ok", state, "hibernate"):
                 self.state = state
             case ("stop", state) | ("stop", state, "hibernate"):
@@ -1909,11 +1935,15 @@ class Stream(Process):
             case "ok":
                 pass
             case _:
-                raise ValueError(f"a callback returned {result!r}")
+                expected = '("ok", state), ("reply", frame, state) or ("stop", state)'
+                raise ValueError(f"{self.role()}.{callback} answered {result!r}; expected {expected}")
         return 0
 
-    def _queue_frame(self, frame: Any) -> int:
-        data = self.encode(frame)
+    def _queue_frame(self, frame: Any, callback: str = "websocket_info") -> int:
+        try:
+            data = self.encode(frame)
+        except ValueError as error:
+            raise ValueError(f"{self.role()}.{callback} replied with what is {error}") from None
         self.outgoing.append(data)
         if frame == "close" or frame[0] == "close":
             raise Close(None, "", "stop")  # None: the handler's own close frame is queued
@@ -1959,10 +1989,10 @@ class Stream(Process):
         if not data:
             self.input_over = True
             self.inbox.append(Close(None, "", ("error", "closed")))
-        if self._should_pause():
+        if self.should_pause():
             self.reader.stop()
 
-    def _should_pause(self) -> bool:
+    def should_pause(self) -> bool:
         """Returns whether the client has to wait for the handler, or has no more to say."""
         inbox, settings = self.inbox, self.settings
         too_much = self.inbox_bytes > settings.max_message_size and inbox
@@ -2028,12 +2058,14 @@ class Stream(Process):
 
     def cleanup(self, error: BaseException) -> Any:
         if self.init_waiter is not None:
-            return self.log_crash(error, f"{type(self.handler).__name__}.init")
+            return self.log_crash(error, f"{self.role()}.init")
         close = self._close_for(error)
         close.__traceback__ = None  # its frames hold it: 3 KiB a connection until the next garbage collection
         if self.phase is OPEN:
             self._start_close(close)
-        log.info("%r%s closed: %r", self, self.title(), close.reason)
+        text = f" ({close.code} {close.text})" if close.text else ""
+        level = logging.WARNING if close.code in REFUSALS else logging.INFO
+        log.log(level, "%r%s closed: %r%s", self, self.title(), close.reason, text)
         if hasattr(self.handler, "terminate"):
             self.handler.terminate(close.reason, self.req, self.state)
         if isinstance(error, ProcessExit) and not isinstance(error.reason, Close):
@@ -2047,7 +2079,8 @@ class Stream(Process):
             return cause
         if isinstance(error, ProcessExit):
             return Close(1001 if is_normal(cause) else 1011, "", cause)
-        self.log_crash(error, f"{type(self.handler).__name__}.{failing_callback(error)}")
+        callback = failing_callback(error)
+        self.log_crash(error, callback and f"{self.role()}.{callback}")
         return Close(1011, "", ("crash", type(error), error))
 
     def role(self) -> str:
@@ -2222,6 +2255,8 @@ class ConnectionRegistry:
 EVENT_STREAM = {"Content-Type": "text/event-stream", "Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
 _BOTTLES_FORM = vars(bottle.BaseRequest)["POST"].getter.__code__
 _REST = "rest_of_the_path"  # bottle's name for the binding "..."
+GROUP_KEYS = {"plugins", "prefix", "routes", "security"}  # of a group of routes; rooms add theirs
+ROUTE_OPTIONS = {"methods", "protocol"}  # of a route, besides the names in `Settings`; rooms add theirs
 
 
 class Nova(bottle.Bottle):
@@ -2231,49 +2266,75 @@ class Nova(bottle.Bottle):
     of `req`, or, with {"protocol": "ws"}, a handler: a class, a module or any object with the callbacks. Options are
     "methods" (a list; "_" is any), "protocol" ("http" or "ws"), and the names in `Settings`, which `Nova` takes for all
     routes. Raises ValueError for unknown keys and options.
+
+    A route (404, controller) makes the page for that status, from 400 to 599. `plugins` are bottle's, or Nova's: tuples
+    ("pre_request" or "post_request", plugin, options). A group with Nova's does not have those for all.
     """
 
-    def __init__(self, groups: Iterable[Mapping[str, Any]] = (), **settings: Any) -> None:
+    def __init__(
+        self, groups: Iterable[Mapping[str, Any]] = (), *, plugins: Iterable[Any] = (), **settings: Any
+    ) -> None:
         super().__init__()
-        self.settings = _settings(Settings(), settings)
+        self.settings = _settings("Nova", Settings(), settings)
         self.plugins.insert(0, SimpleNamespace(apply=lambda *args: partial(_call_outermost, *args)))
+        if plugins:
+            room("plugins").install(self, plugins)
         for group in [groups] if isinstance(groups, Mapping) else groups:
             self.add(group)
 
     def add(self, group: Mapping[str, Any]) -> None:
         """Adds a group of routes. Raises ValueError for unknown keys and options."""
-        unknown = set(group) - {"prefix", "security", "routes", "plugins"}
-        if unknown:
+        if "checks" in rooms:
+            rooms["checks"].check_group(group)
+        if unknown := set(group) - GROUP_KEYS:  # with a misspelt "security", the group would be open
             raise ValueError(f"a group of routes has no {', '.join(sorted(unknown))}")
-        security = group.get("security", False)
-        if security is not False and not callable(security):
-            raise ValueError(f"security is False or a function of req, not {security!r}")
+        if "plugins" in rooms:
+            group = rooms["plugins"].prepare(self, group)
         for route in group.get("routes", ()):
+            if "checks" in rooms:
+                rooms["checks"].check_route(self, group, route, _rule)
             self._add(group, *route)
 
     def _add(self, group: Mapping[str, Any], path: str, controller: Any, options: Any = ()) -> None:
+        if isinstance(path, int) or any(isinstance(plugin, tuple) for plugin in bottle.makelist(group.get("plugins"))):
+            room("plugins")  # which would have taken these; raises if it was cut off
         rule, options = _rule(group.get("prefix", ""), path), dict(options)
-        methods, protocol = options.pop("methods", None), options.pop("protocol", "http")
-        if isinstance(methods, str):
-            raise ValueError(f"{rule}: methods is a list")
-        if protocol not in ("http", "ws") or (protocol == "http" and not callable(controller)):
-            raise ValueError(f"{rule}: {controller!r} cannot serve the protocol {protocol!r}")
-        kind, methods = (_WebSocketEndpoint, ["get"]) if protocol == "ws" else (_Endpoint, methods or ["_"])
-        endpoint = kind(controller, group.get("security", False), _settings(self.settings, options))
+        settings = {key: value for key, value in options.items() if key not in ROUTE_OPTIONS}
+        methods = ["get"] if options.get("protocol") == "ws" else options.get("methods") or ["_"]
+        kind = _WebSocketEndpoint if options.get("protocol") == "ws" else _Endpoint
+        endpoint = kind(controller, group.get("security", False), _settings(rule, self.settings, settings))
         names = ["ANY" if method == "_" else method.upper() for method in methods]
         self.route(rule, names, endpoint, apply=group.get("plugins", []))
 
+    def endpoint(self, controller: Callable[[Request], Any], security: Any = False) -> Any:
+        """Returns a controller in the form that bottle calls."""
+        return _Endpoint(controller, security, self.settings)
+
+    def mount(self, prefix: str, app: Any, *, security: Any = False, **options: Any) -> None:
+        """Serves a WSGI application below `prefix` (see the room plugins); `options` are those of bottle's `route`."""
+        if "plugins" in rooms or security is not False:
+            room("plugins").mount(self, prefix, app, security, options)
+        else:
+            super().mount(prefix, app, **options)
+
     def run(self, host: str = "127.0.0.1", port: int = 8080, **options: Any) -> None:
         """Serves the application until SIGINT or SIGTERM; `options` are those of the function `run`."""
-        room("server").run(self, host, port, **options)
+        try:
+            room("server").run(self, host, port, **options)
+        finally:
+            self.close()  # its plugins
 
     def stats(self) -> dict[str, Any]:
         """Returns figures of this node (see the function `stats`)."""
-        return room("board").stats()
+        return room("stats").stats()
 
-    def board(self, path: str = "/board", security: Any = False, logout: str = "") -> None:
-        """Adds the board, a page that shows what this node is doing (see the function `board`)."""
-        room("board").board(self, path, security, logout)
+    def board(self, path: str = "/board", security: Any = None, logout: str = "") -> None:
+        """Adds the board, a page that shows what this node is doing; without `security`, to this machine only."""
+        room("board").board(self, path, room("proxy").is_local if security is None else security, logout)
+
+    def metrics(self, path: str = "/metrics", security: Any = False) -> None:
+        """Adds figures of all nodes for Prometheus (see the function `metrics`)."""
+        room("metrics").metrics(self, path, security)
 
     def _cast(self, out: Any, peek: Any = None) -> Any:
         """Logs what bottle turns into a 500 without a word: a generator's first step, a body that cannot be encoded."""
@@ -2286,6 +2347,9 @@ class Nova(bottle.Bottle):
             where = bottle.request.method, printable(bottle.request.path)
             log.error("the response to %s %s crashed", *where, exc_info=error)
             return super()._cast(HTTPError(500, exception=error), peek)
+        finally:
+            if COOKIES_KEY in bottle.request.environ:
+                room("sessions").send_cookies(bottle.request.environ)
 
     def default_error_handler(self, res: HTTPError) -> bytes:
         accept, text = bottle.request.get_header("Accept", ""), str(res.body or res.status_line.partition(" ")[2])
@@ -2293,21 +2357,12 @@ class Nova(bottle.Bottle):
         return body
 
 
-def _settings(settings: Settings, options: Mapping[str, Any]) -> Settings:
-    unknown = set(options) - {field.name for field in fields(Settings)}
-    if unknown:
-        raise ValueError(f"there is no option {', '.join(sorted(unknown))}")
-    if isinstance(options.get("origins"), str) and options["origins"] != "*":
-        raise ValueError("origins is a list, or '*'")
-    for origin in () if options.get("origins") in (None, "*") else options["origins"]:
-        if parse_origin(origin) is None:
-            raise ValueError(f"expected an origin such as 'https://example.org', without a path, got {origin!r}")
-    if not isinstance(options.get("trust_proxy", 0), int) or options.get("trust_proxy", 0) < 0:
-        raise ValueError(f"trust_proxy is a number of proxies, or True for one, not {options['trust_proxy']!r}")
-    if isinstance(options.get("subprotocols"), str):
-        raise ValueError("subprotocols is a list")
-    if options.get("on_slow", "close") not in ("close", "drop_oldest", "drop_new"):
-        raise ValueError("on_slow is 'close', 'drop_oldest' or 'drop_new'")
+def _settings(where: str, settings: Settings, options: Mapping[str, Any]) -> Settings:
+    if "checks" in rooms:
+        rooms["checks"].check_settings(where, options)
+    for name, needed in {"compress": "deflate", "trust_proxy": "proxy", "rate": "rate", "on_flood": "rate"}.items():
+        if options.get(name):
+            room(needed).check(options)  # raises here, and not at the first client, if it was cut off
     return replace(settings, **options)
 
 
@@ -2352,6 +2407,8 @@ class _Endpoint:
                 return "status", *answer[1:]
             case ("redirect", _) | HTTPResponse():
                 return answer
+        if answer is not False and "checks" in rooms:
+            rooms["checks"].warn_of_answer(self, answer, req)
         return "status", 401
 
     def answer(self, result: Any, req: Request) -> HTTPResponse:
@@ -2377,8 +2434,9 @@ class _Endpoint:
             return fn(req)
         except HTTPResponse as response:
             return response
-        except Exception:
+        except Exception as error:
             log.exception("%s crashed at %s %s", name_of(fn), req["method"], printable(req["path"]))
+            req.set("crash_info", {"status_code": 500, "class": type(error).__name__, "reason": error})
             return HTTPError(500)
 
 
@@ -2399,12 +2457,7 @@ class _WebSocketEndpoint(_Endpoint):
     """The gate before the 101: every refusal is plain HTTP."""
 
     def __init__(self, handler: Any, security: Any, settings: Settings) -> None:
-        missing = [name for name in ("init", "websocket_handle", "websocket_info") if not hasattr(handler, name)]
-        if missing:
-            raise ValueError(f"the WebSocket handler {handler!r} lacks {', '.join(missing)}")
         super().__init__(handler, security, settings)
-        if settings.compress:
-            room("deflate")  # raises here, and not at the first client, if it was cut off
 
     def __call__(self, **bindings: Any) -> HTTPResponse:
         req = self.make_request(bindings)
@@ -2429,12 +2482,15 @@ class _WebSocketEndpoint(_Endpoint):
         if self.settings.compress:
             kind, extension = room("deflate").negotiate(environ.get("HTTP_SEC_WEBSOCKET_EXTENSIONS", ""))
             headers.update(extension)
+        if self.settings.rate:
+            kind = room("rate").limit(kind)
         return self.accept_connection(kind, req, headers)
 
     def accept_connection(self, kind: Any, req: Request, headers: dict[str, str]) -> HTTPResponse:
         """Runs `init`. If it accepts, the server sends this response and detaches the socket."""
         registry: ConnectionRegistry = req.environ[REGISTRY_KEY]
         if len(registry.connections) >= registry.limit:
+            req.environ[REFUSAL_KEY] = f"{registry.limit} connections are the limit"
             return HTTPError(503, "there are too many connections", Retry_After="5")
         connection = kind(self.controller, req, self.settings, registry)
         if not connection.start():
@@ -2490,38 +2546,6 @@ def heartbeat(req: Request) -> Any:
 DRAIN_TIME = 5.0  # seconds that a stopping server gives requests and clients to finish
 SHUTDOWN_DELAY = 0.0  # seconds between the signal and the drain; the heartbeat already returns 503
 BACKLOG = 2048  # connections that may wait to be accepted: after a restart all clients connect together
-
-
-class TLS:
-    """Makes a TLS socket look like a plain non-blocking one: `recv` raises BlockingIOError, `send` returns 0."""
-
-    def __init__(self, sock: Any) -> None:
-        self.sock = sock  # gevent's, which does not wait once its timeout is 0
-        self.fileno, self.close = sock.fileno, sock.close
-
-    def recv(self, size: int) -> bytes:
-        """Returns a whole record: bytes that have left the kernel do not trigger a watcher."""
-        try:
-            data = self.sock.recv(size)
-            while pending := self.sock.pending():
-                data += self.sock.recv(pending)
-            return data
-        except (SSLWantReadError, SSLWantWriteError):
-            raise BlockingIOError from None
-        except (SSLEOFError, SSLZeroReturnError):
-            return b""
-
-    def send(self, data: Any) -> int:
-        try:
-            return self.sock.send(data)
-        except (SSLWantReadError, SSLWantWriteError):
-            return 0
-
-    def shutdown(self, how: int) -> None:
-        """Sends close_notify and TCP's FIN."""
-        with suppress(OSError, ValueError):
-            self.sock._sslobj.shutdown()
-        _socket.socket.shutdown(self.sock._sock, how)
 
 
 class RequestHandler(UpgradeHandler):
@@ -2627,9 +2651,7 @@ class RequestHandler(UpgradeHandler):
         self.rfile.close()
         raw: Any
         if self.server.ssl_enabled:
-            with suppress(OSError):
-                early += sock.recv(sock.pending()) if sock.pending() else b""
-            raw = TLS(sock)
+            raw, early = room("tls").detach(sock, early)
         else:
             raw = _socket.socket(sock.family, sock.type, sock.proto, sock.detach())
             raw.setblocking(False)  # whatever socket.setdefaulttimeout says
@@ -2640,14 +2662,8 @@ class RequestHandler(UpgradeHandler):
             connection.interrupt("shutdown")
 
     def log_request(self) -> None:
-        if log.isEnabledFor(logging.INFO):
-            milliseconds = (self.time_finish - self.time_start) * 1000
-            status = (self._orig_status or "000").split()[0]
-            line = printable(self.requestline or ""), status, self.response_length, milliseconds
-            log.info('%s "%s" %s %d %.1f ms', self.peer(), *line)
-
-    def peer(self) -> str:
-        return "{}:{}".format(*self.client_address[:2])
+        if "logs" in rooms:
+            rooms["logs"].log_request(self)
 
 
 class Server(gevent.pywsgi.WSGIServer):
@@ -2655,9 +2671,10 @@ class Server(gevent.pywsgi.WSGIServer):
 
     This is for programs with a main loop of their own; `Nova.run` is for those without. `certfile` (and `keyfile`)
     enable https and wss. `max_connections` limits WebSockets, by default to what the descriptor limit allows. With
-    `reuse_port`, other processes may serve the same port. `children` are the application's, as `run` has them: if their
+    `reuse_port`, other processes may serve the same port. `trust_proxy` is the number of proxies in front, for an
+    application that is no `Nova` with that setting. `children` are the application's, as `run` has them: if their
     supervisor ends, `failed` is set and the server stops. Raises OSError if the address is in use or a file cannot be
-    read, RuntimeError if a child cannot be started.
+    read, RuntimeError if a child cannot be started, ValueError if other machines would reach a board without security.
     """
 
     KEEP_ALIVE, HEAD_TIME, BODY_TIME = 75.0, 10.0, 30.0  # seconds, by the room http: next request, head (or TLS), body
@@ -2674,6 +2691,7 @@ class Server(gevent.pywsgi.WSGIServer):
         keyfile: str | None = None,
         max_connections: int | None = None,
         reuse_port: bool = False,
+        trust_proxy: int = 0,
         children: Iterable[dict[str, Any]] = (),
     ) -> None:
         self.registry = ConnectionRegistry(_descriptor_limit() - 64 if max_connections is None else max_connections)
@@ -2683,10 +2701,12 @@ class Server(gevent.pywsgi.WSGIServer):
         self.tree = room("launch").ApplicationTree(children, self) if children else None
         self.failed = False  # the tree's supervisor has ended
         self.on_failure: Callable[[], Any] = partial(gevent.spawn, self.stop)
-        tls = {"ssl_context": _tls_context(certfile, keyfile)} if certfile else {}
+        tls = room("tls").set_up(self, certfile, keyfile) if certfile else {}
         if reuse_port:
             self.get_listener = lambda _address, backlog, _family: room("launch").bound_socket(host, port, backlog)
         handler = rooms["http"].handler if "http" in rooms else RequestHandler
+        if trust_proxy or "proxy" in rooms:
+            handler = room("proxy").set_up(self, app, host, trust_proxy, handler)
         super().__init__((host, port), app, BACKLOG, log=None, error_log=log, handler_class=handler, **tls)
 
     def __enter__(self) -> Server:
@@ -2724,19 +2744,6 @@ class Server(gevent.pywsgi.WSGIServer):
         self._timer.start(self._start_accepting_if_started)
         return None
 
-    def wrap_socket_and_handle(self, client_socket: Any, address: Any) -> None:
-        try:
-            with gevent.Timeout(self.HEAD_TIME, TimeoutError("no TLS handshake in time")):
-                sock = self.wrap_socket(client_socket, server_side=True)
-        except OSError as error:
-            log.info("%s:%d refused: %s", *address[:2], error)
-            client_socket.close()
-            return
-        handler = self.handler_class(sock, address, self)
-        handler.handle()
-        if not handler.detached:
-            sock.close()
-
     def stop(self, timeout: float | None = None) -> None:
         """Closes the listener, waits for requests, and closes WebSockets with 1001; aborts the rest after `timeout`.
 
@@ -2772,18 +2779,6 @@ class Server(gevent.pywsgi.WSGIServer):
         return sum(handler.busy for handler in self.handlers) + len(self.registry.connections)
 
 
-def _tls_context(certfile: str, keyfile: str | None) -> Any:
-    from gevent import ssl
-
-    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
-    context.options |= ssl.OP_NO_RENEGOTIATION  # with it, reading could require writing
-    try:
-        context.load_cert_chain(certfile, keyfile)
-    except OSError as error:  # OpenSSL's message does not name the file
-        raise OSError(error.errno, f"the certificate {certfile} cannot be used: {error.strerror}") from error
-    return context
-
-
 def run(
     app: Any,
     host: str = "127.0.0.1",
@@ -2796,6 +2791,7 @@ def run(
     shutdown_delay: float = SHUTDOWN_DELAY,
     reload: bool = False,
     log_level: str = "info",
+    log_format: str = "plain",
     children: Iterable[dict[str, Any]] = (),
     ready: Callable[[Server], Any] | None = None,
     **options: Any,
@@ -2806,12 +2802,14 @@ def run(
     load balancer can notice. A second signal ends the process immediately. `cluster` is the URL of a Redis (see
     `pubsub.connect`), and `name` is this node's name there. `workers` is the number of processes on the port (see
     `run_workers`); more than one need a cluster. `reload` restarts the program when one of its files changes.
-    `children` (see `start_supervisor`) are started in each process that serves, before it does, and stopped after
-    the drain, also if a signal comes while they start; if their supervisor ends, the server drains and the exit
-    code is 1. `ready` is called with the server once it serves. `options` are `Server`'s. Raises OSError if the
-    address is in use, ValueError for a bad child and for workers without a cluster, RuntimeError for a child that
-    cannot be started and for a room that this copy lacks.
+    With `log_format="json"`, a line of the log is a JSON object. `ready` is called with the server once it serves.
+    `children` (see `start_supervisor`) are started in each process that serves, before it does, and stopped after the
+    drain, also if a signal comes while they start; if their supervisor ends, the server drains and the exit code is 1.
+    `options` are `Server`'s. Raises OSError if the address is in use, ValueError for a bad child and for workers
+    without a cluster, RuntimeError for a child that cannot be started and for a room that this copy lacks.
     """
+    if log_format != "plain":
+        logging.basicConfig(level=log_level.upper(), handlers=[room("logs").log_handler(log_format)])
     process = "%(process)d " if workers > 1 else ""
     logging.basicConfig(level=log_level.upper(), format=f"%(asctime)s {process}%(levelname)s %(name)s: %(message)s")
     options["children"] = room("gen_server").check_children(children) if children else ()  # before there are workers
@@ -3198,7 +3196,9 @@ class StrictRequestHandler(RequestHandler):
         """Refuses a request that cannot be read, and closes: the start of the next one is unknown."""
         late = "408 Request Timeout" if isinstance(ex, TimeoutError) else "400 Bad Request"
         status, reason = getattr(ex, "status_line", late), printable(getattr(ex, "body", None) or ex)
-        log.info('%s "%s" refused: %s (%s)', self.peer(), printable(self.requestline or ""), status, reason)
+        peer, line = "{}:{}".format(*self.client_address[:2]), printable(self.requestline or "")
+        fields = {"peer": peer, "request": line, "status": int(status[:3]), "phrase": status[4:], "reason": reason}
+        log.info('%(peer)s "%(request)s" refused: %(status)d %(phrase)s (%(reason)s)', fields)
         self._orig_status = status
         kind, body = error_body(status, status[4:], "")
         head = f"HTTP/1.1 {status}\r\nContent-Type: {kind}\r\nContent-Length: {len(body)}\r\nConnection: close\r\n\r\n"
@@ -3208,11 +3208,9 @@ class StrictRequestHandler(RequestHandler):
         self._await_close()
 
     def end_tls(self) -> None:
-        """Sends close_notify: without it a complete response looks truncated (RFC 9112 §9.8)."""
+        """Sends close_notify, over TLS: without it a complete response looks truncated (RFC 9112 §9.8)."""
         if self.server.ssl_enabled:
-            self.socket.settimeout(0)  # does not wait for the client's
-            with suppress(OSError, ValueError):
-                self.socket.unwrap()
+            room("tls").send_close_notify(self.socket)
 
     def _await_close(self) -> None:
         """Shuts down writing and reads until `deadline`: closing with unread bytes would reset the connection, and the
@@ -3261,7 +3259,8 @@ class StrictRequestHandler(RequestHandler):
         else:
             if not isinstance(error, gevent.GreenletExit):
                 line = printable(self.requestline or "")
-                log.error('%s "%s" crashed', self.peer(), line, exc_info=(kind, error, tb))
+                fields = {"peer": "{REMOTE_ADDR}:{REMOTE_PORT}".format_map(self.environ), "request": line}
+                log.error('%(peer)s "%(request)s" crashed', fields, exc_info=(kind, error, tb))
             self._refuse(500)
 
     def _refuse(self, status: int, text: str = "") -> None:
@@ -3395,7 +3394,644 @@ def _tokens(value: str) -> list[str]:
     return [token for token in re.split(r"[ \t,]+", value.lower()) if token]
 
 
-rooms["http"] = SimpleNamespace(handler=StrictRequestHandler)
+class _SlicedBytes(BytesIO):
+    """Yields to other greenlets while bottle parses a form: 1 MB may take 0.8 s."""
+
+    def read(self, size: int | None = -1) -> bytes:
+        scheduler.yield_after_slice()
+        return super().read(min(size, 4096) if size and size > 0 else size)
+
+
+rooms["http"] = SimpleNamespace(handler=StrictRequestHandler, SlicedBytes=_SlicedBytes)
+# ----- cut here: without tls -----------------------------------------------------------------------------------------
+# Lost: certfile and keyfile: https and wss without a proxy.
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# TLS: https and wss, with gevent's ssl.
+# Invariant: what a connection's process gets behaves like a plain non-blocking socket.
+# ---------------------------------------------------------------------------------------------------------------------
+
+from ssl import SSLEOFError, SSLWantReadError, SSLWantWriteError, SSLZeroReturnError
+
+
+def _set_up_tls(server: Any, certfile: str, keyfile: str | None) -> dict[str, Any]:
+    """Returns gevent's arguments for a server that speaks TLS. Raises OSError if a file cannot be used."""
+    from gevent import ssl
+
+    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    context.options |= ssl.OP_NO_RENEGOTIATION  # with it, reading could require writing
+    try:
+        context.load_cert_chain(certfile, keyfile)
+    except OSError as error:  # OpenSSL's message does not name the file
+        raise OSError(error.errno, f"the certificate {certfile} cannot be used: {error.strerror}") from error
+    server.wrap_socket_and_handle = partial(_handle_client, server)
+    return {"ssl_context": context}
+
+
+class TLS:
+    """Makes a TLS socket look like a plain non-blocking one: `recv` raises BlockingIOError, `send` returns 0."""
+
+    def __init__(self, sock: Any) -> None:
+        self.sock = sock  # gevent's, which does not wait once its timeout is 0
+        self.fileno, self.close = sock.fileno, sock.close
+
+    def recv(self, size: int) -> bytes:
+        """Returns a whole record: bytes that have left the kernel do not trigger a watcher."""
+        try:
+            data = self.sock.recv(size)
+            while pending := self.sock.pending():
+                data += self.sock.recv(pending)
+            return data
+        except (SSLWantReadError, SSLWantWriteError):
+            raise BlockingIOError from None
+        except (SSLEOFError, SSLZeroReturnError):
+            return b""
+
+    def send(self, data: Any) -> int:
+        try:
+            return self.sock.send(data)
+        except (SSLWantReadError, SSLWantWriteError):
+            return 0
+
+    def shutdown(self, how: int) -> None:
+        """Sends close_notify and TCP's FIN."""
+        with suppress(OSError, ValueError):
+            self.sock._sslobj.shutdown()
+        _socket.socket.shutdown(self.sock._sock, how)
+
+
+def _handle_client(server: Server, client_socket: Any, address: Any) -> None:
+    """Serves a client that has just connected. Runs in a greenlet of its own."""
+    try:
+        with gevent.Timeout(server.HEAD_TIME, TimeoutError("no TLS handshake in time")):
+            sock = server.wrap_socket(client_socket, server_side=True)
+    except OSError as error:
+        log.info("%(peer)s refused: %(reason)s", {"peer": "{}:{}".format(*address[:2]), "reason": error})
+        client_socket.close()
+        return
+    handler = server.handler_class(sock, address, server)
+    handler.handle()
+    if not handler.detached:
+        sock.close()
+
+
+def _detach(sock: Any, early: bytes) -> tuple[TLS, bytes]:
+    """Returns the socket for a connection's process, and `early` with the bytes that TLS has read ahead."""
+    with suppress(OSError):
+        early += sock.recv(sock.pending()) if sock.pending() else b""
+    return TLS(sock), early
+
+
+def _send_close_notify(sock: Any) -> None:
+    sock.settimeout(0)  # does not wait for the client's
+    with suppress(OSError, ValueError):
+        sock.unwrap()
+
+
+rooms["tls"] = SimpleNamespace(
+    set_up=_set_up_tls,
+    detach=_detach,
+    send_close_notify=_send_close_notify,
+)
+
+
+# ----- cut here: without proxy ---------------------------------------------------------------------------------------
+# Lost: trust_proxy; localhost, 127.0.0.1 and [::1] as one host for an Origin; the check that a board without security
+# is for this machine only.
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Proxy: what a proxy in front says of the client, and by which names a server is called.
+# Invariant: without `trust_proxy`, nothing that a client writes in an X-Forwarded header counts.
+# ---------------------------------------------------------------------------------------------------------------------
+
+local_registries: weakref.WeakSet[Any] = weakref.WeakSet()  # of servers that only this machine reaches
+LOOPBACK_NAMES = ("localhost", "127.0.0.1", "[::1]")
+_REWRITTEN = "nova_lite.rewritten"  # in WSGI's environ: nothing is rewritten twice
+_SCHEMES = {"http": "http", "https": "https", "ws": "http", "wss": "https"}  # some proxies forward wss
+_AUTHORITY = re.compile(r"([A-Za-z0-9._~-]+|\[[0-9A-Fa-f:.]+\])(?::([0-9]{1,5}))?")
+_ADDRESS = re.compile(r'"?(?:\[([0-9A-Fa-f:.]+)\]|([0-9.]+)|([0-9A-Fa-f:.]+))(?::([0-9]{1,5}))?"?')
+
+
+class ProxiedHandler(RequestHandler):
+    """An HTTP connection from a proxy. Its log has the clients' addresses."""
+
+    hops: int
+
+    def get_environ(self) -> dict[str, Any]:
+        environ = super().get_environ()
+        _rewrite(environ, self.hops)
+        return environ
+
+
+def _set_up_proxy(server: Any, app: Any, host: str, hops: Any, handler: type[RequestHandler]) -> Any:
+    """Prepares a server, and returns the class of its handlers. Raises ValueError, see `Server`."""
+    hops = hops or getattr(getattr(app, "settings", None), "trust_proxy", 0)
+    _check_hops({"trust_proxy": hops})
+    if is_loopback(host):
+        local_registries.add(server.registry)
+    if not is_loopback(host) or hops:
+        _check_exposure(app, host)
+    return type(handler.__name__, (ProxiedHandler, handler), {"hops": hops}) if hops else handler
+
+
+def _check_hops(options: Mapping[str, Any]) -> None:
+    if not isinstance(options["trust_proxy"], int) or options["trust_proxy"] < 0:
+        raise ValueError(f"trust_proxy is a number of proxies, or True for one, not {options['trust_proxy']!r}")
+
+
+def _rewrite(environ: dict[str, Any], hops: int) -> None:
+    """Replaces the proxy's address by the client's, and scheme and host by those that the client has asked for.
+
+    Of each list, the entry that the farthest of `hops` proxies wrote counts, or the first if there are fewer. The
+    headers keep what counts, for bottle's `request`.
+    """
+    if _REWRITTEN in environ:
+        return
+    environ[_REWRITTEN] = hops
+    addresses = filter(None, map(_parse_address, _list_believed(environ, "FOR", hops)))  # "unknown" is skipped
+    address, port = next(addresses, ("", ""))
+    scheme = _SCHEMES.get("".join(_list_believed(environ, "PROTO", hops)[:1]).lower(), "")
+    host = "".join(_list_believed(environ, "HOST", hops)[:1])
+    host = host if _AUTHORITY.fullmatch(host) else ""
+    own = {"REMOTE_ADDR": address, "REMOTE_PORT": port, "wsgi.url_scheme": scheme, "HTTP_HOST": host}
+    environ |= {key: value for key, value in own.items() if value}
+    for name, value in (("FOR", address), ("PROTO", scheme), ("HOST", host)):
+        environ.pop(f"HTTP_X_FORWARDED_{name}", None)
+        if value:
+            environ[f"HTTP_X_FORWARDED_{name}"] = value
+
+
+def _list_believed(environ: Mapping[str, Any], name: str, hops: int) -> list[str]:
+    """Returns the entries that the proxies wrote, the farthest one's first. Each proxy appends one or begins a list."""
+    values = [part.strip() for part in environ.get(f"HTTP_X_FORWARDED_{name}", "").split(",")]
+    return [value for value in values if value][-hops:]
+
+
+def _parse_address(text: str) -> tuple[str, str] | None:
+    """Returns (address, port) in normal form, the port "0" if there is none; or None for what is not an address."""
+    match = _ADDRESS.fullmatch(text)
+    if match is None or int(match[4] or 0) > 65535:
+        return None
+    with suppress(ValueError):
+        address = ip_address(match[1] or match[2] or match[3])
+        return str(getattr(address, "ipv4_mapped", None) or address), match[4] or "0"
+    return None
+
+
+def _list_origins(own: str, environ: Mapping[str, Any]) -> list[str]:
+    """Returns the origins of a request's own host, `own` and the same under other names.
+
+    A Host without a port may come from a proxy that hides it: then the port is not compared. On a server that only
+    this machine can reach, the names of the loopback address are one host, if the Host is one of them: a name that an
+    attacker's DNS resolves to that address is not.
+    """
+    scheme, _, host = own.partition("://")
+    match, origin = _AUTHORITY.fullmatch(host), parse_origin(environ.get("HTTP_ORIGIN"))
+    if match is None:
+        return [own]
+    origins, port = [own], f":{match[2]}" if match[2] else ""
+    if _REWRITTEN in environ and not port and origin is not None:
+        origins.append(f"{own}:{origin[2]}")
+    if match[1].lower() in LOOPBACK_NAMES and environ.get(REGISTRY_KEY) in local_registries:
+        origins += [f"{scheme}://{name}{port}" for name in LOOPBACK_NAMES]
+    return origins
+
+
+@lru_cache(maxsize=16)
+def is_loopback(host: str) -> bool:
+    """Returns whether only this machine reaches a server that listens on `host`, an address or "localhost"."""
+    with suppress(ValueError):
+        return host == "localhost" or ip_address(host).is_loopback
+    return False
+
+
+def _is_local(req: Request) -> bool:
+    """The `security` of what is for this machine only."""
+    return is_loopback(req["peer"][0])
+
+
+def _check_exposure(app: Any, host: str) -> None:
+    """Raises ValueError if what is for this machine only would be served to others."""
+    route = next(_list_local_routes(app), None)
+    if route is not None:
+        why = "trust_proxy says that there is a proxy in front" if is_loopback(host) else f"others may reach {host!r}"
+        advice = "give app.board a security, or security=False if everyone may see it"
+        raise ValueError(f"the board at {route.rule.rstrip('/')} is for this machine only, but {why}: {advice}")
+
+
+def _list_local_routes(app: Any) -> Iterator[Any]:
+    for route in app.routes if isinstance(app, bottle.Bottle) else ():
+        if getattr(route.callback, "security", None) is _is_local:
+            yield route
+        yield from _list_local_routes(route.config.get("mountpoint.target"))
+
+
+rooms["proxy"] = SimpleNamespace(
+    check=_check_hops,
+    is_local=_is_local,
+    list_origins=_list_origins,
+    rewrite=_rewrite,
+    set_up=_set_up_proxy,
+)
+
+
+# ----- cut here: without checks --------------------------------------------------------------------------------------
+# Lost: mistakes in routes, options and callbacks are found, with advice, when the application is made or a server is
+# started. The core refuses unknown keys of a group; other mistakes show at the request.
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Checks: finds mistakes when the application is made, and says what is wrong, where, and what to do instead.
+# Invariant: a program without mistakes runs the same with and without this room. Nothing of the application is called,
+# and what cannot be known is no mistake.
+# ---------------------------------------------------------------------------------------------------------------------
+
+import difflib
+import inspect
+from collections.abc import Collection
+from dataclasses import fields
+from types import MethodType
+
+WEBSOCKET_CALLBACKS = {  # with the arguments of each
+    "init": ("state",),
+    "websocket_init": ("state",),
+    "websocket_handle": ("frame", "state"),
+    "websocket_info": ("info", "state"),
+    "terminate": ("reason", "req", "state"),
+}
+SERVER_CALLBACKS = {
+    "init": ("args",),
+    "handle_continue": ("term", "state"),
+    "handle_call": ("request", "from_", "state"),
+    "handle_cast": ("request", "state"),
+    "handle_info": ("info", "state"),
+    "terminate": ("reason", "state"),
+}
+_METHODS = (  # IANA's registry, and those in wide use beside it
+    "ACL BASELINE-CONTROL BIND CHECKIN CHECKOUT CONNECT COPY DELETE GET HEAD LABEL LINK LOCK M-SEARCH MERGE MKACTIVITY "
+    "MKCALENDAR MKCOL MKREDIRECTREF MKWORKSPACE MOVE NOTIFY OPTIONS ORDERPATCH PATCH POST PROPFIND PROPPATCH PURGE PUT "
+    "QUERY REBIND REPORT SEARCH SUBSCRIBE TRACE UNBIND UNCHECKOUT UNLINK UNLOCK UNSUBSCRIBE UPDATE UPDATEREDIRECTREF "
+    "VERSION-CONTROL ANY _"
+)
+_COMMON_METHODS = ("DELETE", "GET", "HEAD", "OPTIONS", "PATCH", "POST", "PUT")
+_PROTOCOLS = {"websocket": "ws", "websockets": "ws", "wss": "ws", "https": "http"}
+_routes: weakref.WeakKeyDictionary[Nova, dict[Any, str]] = weakref.WeakKeyDictionary()  # (rule, method) -> controller
+_checked_servers: weakref.WeakSet[Any] = weakref.WeakSet()  # classes
+_warned: weakref.WeakSet[Any] = weakref.WeakSet()  # endpoints whose `security` has been reported
+
+
+def _suggest(name: Any, known: Iterable[str]) -> str:
+    """Returns the end of a message on an unknown name: the nearest one that is known, else all."""
+    nearest = difflib.get_close_matches(str(name), known, 1)
+    return f"did you mean {nearest[0]!r}?" if nearest else f"known are {', '.join(sorted(known))}"
+
+
+# -- groups and routes
+
+
+def _check_group(group: Any) -> None:
+    if not isinstance(group, Mapping):
+        advice = "" if isinstance(group, str) else f': write Nova([{{"routes": [{_shown(group)}, ...]}}])'
+        raise ValueError(f"Nova takes groups of routes, dicts, not {_shown(group)}{advice}")
+    where = _name_group(group)
+    for key in group:
+        if key in ROUTE_OPTIONS or key in _settings_names():
+            raise ValueError(f"{where}: {key!r} is an option of a route: (path, controller, {{{key!r}: ...}})")
+        if key not in GROUP_KEYS:
+            raise ValueError(f"{where} has no key {key!r}; {_suggest(key, GROUP_KEYS)}")
+    if not isinstance(group.get("prefix", ""), str):
+        raise ValueError(f"{where}: the prefix must be a string, got {group['prefix']!r}")
+    _check_security(where, group.get("security", False))
+    routes = group.get("routes", ())
+    if isinstance(routes, str | bytes | Mapping) or not isinstance(routes, Iterable):
+        raise ValueError(f"{where}: routes must be a list of (path, controller[, options]), got {_shown(routes)}")
+
+
+def _name_group(group: Mapping[Any, Any]) -> str:
+    if group.get("prefix"):
+        return f"the group with the prefix {group['prefix']!r}"
+    match group.get("routes"):
+        case [[str(path), *_], *_]:
+            return f"the group of the route {path!r}"
+    return "a group of routes"
+
+
+def _check_security(where: str, security: Any) -> None:
+    if security is False:
+        return
+    if not callable(security):
+        raise ValueError(f"{where}: security must be False or a function of req, got {security!r}")
+    _check_call(f"{where}: security {name_of(security)}", security, ("req",))
+
+
+def _check_route(app: Nova, group: Mapping[str, Any], route: Any, make_rule: Callable[[str, str], str]) -> None:
+    where = _name_group(group)
+    if not isinstance(route, tuple | list) or not 2 <= len(route) <= 3:
+        raise ValueError(f"{where}: a route must be a tuple (path, controller[, options]), got {_shown(route)}")
+    path, controller, options = (*route, {})[:3]
+    if isinstance(path, bool) or not isinstance(path, str | int):
+        raise ValueError(f"{where}: a route must begin with its path, a string, got {_shown(path)}")
+    rule = make_rule(group.get("prefix", ""), path) if isinstance(path, str) else f"the route of the status {path}"
+    try:
+        options = dict(options)
+    except (TypeError, ValueError):
+        raise ValueError(f'{rule}: the options must be a dict such as {{"methods": ["get"]}}, got {options!r}')
+    _check_options(rule, options)
+    if options.get("protocol", "http") == "ws":
+        _check_handler(rule, controller)
+    else:
+        _check_controller(rule, controller)
+    if isinstance(path, str):
+        _check_twice(app, rule, options, controller)
+
+
+def _check_options(rule: str, options: Mapping[str, Any]) -> None:
+    known = ROUTE_OPTIONS | _settings_names()
+    for key in options:
+        if key in GROUP_KEYS - known:
+            raise ValueError(f"{rule}: {key!r} is a key of the group, not of a route")
+        if key not in known:
+            raise ValueError(f"{rule}: there is no option {key!r}; {_suggest(key, known)}")
+    protocol, methods = options.get("protocol", "http"), options.get("methods", [])
+    if protocol not in ("http", "ws"):
+        nearest = _PROTOCOLS.get(str(protocol).lower()) or ("ws" if "socket" in str(protocol).lower() else None)
+        advice = f"did you mean {nearest!r}?" if nearest else "it is 'http' or 'ws'"
+        raise ValueError(f"{rule}: there is no protocol {protocol!r}; {advice}")
+    if not isinstance(methods, list | tuple | set | frozenset):
+        raise ValueError(f'{rule}: methods must be a list such as ["get", "post"], got {methods!r}')
+    for method in methods:
+        _check_method(rule, method)
+    if protocol == "ws" and {method.upper() for method in methods} - {"GET", "ANY", "_"}:
+        raise ValueError(f"{rule}: a WebSocket route has no methods, since its handshake is a GET")
+
+
+def _check_method(rule: str, method: Any) -> None:
+    """Raises ValueError for what is no method of HTTP, or resembles a common one. Others are accepted in capitals."""
+    name = method.upper() if isinstance(method, str) else ""
+    if name in _METHODS.split():
+        return
+    nearest = difflib.get_close_matches(name, _COMMON_METHODS, 1)
+    if nearest or name != method or not re.fullmatch("[A-Z0-9_-]+", name):
+        advice = f"did you mean {nearest[0].lower()!r}?" if nearest else 'any is "_"; write one of your own in capitals'
+        raise ValueError(f"{rule}: {method!r} is no method of HTTP; {advice}")
+
+
+def _check_controller(rule: str, controller: Any) -> None:
+    is_handler = any(hasattr(controller, name) for name in ("websocket_handle", "websocket_info"))
+    if is_handler and (isinstance(controller, type) or not callable(controller)):
+        raise ValueError(f'{rule}: {_shown(controller)} is a WebSocket handler: its route needs {{"protocol": "ws"}}')
+    if not callable(controller):
+        advice = {str: "write the function, not its name", ModuleType: "write module.function"}.get(type(controller))
+        advice = advice or "write the function without calling it"
+        raise ValueError(f"{rule}: a controller must be a function of req, got {_shown(controller)}: {advice}")
+    _check_call(f"{rule}: the controller {name_of(controller)}", controller, ("req",))
+
+
+def _check_twice(app: Nova, rule: str, options: Mapping[str, Any], controller: Any) -> None:
+    """Raises ValueError for a rule and method that are taken. What a binding is called makes no difference."""
+    methods = ["GET"] if options.get("protocol") == "ws" else options.get("methods") or ["_"]
+    pattern = re.sub(r"<[^<>:]*", "<", rule)
+    taken = _routes.setdefault(app, {})
+    for method in {"ANY" if method == "_" else method.upper() for method in methods}:
+        if (pattern, method) in taken:
+            first = taken[pattern, method]
+            method = "any method" if method == "ANY" else method
+            raise ValueError(
+                f"{rule}: there are two routes for {method}, {first} and {_shown(controller)}, and the second replaces "
+                'the first; give them different "methods", or remove one'
+            )
+        taken[pattern, method] = _shown(controller)
+
+
+def _shown(thing: Any) -> str:
+    """Returns how a message names a function, a class, or anything else."""
+    if isinstance(thing, tuple):
+        return f"({', '.join(map(_shown, thing))}{',' * (len(thing) == 1)})"
+    name = getattr(thing, "__qualname__", None) or getattr(thing, "__name__", None)
+    return name if isinstance(name, str) else repr(thing)
+
+
+# -- callbacks
+
+
+def _check_handler(rule: str, handler: Any) -> None:
+    where = f"{rule}: the WebSocket handler {_shown(handler)}"
+    _check_callbacks(where, handler, WebSocketHandler, WEBSOCKET_CALLBACKS)
+    missing = [name for name in ("init", "websocket_handle", "websocket_info") if not hasattr(handler, name)]
+    if missing:
+        advice = "inherit from WebSocketHandler, or add them"
+        raise ValueError(f"{where} lacks {', '.join(missing)}: {advice}")
+    _check_instantiable(where, handler, "every connection has an instance of its own")
+
+
+def _check_server(server: Any, base: type) -> None:
+    """Checks a class, module or object that `start_link` was given; classes once. `base` has the default callbacks."""
+    kind = server if isinstance(server, type | ModuleType) else type(server)
+    if kind not in _checked_servers:
+        _check_callbacks(f"the server {_shown(kind)}", kind, base, SERVER_CALLBACKS)
+        _checked_servers.add(kind)
+    _check_instantiable(f"the server {_shown(kind)}", server, "start_link makes the instance")
+
+
+def _check_instantiable(where: str, thing: Any, why: str) -> None:
+    if not isinstance(thing, type):
+        return
+    if inspect.isabstract(thing):
+        lacking: Any = vars(thing)["__abstractmethods__"]
+        raise ValueError(f"{where} is abstract: it lacks {', '.join(sorted(lacking))}")
+    problem = _find_problem(thing, ())
+    if problem:
+        raise ValueError(f"{where} must be made without arguments, but it {problem}: {why}; or give an instance")
+
+
+def _check_callbacks(where: str, thing: Any, base: type, callbacks: Mapping[str, tuple[str, ...]]) -> None:
+    for name, arguments in callbacks.items():
+        callback, leading = _as_called(thing, name, inspect.getattr_static(thing, name, None))
+        if callable(callback):
+            _check_call(f"{where}: {name}", callback, (*leading, *arguments))
+    own = _own_functions(thing, base)
+    for name in sorted(own - callbacks.keys()):
+        meant = [callback for callback in callbacks if callback not in own and _is_misspelt(name, callback)]
+        if meant:
+            nearest = difflib.get_close_matches(name, meant, 1, 0)[0]
+            raise ValueError(f"{where} has {name!r}, which is never called; did you mean {nearest!r}?")
+
+
+def _as_called(thing: Any, name: str, value: Any) -> tuple[Any, tuple[str, ...]]:
+    """Returns the function that a call of the attribute reaches, and what precedes the arguments; None if unknown."""
+    if isinstance(value, staticmethod | classmethod):
+        return value.__func__, ("cls",) if isinstance(value, classmethod) else ()
+    if isinstance(thing, ModuleType) or (not isinstance(thing, type) and name in getattr(thing, "__dict__", ())):
+        return value, ()
+    return (value, ("self",)) if isinstance(value, FunctionType) else (None, ())
+
+
+def _own_functions(thing: Any, base: type) -> set[str]:
+    """Returns the names of the public functions of a class, an object or a module, without those of `base`."""
+    kind = thing if isinstance(thing, type) else type(thing)
+    spaces: list[Any] = [vars(one) for one in kind.__mro__ if one not in (object, ModuleType, base)]
+    if not isinstance(thing, type):
+        spaces.append(getattr(thing, "__dict__", {}))
+    functions = FunctionType | staticmethod | classmethod | partial
+    own = {name for space in spaces for name, value in space.items() if isinstance(value, functions)}
+    return {name for name in own if not name.startswith("_")}
+
+
+def _is_misspelt(name: str, callback: str) -> bool:
+    """Returns whether a name is a callback's with letters transposed, missing or added, or in another case."""
+    head = callback.rpartition("_")[0] + "_"
+    longer = callback.startswith("websocket")
+    if name.startswith(head):
+        name, callback = name[len(head) :], callback[len(head) :]
+    name, callback = name.lower().replace("_", ""), callback.replace("_", "")
+    if name == callback or name[:1] != callback[:1] or sorted(name) == sorted(callback):
+        return name[:1] == callback[:1]
+    is_close = difflib.SequenceMatcher(None, name, callback).ratio() >= 0.83
+    return is_close and (len(name) != len(callback) or longer)  # handle_cost is not a misspelt handle_cast
+
+
+def _check_call(where: str, fn: Any, arguments: tuple[str, ...]) -> None:
+    if _is_async(fn):
+        raise ValueError(f"{where} is an async def, which is not supported: use def; while it waits, others run")
+    problem = _find_problem(fn, arguments)
+    if problem:
+        raise ValueError(f"{where} is called with ({', '.join(arguments)}), but it {problem}")
+
+
+def _is_async(fn: Any) -> bool:
+    while isinstance(fn, partial):
+        fn = fn.func
+    if not isinstance(fn, type) and not inspect.isroutine(fn):
+        fn = type(fn).__call__
+    is_function = type(fn) in (FunctionType, MethodType)  # not a mock, which seems to be anything
+    return is_function and (inspect.iscoroutinefunction(fn) or inspect.isasyncgenfunction(fn))
+
+
+def _find_problem(fn: Any, arguments: tuple[str, ...]) -> str:
+    """Returns why `fn` cannot be called with these arguments, "" if it can or if that cannot be known."""
+    try:
+        if hasattr(fn, "__signature__"):  # what a decorator wants others to see
+            return ""
+        signature = inspect.signature(fn, follow_wrapped=False)
+    except Exception:  # of a function in C; of annotations that cannot be evaluated
+        return ""
+    try:
+        signature.bind(*arguments)
+    except TypeError:
+        shown = signature.replace(return_annotation=inspect.Signature.empty)
+        return f"takes {shown}"
+    return ""
+
+
+# -- settings
+
+
+def _settings_names() -> set[str]:
+    return {field.name for field in fields(Settings)}
+
+
+def _is_count(value: Any) -> bool:
+    return hasattr(type(value), "__index__") and not isinstance(value, bool) and value >= 0
+
+
+def _is_seconds(value: Any) -> bool:
+    kind = type(value)
+    is_number = hasattr(kind, "__float__") or hasattr(kind, "__index__")
+    return is_number and not isinstance(value, bool) and bool(value > 0)
+
+
+def _is_names(value: Any) -> bool:
+    return isinstance(value, Collection) and not isinstance(value, str | bytes)
+
+
+_EXPECTED: dict[str, tuple[Callable[[Any], bool], str]] = {  # by a setting's name, or by its type
+    "max_body": (_is_count, "a number of bytes"),
+    "max_message_size": (_is_count, "a number of bytes"),
+    "trust_proxy": (lambda value: isinstance(value, int) and value >= 0, "a number of proxies, or True for one"),
+    "subprotocols": (_is_names, "a list of names"),
+    "on_slow": (lambda value: value in ("close", "drop_oldest", "drop_new"), "'close', 'drop_oldest' or 'drop_new'"),
+    "origins": (lambda value: value in (None, "*") or _is_names(value), "a list of origins, or '*'"),
+    "int": (_is_count, "a whole number of 0 or more"),
+    "float": (_is_seconds, "a number of seconds above 0"),
+    "bool": (lambda value: isinstance(value, bool), "True or False"),
+    "str": (lambda value: isinstance(value, str), "a string"),
+}
+
+
+def _check_settings(where: str, options: Mapping[str, Any]) -> None:
+    types = {field.name: field.type for field in fields(Settings)}
+    for name, value in options.items():
+        if name in GROUP_KEYS:
+            raise ValueError(f'{where}: {name!r} is a key of a group: Nova([{{"{name}": ..., "routes": [...]}}])')
+        if name not in types:
+            raise ValueError(f"{where}: there is no option {name!r}; {_suggest(name, types)}")
+        is_right, what = _EXPECTED.get(name) or _EXPECTED.get(str(types[name])) or (bool, "")
+        if what and not is_right(value):
+            raise ValueError(f"{where}: {name} must be {what}, got {value!r}")
+    for origin in () if options.get("origins") in (None, "*") else options["origins"]:
+        if parse_origin(origin) is None:
+            raise ValueError(
+                f"{where}: expected an origin such as 'https://example.org', without a path, got {origin!r}"
+            )
+
+
+# -- at run time
+
+
+def _warn_of_answer(endpoint: Any, answer: Any, req: Request) -> None:
+    """Logs, once for each route, that `security` has returned neither yes nor no."""
+    if endpoint not in _warned:
+        _warned.add(endpoint)
+        log.warning(
+            "security %s answered %r at %s, which is neither yes nor no, so the client gets a 401; expected True, "
+            '(True, auth_data), False, (False, headers), (False, status, headers[, body]) or ("redirect", url)',
+            _shown(endpoint.security),
+            answer,
+            printable(req["path"]),
+        )
+
+
+def _explain_json(data: Any) -> str:
+    """Returns what in `data` cannot be encoded as JSON, and where."""
+    try:
+        return _find_unencodable(data, "data", ()) or "data is not JSON"
+    except RecursionError:
+        return "data is nested too deep for JSON"
+
+
+def _find_unencodable(value: Any, where: str, above: tuple[int, ...]) -> str:
+    if id(value) in above:
+        return f"at {where}: it contains itself"
+    if isinstance(value, dict):
+        keys = [key for key in value if not isinstance(key, str | int | float | None) or not _is_scalar(key)]
+        if keys:
+            return f"at {where}: the key {keys[0]!r} is not JSON"
+        items: Iterable[tuple[Any, Any]] = value.items()
+    elif isinstance(value, list | tuple):
+        items = enumerate(value)
+    else:
+        shown = repr(value) if isinstance(value, str | float) else type(value).__name__
+        return "" if _is_scalar(value) else f"at {where}: {shown} is not JSON"
+    inside = (_find_unencodable(part, f"{where}[{key!r}]", (*above, id(value))) for key, part in items)
+    return next(filter(None, inside), "")
+
+
+def _is_scalar(value: Any) -> bool:
+    if isinstance(value, str):
+        return not any("\ud800" <= character <= "\udfff" for character in value)  # a lone surrogate is not UTF-8
+    return isinstance(value, int | None) or (isinstance(value, float) and -inf < value < inf)
+
+
+rooms["checks"] = SimpleNamespace(
+    check_group=_check_group,
+    check_route=_check_route,
+    check_server=_check_server,
+    check_settings=_check_settings,
+    explain_json=_explain_json,
+    warn_of_answer=_warn_of_answer,
+)
 # ----- cut here: without views ---------------------------------------------------------------------------------------
 # Lost: templates and files: ("ok", variables), ("view", variables), ("sendfile", ...), static; the look of pages.
 
@@ -3707,6 +4343,601 @@ rooms["views"] = SimpleNamespace(
     STYLE=STYLE,
     HEAD=HEAD + f'<link rel="icon" href="{STAR}">\n',  # of the pages of this file; an error's has the site's icon
 )
+# ----- cut here: without plugins -------------------------------------------------------------------------------------
+# Lost: plugins in Nova's form, cors, status routes. app.mount is bottle's, and has no security.
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Plugins: what runs before and after controllers, pages for statuses, and other applications below a prefix.
+# Invariant: a request to an application that uses none of these runs no code of this room.
+#
+# A plugin is a class, a module or any object with pre_request(req, env, options, state), post_request (the same), or
+# both. Optional are init() or init(options), whose result is the first state, and stop(state), which app.close() calls.
+# The state belongs to the application: all entries of a plugin share it. `env` is a dict of the request: app, callback,
+# secure, plugin_state, and what plugins keep there. Headers for the response are set in req["resp_headers"], before and
+# after. After, req["resp_status_code"] is the status. A callback returns, as in nova_plugin_handler,
+#
+#   ("ok", req, state)                the next plugin, or the controller
+#   ("break", req, state)             skips the other plugins of this kind
+#   ("stop", answer, req, state)      answers as a controller does, or ("reply"[, status[, headers]], body); this skips
+#                                     security, the controller and post_request. Without an answer it is a 204
+#   ("error", reason)                 a 500, as are a crash and any other value
+#
+# and "ok" or "break" with an answer: before the controller its headers count, after it the answer is the response.
+# ---------------------------------------------------------------------------------------------------------------------
+
+from copy import copy
+from inspect import signature
+from itertools import chain
+
+__all__ += ["cors"]
+
+PHASES = ("pre_request", "post_request")
+_REQUEST, _HEADERS, _PAGE = (f"nova_lite.plugins.{name}" for name in ("request", "headers", "page"))  # in the environ
+CORS_OPTIONS: dict[str, Any] = {  # and their defaults
+    "origins": None, "headers": "*", "methods": "*", "expose": [], "credentials": False, "max_age": None,
+}  # fmt: skip
+_ENTITY = re.compile("Content-(?!Security)|Etag|Last-Modified|Accept-Ranges", re.IGNORECASE)  # of one body only
+_PLUGIN_RESULTS = 'expected ("ok" | "break" | "stop"[, answer], req, state) or ("error", reason)'
+
+
+class _Plugin:
+    """A plugin of one application: its only instance, and its state, which all its callbacks share."""
+
+    def __init__(self, plugin: Any, options: Any) -> None:
+        self.name = plugin.__name__ if isinstance(plugin, ModuleType) else name_of(plugin)
+        self.instance = plugin() if isinstance(plugin, type) else plugin
+        init = getattr(self.instance, "init", dict)
+        wants_options = init is not dict and bool(signature(init).parameters)
+        self.state = init(options) if wants_options else init()
+
+    def stop(self) -> None:
+        if hasattr(self.instance, "stop"):
+            self.instance.stop(self.state)
+
+
+class _PluginEntry:
+    """A plugin at one of its places, before or after the controllers of a group."""
+
+    def __init__(self, extension: _Extension, phase: str, plugin: Any, options: Any = None, priority: int = 0) -> None:
+        options = {} if options is None else options
+        if phase not in PHASES:
+            raise ValueError(f"a plugin runs at {' or '.join(PHASES)}, not at {phase!r}")
+        if id(plugin) not in extension.plugins:
+            extension.plugins[id(plugin)] = _Plugin(plugin, options)
+        self.plugin, self.phase, self.priority = extension.plugins[id(plugin)], phase, priority
+        try:
+            self.callback = getattr(self.plugin.instance, phase)
+            signature(self.callback).bind(None, None, None, None)
+        except (AttributeError, TypeError, ValueError):
+            raise ValueError(f"the plugin {self.plugin.name} needs {phase}(req, env, options, state)") from None
+        check = getattr(self.plugin.instance, "check_options", None)
+        self.options = options if check is None else check(options)
+
+    def run(self, req: Request, env: dict[str, Any]) -> tuple[str, Any, Request]:
+        """Returns ("ok", "break" or "stop"; an answer or None; the request). What goes wrong is a 500 that stops."""
+        env["plugin_state"] = self.phase
+        try:
+            result = self.callback(req, env, self.options, self.plugin.state)
+        except HTTPResponse as response:
+            return "stop", response, req
+        except Exception as error:
+            where = self.plugin.name, self.phase, req["method"], printable(req["path"])
+            log.exception("the plugin %s crashed in %s at %s %s", *where)
+            req.set("crash_info", {"status_code": 500, "class": type(error).__name__, "reason": error})
+            return "stop", HTTPError(500), req
+        match result:
+            case ("ok" | "break" | "stop" as verdict, *answer, Request() as changed, state) if len(answer) < 2:
+                self.plugin.state = state
+                changed.set("resp_headers", req["resp_headers"])
+                return verdict, answer[0] if answer else None, changed
+            case ("error", reason):
+                path = printable(req["path"])
+                log.error("%s.%s: %r at %s %s", self.plugin.name, self.phase, reason, req["method"], path)
+            case reason:
+                log.error("%s.%s answered %.500r; %s", self.plugin.name, self.phase, reason, _PLUGIN_RESULTS)
+        req.set("crash_info", {"status_code": 500, "class": "error", "reason": reason})
+        return "stop", HTTPError(500), req
+
+    def convert(self, answer: Any, req: Request) -> HTTPResponse:
+        """Returns an answer as a response: what a controller may return, Nova's ("reply", ...), or None, a 204."""
+        form: Any = answer
+        try:
+            match answer:
+                case None:
+                    form = ("status", 204)
+                case ("reply", *given, str() | bytes() as body) if len(given) < 3:
+                    form = "status", given[0] if given else 200, dict(given[1]) if given[1:] else {}, body
+            return to_response(form, req["method"], self.plugin.name)
+        except HTTPResponse as response:
+            return response
+        except Exception:
+            log.exception("%s.%s answered with %r, which is no response", self.plugin.name, self.phase, answer)
+            return HTTPError(500)
+
+
+class _Group:
+    """What the routes of a group have of this room. It stands among a route's plugins, as a mark that does nothing."""
+
+    def __init__(self, prefix: str, entries: Iterable[_PluginEntry] | None, statuses: Mapping[int, Any]) -> None:
+        segments = [part for part in prefix.split("/") if part]
+        pattern = ["[^/]+" if part[0] == ":" or "<" in part else re.escape(part) for part in segments]
+        self.pattern = re.compile("".join(f"/{part}" for part in pattern) + "(/|$)")
+        self.length = len(segments)
+        self.statuses = statuses
+        self.inherits = entries is None  # whether it has the plugins for all
+        # cors is the first: its headers are on what another plugin answers too, and a preflight has no cookies.
+        ordered = sorted(entries or (), key=lambda entry: (entry.plugin.instance is not cors, entry.priority))
+        self.before = [entry for entry in ordered if entry.phase == "pre_request"]
+        self.after = [entry for entry in ordered if entry.phase == "post_request"]
+
+    def apply(self, callback: Any, _route: bottle.Route) -> Any:
+        return callback
+
+    def run_before(self, req: Request, env: dict[str, Any]) -> tuple[HTTPResponse | None, Request]:
+        """Returns the response, if a plugin has stopped the request, and the request."""
+        for entry in self.before:
+            verdict, answer, req = entry.run(req, env)
+            if verdict == "stop":
+                return entry.convert(answer, req), req
+            if answer is not None:  # as in Nova: the controller's status and body replace these
+                req["resp_headers"].dict.update(entry.convert(answer, req).headers.dict)
+            if verdict == "break":
+                break
+        return None, req
+
+    def run_after(self, req: Request, env: dict[str, Any], response: HTTPResponse) -> HTTPResponse:
+        for entry in self.after:
+            req.set("resp_headers", response.headers)
+            req.set("resp_status_code", response.status_code)
+            verdict, answer, req = entry.run(req, env)
+            if answer is not None:
+                response.close()
+                headers = {name: values for name, values in response.headers.dict.items() if not _ENTITY.match(name)}
+                response = _isolate(entry.convert(answer, req))
+                _add_headers(response, headers)
+            if verdict != "ok":
+                break
+        return response
+
+
+class _Extension(dict[int, Any]):
+    """What this room adds to an application: its outermost plugin of bottle's, and its error handlers.
+
+    bottle's handlers of errors, `app.error(404)`, remain those of the statuses for which no group has a route.
+    """
+
+    def __init__(self, app: Nova) -> None:
+        super().__init__(app.error_handler)
+        self.app = app
+        self.plugins: dict[int, _Plugin] = {}  # by the id of what the application has named
+        self.for_all = _Group("", (), {})
+        self.groups: list[_Group] = []  # those with longer prefixes first, then those added last
+        app.__dict__["error_handler"] = self  # bottle takes an attribute that is set again for a mistake
+        app.plugins.insert(0, SimpleNamespace(name="nova", apply=self.apply, close=self.close))
+        app.reset()
+
+    def add(self, group: _Group) -> None:
+        self.groups = sorted([group, *self.groups], key=lambda group: -group.length)
+
+    def close(self) -> None:
+        for plugin in self.plugins.values():
+            plugin.stop()
+
+    def find_group(self, route: bottle.Route | None) -> _Group:
+        """Returns the group of a route, or what is for all."""
+        marks = [mark for mark in route.plugins if isinstance(mark, _Group)] if route is not None else []
+        return marks[0] if marks else self.for_all
+
+    def find_plugins(self, route: bottle.Route) -> _Group:
+        group = self.find_group(route)
+        return self.for_all if group.inherits else group
+
+    # -- around a controller
+
+    def apply(self, callback: Any, route: bottle.Route) -> Any:
+        endpoint, make_request, group = route.callback, self.make_request, self.find_plugins(route)
+        if hasattr(endpoint, "make_request"):
+            make_request = partial(type(endpoint).make_request, endpoint)
+            endpoint.make_request = partial(_find_request, make_request)
+            env = {"app": self.app, "callback": endpoint.controller, "secure": endpoint.security}
+        else:  # a route of bottle's own
+            env = {"app": self.app, "callback": endpoint, "secure": False}
+        return partial(self.call, callback, route, group, make_request, env)
+
+    def make_request(self, bindings: dict[str, Any]) -> Request:
+        return Request(bottle.request.environ, bindings, self.app.settings)
+
+    def call(
+        self, callback: Any, route: bottle.Route, group: _Group, make_request: Any, env: Any, **bindings: Any
+    ) -> HTTPResponse:
+        environ, env = bottle.request.environ, dict(env)
+        req = environ[_REQUEST] = make_request(dict(bindings))
+        req.set("resp_headers", bottle.HeaderDict())
+        response, req = group.run_before(req, env)
+        environ[_REQUEST], headers = req, req["resp_headers"].dict
+        if response is not None:
+            response = _isolate(getattr(route.callback, "answer", lambda response, _req: response)(response, req))
+            _add_headers(response, headers)
+        else:
+            response = _isolate(_call_route(callback, route, bindings))
+            _add_headers(response, headers)
+            response = group.run_after(req, env, response)
+        environ[_HEADERS] = headers
+        if not isinstance(response, HTTPError):
+            del environ[_REQUEST]  # a cycle, which would be there until the next garbage collection
+        elif environ.get("bottle.app") is not self.app:  # merged into another one
+            response = self.make_page(response, req)
+        return response
+
+    # -- errors
+
+    def get(self, status: Any, _default: Any = None) -> Any:
+        """Returns bottle's handler of a status: it gets an error, sets bottle's response, and returns the body."""
+        return self.handle_error
+
+    def handle_error(self, error: HTTPError) -> Any:
+        environ = bottle.request.environ
+        response: HTTPResponse = error
+        req = _find_request(self.make_request, {})
+        if _HEADERS not in environ:
+            req.set("resp_headers", bottle.HeaderDict())
+            environ[_HEADERS] = req["resp_headers"].dict
+            response, req = self.handle_unmatched(error, req)
+        if isinstance(response, HTTPError):
+            response = self.make_page(response, req)
+        _add_headers(response, environ[_HEADERS])
+        response.apply(bottle.response)
+        if isinstance(response, HTTPError):
+            return super().get(response.status_code, self.app.default_error_handler)(response)
+        return response.body
+
+    def handle_unmatched(self, error: HTTPError, req: Request) -> tuple[HTTPResponse, Request]:
+        """Returns the response to a request without a route, and the request.
+
+        If its path has a route for another method, pre_request runs: it may be a preflight. An unknown path is a 404.
+        """
+        if error.status_code == 404:
+            for group in self.list_groups(req):
+                for entry in (self.for_all if group.inherits else group).before:
+                    if entry.plugin.instance is cors:
+                        cors.add_headers(req, entry.options)
+                        return error, req
+        allowed = error.headers.get("Allow", "").split(",") if error.status_code == 405 else []
+        route = self.find_route(req, allowed)
+        if route is None or True in route.skiplist:
+            return error, req
+        env = {"app": self.app, "callback": None, "secure": False, "allowed": allowed}
+        response, req = self.find_plugins(route).run_before(req, env)
+        return response or error, req
+
+    def find_route(self, req: Request, allowed: list[str]) -> bottle.Route | None:
+        """Returns the route of the path for the method that a preflight names, or for another one."""
+        asked = req.environ.get("HTTP_ACCESS_CONTROL_REQUEST_METHOD", "")
+        for method in sorted(allowed, key=lambda method: method != asked):
+            with suppress(HTTPError):
+                return self.app.match({"REQUEST_METHOD": method, "PATH_INFO": req.environ["PATH_INFO"]})[0]
+        return None
+
+    def list_groups(self, req: Request) -> list[_Group]:
+        """Returns the groups with a prefix of the request's path, those with longer ones first."""
+        path = "/" + req.environ["PATH_INFO"].removeprefix(self.app.config.get("_mount.prefix", "")).lstrip("/")
+        return [group for group in self.groups if group.pattern.match(path)] + [self.for_all]
+
+    def make_page(self, error: HTTPError, req: Request) -> HTTPResponse:
+        """Returns the response of the status route of an error, with the error's headers, or the error."""
+        environ, status = bottle.request.environ, error.status_code
+        groups = [self.find_group(environ.get("bottle.route")), *self.list_groups(req)]
+        endpoint = next((group.statuses[status] for group in groups if status in group.statuses), None)
+        if endpoint is None or _PAGE in environ:  # the page itself is an error: that one is bottle's
+            return error
+        environ[_PAGE] = True
+        req.set("resp_status_code", status)
+        req.set("reason", str(error.body or error.status_line[4:]))
+        if error.exception is not None:  # a route of bottle's own
+            reason = {"class": type(error.exception).__name__, "reason": error.exception}
+            req.set("crash_info", {"status_code": status, **reason})
+        result = _with_status(endpoint.guarded_call(endpoint.controller, req), status)
+        response = _isolate(endpoint.answer(result, req))
+        _add_headers(response, error.headers.dict)
+        return response
+
+
+def _find_request(make_request: Callable[[dict[str, Any]], Request], bindings: dict[str, Any]) -> Request:
+    """Returns the request that the plugins have seen, or a new one."""
+    req = bottle.request.environ.get(_REQUEST)
+    return make_request(bindings) if req is None else req
+
+
+def _isolate(response: HTTPResponse) -> HTTPResponse:
+    """Returns a copy with headers of its own: a controller may return the same response each time."""
+    copied = copy(response)
+    copied._headers = {name: list(values) for name, values in response._headers.items()}
+    return copied
+
+
+def _call_route(callback: Any, route: bottle.Route, bindings: dict[str, Any]) -> HTTPResponse:
+    """Returns the response of a route. A crash in one of bottle's own is the error that bottle makes of it."""
+    try:
+        result = callback(**bindings)
+    except HTTPResponse as raised:
+        return raised
+    except Exception as error:
+        if not route.app.catchall or isinstance(error, bottle.RouteReset):
+            raise
+        environ, text = bottle.request.environ, traceback.format_exc()
+        environ["wsgi.errors"].write(text)
+        environ["bottle.exc_info"] = sys.exc_info()
+        return HTTPError(500, "Internal Server Error", error, text)
+    if isinstance(result, HTTPResponse):
+        return result
+    response = bottle.response.copy(HTTPResponse)
+    response.body = result
+    return response
+
+
+def _with_status(result: Any, status: int) -> Any:
+    """Returns a controller's result with the status, if it has none of its own."""
+    match result:
+        case (*form, Request()):
+            return _with_status(tuple(form), status)
+        case ("json", data):
+            return "json", status, {}, data
+        case ("ok" | "view" as kind, variables):
+            return kind, variables, {"status_code": status}
+        case ("ok" | "view" as kind, variables, Mapping() as options):
+            return kind, variables, {"status_code": status, **options}
+    return result
+
+
+def _add_headers(response: HTTPResponse, headers: Mapping[str, list[str]]) -> None:
+    """Adds the headers that a response has not. `Vary` and `Set-Cookie` are merged."""
+    for name, values in headers.items():
+        if name == "Vary":
+            _add_vary(response.headers, ", ".join(values))
+        elif name == "Set-Cookie":
+            known = response.headers.dict.setdefault(name, [])
+            known.extend(value for value in values if value not in known)
+        else:
+            response.headers.dict.setdefault(name, list(values))
+
+
+def _add_vary(headers: Any, names: str) -> None:
+    known = [name.strip() for name in ", ".join(headers.getall("Vary")).split(",") if name.strip()]
+    lower = [name.lower() for name in known]
+    known += [name for name in map(str.strip, names.split(",")) if name.lower() not in lower]
+    headers["Vary"] = "*" if "*" in known else ", ".join(known)
+
+
+def _extend(app: Nova) -> _Extension:
+    handlers = app.error_handler
+    return handlers if isinstance(handlers, _Extension) else _Extension(app)
+
+
+def _install(app: Nova, plugins: Any) -> None:
+    """Adds the plugins for all routes: bottle's, and those in Nova's form, which are tuples."""
+    plugins = list(plugins)
+    _check_plugins(plugins)
+    for plugin in plugins:
+        if not isinstance(plugin, tuple):
+            app.install(plugin)
+    extension = _extend(app)
+    extension.for_all = _Group("", [_PluginEntry(extension, *item) for item in plugins if isinstance(item, tuple)], {})
+
+
+def _prepare(app: Nova, group: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Returns a group as the core takes it: without status routes, and with bottle's plugins only."""
+    routes, plugins = group.get("routes", ()), bottle.makelist(group.get("plugins"))
+    if isinstance(routes, Iterator):
+        routes = list(routes)
+        group = {**group, "routes": routes}
+    _check_plugins(plugins)
+    ours = [plugin for plugin in plugins if isinstance(plugin, tuple)]
+    statuses = [route for route in routes if isinstance(route, tuple | list) and route and isinstance(route[0], int)]
+    inherits = not ours and (bool(plugins) or "plugins" not in group)
+    if inherits and not statuses and not isinstance(app.error_handler, _Extension):
+        return group
+    extension = _extend(app)
+    entries = None if inherits else [_PluginEntry(extension, *plugin) for plugin in ours]
+    mark = _Group(group.get("prefix", ""), entries, dict(_status_route(app, *route) for route in statuses))
+    extension.add(mark)
+    routes = [route for route in routes if not any(route is other for other in statuses)]
+    return {**group, "routes": routes, "plugins": [*(item for item in plugins if not isinstance(item, tuple)), mark]}
+
+
+def _check_plugins(plugins: Any) -> None:
+    for plugin in plugins:
+        if isinstance(plugin, str) or (isinstance(plugin, tuple) and not 2 <= len(plugin) <= 4):
+            form = '("pre_request" | "post_request", plugin, options[, priority])'
+            raise ValueError(f"plugins is a list of bottle's plugins and of {form}; it has {plugin!r}")
+
+
+def _status_route(app: Nova, status: int, controller: Any, options: Any = ()) -> tuple[int, Any]:
+    if not 400 <= status <= 599:
+        raise ValueError(f"a status route is for a status from 400 to 599, not for {status!r}")
+    if not callable(controller):
+        raise ValueError(f"the status route {status} needs a function of req, not {controller!r}")
+    if set(options) - {"methods"}:
+        raise ValueError(f"the status route {status} has no option {', '.join(set(options) - {'methods'})}")
+    return status, app.endpoint(controller)
+
+
+class Cors:
+    """A plugin, `("pre_request", cors, {"origins": ["https://example.org"]})`: scripts of other origins use a group.
+
+    Options: "origins" (a list, or "*"), "headers" and "methods" that they may send (lists; without them, those that the
+    browser asks for), "expose" (a list: response headers that they may read), "credentials" (whether browsers send
+    cookies), "max_age" (seconds for which a browser keeps the answer). It runs before other plugins. A preflight is a
+    204, before `security`. Raises ValueError, when the application is made, for another option, and for "*" together
+    with credentials.
+    """
+
+    def check_options(self, options: Mapping[str, Any]) -> SimpleNamespace:
+        unknown = set(options) - set(CORS_OPTIONS)
+        if unknown:
+            raise ValueError(f"cors has no option {', '.join(sorted(unknown))}; it has {', '.join(CORS_OPTIONS)}")
+        rules = SimpleNamespace(**{**CORS_OPTIONS, **options})
+        for name in ("origins", "headers", "methods", "expose"):
+            value = getattr(rules, name)
+            is_list = isinstance(value, list | tuple | set | frozenset) and all(isinstance(item, str) for item in value)
+            if value != "*" and not is_list:
+                raise ValueError(f'cors: {name} is a list of strings, or "*", not {value!r}')
+        for origin in () if rules.origins == "*" else rules.origins:
+            if parse_origin(origin) is None:
+                raise ValueError(f"cors: expected an origin such as 'https://example.org', got {origin!r}")
+        if rules.origins == "*" and rules.credentials:
+            raise ValueError('cors: with credentials, origins is a list: "*" would open the session to all pages')
+        if rules.max_age is not None and (type(rules.max_age) is not int or rules.max_age < 0):
+            raise ValueError(f"cors: max_age is a number of seconds, not {rules.max_age!r}")
+        if rules.origins != "*":
+            rules.origins = {parse_origin(origin) for origin in rules.origins}
+        return rules
+
+    def add_headers(self, req: Request, rules: SimpleNamespace) -> bool:
+        """Returns whether the origin is allowed."""
+        headers, origin = req["resp_headers"], req.environ.get("HTTP_ORIGIN")
+        if rules.origins == "*":
+            headers["Access-Control-Allow-Origin"] = "*"
+        else:
+            _add_vary(headers, "Origin")  # also without an Origin: a cache must not give this response to another one
+            if origin is None or parse_origin(origin) not in rules.origins:
+                return False
+            headers["Access-Control-Allow-Origin"] = origin
+        if rules.credentials:
+            headers["Access-Control-Allow-Credentials"] = "true"
+        if rules.expose:
+            headers["Access-Control-Expose-Headers"] = ", ".join(rules.expose)
+        return True
+
+    def pre_request(self, req: Request, env: Any, rules: SimpleNamespace, state: Any) -> Any:
+        asked, names = (req.environ.get(f"HTTP_ACCESS_CONTROL_REQUEST_{part}") for part in ("METHOD", "HEADERS"))
+        is_allowed = self.add_headers(req, rules)
+        if req["method"] != "OPTIONS" or "HTTP_ORIGIN" not in req.environ or asked is None:
+            return "ok", req, state
+        headers = req["resp_headers"]
+        if is_allowed:
+            served = {*env.get("allowed", [asked])}
+            served |= {"HEAD"} if "GET" in served else set()
+            methods = sorted(served) if rules.methods == "*" else [method.upper() for method in rules.methods]
+            headers["Access-Control-Allow-Methods"] = ", ".join(methods)
+            allowed = names if rules.headers == "*" else ", ".join(rules.headers)
+            if allowed:
+                headers["Access-Control-Allow-Headers"] = allowed
+            if rules.max_age is not None:
+                headers["Access-Control-Max-Age"] = str(rules.max_age)
+        if rules.headers == "*":
+            _add_vary(headers, "Access-Control-Request-Headers")
+        return "stop", ("status", 204), req, state
+
+
+cors = Cors()
+
+
+# -- other applications
+
+
+def _mount(app: Nova, prefix: str, other: Any, security: Any, options: dict[str, Any]) -> None:
+    """Serves a WSGI application, bottle's and Nova's included, below `prefix`, with or without the slash behind it.
+
+    At "/" it gets what no route of `app` is for. `security` is as in a group, for WebSockets too; the application finds
+    what it returns in `environ["nova_lite.auth_data"]`. Plugins and hooks of `app` are not those of the other, as in
+    bottle; its errors are its own. Raises ValueError for a prefix without a slash.
+    """
+    if not prefix.startswith("/") or not callable(other):
+        raise ValueError(f'expected a prefix such as "/admin" and a WSGI application, got {prefix!r} and {other!r}')
+    if security is not False and not callable(security):
+        raise ValueError(f"security is False or a function of req, not {security!r}")
+    path = re.sub(r"(?<=/):(\w+)", r"<\1>", "/" + "/".join(part for part in prefix.split("/") if part))
+
+    def controller(req: Request) -> HTTPResponse:
+        segments = (app.config.get("_mount.prefix", "") + path).split("/")  # `app` may be mounted in bottle's way
+        return _call_application(other, len([*filter(None, segments)]), req)
+
+    controller.__qualname__ = f"mount({prefix!r})"
+    endpoint = app.endpoint(controller, security)
+    options = {"skip": True, "method": "PROXY", "mountpoint": {"prefix": prefix, "target": other}, **options}
+    if path == "/":
+        if "match" in vars(app.router):
+            raise ValueError('there is an application at "/" already')
+        route = bottle.Route(app, "/<:re:.*>", "PROXY", endpoint, skiplist=[True])
+        app.router.match = partial(_match, app.router.match, route)
+    else:
+        for rule in (path, f"{path}/<:re:.*>"):
+            app.route(rule, callback=endpoint, **options)
+
+
+def _match(match: Any, rest: bottle.Route, environ: dict[str, Any]) -> Any:
+    """Does what the method of bottle's router does, but returns `rest` instead of a 404."""
+    try:
+        return match(environ)
+    except HTTPError as error:
+        if error.status_code != 404:
+            raise
+        return rest, {}
+
+
+def _call_application(application: Any, depth: int, req: Request) -> HTTPResponse:
+    """Calls a WSGI application, mounted below `depth` segments of the path, and returns its response (PEP 3333)."""
+    environ, response = _make_environ(req, depth), HTTPResponse()
+    begun: list[bool] = []
+    written: list[bytes] = []
+
+    def start_response(status: str, headers: list[tuple[str, str]], exc_info: Any = None) -> Any:
+        if begun and exc_info is None:
+            raise AssertionError("start_response was called twice")
+        begun[:] = [True]
+        response.status = _decode(status)
+        response.headers.dict.clear()
+        for name, value in headers:
+            response.add_header(name, _decode(value))
+        return written.append
+
+    saved = bottle.response.copy(HTTPResponse)  # another bottle's application begins with a new one
+    try:
+        body = application(environ, start_response)
+        first, iterator = [], iter(body)
+        for chunk in iterator if not begun else ():  # a generator starts its response when it is asked for the first
+            first.append(chunk)
+            if begun:
+                break
+    finally:
+        bottle.request.bind(req.environ)
+        saved.apply(bottle.response)
+    if not begun:
+        raise RuntimeError("a mounted application has not called start_response")
+    response.body = body
+    if written or first:
+        response.body = bottle._closeiter(chain(written, first, iterator), getattr(body, "close", None))
+    return response
+
+
+def _make_environ(req: Request, depth: int) -> dict[str, Any]:
+    own = "bottle.", "route.", "nova_lite."  # what `app` and its rooms keep there is not the other's
+    environ = {name: value for name, value in req.environ.items() if not name.startswith(own)}
+    for name in {REGISTRY_KEY, UPGRADING_KEY} & set(req.environ):
+        environ[name] = req.environ[name]
+    parts = req.environ["bottle.raw_path"].split("/", depth + 1)  # in latin-1: bottle has decoded the other one
+    environ["SCRIPT_NAME"] = environ.get("SCRIPT_NAME", "") + "/".join(parts[: depth + 1])
+    environ["PATH_INFO"] = "/" + "".join(parts[depth + 1 :])
+    environ["nova_lite.auth_data"] = req["auth_data"]
+    body = req.environ.get("bottle.request.body")
+    if body is not None:
+        environ["bottle.request.body"] = body
+        if not getattr(body, "is_unread", False):  # a hook has read it
+            body.seek(0)
+            environ["wsgi.input"] = body
+    return environ
+
+
+def _decode(text: str) -> str:
+    """Returns a header of WSGI as the text of which bottle makes one again."""
+    try:
+        return text.encode("latin-1").decode()
+    except UnicodeError:
+        return text
+
+
+rooms["plugins"] = SimpleNamespace(install=_install, prepare=_prepare, mount=_mount)
 # ----- cut here: without deflate -------------------------------------------------------------------------------------
 # Lost: compression (permessage-deflate).
 
@@ -3829,7 +5060,168 @@ def negotiate(offered: str) -> tuple[Any, dict[str, str]]:
     return partial(DeflateConnection, window_bits=bits), headers
 
 
-rooms["deflate"] = SimpleNamespace(negotiate=negotiate)
+rooms["deflate"] = SimpleNamespace(negotiate=negotiate, check=lambda _options: None)
+
+
+# ----- cut here: without rate ----------------------------------------------------------------------------------------
+# Lost: rate=(messages, seconds), on_flood.
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Rate: WebSockets whose clients may send so many messages a time.
+# Invariant: a client that sends more waits, or is disconnected. No message is lost, and they stay in order.
+#
+# A client has `messages` tokens, which it gets back evenly in `seconds`. A message takes one. Without one it is held,
+# as is all that follows: messages, the client's close, the end of its bytes. Of the pings and pongs that find no token,
+# the last one of each read is handled immediately (RFC 6455 §5.5.3); so reading goes on until `backlog` messages, or
+# `max_message_size` bytes, are held. Beyond that, TCP holds the client back, and its pings with it.
+# ---------------------------------------------------------------------------------------------------------------------
+
+SHORTEST_PAUSE = 0.02  # seconds: what is held comes in portions, not with a timer for each message
+
+
+class TokenBucket:
+    """So many tokens, which come back evenly in so many seconds."""
+
+    __slots__ = ("changed_at", "per_second", "size", "tokens")
+
+    def __init__(self, size: int, seconds: float) -> None:
+        self.size, self.per_second = size, size / seconds
+        self.tokens, self.changed_at = float(size), monotonic()
+
+    def take(self, wanted: int) -> int:
+        """Takes as many tokens as there are, `wanted` at most. Returns how many."""
+        now = monotonic()
+        self.tokens = min(self.size, self.tokens + (now - self.changed_at) * self.per_second)
+        self.changed_at = now
+        taken = min(wanted, int(self.tokens))
+        self.tokens -= taken
+        return taken
+
+    def wait_time(self) -> float:
+        """Returns the seconds until there is a token."""
+        return max(0.0, (1 - self.tokens) / self.per_second)
+
+
+class RatedConnection(Connection):
+    """A WebSocket whose client has a limited rate. It has no slots, so that it combines with other kinds."""
+
+    MAX_READ = SMALL_READ  # bytes per read: what one read brings may have to be held
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.bucket = TokenBucket(*self.settings.rate)
+        self.held: deque[Any] = deque()  # what the client has sent too early
+        self.held_bytes = 0  # about
+        self.pause: Any = None  # timer; None while nothing is held
+
+    def parse(self, data: bytes) -> list[Any]:
+        frames = super().parse(data)
+        if self.phase is not OPEN:
+            return frames
+        ready, late_controls = [], {}
+        tokens = 0 if self.held else self.bucket.take(sum(map(_takes_token, frames)))
+        for frame in frames:
+            if not self.held and (tokens > 0 or not _takes_token(frame)):
+                ready.append(frame)
+                tokens -= _takes_token(frame)
+            elif type(frame) is tuple and frame[0] in ("ping", "pong"):
+                late_controls[frame[0]] = frame
+            elif self.settings.on_flood == "close":
+                return [*ready, self._refuse()]
+            else:
+                self._hold(frame)
+        return [*ready, *late_controls.values()]
+
+    def _refuse(self) -> Close:
+        self.parser.done = self.input_over = True  # the rest is ignored, as after a violation of the protocol
+        self.parser.reset()
+        messages, seconds = self.settings.rate
+        return Close(1008, f"more than {messages} messages in {seconds} s", ("error", "flood"))
+
+    def _hold(self, frame: Any) -> None:
+        self.held.append(frame)
+        self.held_bytes += len(frame[-1]) if type(frame) is tuple else 0
+        if self.pause is None:
+            self._begin_pause()
+
+    def _begin_pause(self) -> None:
+        self.pause = scheduler.hub.loop.timer(max(SHORTEST_PAUSE, self.bucket.wait_time()))
+        self.pause.start(self._end_pause)
+
+    def _end_pause(self) -> None:
+        """Hub callback: puts what has a token now into the inbox."""
+        self._drop_pause()
+        if self.phase is not OPEN:
+            return
+        while self.held and len(self.inbox) < self.settings.backlog:
+            if _takes_token(self.held[0]) and not self.bucket.take(1):
+                break
+            self.inbox.append(self.held.popleft())
+        if self.held:
+            self._begin_pause()
+        else:
+            self.held_bytes = 0
+        if not self.reader.active and not self.should_pause():
+            self.reader.start(self.readable)
+        if self.inbox and self.wake is enqueue:
+            enqueue(self)
+
+    def _drop_pause(self) -> None:
+        if self.pause is not None:
+            self.pause.close()
+            self.pause = None
+
+    def should_pause(self) -> bool:
+        settings = self.settings
+        is_full = len(self.held) >= settings.backlog or self.held_bytes > settings.max_message_size
+        return is_full or super().should_pause()
+
+    def step(self) -> None:
+        if self.held and self.inbox and isinstance(self.inbox[-1], Close):
+            self.held.append(self.inbox.pop())  # the client is gone: what it has sent comes first
+        super().step()
+
+    def check_timeouts(self, seconds: float) -> None:
+        if self.held:
+            self.idle_for = 0.0  # the pause is ours
+        super().check_timeouts(seconds)
+
+    def abort(self) -> None:
+        super().abort()
+        self._drop_pause()
+        self.held.clear()
+
+
+def _takes_token(frame: Any) -> bool:
+    return type(frame) is tuple and frame[0] != "close"
+
+
+@cache
+def _rated(kind: type[Connection]) -> Any:
+    return type(f"Rated{kind.__name__}", (RatedConnection, kind), {})
+
+
+def _limit(kind: Any) -> Any:
+    """Returns a kind of connection with a limited rate."""
+    if isinstance(kind, partial):
+        return partial(_rated(kind.func), *kind.args, **kind.keywords)
+    return _rated(kind)
+
+
+def _check_rate(options: Mapping[str, Any]) -> None:
+    match options.get("rate"):
+        case None:
+            pass
+        case (int(messages), int() | float() as seconds) if messages > 0 and 0 < seconds < inf:
+            pass
+        case rate:
+            raise ValueError(f"rate is (messages, seconds), such as (50, 1), not {rate!r}")
+    if options.get("on_flood", "wait") not in ("wait", "close"):
+        raise ValueError(f"on_flood is 'wait' or 'close', not {options['on_flood']!r}")
+
+
+rooms["rate"] = SimpleNamespace(limit=_limit, check=_check_rate)
 
 
 # ----- cut here: without gen_server ----------------------------------------------------------------------------------
@@ -4046,9 +5438,6 @@ class ServerProcess(Process):
     def role(self) -> str:
         return getattr(type(self.server), "__name__", "")
 
-    def title(self) -> str:
-        return super().title() or f" {self.role()}"
-
 
 def start_link(cls: Any, args: Any = None, name: str | None = None, timeout: float | None = None) -> Any:
     """Starts a server, linked to the caller, and waits for its `init` (gen_server:start_link/4).
@@ -4058,6 +5447,8 @@ def start_link(cls: Any, args: Any = None, name: str | None = None, timeout: flo
     for no limit, kills the server and returns ("error", "timeout").
     """
     me = calling_process()
+    if "checks" in rooms:
+        rooms["checks"].check_server(cls, GenServer)
     if name is not None and check_name(name) in registered:
         return "error", ("already_started", registered[name])
     server = ServerProcess(cls() if isinstance(cls, type) else cls, args, me)
@@ -4409,16 +5800,16 @@ def count_children(supervisor: Pid | str) -> dict[str, int]:
 
 
 def supervisors(limit: int = 100) -> dict[Pid, dict[str, Any]]:
-    """Returns the supervisors of this node, each as {"parent", "strategy", "count", "children"}, without calling them.
+    """Returns the supervisors of this node, each as a dict of its attributes, without calling them.
 
-    "parent" has started it; "children" are the first `limit` of `count`, as `which_children` returns them.
+    "parent" has started it; "children" are the first `limit` of "count", each (id, pid, type, restart).
     """
     found: dict[Pid, dict[str, Any]] = {}
     for process in processes.values():
         if isinstance(process, ServerProcess) and isinstance(process.server, Supervisor):
-            strategy, children = process.server.strategy, process.server.children
-            first = [child.describe() for child in islice(children.values(), limit)]
-            found[process] = {"parent": process.parent, "strategy": strategy, "count": len(children), "children": first}
+            own, children = vars(process.server), process.server.children.values()
+            first = [(*child.describe(), child.spec["restart"]) for child in islice(children, limit)]
+            found[process] = {**own, "parent": process.parent, "count": len(children), "children": first}
     return found
 
 
@@ -4701,11 +6092,15 @@ class History(Recorder):
             self.begin(epoch, offset)
         self.offset = offset
         self.messages.append((monotonic() if at is None else at, message))
+        self._drop_old()
+
+    def _drop_old(self) -> None:
+        while self.messages and monotonic() - self.messages[0][0] > self.seconds:
+            self.messages.popleft()
 
     def since(self, position: Any) -> list[Message] | None:
         """Returns the messages after `position`, all for "first"; None if it is too old or from another epoch."""
-        while self.messages and monotonic() - self.messages[0][0] > self.seconds:
-            self.messages.popleft()
+        self._drop_old()
         if position == "first":
             return [message for _, message in self.messages]
         epoch, offset = self._parse(position)
@@ -4745,9 +6140,9 @@ class ResumableEventStream(EventStream):
         position = next(filter(None, dict(self.channels).values()), None)  # one will do: the other channels resync
         return super().preamble(_position_event(position))
 
-    def handle_result(self, result: Any, info: Any = None) -> int:
+    def handle_result(self, result: Any, info: Any = None, *callback: str) -> int:
         queued = len(self.outgoing)
-        size = super().handle_result(result)
+        size = super().handle_result(result, info, *callback)
         match info:
             case Message(position=str(position)) if len(self.outgoing) > queued:
                 self.outgoing[-1] = f"id: {position}\n".encode() + self.outgoing[-1]
@@ -5096,6 +6491,7 @@ rooms["codec"] = SimpleNamespace(Codec=Codec, MAGIC=MAGIC, import_package=_impor
 #   beat [sequence]                   every HEARTBEAT_INTERVAL; a node's own beat, coming back, probes its transport
 #   resync [channels]                 it may have failed to publish there (None: anywhere)
 #   bye                               before it leaves
+#   ask [room, caller]                a room of each other node sends its answer to the caller, see `cluster_stats`
 #
 # and to one node's own channel: state, need (requests `state`), send, exit, watch, unwatch, down; to itself loaded.
 # Wire format: MAGIC, sender id (8 bytes), MessagePack. Anything else is dropped and counted. A restarted node has a
@@ -5117,7 +6513,7 @@ TRANSPORT_TIMEOUT = 4.0  # seconds without the node's own beat until it reconnec
 TICK = 0.5  # seconds
 FIRST_DELAY, LAST_DELAY = 0.1, 5.0  # seconds before reconnecting, doubled each time, with jitter
 MAX_OUTBOX = 64 * 1024 * 1024  # bytes that may wait for Redis; beyond, broadcasts are lost, which is announced
-JOIN_TIME = 5.0  # seconds that `join` waits for its subscription at most, and `connect` for Redis
+JOIN_TIME = 5.0  # seconds that `join` waits for its subscription at most, `connect` and `publish` for Redis
 MAX_CHANGES = 500  # in one delta: with the largest metas of presence, it is half of what a message may have
 MAX_NAMES = 1000  # names of nodes that have left; a pid of an earlier one prints the node's id
 MAX_LOST = 10_000  # channels announced one by one; beyond, all channels are
@@ -5165,14 +6561,14 @@ class RemotePid(Pid):
 class Redis:
     """Opens connections to the Redis of a URL, and names its keys and channels."""
 
-    def __init__(self, url: str) -> None:
+    def __init__(self, url: str, timeout: float | None = None) -> None:
         self.module = room("codec").import_package("redis")
         parts = urlsplit(url)
         query = dict(parse_qsl(parts.query, keep_blank_values=True))
         self.prefix = query.pop("prefix", "nova") + ":"
         location = url.partition("://")[2].rpartition("@")[2].partition("?")[0]
         self.label = f"{parts.scheme}://{location}"  # for the log: no password, not even one with a slash
-        options = {"protocol": 2, "socket_timeout": None, "socket_connect_timeout": 5, "socket_keepalive": True}
+        options = {"protocol": 2, "socket_timeout": timeout, "socket_connect_timeout": 5, "socket_keepalive": True}
         options |= {"decode_responses": False, "health_check_interval": 0}
         query = {name: value for name, value in query.items() if name not in options}
         try:
@@ -5579,12 +6975,13 @@ class Cluster(Adapter):
             "beat": (self.membership.on_beat, int),
             "resync": (lambda _node_id, channels: self.resync(channels), list | None),
             "bye": (partial(self.membership.remove_node, why="disconnected"),),
-            "send": (self._on_send, int, object),
+            "send": (lambda _node_id, serial, message: self.codec.pid(self.id, serial).send(message), int, object),
             "exit": (self._on_exit, int, object, object),
             "watch": (self.monitors.on_watch, int, object),
             "unwatch": (self.monitors.on_unwatch, int, object),
             "down": (self.monitors.on_down, int, object, object),
             "loaded": (self.kept.on_loaded, str),
+            "ask": (lambda _node_id, name, caller: room(name).answer(caller), str, Pid),
         }
         self.transport = Transport(self)
         self.timer = get_hub().loop.timer(TICK, TICK)
@@ -5767,9 +7164,6 @@ class Cluster(Adapter):
             raise TypeError(f"not the arguments of {kind}")
         handler(node_id, *arguments)
 
-    def _on_send(self, _node_id: bytes, serial: int, message: Any) -> None:
-        self.codec.pid(self.id, serial).send(message)
-
     def _on_exit(self, _node_id: bytes, serial: int, source: Any, reason: Any) -> None:
         process = self.codec.pid(self.id, serial)
         process.kill("killed") if source is None else process.signal(source, reason)
@@ -5859,9 +7253,9 @@ def _find_redis() -> Any:
 def publish(url: str, channel: str, topic: str | bytes, payload: Any) -> int:
     """Broadcasts without being a node. Returns how many nodes have members in the channel.
 
-    Raises OSError or redis.RedisError if Redis cannot be reached, and the errors of `connect` and `broadcast`.
+    Raises OSError or redis.RedisError if Redis does not respond within 5 seconds, and what `broadcast` raises.
     """
-    redis, message = Redis(url), pubsub.make_message(channel, topic, payload)
+    redis, message = Redis(url, JOIN_TIME), pubsub.make_message(channel, topic, payload)
     data = room("codec").Codec(None, os.urandom(8)).encode([*message[2:], None])
     with redis.client:
         return redis.client.publish(redis.key("channel:", channel), data)
@@ -5875,6 +7269,7 @@ def start_once(spec: dict[str, Any]) -> Any:
 getattr(rooms.get("gen_server"), "scopes", {})["cluster"] = start_once
 __all__ += ["publish"]
 rooms["cluster"] = SimpleNamespace(connect=_connect, disconnect=_disconnect, find_redis=_find_redis)
+rooms["cluster"].ask = lambda name, caller: pubsub.adapter.publish_control(None, "ask", name, caller)
 
 
 # ----- cut here: without leases --------------------------------------------------------------------------------------
@@ -6101,20 +7496,622 @@ __all__ += ["lease_number"]
 rooms["leases"] = SimpleNamespace(resolve=_resolve, list_leases=_list_leases)
 
 
-# ----- cut here: without board ---------------------------------------------------------------------------------------
-# Lost: app.stats, app.board.
+# ----- cut here: without sessions ------------------------------------------------------------------------------------
+# Lost: session, req.set_cookie, req.get_cookie, req.delete_cookie. bottle.response.set_cookie remains.
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Board: figures of this node, as a dict and as a page.
+# Sessions: cookies, and what the server remembers of a browser between its requests.
+# Invariant: only an id that was made here is a session's. Its hash is stored, the id itself is not, nor is it logged.
+#
+# A session is some JSON texts, by key. They are in memory, or, on a node of a cluster, in Redis, where one script makes
+# each operation atomic. A session exists from the first `set`, or from `renew`, which marks it as a login. Two tables
+# hold the logins and the others, in the order of their last use. When there are too many sessions, the others go first.
+# A session that is over is removed when it is looked up, or when new ones are made: each of them removes a few.
+# ---------------------------------------------------------------------------------------------------------------------
+
+import hmac
+from base64 import urlsafe_b64decode, urlsafe_b64encode
+from collections import OrderedDict
+from hashlib import sha256
+from secrets import token_urlsafe
+
+from gevent.queue import LifoQueue
+
+MAX_COOKIE = 4096  # bytes of a name and its value: browsers ignore a larger cookie (RFC 6265bis §5.6)
+MAX_SWEEP = 100  # sessions that are over, removed when one is made: it makes one, so they never become more
+MAX_LIFE = 1e9  # seconds
+REDIS_TIME = 1.0  # seconds until an operation fails, and between two tries while Redis is away
+REDIS_CONNECTIONS = 16  # of a node, at most; each operation has one for itself
+SESSION_KEY = "nova_lite.session"  # in WSGI's environ: the hash of the id that the response sends; "" if it deletes it
+_COOKIE_NAME = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")  # RFC 6265 §4.1.1, as are the next two
+_COOKIE_OCTETS = re.compile(r"[!#-+\--:<-\[\]-~]*")
+_COOKIE_PATH = re.compile(r"/[ -:<-~]*")
+_SESSION_ID = re.compile(r"[A-Za-z0-9_-]{22}")
+
+
+def set_cookie(
+    req: Request,
+    name: str,
+    value: Any,
+    *,
+    secret: str | bytes | None = None,
+    max_age: int | None = None,
+    path: str = "/",
+    domain: str | None = None,
+    secure: bool | None = None,
+    httponly: bool = True,
+    samesite: str | None = "Lax",
+) -> None:
+    """Sends a cookie with the response to `req`, whatever that is: a redirect, an error, a WebSocket's 101.
+
+    `value` is a string. With `secret` it is anything that JSON can hold, and signed, so that `get_cookie` does not take
+    another one for it, nor that of another name; the client can read it. `max_age` is in seconds, None: until the
+    browser ends; a signed cookie is not accepted for longer. `secure` (https only) is by default whether the client
+    uses https. `samesite` is "Lax", "Strict", "None" (which needs `secure`) or None, for the browser's default.
+
+    Raises ValueError for what browsers would not take: control characters, more than MAX_COOKIE bytes, a `__Host-`
+    without what that demands; TypeError for a value that is no string, or not JSON; RuntimeError if it is too late: a
+    WebSocket or an event stream has its response.
+    """
+    secure = is_https(req) if secure is None else secure
+    text = _quote(value) if secret is None else _sign(name, value, secret, max_age)
+    _check_attributes(name, path, domain, secure, samesite)
+    if len(name) + len(text) > MAX_COOKIE:
+        raise ValueError(f"the cookie {name!r} has {len(name) + len(text)} bytes; a browser takes {MAX_COOKIE}")
+    given = {"Max-Age": None if max_age is None else int(max_age), "Path": path, "Domain": domain, "SameSite": samesite}
+    parts = [f"{name}={text}", *(f"{key}={value}" for key, value in given.items() if value is not None)]
+    parts += ["HttpOnly"] * httponly + ["Secure"] * secure
+    _cookies_to_send(req)[name, path, domain] = "; ".join(parts)
+
+
+def is_https(req: Request) -> bool:
+    """Returns whether the client uses https; behind a proxy, `trust_proxy` must say that there is one."""
+    return bool(req.environ.get("wsgi.url_scheme") == "https")
+
+
+def _cookies_to_send(req: Request) -> dict[Any, str]:
+    cookies: dict[Any, str] | None = req.environ.setdefault(COOKIES_KEY, {})
+    if cookies is None:
+        raise RuntimeError("no cookie can be sent any more: the response to this request has been sent")
+    return cookies
+
+
+def _check_attributes(name: str, path: str, domain: str | None, secure: bool, samesite: str | None) -> None:
+    if not _COOKIE_NAME.fullmatch(name):
+        raise ValueError(f"{name!r} is not the name of a cookie")
+    if not _COOKIE_PATH.fullmatch(path) or not re.fullmatch(r"[A-Za-z0-9.-]+", domain or "-"):
+        raise ValueError(f"the cookie {name!r} has no such path or domain: {path!r}, {domain!r}")
+    if samesite not in ("Lax", "Strict", "None", None) or (samesite == "None" and not secure):
+        raise ValueError(f"samesite is 'Lax', 'Strict', None, or, with secure=True, 'None', not {samesite!r}")
+    prefix = name.lower().partition("-")[0]
+    if prefix in ("__host", "__secure") and not (secure and (prefix == "__secure" or (path, domain) == ("/", None))):
+        raise ValueError(f"browsers ignore {name!r}: it needs https, and with __Host- the path '/' and no domain")
+
+
+def _quote(value: str) -> str:
+    """Returns a string as a cookie's value, between quotes if it must be: `req["cookies"]` reads it (http.cookies)."""
+    if not isinstance(value, str):
+        raise TypeError(f"a cookie's value is a string, or with a secret what JSON can hold, not {value!r}")
+    if re.search(r"[\x00-\x1f\x7f]", value):
+        raise ValueError(f"a cookie cannot hold control characters: {value!r}")
+    if _COOKIE_OCTETS.fullmatch(value):
+        return value
+    octets = (chr(octet) for octet in value.encode())
+    return '"' + "".join(it if it == " " or _COOKIE_OCTETS.fullmatch(it) else f"\\{ord(it):03o}" for it in octets) + '"'
+
+
+def _sign(name: str, value: Any, secret: str | bytes, max_age: int | None) -> str:
+    """Returns base64(JSON of [value, time of its end or None]), a dot, and the signature of that for this name."""
+    end = None if max_age is None else int(time.time()) + max_age
+    text = json.dumps([value, end], allow_nan=False, separators=(",", ":"))
+    payload = urlsafe_b64encode(text.encode()).rstrip(b"=").decode()
+    return f"{payload}.{_signature(name, payload, secret)}"
+
+
+def _signature(name: str, payload: str, secret: str | bytes) -> str:
+    key = secret.encode() if isinstance(secret, str) else secret
+    if not key:
+        raise ValueError("the secret is empty")
+    digest = hmac.digest(key, f"nova_lite cookie {name}={payload}".encode(), "sha256")
+    return urlsafe_b64encode(digest).rstrip(b"=").decode()
+
+
+def _get_cookie(req: Request, name: str, secret: str | bytes | None = None) -> Any:
+    if secret is None:
+        return req["cookies"].get(name)
+    for text in _values(req, name):
+        payload, _, signature = text.rpartition(".")
+        if hmac.compare_digest(signature.encode(), _signature(name, payload, secret).encode()):
+            value, end = json.loads(urlsafe_b64decode(payload + "=" * (-len(payload) % 4)))
+            if end is None or time.time() < end:
+                return value
+    return None
+
+
+def _values(req: Request, name: str) -> list[str]:
+    """Returns the values of all cookies of this name: a page of a parent domain may have set another one."""
+    pairs = (pair.partition("=") for pair in req.environ.get("HTTP_COOKIE", "").split(";"))
+    return [value.strip(" \t") for key, _, value in pairs if key.strip(" \t") == name]
+
+
+def _send_cookies(environ: dict[str, Any]) -> None:
+    """Adds the cookies to bottle's response, in place of its headers: a program may return one response many times."""
+    lines = environ.pop(COOKIES_KEY) or {}
+    headers = bottle.response._headers
+    cookies = [*headers.get("Set-Cookie", []), *lines.values()]
+    bottle.response._headers = {"Cache-Control": ["private"], **headers, "Set-Cookie": cookies}
+
+
+class Session:
+    """What the server remembers of a browser, by key. The one instance is `session`.
+
+    A value is anything that JSON can hold. A key's value is replaced as a whole, and requests that set different keys
+    at the same time do not lose any. The functions take the request, in a controller, in `security` and in a WebSocket
+    handler. On a node of a cluster the sessions are in Redis; while that is away, they raise an HTTPError (503).
+    """
+
+    def __init__(self) -> None:
+        self.configure()
+        self.memory = _Memory(self)
+        self.redis: _RedisSessions | None = None  # of the adapter below; None before it is used
+        self.adapter: Any = None
+
+    def configure(
+        self,
+        *,
+        idle: float = 12 * 3600.0,
+        absolute: float = 7 * 86400.0,
+        cookie: str = "nova_session",
+        secure: bool | None = None,
+        limit: int = 100_000,
+        max_size: int = 16_384,
+    ) -> None:
+        """Sets the limits; those left out get their defaults. Raises ValueError for limits that admit no session.
+
+        A session is over `idle` seconds after its last use, and `absolute` seconds after it was made or renewed.
+        `cookie` is its cookie's name; over https it has the prefix `__Host-`. `secure` is whether clients use https, by
+        default what the request says (see `trust_proxy`). There are at most `limit` sessions, and one has at most
+        `max_size` bytes of keys and JSON.
+        """
+        is_possible = 0 < idle < MAX_LIFE and 0 < absolute < MAX_LIFE and limit > 0 and max_size > 0
+        if not (is_possible and _COOKIE_NAME.fullmatch(cookie)):
+            raise ValueError(f"no session is possible with {idle=}, {absolute=}, {limit=}, {max_size=}, {cookie=}")
+        self.idle, self.absolute, self.cookie, self.secure = idle, absolute, cookie, secure
+        self.limit, self.max_size = limit, max_size
+
+    def get(self, req: Request, key: str, default: Any = None) -> Any:
+        """Returns the value of `key`, or `default` without a session or without that key. Makes no session."""
+        name = self._find(req)
+        text = self._store().get(name, key) if name else None
+        return default if text is None else json.loads(text)
+
+    def set(self, req: Request, key: str, value: Any) -> str:
+        """Sets the value of `key`, in a new session if there is none, whose cookie goes out with the response.
+
+        Returns "ok". Raises TypeError for what JSON cannot hold, ValueError over `max_size`, RuntimeError if there is
+        no session and the response has been sent (a WebSocket's), HTTPError (503) if there are too many sessions.
+        """
+        if not isinstance(key, str):
+            raise TypeError(f"a session's key is a string, not {key!r}")
+        text = json.dumps(value, allow_nan=False, separators=(",", ":"))
+        if len(key.encode()) + len(text) > self.max_size:
+            raise ValueError(f"{key!r} has {len(text)} bytes; a session may have {self.max_size}")
+        name = self._find(req)
+        if not name or not self._store().set(name, key, text):
+            self._start(req, lambda new: self._store().create(new, key, text))
+        return "ok"
+
+    def delete(self, req: Request, key: str | None = None) -> str:
+        """Deletes a key, or, without one, the session: a logout, on all nodes. Returns "ok", also if there is none."""
+        name = self._find(req)
+        if name:
+            self._store().delete(name, key)
+        if key is None:
+            if req.environ.get(COOKIES_KEY, {}) is not None and (name or _values(req, self._cookie_name(req))):
+                req.set_cookie(self._cookie_name(req), "", max_age=0, secure=self._is_secure(req))
+            req.environ[SESSION_KEY] = ""
+        return "ok"
+
+    def renew(self, req: Request) -> str:
+        """Gives the session a new id, at a login: who knew the old one, or chose it, has no session. Returns "ok".
+
+        Makes a session if there is none. A renewed session is not pushed out by others. Raises RuntimeError if the
+        response has been sent (a WebSocket's).
+        """
+        old = self._find(req)
+        self._start(req, lambda new: self._store().renew(old or "", new))
+        return "ok"
+
+    def _start(self, req: Request, make: Callable[[str], None]) -> None:
+        """Calls `make` with the name of a new session, and sends its id. The id is nowhere else."""
+        _cookies_to_send(req)  # raises if it is too late
+        session_id = token_urlsafe(16)
+        name = _hash(session_id)
+        make(name)
+        max_age = max(1, int(self.absolute))
+        req.set_cookie(self._cookie_name(req), session_id, max_age=max_age, secure=self._is_secure(req))
+        req.environ[SESSION_KEY] = name
+
+    def _find(self, req: Request) -> str | None:
+        """Returns the name of the session that the request may have, or None.
+
+        Of several cookies, one of which another site of the domain may have set, that of a session counts. Should more
+        than one have a session, or should they be many, none counts.
+        """
+        known: str | None = req.environ.get(SESSION_KEY)
+        if known is not None:
+            return known
+        ids = {text for text in _values(req, self._cookie_name(req)) if _SESSION_ID.fullmatch(text)}
+        names = [_hash(text) for text in ids]
+        if 1 < len(names) < 5:
+            names = [name for name in names if self._store().is_live(name)]
+        return names[0] if len(names) == 1 else None
+
+    def _is_secure(self, req: Request) -> bool:
+        return is_https(req) if self.secure is None else self.secure
+
+    def _cookie_name(self, req: Request) -> str:
+        # With the prefix, no page over http, and none of another host of the domain, can have set it (RFC 6265bis).
+        return f"__Host-{self.cookie}" if self._is_secure(req) else self.cookie
+
+    def _store(self) -> _Memory | _RedisSessions:
+        if self.adapter is not pubsub.adapter:
+            self.adapter = pubsub.adapter
+            redis = rooms["cluster"].find_redis if "cluster" in rooms else lambda: None
+            self.redis = _RedisSessions(self, redis) if redis() else None
+        return self.redis or self.memory
+
+
+def _hash(session_id: str) -> str:
+    return sha256(session_id.encode()).hexdigest()
+
+
+def _error_503(text: str) -> HTTPError:
+    return HTTPError(503, text, Retry_After="1")
+
+
+@dataclass(eq=False)
+class _Entry:
+    """A session in memory."""
+
+    values: dict[str, str]  # key -> JSON
+    begun: float
+    used: float
+
+    __slots__ = ("begun", "used", "values")
+
+
+class _Memory:
+    """The sessions of a node alone, by the hashes of their ids. Nothing here blocks: each operation is atomic."""
+
+    def __init__(self, options: Session) -> None:
+        self.options = options
+        self.others: OrderedDict[str, _Entry] = OrderedDict()  # not renewed; here and below, the longest unused first
+        self.renewed: OrderedDict[str, _Entry] = OrderedDict()
+
+    def is_live(self, name: str) -> bool:
+        return self._use(name) is not None
+
+    def get(self, name: str, key: str) -> str | None:
+        entry = self._use(name)
+        return entry.values.get(key) if entry else None
+
+    def set(self, name: str, key: str, text: str) -> bool:
+        entry = self._use(name)
+        if entry:
+            size = sum(len(it.encode()) for pair in {**entry.values, key: text}.items() for it in pair)
+            if size > self.options.max_size:
+                raise ValueError(f"a session may have {self.options.max_size} bytes; with {key!r} it has {size}")
+            entry.values[key] = text
+        return entry is not None
+
+    def create(self, name: str, key: str, text: str) -> None:
+        self._make_room(is_renewed=False)
+        self.others[name] = _Entry({key: text}, monotonic(), monotonic())
+
+    def delete(self, name: str, key: str | None) -> None:
+        entry = self._use(name)
+        if entry and key is not None:
+            entry.values.pop(key, None)
+        elif entry:
+            self._drop(name)
+
+    def renew(self, old: str, new: str) -> None:
+        entry = self._use(old)
+        self._drop(old)
+        self._make_room(is_renewed=True)
+        self.renewed[new] = _Entry(entry.values if entry else {}, monotonic(), monotonic())
+
+    def _use(self, name: str) -> _Entry | None:
+        """Returns a session that is not over, and counts that as a use."""
+        table = self.renewed if name in self.renewed else self.others
+        entry, now = table.get(name), monotonic()
+        if entry is None or self._is_over(entry, now):
+            self._drop(name)
+            return None
+        entry.used = now
+        table.move_to_end(name)
+        return entry
+
+    def _is_over(self, entry: _Entry, now: float) -> bool:
+        return now - entry.used >= self.options.idle or now - entry.begun >= self.options.absolute
+
+    def _drop(self, name: str) -> None:
+        self.renewed.pop(name, None)
+        self.others.pop(name, None)
+
+    def _make_room(self, is_renewed: bool) -> None:
+        for table in (self.others, self.renewed):
+            for _ in range(MAX_SWEEP):
+                if not table or not self._is_over(next(iter(table.values())), monotonic()):
+                    break
+                table.popitem(last=False)
+        while len(self.others) + len(self.renewed) >= self.options.limit:
+            if not self.others and not is_renewed:
+                raise _error_503("there are too many sessions")
+            (self.others or self.renewed).popitem(last=False)
+
+
+# KEYS: a session, the others, the renewed, the new session. ARGV: the operation, milliseconds idle and absolute, the
+# limits of number and size, key, value. A session is a hash; the tables are sorted by the time of the last use. Returns
+# {status, value}: 0 no session, 1 done, 2 too large, 3 too many.
+_SESSION_SCRIPT = f"""
+local op, idle, absolute, limit, size, field, value = unpack(ARGV)
+local time, tables = redis.call('TIME'), {{KEYS[2], KEYS[3]}}
+local now = time[1] * 1000 + math.floor(time[2] / 1000)
+local function drop(key)
+  redis.call('DEL', key)
+  for _, table in ipairs(tables) do redis.call('ZREM', table, key) end
+end
+local function make_room(is_renewed)
+  for _, table in ipairs(tables) do
+    local over = redis.call('ZRANGEBYSCORE', table, '-inf', now - idle, 'LIMIT', 0, {MAX_SWEEP})
+    for _, key in ipairs(over) do drop(key) end
+  end
+  while redis.call('ZCARD', tables[1]) + redis.call('ZCARD', tables[2]) >= tonumber(limit) do
+    local oldest = redis.call('ZRANGE', tables[1], 0, 0)[1] or is_renewed and redis.call('ZRANGE', tables[2], 0, 0)[1]
+    if not oldest then return false end
+    drop(oldest)
+  end
+  return true
+end
+local function use(key, table, is_new)
+  local created = redis.call('HGET', key, 'created')
+  local left = created and math.min(idle, created + absolute - now) or 0
+  if left <= 0 then return drop(key) end
+  redis.call('PEXPIRE', key, left)
+  redis.call('ZADD', table or redis.call('ZSCORE', tables[2], key) and tables[2] or tables[1], now, key)
+  return true
+end
+if op == 'create' then
+  if not make_room(false) then return {{3}} end
+  redis.call('HSET', KEYS[1], 'created', now, field, value)
+  use(KEYS[1], tables[1])
+  return {{1}}
+elseif op == 'renew' then
+  if redis.call('EXISTS', KEYS[4]) == 1 then return {{1}} end
+  if use(KEYS[1]) then redis.call('RENAME', KEYS[1], KEYS[4]) end
+  drop(KEYS[1])
+  make_room(true)
+  redis.call('HSET', KEYS[4], 'created', now)
+  use(KEYS[4], tables[2])
+  return {{1}}
+end
+if not use(KEYS[1]) then return {{0}} end
+if op == 'get' then return {{1, redis.call('HGET', KEYS[1], field)}} end
+if op == 'delete' then redis.call('HDEL', KEYS[1], field) end
+if op == 'end' then drop(KEYS[1]) end
+if op == 'set' then
+  local all, sum = redis.call('HGETALL', KEYS[1]), #field + #value - 1
+  for at = 1, #all, 2 do
+    if all[at] ~= 'created' and all[at] ~= field then sum = sum + #all[at] + #all[at + 1] - 1 end
+  end
+  if sum > tonumber(size) then return {{2, sum}} end
+  redis.call('HSET', KEYS[1], field, value)
+end
+return {{1}}
+"""
+
+
+class _RedisSessions:
+    """The sessions of a cluster. No operation waits for longer than REDIS_TIME, nor while Redis is known to be away."""
+
+    def __init__(self, options: Session, find_redis: Callable[[], Any]) -> None:
+        self.options = options
+        self.connections: Any = LifoQueue()  # those that no operation is using; they connect by themselves
+        for _ in range(REDIS_CONNECTIONS):
+            connection, self.key = find_redis()
+            self.connections.put(connection)
+        self.is_away, self.retry_at = False, 0.0  # the last operation failed; when the next one may try again
+
+    def is_live(self, name: str) -> bool:
+        return bool(self._ask("live", name)[0] == 1)
+
+    def get(self, name: str, key: str) -> str | None:
+        _, *values = self._ask("get", name, key)
+        return values[0].decode() if values and values[0] is not None else None
+
+    def set(self, name: str, key: str, text: str) -> bool:
+        status, *sizes = self._ask("set", name, key, text)
+        if status == 2:
+            raise ValueError(f"a session may have {self.options.max_size} bytes; with {key!r} it has {sizes[0]}")
+        return bool(status == 1)
+
+    def create(self, name: str, key: str, text: str) -> None:
+        if self._ask("create", name, key, text)[0] == 3:
+            raise _error_503("there are too many sessions")
+
+    def delete(self, name: str, key: str | None) -> None:
+        self._ask("end", name) if key is None else self._ask("delete", name, key)
+
+    def renew(self, old: str, new: str) -> None:
+        self._ask("renew", old, new=new)
+
+    def _ask(self, op: str, name: str, key: str = "", text: str = "", new: str = "") -> list[Any]:
+        options = self.options
+        limits = int(options.idle * 1000), int(options.absolute * 1000), options.limit, options.max_size
+        keys = [self.key("session:", name), self.key("sessions"), self.key("logins"), self.key("session:", new)]
+        response: list[Any] | None = None
+        failure = f"no response in {REDIS_TIME:.1f} s"
+        if self.is_away and monotonic() < self.retry_at:
+            raise _error_503("the sessions cannot be reached")
+        self.retry_at = monotonic() + 2 * REDIS_TIME  # while Redis is away, one request a time tries
+        try:
+            with gevent.Timeout(REDIS_TIME, False):
+                response = self._request(*keys, op, *limits, f":{key}", text)
+        except Exception as error:
+            failure = str(error)
+        if self.is_away != (response is None):
+            self.is_away = response is None
+            refusing = f"requests that need them are refused: {failure}"
+            log.warning("sessions: %s", refusing if self.is_away else "Redis responds again")
+        self.retry_at = monotonic() + REDIS_TIME
+        if response is None:
+            raise _error_503("the sessions cannot be reached")
+        return response
+
+    def _request(self, *arguments: Any) -> Any:
+        connection = self.connections.get()
+        try:
+            with suppress(Exception):  # Redis may have closed the connection, as it does when it restarts
+                return self._evaluate(connection, arguments)
+            connection.disconnect()
+            return self._evaluate(connection, arguments)
+        except BaseException:
+            connection.disconnect()  # a late response must not be taken for the next one
+            raise
+        finally:
+            self.connections.put(connection)
+
+    def _evaluate(self, connection: Any, arguments: Any) -> Any:
+        connection.send_command("EVAL", _SESSION_SCRIPT, 4, *arguments)
+        return connection.read_response()
+
+
+session = Session()
+__all__ += ["session"]
+rooms["sessions"] = SimpleNamespace(set_cookie=set_cookie, get_cookie=_get_cookie, send_cookies=_send_cookies)
+
+
+# ----- cut here: without logs ----------------------------------------------------------------------------------------
+# Lost: the access log, with the reasons of refusals; log_format="json".
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Logs: the access log, and lines that programs read.
+# Invariant: a record is one line, whatever a client has sent.
+#
+# A record's arguments may be one dict: its items are the fields of the line in JSON. One that mentions a connection's
+# process has the fields `process`, `path` and `peer`.
+# ---------------------------------------------------------------------------------------------------------------------
+
+from datetime import timezone
+
+_ACCESS = '%(peer)s "%(request)s" %(status)03d %(bytes)d %(milliseconds).1f ms'
+_RECORD_KEYS = {*vars(logging.makeLogRecord({})), "message", "asctime"}
+
+
+def _log_request(handler: Any) -> None:
+    """Logs a response. A refusal that an operator may want to change is a warning, with its reason."""
+    environ = handler.environ
+    reason = environ.get(REFUSAL_KEY)
+    level = logging.WARNING if reason else logging.INFO
+    if log.isEnabledFor(level):
+        fields = {
+            "peer": f"{environ.get('REMOTE_ADDR')}:{environ.get('REMOTE_PORT')}",
+            "request": printable(handler.requestline or ""),
+            "status": int((handler._orig_status or "000").split()[0]),
+            "bytes": handler.response_length,
+            "milliseconds": round((handler.time_finish - handler.time_start) * 1000, 3),
+        }
+        if reason:
+            fields["reason"] = reason
+        log.log(level, f"{_ACCESS}: %(reason)s" if reason else _ACCESS, fields)
+
+
+class JSONFormatter(logging.Formatter):
+    """Formats a record as one JSON object: time (UTC), level, logger, pid, message; fields; traceback.
+
+    The fields are those of an event of this module (peer, path, method, status, milliseconds, reason, ... as far as
+    there are any), and what a program passes to the logger as `extra`.
+    """
+
+    def format(self, record: logging.LogRecord) -> str:
+        at = datetime.fromtimestamp(record.created, timezone.utc).isoformat(timespec="milliseconds")
+        line = {
+            "time": at.replace("+00:00", "Z"),
+            "level": record.levelname.lower(),
+            "logger": record.name,
+            "pid": record.process,
+            "message": record.getMessage(),
+        }
+        for name, value in {**_list_fields(record), **_list_extra(record)}.items():
+            line.setdefault(str(name), _simplify(value))
+        trace = [self.formatException(record.exc_info)] if record.exc_info else []
+        if record.stack_info:
+            trace.append(record.stack_info)
+        if trace:
+            line["traceback"] = "\n".join(trace)
+        return json.dumps(line)
+
+
+def _list_fields(record: logging.LogRecord) -> dict[str, Any]:
+    if isinstance(record.args, Mapping):
+        fields = dict(record.args)
+        method, _, rest = str(fields.pop("request", "")).partition(" ")
+        return {"method": method, "path": rest.partition(" ")[0], **fields} if rest else fields
+    for process in record.args or ():
+        if isinstance(process, Stream):
+            peer = "{}:{}".format(*process.req["peer"])
+            return {"process": process, "path": process.req["path"], "peer": peer}
+    return {}
+
+
+def _list_extra(record: logging.LogRecord) -> dict[str, Any]:
+    return {name: value for name, value in vars(record).items() if name not in _RECORD_KEYS}
+
+
+def _simplify(value: Any) -> Any:
+    """Returns what JSON has for a value: numbers, strings and None as they are, anything else as text."""
+    if value is None or isinstance(value, bool | int | str) or (isinstance(value, float) and abs(value) < inf):
+        return value
+    return str(value)
+
+
+def log_handler(log_format: str = "plain", shows_process: bool = False) -> logging.Handler:
+    """Returns a handler that writes to the standard error, for `logging.basicConfig(handlers=[...])`.
+
+    The format is "plain" (the id of the OS process is shown if asked for) or "json". Raises ValueError for another one.
+    """
+    process = "%(process)d " if shows_process else ""
+    plain = logging.Formatter(f"%(asctime)s {process}%(levelname)s %(name)s: %(message)s")
+    formatters = {"plain": plain, "json": JSONFormatter()}
+    if log_format not in formatters:
+        raise ValueError(f"log_format is 'plain' or 'json', not {log_format!r}")
+    handler = logging.StreamHandler()
+    handler.setFormatter(formatters[log_format])
+    return handler
+
+
+__all__ += ["JSONFormatter", "log_handler"]
+rooms["logs"] = SimpleNamespace(log_request=_log_request, log_handler=log_handler)
+
+
+# ----- cut here: without stats ---------------------------------------------------------------------------------------
+# Lost: app.stats, and with it app.board.
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Stats: figures of this node, and of all nodes of the cluster.
 # Invariant: reads the state of other rooms and never changes it.
 # ---------------------------------------------------------------------------------------------------------------------
 
 from heapq import nlargest
 
-BOARD_TIME = 1.0  # seconds between updates
 BOARD_SIZE = 500  # processes in `stats` at most
 ID_LENGTH = 200  # characters of a child's id in `stats` at most: a client may have chosen it
+SHARE_TIME = 0.5  # seconds in which callers of `cluster_stats` share what the other nodes have answered
 _started = monotonic()
 
 
@@ -6128,11 +8125,23 @@ def stats() -> dict[str, Any]:
     age_seconds, channels (five at most), state (idle, ready, running, waiting, slow); channels: channel, members (of
     all nodes), local_members, messages (sent to members here, since the channel has some); cluster: None, or up, nodes
     (name, id, members, silent_seconds) and dropped (messages that could not be read); supervisors: pid, name, strategy,
-    count (of children), children (100 at most: id, pid, "restarting" or None, type); leases, the children in the
-    cluster: id, node and pid, None while no node runs it. Both are None if this copy has no such room.
+    restarts (in the last period, seconds, of at most intensity), count (of children), children (100 at most: id, pid,
+    "restarting" or None, type, restart); leases, the children in the cluster: id, node and pid, None while no node runs
+    it. Both are None if this copy has no such room.
     """
     busiest = nlargest(BOARD_SIZE, processes.values(), key=lambda process: (len(process.mailbox), process.handled))
     ready = set(scheduler.ready)
+    return {
+        **_summary(),
+        "processes": [_process_info(process, process in ready) for process in busiest],
+        "channels": [_channel_info(channel) for channel in sorted(pubsub.which_channels())],
+        "supervisors": _list_supervisors(),
+        "leases": _leases(),
+    }
+
+
+def _summary() -> dict[str, Any]:
+    """Returns the figures of `stats` that take no time."""
     return {
         "node": scheduler.node,
         "version": __version__,
@@ -6145,32 +8154,33 @@ def stats() -> dict[str, Any]:
         "slow_closed": sum(registry.slow_closed for registry in registries),
         "messages_dropped": sum(registry.dropped for registry in registries),
         "process_count": len(processes),
-        "processes": [_process_info(process, process in ready) for process in busiest],
-        "channels": [_channel_info(channel) for channel in sorted(pubsub.which_channels())],
         "cluster": pubsub.adapter.info(),
-        "supervisors": _list_supervisors() if "gen_server" in rooms else None,
-        "leases": rooms["leases"].list_leases() if "leases" in rooms else None,
     }
 
 
-def _list_supervisors() -> list[dict[str, Any]]:
+def _list_supervisors() -> list[dict[str, Any]] | None:
+    if "gen_server" not in rooms:
+        return None
     return [
         {
             "pid": str(pid),
             "name": pid.name,
-            "strategy": entry["strategy"],
-            "count": entry["count"],
+            **{key: entry[key] for key in ("strategy", "intensity", "period", "count")},
+            "restarts": sum(monotonic() - at <= entry["period"] for at in entry["restarts"]),
             "children": [
-                {"id": str(key)[:ID_LENGTH], "pid": child and str(child), "type": kind}
-                for key, child, kind in entry["children"]
+                {"id": str(key)[:ID_LENGTH], "pid": child and str(child), "type": kind, "restart": restart}
+                for key, child, kind, restart in entry["children"]
             ],
         }
         for pid, entry in islice(rooms["gen_server"].supervisors().items(), BOARD_SIZE)
     ]
 
 
+def _leases() -> list[dict[str, Any]] | None:
+    return rooms["leases"].list_leases() if "leases" in rooms else None
+
+
 def _process_info(process: Process, is_ready: bool) -> dict[str, Any]:
-    states: dict[Any, str] = {enqueue: "idle", None: "ready" if is_ready else "running"}
     return {
         "pid": repr(process),
         "name": process.name,
@@ -6180,8 +8190,16 @@ def _process_info(process: Process, is_ready: bool) -> dict[str, Any]:
         "handled": process.handled,
         "age_seconds": round(monotonic() - process.started_at, 1),
         "channels": sorted(islice(process.channels, 5)),
-        "state": "slow" if getattr(process, "write_buffer", b"") else states.get(process.wake, "waiting"),
+        "state": _state_of(process, is_ready),
     }
+
+
+def _state_of(process: Process, is_ready: bool) -> str:
+    if getattr(process, "write_buffer", b""):
+        return "slow"
+    if process.wake is None:
+        return "ready" if is_ready else "running"
+    return "idle" if process.wake is enqueue else "waiting"
 
 
 def _channel_info(channel: str) -> dict[str, Any]:
@@ -6198,6 +8216,190 @@ def _memory() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
+class _Answers(Alias):
+    """The address that other nodes send their figures to."""
+
+    __slots__ = ("expected", "figures", "is_complete")
+
+    def __init__(self, expected: int) -> None:
+        super().__init__()
+        self.expected = expected  # nodes
+        self.figures: list[dict[str, Any]] = []
+        self.is_complete = gevent.event.Event()
+
+    def send(self, message: Any) -> None:
+        if isinstance(message, dict) and len(self.figures) < self.expected:
+            self.figures.append(message)
+        if len(self.figures) == self.expected:
+            self.is_complete.set()
+
+
+class _Gathering:
+    """The figures of the other nodes. Callers within SHARE_TIME share them, so that nodes are not asked more often."""
+
+    def __init__(self) -> None:
+        self.answers: _Answers | None = None
+        self.asked_at = 0.0
+
+    def gather(self, timeout: float) -> list[dict[str, Any]]:
+        nodes = len((pubsub.adapter.info() or {"nodes": ()})["nodes"])
+        if nodes == 0:
+            return []
+        answers = self.answers
+        if answers is None or answers.expected != nodes or monotonic() - self.asked_at > SHARE_TIME:
+            answers, self.asked_at = _Answers(nodes), monotonic()
+            self.answers = answers
+            rooms["cluster"].ask("stats", answers)
+        answers.is_complete.wait(timeout)
+        return sorted(answers.figures, key=lambda figures: str(figures.get("node")))
+
+
+_gathering = _Gathering()
+
+
+def cluster_stats(timeout: float = 1.0) -> list[dict[str, Any]]:
+    """Returns the `stats` of each node of the cluster (workers are nodes), with those of this node first.
+
+    A node that does not answer within `timeout` seconds is missing. Others are asked only here, and at most every
+    SHARE_TIME: calls in between share the answers. An answer has at most BOARD_SIZE channels, those with the most
+    members, and `channel_count`, the number of all. Without a cluster, the list has one entry.
+    """
+    return [_figures_to_share(), *_gathering.gather(timeout)]
+
+
+def _figures_to_share() -> dict[str, Any]:
+    figures = stats()
+    channels = figures["channels"]
+    figures["channels"] = nlargest(BOARD_SIZE, channels, key=itemgetter("members", "messages"))
+    return {**figures, "channel_count": len(channels)}
+
+
+def _answer(caller: Pid) -> None:
+    caller.send(_figures_to_share())
+
+
+__all__ += ["cluster_stats"]
+rooms["stats"] = SimpleNamespace(stats=stats, cluster_stats=cluster_stats, answer=_answer)
+vars(rooms["stats"]).update(  # for the board, which asks for what it shows only
+    summary=_summary,
+    process_info=_process_info,
+    channel_info=_channel_info,
+    state_of=_state_of,
+    list_supervisors=_list_supervisors,
+    list_leases=_leases,
+)
+
+
+# ----- cut here: without metrics -------------------------------------------------------------------------------------
+# Lost: app.metrics.
+# Needs: the room stats.
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Metrics: figures of all nodes in Prometheus' text format, 0.0.4.
+# Invariant: the number of series depends on the number of nodes alone. So no label is a process, a channel or a path:
+# clients name channels, and Prometheus would keep each name for weeks. The board and `stats` have them.
+# ---------------------------------------------------------------------------------------------------------------------
+
+METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+LABEL_LENGTH = 200  # characters of a node's name
+
+
+def _longest_mailbox(figures: Mapping[str, Any]) -> int:
+    return max((process["mailbox"] for process in figures["processes"]), default=0)
+
+
+_METRICS: tuple[tuple[str, str, str, Any], ...] = (  # name, type, help; the figure in `stats`, or a function of them
+    ("uptime_seconds", "gauge", "Seconds since the node was started.", "uptime_seconds"),
+    ("cpu_seconds_total", "counter", "CPU time of the OS process.", "cpu_seconds"),
+    ("memory_bytes", "gauge", "Resident memory of the OS process.", "memory_bytes"),
+    ("connections", "gauge", "WebSockets and event streams.", "connections"),
+    ("max_connections", "gauge", "Connections that the node accepts at most.", "max_connections"),
+    ("draining", "gauge", "1 while the node is stopping, else 0.", "draining"),
+    ("slow_closed_total", "counter", "Connections closed since their clients did not read.", "slow_closed"),
+    ("messages_dropped_total", "counter", "Messages dropped for clients that did not read.", "messages_dropped"),
+    ("processes", "gauge", "Processes, connections included.", "process_count"),
+    ("longest_mailbox_messages", "gauge", "Messages in the longest mailbox.", _longest_mailbox),
+    ("channels", "gauge", "Channels that have members on any node.", "channel_count"),
+    ("cluster_up", "gauge", "1 while connected to the cluster, else 0.", lambda it: it["cluster"]["up"]),
+    ("cluster_nodes", "gauge", "Nodes known here, with this one.", lambda it: len(it["cluster"]["nodes"]) + 1),
+    ("cluster_dropped_total", "counter", "Messages that were unreadable.", lambda it: it["cluster"]["dropped"]),
+)
+
+
+def metrics(app: Nova, path: str = "/metrics", security: Any = False) -> None:
+    """Adds figures of all nodes, workers included, to an application, for Prometheus; `security` as in a group.
+
+    Each has the label `node`. They are numbers only, without a name that a client has chosen: unlike the board, they
+    may be served without security, since few scrapers log in. A node that does not answer within a second is missing.
+    """
+    room("stats")  # raises here, and not at the first client, if it was cut off
+    app.add({"security": security, "routes": [(path, _show_metrics, {"methods": ["get"]})]})
+
+
+def _show_metrics(_req: Request) -> Any:
+    text = format_metrics(room("stats").cluster_stats())
+    return "status", 200, {"Content-Type": METRICS_TYPE, "Cache-Control": "no-store"}, text.encode("utf-8", "replace")
+
+
+def format_metrics(nodes: Iterable[Mapping[str, Any]]) -> str:
+    """Returns the `stats` of nodes in Prometheus' text format."""
+    named = _name_nodes(nodes)
+    info = [f'{{node="{name}",version="{_escape(figures.get("version"))}"}} 1' for name, figures in named.items()]
+    lines = _family("info", "gauge", "The version of nova_lite.", info)
+    for metric, kind, text, figure in _METRICS:
+        values = {name: _read_figure(figure, figures) for name, figures in named.items()}
+        samples = [f'{{node="{name}"}} {value}' for name, value in values.items() if value is not None]
+        lines += _family(metric, kind, text, samples)
+    return "".join(f"{line}\n" for line in lines)
+
+
+def _family(name: str, kind: str, text: str, samples: list[str]) -> list[str]:
+    head = [f"# HELP nova_lite_{name} {text}", f"# TYPE nova_lite_{name} {kind}"] if samples else []
+    return head + [f"nova_lite_{name}{sample}" for sample in samples]
+
+
+def _name_nodes(nodes: Iterable[Mapping[str, Any]]) -> dict[str, Mapping[str, Any]]:
+    """Returns the nodes by their labels. Of nodes with one name, those that started later get a number."""
+    named: dict[str, Mapping[str, Any]] = {}
+    for figures in sorted(nodes, key=lambda figures: -(_read_figure("uptime_seconds", figures) or 0)):
+        label, numbers = _escape(figures.get("node")), count(2)
+        name = label
+        while name in named:
+            name = f"{label} {next(numbers)}"
+        named[name] = figures
+    return named
+
+
+def _read_figure(figure: Any, figures: Mapping[str, Any]) -> Any:
+    """Returns a number, or None if the node has none: it is alone, or of another version."""
+    try:
+        value = figure(figures) if callable(figure) else figures[figure]
+    except (KeyError, TypeError):
+        return None
+    return value + 0 if isinstance(value, int | float) and abs(value) < inf else None
+
+
+def _escape(value: Any) -> str:
+    return str(value)[:LABEL_LENGTH].replace("\\", r"\\").replace('"', r"\"").replace("\n", r"\n")
+
+
+rooms["metrics"] = SimpleNamespace(metrics=metrics)
+
+
+# ----- cut here: without board ---------------------------------------------------------------------------------------
+# Lost: app.board.
+# Needs: the room stats.
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Board: a page with the figures of this node.
+# Invariant: reads the state of other rooms and never changes it.
+# ---------------------------------------------------------------------------------------------------------------------
+
+BOARD_TIME = 1.0  # seconds between updates
+
+
 class BoardHandler(WebSocketHandler):
     """The board's WebSocket. While a board is open, one process publishes the figures for all boards."""
 
@@ -6208,7 +8410,7 @@ class BoardHandler(WebSocketHandler):
         return "ok", state
 
     def websocket_init(self, state: Any) -> Any:
-        return "reply", ("text", json.dumps(stats())), state
+        return "reply", ("text", json.dumps(room("stats").stats())), state
 
     def websocket_info(self, info: Any, state: Any) -> Any:
         match info:
@@ -6219,7 +8421,7 @@ class BoardHandler(WebSocketHandler):
 
 def _publish_stats() -> None:
     while pubsub.get_local_members("nova_board"):
-        pubsub.local_broadcast("nova_board", "stats", stats())
+        pubsub.local_broadcast("nova_board", "stats", room("stats").stats())
         receive(BOARD_TIME)
 
 
@@ -6228,6 +8430,7 @@ def board(app: Nova, path: str = "/board", security: Any = False, logout: str = 
 
     With `logout`, a path for POST, the page has a button for it.
     """
+    room("stats")  # raises here, and not at the first client, if it was cut off
     page = {"Content-Type": "text/html; charset=utf-8", "Cache-Control": "no-cache"}
     text = BOARD_PAGE.replace('action="" hidden', f'action="{bottle.html_escape(logout)}"') if logout else BOARD_PAGE
     routes = [
@@ -6237,7 +8440,7 @@ def board(app: Nova, path: str = "/board", security: Any = False, logout: str = 
     app.add({"prefix": path, "security": security, "routes": routes})
 
 
-rooms["board"] = SimpleNamespace(stats=stats, board=board)
+rooms["board"] = SimpleNamespace(board=board)
 
 BOARD_PAGE = """<!doctype html>
 <html lang="en">
@@ -6515,11 +8718,9 @@ $("pause").onclick = event => event.target.ariaPressed = paused = !paused;
 import argparse
 import ast
 import hashlib
-import hmac
 import secrets
 import sqlite3
 from contextlib import closing
-from ipaddress import ip_address
 from itertools import pairwise, takewhile
 from socket import AF_INET, AF_INET6, SOCK_DGRAM, socket
 
@@ -6837,30 +9038,22 @@ def children_of(notes: Notes) -> list[dict[str, Any]]:
 class Login:
     """Protects pages by one password: `routes` is the group with /login and /logout, `security` is for other groups.
 
-    No session is stored. The cookie holds its expiry time and a signature, whose key is derived from the password: all
-    workers accept it, it survives a restart, and a new password ends every login.
+    A session that is logged in holds what proves its password. So it ends when the password changes, on any node.
     """
 
-    LIFE = 12 * 3600  # seconds until a login expires
     TRIES, TRIES_OF_ALL = 5, 30  # wrong passwords a minute, from one address and from all
 
     def __init__(self, password: str, home: str = "/board") -> None:
-        self.home = home
-        # Slow by intention: with a stolen cookie, passwords must not be guessed by the million.
-        self.key = hashlib.scrypt(password.encode(), salt=b"nova_lite login", n=2**14, r=8, p=1)
-        self.proof = self.sign("password", password)
+        self.home, self.password = home, password
+        # Slow by intention: what is stored must not help to guess passwords by the million.
+        self.proof = hashlib.scrypt(password.encode(), salt=b"nova_lite login", n=2**14, r=8, p=1).hex()
         self.wrong: deque[tuple[float, str]] = deque()  # time, address; at most TRIES_OF_ALL
         post = {"methods": ["post"], "max_body": 4096}
         show = ("/login", self.show, {"methods": ["get"]})
         self.routes = {"routes": [show, ("/login", self.log_in, post), ("/logout", self.log_out, post)]}
 
-    def sign(self, kind: str, text: str) -> str:
-        return hmac.new(self.key, f"{kind}:{text}".encode(), "sha256").hexdigest()
-
     def is_logged_in(self, req: Request) -> bool:
-        session, _, signature = req["cookies"].get("nova_login", "").rpartition(".")
-        is_ours = hmac.compare_digest(signature.encode(), self.sign("session", session).encode())
-        return is_ours and int(session.partition(".")[0]) > time.time()
+        return session.get(req, "login") == self.proof
 
     def security(self, req: Request) -> Any:
         if self.is_logged_in(req):
@@ -6879,15 +9072,19 @@ class Login:
         if wait > 0:
             return self.page(429, f"Too many wrong passwords. Wait {wait} seconds.", {"Retry-After": str(wait)})
         given = password if isinstance(password, str) else ""
-        if not hmac.compare_digest(self.sign("password", given), self.proof):
+        if not hmac.compare_digest(given.encode(), self.password.encode()):
             self.wrong.append((monotonic(), address))
             log.warning("wrong password at /login from %s", address)
             return self.page(401, "That is not the password.")
-        session = f"{int(time.time()) + self.LIFE}.{secrets.token_urlsafe(16)}"
-        return self.redirect(req, self.home, f"{session}.{self.sign('session', session)}", self.LIFE)
+        session.renew(req)
+        session.set(req, "login", self.proof)
+        return "status", 303, {"Location": self.home}
 
     def log_out(self, req: Request) -> Any:
-        return self.redirect(req, "/login", "", 0) if req.is_own_origin() else ("status", 403)
+        if not req.is_own_origin():
+            return "status", 403
+        session.delete(req)
+        return "status", 303, {"Location": "/login"}
 
     def wait(self, address: str) -> int:
         """Returns the seconds until this address may try again."""
@@ -6897,12 +9094,6 @@ class Login:
         of_all, own = [at for at, _ in self.wrong], [at for at, other in self.wrong if other == address]
         ends = [*own[-self.TRIES :][: len(own) >= self.TRIES], *of_all[: len(of_all) >= self.TRIES_OF_ALL]]
         return int(max(ends) + 60 - now) + 1 if ends else 0
-
-    def redirect(self, req: Request, path: str, cookie: str, seconds: int) -> Any:
-        # Behind a proxy the request may be plain HTTP; the form's Origin has the scheme that the browser uses.
-        https = req.environ["wsgi.url_scheme"] == "https" or req["headers"].get("Origin", "").startswith("https:")
-        options = f"Max-Age={seconds}; Path=/; HttpOnly; SameSite=Strict{'; Secure' if https else ''}"
-        return "status", 303, {"Location": path, "Set-Cookie": f"nova_login={cookie}; {options}"}
 
     def page(self, status: int, error: str = "", headers: Mapping[str, str] | None = None) -> Any:
         policy = "default-src 'none'; style-src 'unsafe-inline'; img-src data:; frame-ancestors 'none'"
@@ -6943,7 +9134,7 @@ def demo(notes: Notes, password: str | None = None) -> Nova:
     """Returns the tutorial's application; with a password, the board too."""
     pubsub.keep("notes")
     pubsub.keep("comments", seconds=24 * 3600)
-    small = {"protocol": "ws", "max_message_size": 65_536}  # bytes of a comment that is kept
+    small = {"protocol": "ws", "max_message_size": 65_536, "rate": (50, 1)}  # bytes of a comment that is kept
     api = NotesController(notes)
     page = {"Content-Type": "text/html; charset=utf-8", "Cache-Control": "no-cache"}
     text = PAGE if password else PAGE.replace('<nav><a href="/board">Board</a></nav>', "")
@@ -7451,8 +9642,8 @@ def parse_options() -> argparse.Namespace:
     add("--certfile", metavar="FILE", help="certificate (PEM): serve https and wss")
     add("--keyfile", metavar="FILE", help="private key of the certificate, if it is in another file")
     add("--reload", action="store_true", help="restart whenever a file of the program changes")
-    levels = ["debug", "info", "warning", "error"]
-    add("--log-level", choices=levels, default="info", help="lowest level to log (%(default)s)")
+    add("--log-level", choices=["debug", "info", "warning", "error"], default="info", help="lowest level (%(default)s)")
+    add("--log-format", choices=["plain", "json"], default="plain", help="json: each line is an object (%(default)s)")
     add("--version", action="version", version=f"nova_lite {__version__}")
     args = parser.parse_args()
     if args.workers > 1 and args.cluster is None:
@@ -7517,8 +9708,8 @@ def main() -> int:
         if sys.argv[1:2] == [name]:
             return subcommand(sys.argv[2:])
     args = parse_options()
-    process = "%(process)d " if args.workers > 1 else ""
-    logging.basicConfig(level=args.log_level.upper(), format=f"%(asctime)s {process}%(levelname)s %(message)s")
+    handler = log_handler(args.log_format, args.workers > 1)
+    logging.basicConfig(level=args.log_level.upper(), handlers=[handler])
     if sys.stdout.isatty() and not os.environ.get("NOVA_PASSWORD"):  # printed once the demo is served
         os.environ["NOVA_PASSWORD"] = os.environ[MADE_UP] = secrets.token_urlsafe(12)
     choose_password()  # before workers or a child are started: they must share it
