@@ -4301,16 +4301,17 @@ class NovaSocket {
     if (!NovaSocket.OWN.includes(json.event)) this.emit(json.event, json.data);
   }
   lost({ code = 1006, reason = "" } = {}) {
-    const wasOpen = this.state === "open";
-    if (wasOpen && Date.now() - this.since > 5000) this.tries = 0;  // not if it is closed after opening
+    const was = this.state;
+    if (was === "refused") return;  // the browser has gone offline
+    if (was === "open" && Date.now() - this.since > 5000) this.tries = 0;  // not if it is closed after opening
     if (code === 1008) this.refuse(reason || "the server has closed the connection");
     else {
       const wait = NovaSocket.delay(this.tries++) * 1000;
       this.retryAt = Date.now() + wait;
       this.leave(navigator.onLine ? "waiting" : "offline", wait, this.connect);
-      if (!wasOpen && this.tries % 4 === 3) this.ask();
+      if (was !== "open" && this.tries % 4 === 3) this.ask();
     }
-    this.emit("closed", { code, reason });
+    if (["connecting", "open"].includes(was)) this.emit("closed", { code, reason });
   }
   async ask() {  // why handshakes fail, which browsers do not tell: an event stream is refused for the same reasons
     const { attempt } = this, end = new AbortController(), headers = { Accept: "text/event-stream" };
@@ -9426,7 +9427,7 @@ $("first").querySelector("button").onclick = () => { speak("Hello, world!"); tex
 // Notes: the page changes when the event arrives, in this window as in all others.
 const items = new Map(), query = $("search").elements[0];  // id -> its <li>
 const erased = new Set();  // ids of notes that this window deletes
-let loading = null, searching, passing;
+let loading = null, searching, passing, passes = 6000;  // ms
 
 async function api(method, path, data) {  // returns [ok, body]
   const options = { method, headers: { "Content-Type": "application/json" }, cache: "no-store" };
@@ -9461,10 +9462,10 @@ async function restore(note) {
   const [ok, { error }] = await api("POST", "", note);
   if (!ok) say(error, " ", button("Undo", () => restore(note)));
 }
-function say(...parts) {  // for 6 seconds
+function say(...parts) {  // until it passes
   $("news").replaceChildren(...parts);
   clearTimeout(passing);
-  passing = setTimeout(() => $("news").querySelector(":is(:hover, :focus)") ? say(...parts) : say(), 6000);
+  passing = setTimeout(() => $("news").querySelector(":is(:hover, :focus)") ? say(...parts) : say(), passes);
 }
 
 function search() {  // shows what the indexer finds, or all
@@ -9714,12 +9715,12 @@ def main() -> int:
         os.environ["NOVA_PASSWORD"] = os.environ[MADE_UP] = secrets.token_urlsafe(12)
     choose_password()  # before workers or a child are started: they must share it
     try:
-        number = 0  # of this worker
+        number = 1  # of this worker
         if args.reload:
             reload_on_change()  # before the database is opened, which only the child needs
         if args.workers > 1:
             number, _ = run_workers(args.workers, args.host, args.port, 5.0 + args.shutdown_delay)  # 5.0: of the drain
-        return serve(ready=print_welcome if number == 0 else None, **vars(args))
+        return serve(ready=print_welcome if number == 1 else None, **vars(args))
     except OSError as error:  # ssl.SSLError is one
         what = str(error.strerror).partition(":")[0]
         what += " (--port 0 takes one that is free)" if error.errno == errno.EADDRINUSE else ""
