@@ -4303,16 +4303,17 @@ class NovaSocket {
     if (!NovaSocket.OWN.includes(json.event)) this.emit(json.event, json.data);
   }
   lost({ code = 1006, reason = "" } = {}) {
-    const wasOpen = this.state === "open";
-    if (wasOpen && Date.now() - this.since > 5000) this.tries = 0;  // not if it is closed after opening
+    const was = this.state;
+    if (was === "refused") return;  // the browser has gone offline
+    if (was === "open" && Date.now() - this.since > 5000) this.tries = 0;  // not if it is closed after opening
     if (code === 1008) this.refuse(reason || "the server has closed the connection");
     else {
       const wait = NovaSocket.delay(this.tries++) * 1000;
       this.retryAt = Date.now() + wait;
       this.leave(navigator.onLine ? "waiting" : "offline", wait, this.connect);
-      if (!wasOpen && this.tries % 4 === 3) this.ask();
+      if (was !== "open" && this.tries % 4 === 3) this.ask();
     }
-    this.emit("closed", { code, reason });
+    if (["connecting", "open"].includes(was)) this.emit("closed", { code, reason });
   }
   async ask() {  // why handshakes fail, which browsers do not tell: an event stream is refused for the same reasons
     const { attempt } = this, end = new AbortController(), headers = { Accept: "text/event-stream" };
@@ -9163,9 +9164,14 @@ def demo(notes: Notes, password: str | None = None) -> Nova:
     ])  # fmt: skip
     if password:
         login = Login(password)
+        app.add({"routes": [(f"{path}/", redirect_to(path), {"methods": ["get"]}) for path in ("/login", login.home)]})
         app.add(login.routes)
         app.board(login.home, security=login.security, logout="/logout")
     return app
+
+
+def redirect_to(path: str) -> Callable[[Request], Any]:
+    return lambda _req: ("redirect", path)
 
 
 PAGE = (
@@ -9180,7 +9186,8 @@ PAGE = (
   #line, nav, small, label, .error, .plain, .row p, #typing, #news { font-size: .875rem } #line { color: var(--dim) }
   #line::before { content: ""; border: 5px solid var(--good); border-radius: 50%; margin-right: .25rem }
   #line.away::before { padding: 3px; border: 2px solid var(--warn) }
-  #wait { font-variant-numeric: tabular-nums } main { flex: 1; display: grid; gap: 1rem; min-height: 0 }
+  #wait { font-variant-numeric: tabular-nums } #wait:empty { display: none }
+  main { flex: 1; display: grid; gap: 1rem; min-height: 0 }
   section { min-width: 0; min-height: 0; max-height: 60rem; padding: 1rem; background: var(--card);
             border: 1px solid var(--line); border-radius: .75rem; position: relative }
   section > .row { min-height: 2.5rem; justify-content: space-between }
@@ -9219,7 +9226,7 @@ PAGE = (
     #comments { max-height: 60dvh } }
   @media (min-width: 40rem) and (min-height: 30rem) { body { height: 100dvh } #comments { max-height: none }
     main { align-items: stretch } section { overflow: auto } }
-  @media (max-width: 40rem) { #search { flex: 1 0 100% } #say { grid: auto auto / 1fr auto } #say > :first-child {
+  @media (max-width: 56rem) { #search { flex: 1 0 100% } #say { grid: auto auto / 1fr auto } #say > :first-child {
     grid-column: 1 / -1 } }
   @media (pointer: coarse) { main :is(input, textarea, button, summary) { min-height: 2.75rem } }
   @media (prefers-reduced-motion: no-preference) { .new { animation: arrive .3s ease-out }
@@ -9357,10 +9364,8 @@ const list = $("comments"), bubbles = new Map(), pending = new Map();  // id -> 
 let past = true;  // until "live", comments are replayed
 line.on("here", () => { past = true; });
 line.on("live", () => { past = false; pending.forEach(deliver); report(); });
-line.on("closed", () => { past = true; report(); }).on("state", ({ state }) => {
-  if (state === "refused") pending.forEach(fail);
-  report();
-});
+line.on("closed", () => { past = true; pending.forEach(deliver); report(); });
+line.on("state", ({ state }) => { if (state === "refused") pending.forEach(deliver); report(); });
 
 function bubble({ id, name, text, at }) {
   const isMine = own.has(id), who = isMine ? element("span", "seen", "You: ") : element("bdi", "name", name);
@@ -9425,7 +9430,7 @@ $("first").querySelector("button").onclick = () => { speak("Hello, world!"); tex
 // Notes: the page changes when the event arrives, in this window as in all others.
 const items = new Map(), query = $("search").elements[0];  // id -> its <li>
 const erased = new Set();  // ids of notes that this window deletes
-let loading = null, searching, passing;
+let loading = null, searching, passing, passes = 6000;  // ms
 
 async function api(method, path, data) {  // returns [ok, body]
   const options = { method, headers: { "Content-Type": "application/json" }, cache: "no-store" };
@@ -9460,10 +9465,10 @@ async function restore(note) {
   const [ok, { error }] = await api("POST", "", note);
   if (!ok) say(error, " ", button("Undo", () => restore(note)));
 }
-function say(...parts) {  // for 6 seconds
+function say(...parts) {  // until it passes
   $("news").replaceChildren(...parts);
   clearTimeout(passing);
-  passing = setTimeout(() => $("news").matches(":hover, :focus-within") ? say(...parts) : say(), 6000);
+  passing = setTimeout(() => $("news").querySelector(":is(:hover, :focus)") ? say(...parts) : say(), passes);
 }
 
 function search() {  // shows what the indexer finds, or all
@@ -9713,12 +9718,12 @@ def main() -> int:
         os.environ["NOVA_PASSWORD"] = os.environ[MADE_UP] = secrets.token_urlsafe(12)
     choose_password()  # before workers or a child are started: they must share it
     try:
-        number = 0  # of this worker
+        number = 1  # of this worker
         if args.reload:
             reload_on_change()  # before the database is opened, which only the child needs
         if args.workers > 1:
             number, _ = run_workers(args.workers, args.host, args.port, 5.0 + args.shutdown_delay)  # 5.0: of the drain
-        return serve(ready=print_welcome if number == 0 else None, **vars(args))
+        return serve(ready=print_welcome if number == 1 else None, **vars(args))
     except OSError as error:  # ssl.SSLError is one
         what = str(error.strerror).partition(":")[0]
         what += " (--port 0 takes one that is free)" if error.errno == errno.EADDRINUSE else ""
