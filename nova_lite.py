@@ -31,7 +31,10 @@ The map. A room uses the rooms above it, others only through `rooms`. Those afte
     Nova                    routes as data, security, the checks before the 101
     server                  HTTP, detaching sockets, draining
     http                    strict HTTP: limits, framing               (cut line; so have all rooms below)
-    views                   templates and files
+    tls                     https and wss
+    proxy                   what a proxy in front says of the client
+    checks                  mistakes in routes and options, as errors that say what to do
+    views                   templates and files, the look of pages
     plugins                 before and after controllers; cors; pages for statuses; mounted applications
     deflate                 compression (permessage-deflate)
     gen_server              servers with calls; supervisors
@@ -41,7 +44,10 @@ The map. A room uses the rooms above it, others only through `rooms`. Those afte
     codec                   what crosses to another node
     cluster                 other nodes, through Redis
     leases                  a child that runs on one node of the cluster
-    board                   the state of this node, as JSON and as a page
+    sessions                cookies; what the server remembers of a browser between requests
+    logs                    the access log; lines in JSON
+    stats                   figures of this node and of all nodes
+    board                   a page that shows them
     demo, main              Nova's tutorial; the command line
 
 Erlang's terms, here. An atom is a string, a tuple a tuple, a pid a `Pid`; `Pid ! Msg` is `pid.send(msg)`, `self()` is
@@ -79,7 +85,7 @@ import weakref
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, suppress
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from datetime import datetime
 from functools import cache, lru_cache, partial
 from io import BytesIO
@@ -87,7 +93,6 @@ from itertools import count, islice
 from math import inf, isnan
 from operator import itemgetter
 from socket import IPPROTO_TCP, TCP_NODELAY, gethostname
-from ssl import SSLEOFError, SSLWantReadError, SSLWantWriteError, SSLZeroReturnError
 from time import monotonic
 from types import FunctionType, ModuleType, SimpleNamespace
 from typing import Any, NoReturn
@@ -136,7 +141,7 @@ class Settings:
     backlog: int = 64  # frames, or `max_message_size` bytes, waiting for their handler; reading pauses beyond
     on_slow: str = "close"  # beyond `mailbox_limit`; or "drop_oldest", "drop_new": drops messages, and logs that
     origins: Any = None  # list of origins, or "*"; None: the request's own host, or no Origin header at all
-    trust_proxy: int = 0  # proxies in front, True is 1; of X-Forwarded-Proto and -Host, the farthest one's value counts
+    trust_proxy: int = 0  # proxies in front, True is 1; of each X-Forwarded- list, the farthest one's entry counts
     subprotocols: Any = ()  # the handler's; the first of the client's that is among them is chosen
     compress: bool = False  # permessage-deflate (RFC 7692) with clients that offer it; costs CPU
 
@@ -159,6 +164,10 @@ class Settings:
 
 TIME_SLICE = 0.003  # seconds of turns before sockets and timers are looked at: none must wait for 5 ms
 YIELD_DELAY = 1e-6  # seconds: the shortest sleep that polls sockets; after sleep(0) gevent runs 50 callbacks first
+CALLBACKS = (  # of handlers and servers
+    "init", "terminate", "websocket_init", "websocket_handle", "websocket_info", "handle_call", "handle_cast",
+    "handle_continue", "handle_info",
+)  # fmt: skip
 HOLD_LIMIT = 0.1  # seconds of one turn; what holds the hub longer, and so keeps all others waiting, is logged
 SPARE_RUNNERS = 64  # idle runners kept: a burst of blocking callbacks must not keep as many stacks
 
@@ -907,11 +916,9 @@ def is_normal(reason: Any) -> bool:
 
 
 def failing_callback(error: BaseException) -> str:
-    """Returns the name of the callback that raised `error`: the first frame after the last one of this file."""
-    names = [(frame.f_code.co_filename, frame.f_code.co_name) for frame, _ in traceback.walk_tb(error.__traceback__)]
-    own = [at for at, (filename, _) in enumerate(names) if filename == __file__]
-    foreign = names[own[-1] + 1 :] if own else names
-    return foreign[0][1] if foreign else names[-1][1] if names else ""
+    """Returns the name of the callback in which `error` was raised, "" if that was after it returned."""
+    codes = [frame.f_code for frame, _ in traceback.walk_tb(error.__traceback__)]
+    return next((code.co_name for code in codes if code.co_filename != __file__ or code.co_name in CALLBACKS), "")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1229,7 +1236,9 @@ pubsub = PubSub()
 # Invariant: no sockets. WSGI's environ comes in, a bottle response goes out.
 # ---------------------------------------------------------------------------------------------------------------------
 
+REFUSAL_KEY = "nova_lite.refusal"  # in WSGI's environ: why the request was refused, for the server's log
 MAX_FIELDS = 10_000  # of a form
+COOKIES_KEY = "nova_lite.cookies"  # in WSGI's environ: those to send, by the room sessions; None: it is too late
 _ESCAPE = re.compile(r"\\(?:([0-3][0-7]{2})|(.))")  # in a cookie's value between quotes
 _ORIGIN = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://([A-Za-z0-9._~-]+|\[[0-9A-Fa-f:.]+\])(?::([0-9]{1,5}))?")
 _SUSPECT = re.compile(r"\\u|[0-9][eE]|[0-9]{300}|NaN|Infinity")  # a lone surrogate, or a number that JSON lacks?
@@ -1240,15 +1249,18 @@ class Request(Mapping[str, Any]):
     """What a controller takes: a read-only mapping, computed lazily, that `match` takes apart.
 
     `method`, `path`, `bindings` (from the route), `params` (the JSON object or form of the body), `json` (any JSON),
-    `body` (bytes), `qs` or `parsed_qs` (the query), `headers` (in any case), `cookies`, `peer` (address, port; a
-    proxy's, if there is one in front), `auth_data` (what `security` returned), `subprotocol` (of a WebSocket: the
-    chosen one, or None), `since` (the last position that the client has received of a kept channel: its Last-Event-ID,
-    `since` in the query, or None). `body`, `json` and `params` may raise an HTTPError: 400, 408 or 413.
+    `body` (bytes), `qs` or `parsed_qs` (the query), `headers` (in any case), `cookies`, `peer` (address, port; with
+    `trust_proxy` the client's, with port 0 if the proxy hides it), `auth_data` (what `security` returned),
+    `subprotocol` (of a WebSocket: the chosen one, or None), `since` (the last position that the client has received of
+    a kept channel: its Last-Event-ID, `since` in the query, or None), `scheme`. `body`, `json` and `params` may raise
+    an HTTPError: 400, 408 or 413.
     """
 
     __slots__ = ("_known", "environ", "settings")
 
     def __init__(self, environ: dict[str, Any], bindings: dict[str, Any], settings: Settings = Settings()) -> None:
+        if settings.trust_proxy:
+            room("proxy").rewrite(environ, settings.trust_proxy)
         self.environ, self.settings = environ, settings
         self._known: dict[str, Any] = {"bindings": bindings, "auth_data": None, "subprotocol": None}
 
@@ -1272,24 +1284,34 @@ class Request(Mapping[str, Any]):
 
     def detach(self) -> None:
         """Drops the server's buffers, for a request that outlives its HTTP connection."""
-        self.environ = {key: value for key, value in self.environ.items() if type(value) is str}
+        self.environ = {key: value for key, value in self.environ.items() if type(value) is str} | {COOKIES_KEY: None}
+
+    def set_cookie(self, name: str, value: Any, **options: Any) -> None:
+        """Sends a cookie with the response; `options` are those of the function `set_cookie`."""
+        room("sessions").set_cookie(self, name, value, **options)
+
+    def get_cookie(self, name: str, secret: str | bytes | None = None) -> Any:
+        """Returns a cookie's value, with `secret` that of a signed one; None if it is missing or forged."""
+        return room("sessions").get_cookie(self, name, secret)
+
+    def delete_cookie(self, name: str, **options: Any) -> None:
+        """Makes the client forget a cookie, for which `path` and `domain` must be those that it was set with."""
+        room("sessions").set_cookie(self, name, "", **{**options, "max_age": 0})
 
     def is_own_origin(self) -> bool:
         """Returns whether the Origin, if any, is allowed. Only browsers have to send one (RFC 6455 §10.2)."""
         origin, allowed = self.environ.get("HTTP_ORIGIN"), self.settings.origins
         if origin is None or allowed == "*":
             return True
+        own = f"{self.environ['wsgi.url_scheme']}://{self.environ.get('HTTP_HOST', '')}"
+        why = f"in origins={allowed}"
         if allowed is None:
-            scheme = self._forwarded("PROTO") or self.environ["wsgi.url_scheme"]
-            host = self._forwarded("HOST") or self.environ.get("HTTP_HOST", "")
-            allowed = [re.sub("^ws", "http", f"{scheme}://{host}")]  # some proxies forward wss
-        return parse_origin(origin) in {parse_origin(text) for text in allowed} - {None}
-
-    def _forwarded(self, name: str) -> str:
-        """Returns what the farthest of `trust_proxy` proxies wrote, or "". Each appends to the list or begins one."""
-        values = [part.strip() for part in self.environ.get(f"HTTP_X_FORWARDED_{name}", "").split(",")]
-        hops = self.settings.trust_proxy
-        return next(iter([value for value in values if value][-hops:]), "") if hops else ""
+            why = f"{printable(own)}, this host; behind a proxy see trust_proxy, else origins=[…]"
+            allowed = rooms["proxy"].list_origins(own, self.environ) if "proxy" in rooms else [own]
+        if parse_origin(origin) in {parse_origin(text) for text in allowed} - {None}:
+            return True
+        self.environ[REFUSAL_KEY] = f"Origin {printable(origin)} is not {why}"
+        return False
 
     def content_type(self) -> str:
         return self.environ.get("CONTENT_TYPE", "").partition(";")[0].strip().lower()
@@ -1308,14 +1330,6 @@ def printable(text: Any) -> str:
     return repr(str(text))[1:-1].replace('"', '\\"')
 
 
-class _SlicedBytes(BytesIO):
-    """Yields to other greenlets while bottle parses a form: 1 MB may take 0.8 s."""
-
-    def read(self, size: int | None = -1) -> bytes:
-        scheduler.yield_after_slice()
-        return super().read(min(size, 4096) if size and size > 0 else size)
-
-
 def _json(req: Request) -> Any:
     is_json = req.content_type() == "application/json" or req.content_type().endswith("+json")
     return parse_json(req["body"]) if is_json and req["body"] else None
@@ -1329,7 +1343,7 @@ def _params(req: Request) -> Mapping[str, Any]:
             text = req["body"].decode("utf-8", "replace")
             return dict(parse_qsl(text, keep_blank_values=True, max_num_fields=MAX_FIELDS))
         if req.content_type() == "multipart/form-data":
-            body = _SlicedBytes(req["body"])  # first, since it changes what the environ says of the body
+            body = getattr(rooms.get("http"), "SlicedBytes", BytesIO)(req["body"])  # first: it changes the environ
             own = {key: value for key, value in req.environ.items() if not key.startswith("bottle.")}
             form = dict(bottle.BaseRequest({**own, "wsgi.input": body}).forms.decode())
             "".join([*form, *form.values()]).encode()  # some charsets make lone surrogates
@@ -1363,6 +1377,7 @@ _LAZY_KEYS: dict[str, Callable[[Request], Any]] = {
     "parsed_qs": lambda req: req["qs"],
     "headers": lambda req: RequestHeaders(req.environ),
     "cookies": _cookies,
+    "scheme": lambda req: req.environ.get("wsgi.url_scheme", "http"),
     "peer": lambda req: (req.environ.get("REMOTE_ADDR", ""), int(req.environ.get("REMOTE_PORT") or 0)),
     "since": lambda req: req.environ.get("HTTP_LAST_EVENT_ID") or req["qs"].get("since"),
 }
@@ -1392,8 +1407,6 @@ def read_body(environ: dict[str, Any], limit: int) -> bytes:
         length = int(environ.get("CONTENT_LENGTH") or 0)
         is_wanted = chunked or 0 < length <= limit
         body = file.read(limit + 1 if chunked else length) if is_wanted else b""  # type: ignore[union-attr]
-    except HTTPError:  # of the room http: 400, 408 or 413
-        raise
     except (AttributeError, OSError, ValueError):
         raise HTTPError(400, "the body could not be read")
     size = max(length, len(body))
@@ -1460,7 +1473,11 @@ def make_response(status: Any, headers: Any, body: Any = None) -> HTTPResponse:
 
 
 def json_response(status: Any, headers: Any, data: Any) -> HTTPResponse:
-    response = make_response(status, headers, _json_encoder.encode(data).encode())
+    try:
+        body = _json_encoder.encode(data).encode()
+    except (RecursionError, TypeError, ValueError) as error:
+        raise ValueError(rooms["checks"].explain_json(data) if "checks" in rooms else error) from None
+    response = make_response(status, headers, body)
     response.headers.setdefault("Content-Type", "application/json")
     return response
 
@@ -1469,7 +1486,8 @@ def error_body(status_line: str, text: str, accept: str) -> tuple[str, bytes]:
     """Returns (content type, body) of an error, in the form that the client accepts: a small page, or JSON."""
     if "text/html" in accept.lower():
         title, text = bottle.html_escape(status_line), bottle.html_escape(text)
-        page = f"<!doctype html><meta charset=utf-8><title>{title}</title><h1>{title}</h1><p>{text}</p>\n"
+        plain = f"<!doctype html><meta charset=utf-8><title>{title}</title><h1>{title}</h1><p>{text}</p>\n"
+        page = rooms["views"].error_page(title, text) if "views" in rooms else plain
         return "text/html; charset=utf-8", page.encode("utf-8", "replace")
     return "application/json", json.dumps({"error": text}).encode()
 
@@ -1570,7 +1588,9 @@ def encode_frame(frame: Any) -> bytes:
             return close_frame(code, reason)
         case "close":
             return close_frame(NO_STATUS)
-    raise ValueError(f"not a frame: {frame!r}")
+    raise ValueError(
+        f'not a frame: {frame!r}; a frame is ("text", str), ("binary", bytes), ("close", code, reason), ...'
+    )
 
 
 class Parser:
@@ -1713,6 +1733,7 @@ STARTING, OPEN, CLOSING, CLOSED = "starting", "open", "closing", "closed"
 READ_SIZE = 65536  # bytes per read or send, so that one client's flood leaves room for the others
 SMALL_READ = 4096  # bytes per read of a client whose bytes take long to parse: tiny frames, or compressed ones
 TURN_TIME = 0.01  # seconds after which a turn ends; 64 broadcasts to 1,000 take 5 ms, and are cheaper in one piece
+REFUSALS = (1002, 1007, 1008, 1009, 1013)  # close codes for a client that breaks the protocol or exceeds a limit
 LINGER = 5.0  # seconds that a closed connection waits for the client to close as well
 CACHED_FRAMES, CACHED_BYTES = 256, 1_000_000  # of broadcasts: a flood on 64 channels still finds its frames
 
@@ -1813,7 +1834,7 @@ class Stream(Process):
             case ("ok", state):
                 self.state, self.init_waiter = state, None
             case result:
-                raise ValueError(f"init returned {result!r}, not ('ok', state)")
+                raise ValueError(f'{self.role()}.init answered {result!r}; expected ("ok", state)')
         init_waiter.send("ok")
         self.reschedule()
 
@@ -1863,7 +1884,7 @@ class Stream(Process):
                     outgoing.append(data)
                     size += len(data)
             else:
-                size += self.handle_result(result, info)
+                size += self.handle_result(result, info, "websocket_info")
             if not mailbox or size > READ_SIZE or self.write_buffer or self.exiting is not None:
                 break  # the rest waits in the mailbox, where it is counted, and not yet encoded
             if not done % 8 and monotonic() > deadline:  # checked for each message, it would cost a flood 5 %
@@ -1876,7 +1897,8 @@ class Stream(Process):
             if type(frame) is not tuple:
                 if frame != "$init":
                     raise frame
-                result = self.handler.websocket_init(self.state)
+                size += self.handle_result(self.handler.websocket_init(self.state), None, "websocket_init")
+                result = "ok"
             elif frame[0] == "close":
                 raise Close(frame[1], "", "remote" if frame[1] == NO_STATUS else ("remote", *frame[1:]))
             else:
@@ -1893,14 +1915,14 @@ class Stream(Process):
         if not self.reader.active and not self._should_pause():
             self.reader.start(self.readable)
 
-    def handle_result(self, result: Any, _info: Any = None) -> int:
+    def handle_result(self, result: Any, _info: Any = None, callback: str = "websocket_handle") -> int:
         """Keeps the state and queues the frames that a callback returned. Returns their size in bytes."""
         match result:
             case ("reply", frames, state) | ("reply", frames, state, "hibernate"):
                 self.state = state
                 if isinstance(frames, list):
-                    return sum(self._queue_frame(frame) for frame in frames)
-                return self._queue_frame(frames)
+                    return sum(self._queue_frame(frame, callback) for frame in frames)
+                return self._queue_frame(frames, callback)
             case ("ok", state) | ("ok", state, "hibernate"):
                 self.state = state
             case ("stop", state) | ("stop", state, "hibernate"):
@@ -1909,11 +1931,15 @@ class Stream(Process):
             case "ok":
                 pass
             case _:
-                raise ValueError(f"a callback returned {result!r}")
+                expected = '("ok", state), ("reply", frame, state) or ("stop", state)'
+                raise ValueError(f"{self.role()}.{callback} answered {result!r}; expected {expected}")
         return 0
 
-    def _queue_frame(self, frame: Any) -> int:
-        data = self.encode(frame)
+    def _queue_frame(self, frame: Any, callback: str = "websocket_info") -> int:
+        try:
+            data = self.encode(frame)
+        except ValueError as error:
+            raise ValueError(f"{self.role()}.{callback} replied with what is {error}") from None
         self.outgoing.append(data)
         if frame == "close" or frame[0] == "close":
             raise Close(None, "", "stop")  # None: the handler's own close frame is queued
@@ -2028,12 +2054,15 @@ class Stream(Process):
 
     def cleanup(self, error: BaseException) -> Any:
         if self.init_waiter is not None:
-            return self.log_crash(error, f"{type(self.handler).__name__}.init")
+            return self.log_crash(error, f"{self.role()}.init")
         close = self._close_for(error)
         close.__traceback__ = None  # its frames hold it: 3 KiB a connection until the next garbage collection
         if self.phase is OPEN:
             self._start_close(close)
-        log.info("%r%s closed: %r", self, self.title(), close.reason)
+        level, text = logging.INFO, f" ({close.code} {close.text})" if close.text else ""
+        if close.code in REFUSALS:
+            level = logging.WARNING
+        log.log(level, "%r%s closed: %r%s", self, self.title(), close.reason, text)
         if hasattr(self.handler, "terminate"):
             self.handler.terminate(close.reason, self.req, self.state)
         if isinstance(error, ProcessExit) and not isinstance(error.reason, Close):
@@ -2047,7 +2076,8 @@ class Stream(Process):
             return cause
         if isinstance(error, ProcessExit):
             return Close(1001 if is_normal(cause) else 1011, "", cause)
-        self.log_crash(error, f"{type(self.handler).__name__}.{failing_callback(error)}")
+        callback = failing_callback(error)
+        self.log_crash(error, callback and f"{self.role()}.{callback}")
         return Close(1011, "", ("crash", type(error), error))
 
     def role(self) -> str:
@@ -2183,6 +2213,7 @@ class ConnectionRegistry:
         self.limit = limit  # connections
         self.leaving = False  # whether the server is asked to stop, but still serves for SHUTDOWN_DELAY
         self.draining = False
+        self.host = ""  # the address that the server listens on; "" before it does
         self.slow_closed = 0  # connections whose client did not read
         self.dropped = 0  # messages, for clients that did not read
         self.logged, self.logged_drops = -60.0, 0  # when drops were logged last, and how many there were then
@@ -2222,6 +2253,8 @@ class ConnectionRegistry:
 EVENT_STREAM = {"Content-Type": "text/event-stream", "Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
 _BOTTLES_FORM = vars(bottle.BaseRequest)["POST"].getter.__code__
 _REST = "rest_of_the_path"  # bottle's name for the binding "..."
+GROUP_KEYS = {"plugins", "prefix", "routes", "security"}  # of a group of routes; rooms add theirs
+ROUTE_OPTIONS = {"methods", "protocol"}  # of a route, besides the names in `Settings`; rooms add theirs
 
 
 class Nova(bottle.Bottle):
@@ -2240,7 +2273,7 @@ class Nova(bottle.Bottle):
         self, groups: Iterable[Mapping[str, Any]] = (), *, plugins: Iterable[Any] = (), **settings: Any
     ) -> None:
         super().__init__()
-        self.settings = _settings(Settings(), settings)
+        self.settings = _settings("Nova", Settings(), settings)
         self.plugins.insert(0, SimpleNamespace(apply=lambda *args: partial(_call_outermost, *args)))
         if plugins:
             room("plugins").install(self, plugins)
@@ -2249,28 +2282,25 @@ class Nova(bottle.Bottle):
 
     def add(self, group: Mapping[str, Any]) -> None:
         """Adds a group of routes. Raises ValueError for unknown keys and options."""
+        if "checks" in rooms:
+            rooms["checks"].check_group(group)
         if "plugins" in rooms:
             group = rooms["plugins"].prepare(self, group)
-        unknown = set(group) - {"prefix", "security", "routes", "plugins"}
-        if unknown:
+        if unknown := set(group) - GROUP_KEYS:  # with a misspelt "security", the group would be open
             raise ValueError(f"a group of routes has no {', '.join(sorted(unknown))}")
-        security = group.get("security", False)
-        if security is not False and not callable(security):
-            raise ValueError(f"security is False or a function of req, not {security!r}")
         for route in group.get("routes", ()):
+            if "checks" in rooms:
+                rooms["checks"].check_route(self, group, route, _rule)
             self._add(group, *route)
 
     def _add(self, group: Mapping[str, Any], path: str, controller: Any, options: Any = ()) -> None:
         if isinstance(path, int) or any(isinstance(plugin, tuple) for plugin in bottle.makelist(group.get("plugins"))):
             room("plugins")  # which would have taken these; raises if it was cut off
         rule, options = _rule(group.get("prefix", ""), path), dict(options)
-        methods, protocol = options.pop("methods", None), options.pop("protocol", "http")
-        if isinstance(methods, str):
-            raise ValueError(f"{rule}: methods is a list")
-        if protocol not in ("http", "ws") or (protocol == "http" and not callable(controller)):
-            raise ValueError(f"{rule}: {controller!r} cannot serve the protocol {protocol!r}")
-        kind, methods = (_WebSocketEndpoint, ["get"]) if protocol == "ws" else (_Endpoint, methods or ["_"])
-        endpoint = kind(controller, group.get("security", False), _settings(self.settings, options))
+        settings = {key: value for key, value in options.items() if key not in ROUTE_OPTIONS}
+        methods = ["get"] if options.get("protocol") == "ws" else options.get("methods") or ["_"]
+        kind = _WebSocketEndpoint if options.get("protocol") == "ws" else _Endpoint
+        endpoint = kind(controller, group.get("security", False), _settings(rule, self.settings, settings))
         names = ["ANY" if method == "_" else method.upper() for method in methods]
         self.route(rule, names, endpoint, apply=group.get("plugins", []))
 
@@ -2294,7 +2324,7 @@ class Nova(bottle.Bottle):
 
     def stats(self) -> dict[str, Any]:
         """Returns figures of this node (see the function `stats`)."""
-        return room("board").stats()
+        return room("stats").stats()
 
     def board(self, path: str = "/board", security: Any = False, logout: str = "") -> None:
         """Adds the board, a page that shows what this node is doing (see the function `board`)."""
@@ -2311,6 +2341,9 @@ class Nova(bottle.Bottle):
             where = bottle.request.method, printable(bottle.request.path)
             log.error("the response to %s %s crashed", *where, exc_info=error)
             return super()._cast(HTTPError(500, exception=error), peek)
+        finally:
+            if COOKIES_KEY in bottle.request.environ:
+                room("sessions").send_cookies(bottle.request.environ)
 
     def default_error_handler(self, res: HTTPError) -> bytes:
         accept = bottle.request.environ.get("HTTP_ACCEPT", "")
@@ -2319,21 +2352,12 @@ class Nova(bottle.Bottle):
         return body
 
 
-def _settings(settings: Settings, options: Mapping[str, Any]) -> Settings:
-    unknown = set(options) - {field.name for field in fields(Settings)}
-    if unknown:
-        raise ValueError(f"there is no option {', '.join(sorted(unknown))}")
-    if isinstance(options.get("origins"), str) and options["origins"] != "*":
-        raise ValueError("origins is a list, or '*'")
-    for origin in () if options.get("origins") in (None, "*") else options["origins"]:
-        if parse_origin(origin) is None:
-            raise ValueError(f"expected an origin such as 'https://example.org', without a path, got {origin!r}")
-    if not isinstance(options.get("trust_proxy", 0), int) or options.get("trust_proxy", 0) < 0:
-        raise ValueError(f"trust_proxy is a number of proxies, or True for one, not {options['trust_proxy']!r}")
-    if isinstance(options.get("subprotocols"), str):
-        raise ValueError("subprotocols is a list")
-    if options.get("on_slow", "close") not in ("close", "drop_oldest", "drop_new"):
-        raise ValueError("on_slow is 'close', 'drop_oldest' or 'drop_new'")
+def _settings(where: str, settings: Settings, options: Mapping[str, Any]) -> Settings:
+    if "checks" in rooms:
+        rooms["checks"].check_settings(where, options)
+    for name, needed in {"compress": "deflate", "trust_proxy": "proxy"}.items():
+        if options.get(name):
+            room(needed).check(options)  # raises here, and not at the first client, if it was cut off
     return replace(settings, **options)
 
 
@@ -2378,6 +2402,8 @@ class _Endpoint:
                 return "status", *answer[1:]
             case ("redirect", _) | HTTPResponse():
                 return answer
+        if answer is not False and "checks" in rooms:
+            rooms["checks"].warn_of_answer(self, answer, req)
         return "status", 401
 
     def answer(self, result: Any, req: Request) -> HTTPResponse:
@@ -2426,12 +2452,7 @@ class _WebSocketEndpoint(_Endpoint):
     """The gate before the 101: every refusal is plain HTTP."""
 
     def __init__(self, handler: Any, security: Any, settings: Settings) -> None:
-        missing = [name for name in ("init", "websocket_handle", "websocket_info") if not hasattr(handler, name)]
-        if missing:
-            raise ValueError(f"the WebSocket handler {handler!r} lacks {', '.join(missing)}")
         super().__init__(handler, security, settings)
-        if settings.compress:
-            room("deflate")  # raises here, and not at the first client, if it was cut off
 
     def __call__(self, **bindings: Any) -> HTTPResponse:
         req = self.make_request(bindings)
@@ -2462,6 +2483,7 @@ class _WebSocketEndpoint(_Endpoint):
         """Runs `init`. If it accepts, the server sends this response and detaches the socket."""
         registry: ConnectionRegistry = req.environ[REGISTRY_KEY]
         if len(registry.connections) >= registry.limit:
+            req.environ[REFUSAL_KEY] = f"{registry.limit} connections are the limit"
             return HTTPError(503, "there are too many connections", Retry_After="5")
         connection = kind(self.controller, req, self.settings, registry)
         if not connection.start():
@@ -2517,38 +2539,6 @@ def heartbeat(req: Request) -> Any:
 DRAIN_TIME = 5.0  # seconds that a stopping server gives requests and clients to finish
 SHUTDOWN_DELAY = 0.0  # seconds between the signal and the drain; the heartbeat already returns 503
 BACKLOG = 2048  # connections that may wait to be accepted: after a restart all clients connect together
-
-
-class TLS:
-    """Makes a TLS socket look like a plain non-blocking one: `recv` raises BlockingIOError, `send` returns 0."""
-
-    def __init__(self, sock: Any) -> None:
-        self.sock = sock  # gevent's, which does not wait once its timeout is 0
-        self.fileno, self.close = sock.fileno, sock.close
-
-    def recv(self, size: int) -> bytes:
-        """Returns a whole record: bytes that have left the kernel do not trigger a watcher."""
-        try:
-            data = self.sock.recv(size)
-            while pending := self.sock.pending():
-                data += self.sock.recv(pending)
-            return data
-        except (SSLWantReadError, SSLWantWriteError):
-            raise BlockingIOError from None
-        except (SSLEOFError, SSLZeroReturnError):
-            return b""
-
-    def send(self, data: Any) -> int:
-        try:
-            return self.sock.send(data)
-        except (SSLWantReadError, SSLWantWriteError):
-            return 0
-
-    def shutdown(self, how: int) -> None:
-        """Sends close_notify and TCP's FIN."""
-        with suppress(OSError, ValueError):
-            self.sock._sslobj.shutdown()
-        _socket.socket.shutdown(self.sock._sock, how)
 
 
 class RequestHandler(UpgradeHandler):
@@ -2654,9 +2644,8 @@ class RequestHandler(UpgradeHandler):
         self.rfile.close()
         raw: Any
         if self.server.ssl_enabled:
-            with suppress(OSError):
-                early += sock.recv(sock.pending()) if sock.pending() else b""
-            raw = TLS(sock)
+            raw, rest = room("tls").detach(sock)
+            early += rest
         else:
             raw = _socket.socket(sock.family, sock.type, sock.proto, sock.detach())
             raw.setblocking(False)  # whatever socket.setdefaulttimeout says
@@ -2667,14 +2656,8 @@ class RequestHandler(UpgradeHandler):
             connection.interrupt("shutdown")
 
     def log_request(self) -> None:
-        if log.isEnabledFor(logging.INFO):
-            milliseconds = (self.time_finish - self.time_start) * 1000
-            status = (self._orig_status or "000").split()[0]
-            line = printable(self.requestline or ""), status, self.response_length, milliseconds
-            log.info('%s "%s" %s %d %.1f ms', self.peer(), *line)
-
-    def peer(self) -> str:
-        return "{}:{}".format(*self.client_address[:2])
+        if "logs" in rooms:
+            rooms["logs"].log_request(self)
 
 
 class Server(gevent.pywsgi.WSGIServer):
@@ -2682,7 +2665,8 @@ class Server(gevent.pywsgi.WSGIServer):
 
     This is for programs with a main loop of their own; `Nova.run` is for those without. `certfile` (and `keyfile`)
     enable https and wss. `max_connections` limits WebSockets, by default to what the descriptor limit allows. With
-    `reuse_port`, other processes may serve the same port. `children` are the application's, as `run` has them: if their
+    `reuse_port`, other processes may serve the same port. `trust_proxy` is the number of proxies in front, for an
+    application that is no `Nova` with that setting. `children` are the application's, as `run` has them: if their
     supervisor ends, `failed` is set and the server stops. Raises OSError if the address is in use or a file cannot be
     read, RuntimeError if a child cannot be started.
     """
@@ -2701,6 +2685,7 @@ class Server(gevent.pywsgi.WSGIServer):
         keyfile: str | None = None,
         max_connections: int | None = None,
         reuse_port: bool = False,
+        trust_proxy: int = 0,
         children: Iterable[dict[str, Any]] = (),
     ) -> None:
         self.registry = ConnectionRegistry(_descriptor_limit() - 64 if max_connections is None else max_connections)
@@ -2710,10 +2695,12 @@ class Server(gevent.pywsgi.WSGIServer):
         self.tree = room("launch").ApplicationTree(children, self) if children else None
         self.failed = False  # the tree's supervisor has ended
         self.on_failure: Callable[[], Any] = partial(gevent.spawn, self.stop)
-        tls = {"ssl_context": _tls_context(certfile, keyfile)} if certfile else {}
+        tls = room("tls").set_up(self, certfile, keyfile) if certfile else {}
         if reuse_port:
             self.get_listener = lambda _address, backlog, _family: room("launch").bound_socket(host, port, backlog)
         handler = rooms["http"].handler if "http" in rooms else RequestHandler
+        if hops := trust_proxy or getattr(getattr(app, "settings", None), "trust_proxy", 0):
+            handler = room("proxy").handler_behind(hops, handler)
         super().__init__((host, port), app, BACKLOG, log=None, error_log=log, handler_class=handler, **tls)
 
     def __enter__(self) -> Server:
@@ -2734,6 +2721,7 @@ class Server(gevent.pywsgi.WSGIServer):
         _check_patch()
         scheduler.bind_thread()
         super().init_socket()
+        self.registry.host = self.address[0]
         self.socket.setsockopt(IPPROTO_TCP, TCP_NODELAY, 1)  # accepted sockets inherit it
 
     def do_read(self) -> Any:
@@ -2750,19 +2738,6 @@ class Server(gevent.pywsgi.WSGIServer):
         self._timer = self.loop.timer(0.1)
         self._timer.start(self._start_accepting_if_started)
         return None
-
-    def wrap_socket_and_handle(self, client_socket: Any, address: Any) -> None:
-        try:
-            with gevent.Timeout(self.HEAD_TIME, TimeoutError("no TLS handshake in time")):
-                sock = self.wrap_socket(client_socket, server_side=True)
-        except OSError as error:
-            log.info("%s:%d refused: %s", *address[:2], error)
-            client_socket.close()
-            return
-        handler = self.handler_class(sock, address, self)
-        handler.handle()
-        if not handler.detached:
-            sock.close()
 
     def stop(self, timeout: float | None = None) -> None:
         """Closes the listener, waits for requests, and closes WebSockets with 1001; aborts the rest after `timeout`.
@@ -2799,18 +2774,6 @@ class Server(gevent.pywsgi.WSGIServer):
         return sum(handler.busy for handler in self.handlers) + len(self.registry.connections)
 
 
-def _tls_context(certfile: str, keyfile: str | None) -> Any:
-    from gevent import ssl
-
-    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
-    context.options |= ssl.OP_NO_RENEGOTIATION  # with it, reading could require writing
-    try:
-        context.load_cert_chain(certfile, keyfile)
-    except OSError as error:  # OpenSSL's message does not name the file
-        raise OSError(error.errno, f"the certificate {certfile} cannot be used: {error.strerror}") from error
-    return context
-
-
 def run(
     app: Any,
     host: str = "127.0.0.1",
@@ -2823,6 +2786,7 @@ def run(
     shutdown_delay: float = SHUTDOWN_DELAY,
     reload: bool = False,
     log_level: str = "info",
+    log_format: str = "plain",
     children: Iterable[dict[str, Any]] = (),
     **options: Any,
 ) -> None:
@@ -2832,24 +2796,26 @@ def run(
     load balancer can notice. A second signal ends the process immediately. `cluster` is the URL of a Redis (see
     `pubsub.connect`), and `name` is this node's name there. `workers` is the number of processes on the port (see
     `run_workers`); more than one need a cluster. `reload` restarts the program when one of its files changes.
+    With `log_format="json"`, a line of the log is a JSON object.
     `children` (see `start_supervisor`) are started in each process that serves, before it does, and stopped after the
     drain, also if a signal comes while they start; if their supervisor ends, the server drains and the exit code is 1.
     `options` are `Server`'s. Raises OSError if the address is in use, ValueError for a bad child and for workers
     without a cluster, RuntimeError for a child that cannot be started and for a room that this copy lacks.
     """
+    if log_format != "plain":
+        logging.basicConfig(level=log_level.upper(), handlers=[room("logs").log_handler(log_format)])
     process = "%(process)d " if workers > 1 else ""
     logging.basicConfig(level=log_level.upper(), format=f"%(asctime)s {process}%(levelname)s %(name)s: %(message)s")
     options["children"] = room("gen_server").check_children(children) if children else ()  # before there are workers
     if reload:
         room("launch").reload_on_change()
+        drain_time, shutdown_delay = min(drain_time, 0.3), 0.0
     if workers > 1:
         if cluster is None:
             raise ValueError("workers need a cluster: without one a broadcast would reach one worker's clients only")
         number, port = room("launch").run_workers(workers, host, port, drain_time + shutdown_delay)
         options["reuse_port"], name = True, f"{name or scheduler.node}-{number}"
     _descriptor_limit(raised=True)
-    if reload:
-        drain_time, shutdown_delay = min(drain_time, 0.3), 0.0
     try:
         _serve(Server(app, host, port, drain_time=drain_time, **options), shutdown_delay, cluster, name)
     finally:
@@ -3225,7 +3191,9 @@ class StrictRequestHandler(RequestHandler):
         """Refuses a request that cannot be read, and closes: the start of the next one is unknown."""
         late = "408 Request Timeout" if isinstance(ex, TimeoutError) else "400 Bad Request"
         status, reason = getattr(ex, "status_line", late), printable(getattr(ex, "body", None) or ex)
-        log.info('%s "%s" refused: %s (%s)', self.peer(), printable(self.requestline or ""), status, reason)
+        peer, line = "{}:{}".format(*self.client_address[:2]), printable(self.requestline or "")
+        fields = {"peer": peer, "request": line, "status": int(status[:3]), "phrase": status[4:], "reason": reason}
+        log.info('%(peer)s "%(request)s" refused: %(status)d %(phrase)s (%(reason)s)', fields)
         self._orig_status = status
         kind, body = error_body(status, status[4:], "")
         head = f"HTTP/1.1 {status}\r\nContent-Type: {kind}\r\nContent-Length: {len(body)}\r\nConnection: close\r\n\r\n"
@@ -3235,11 +3203,9 @@ class StrictRequestHandler(RequestHandler):
         self._await_close()
 
     def end_tls(self) -> None:
-        """Sends close_notify: without it a complete response looks truncated (RFC 9112 §9.8)."""
+        """Sends close_notify, over TLS: without it a complete response looks truncated (RFC 9112 §9.8)."""
         if self.server.ssl_enabled:
-            self.socket.settimeout(0)  # does not wait for the client's
-            with suppress(OSError, ValueError):
-                self.socket.unwrap()
+            room("tls").send_close_notify(self.socket)
 
     def _await_close(self) -> None:
         """Shuts down writing and reads until `deadline`: closing with unread bytes would reset the connection, and the
@@ -3288,7 +3254,8 @@ class StrictRequestHandler(RequestHandler):
         else:
             if not isinstance(error, gevent.GreenletExit):
                 line = printable(self.requestline or "")
-                log.error('%s "%s" crashed', self.peer(), line, exc_info=(kind, error, tb))
+                fields = {"peer": "{REMOTE_ADDR}:{REMOTE_PORT}".format_map(self.environ), "request": line}
+                log.error('%(peer)s "%(request)s" crashed', fields, exc_info=(kind, error, tb))
             self._refuse(500)
 
     def _refuse(self, status: int, text: str = "") -> None:
@@ -3422,13 +3389,624 @@ def _tokens(value: str) -> list[str]:
     return [token for token in re.split(r"[ \t,]+", value.lower()) if token]
 
 
-rooms["http"] = SimpleNamespace(handler=StrictRequestHandler)
-# ----- cut here: without views ---------------------------------------------------------------------------------------
-# Lost: templates and files: ("ok", variables), ("view", variables), ("sendfile", ...), static.
+class _SlicedBytes(BytesIO):
+    """Yields to other greenlets while bottle parses a form: 1 MB may take 0.8 s."""
+
+    def read(self, size: int | None = -1) -> bytes:
+        scheduler.yield_after_slice()
+        return super().read(min(size, 4096) if size and size > 0 else size)
+
+
+rooms["http"] = SimpleNamespace(handler=StrictRequestHandler, SlicedBytes=_SlicedBytes)
+# ----- cut here: without tls -----------------------------------------------------------------------------------------
+# Lost: certfile and keyfile: https and wss without a proxy.
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Views: templates and files, which bottle renders and sends.
+# TLS: https and wss, with gevent's ssl.
+# Invariant: what a connection's process gets behaves like a plain non-blocking socket.
+# ---------------------------------------------------------------------------------------------------------------------
+
+from ssl import SSLEOFError, SSLWantReadError, SSLWantWriteError, SSLZeroReturnError
+
+
+def _set_up(server: Any, certfile: str, keyfile: str | None) -> dict[str, Any]:
+    """Returns gevent's arguments for a server that speaks TLS. Raises OSError if a file cannot be used."""
+    from gevent import ssl
+
+    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    context.options |= ssl.OP_NO_RENEGOTIATION  # with it, reading could require writing
+    try:
+        context.load_cert_chain(certfile, keyfile)
+    except OSError as error:  # OpenSSL's message does not name the file
+        raise OSError(error.errno, f"the certificate {certfile} cannot be used: {error.strerror}") from error
+    server.wrap_socket_and_handle = partial(_handle_client, server)
+    return {"ssl_context": context}
+
+
+class TLS:
+    """Makes a TLS socket look like a plain non-blocking one: `recv` raises BlockingIOError, `send` returns 0."""
+
+    def __init__(self, sock: Any) -> None:
+        self.sock = sock  # gevent's, which does not wait once its timeout is 0
+        self.fileno, self.close = sock.fileno, sock.close
+
+    def recv(self, size: int) -> bytes:
+        """Returns a whole record: bytes that have left the kernel do not trigger a watcher."""
+        try:
+            data = self.sock.recv(size)
+            while pending := self.sock.pending():
+                data += self.sock.recv(pending)
+            return data
+        except (SSLWantReadError, SSLWantWriteError):
+            raise BlockingIOError from None
+        except (SSLEOFError, SSLZeroReturnError):
+            return b""
+
+    def send(self, data: Any) -> int:
+        try:
+            return self.sock.send(data)
+        except (SSLWantReadError, SSLWantWriteError):
+            return 0
+
+    def shutdown(self, how: int) -> None:
+        """Sends close_notify and TCP's FIN."""
+        with suppress(OSError, ValueError):
+            self.sock._sslobj.shutdown()
+        _socket.socket.shutdown(self.sock._sock, how)
+
+
+def _handle_client(server: Server, client_socket: Any, address: Any) -> None:
+    """Serves a client that has just connected. Runs in a greenlet of its own."""
+    try:
+        with gevent.Timeout(server.HEAD_TIME, TimeoutError("no TLS handshake in time")):
+            sock = server.wrap_socket(client_socket, server_side=True)
+    except OSError as error:
+        log.info("%(peer)s refused: %(reason)s", {"peer": "{}:{}".format(*address[:2]), "reason": error})
+        client_socket.close()
+        return
+    handler = server.handler_class(sock, address, server)
+    handler.handle()
+    if not handler.detached:
+        sock.close()
+
+
+def _detach(sock: Any) -> tuple[TLS, bytes]:
+    """Returns the socket for a connection's process, and the bytes that TLS has read ahead."""
+    early = b""
+    with suppress(OSError):
+        early = sock.recv(sock.pending()) if sock.pending() else b""
+    return TLS(sock), early
+
+
+def _send_close_notify(sock: Any) -> None:
+    sock.settimeout(0)  # does not wait for the client's
+    with suppress(OSError, ValueError):
+        sock.unwrap()
+
+
+rooms["tls"] = SimpleNamespace(
+    set_up=_set_up,
+    detach=_detach,
+    send_close_notify=_send_close_notify,
+)
+
+
+# ----- cut here: without proxy ---------------------------------------------------------------------------------------
+# Lost: trust_proxy; and localhost, 127.0.0.1 and [::1] are then different hosts for an Origin.
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Proxy: what a proxy in front says of the client, and by which names a server is called.
+# Invariant: without `trust_proxy`, nothing that a client writes in an X-Forwarded header counts.
+# ---------------------------------------------------------------------------------------------------------------------
+
+from ipaddress import ip_address
+
+LOOPBACK_NAMES = ("localhost", "127.0.0.1", "[::1]")
+_REWRITTEN = "nova_lite.rewritten"  # in WSGI's environ: nothing is rewritten twice
+_SCHEMES = {"http": "http", "https": "https", "ws": "http", "wss": "https"}  # some proxies forward wss
+_AUTHORITY = re.compile(r"([A-Za-z0-9._~-]+|\[[0-9A-Fa-f:.]+\])(?::([0-9]{1,5}))?")
+_ADDRESS = re.compile(r'"?(?:\[([0-9A-Fa-f:.]+)\]|([0-9.]+)|([0-9A-Fa-f:.]+))(?::([0-9]{1,5}))?"?')
+
+
+class ProxiedHandler(RequestHandler):
+    """An HTTP connection from a proxy. Its log has the clients' addresses."""
+
+    hops: int
+
+    def get_environ(self) -> dict[str, Any]:
+        environ = super().get_environ()
+        _rewrite(environ, self.hops)
+        return environ
+
+
+def _handler_behind(hops: Any, handler: type[RequestHandler]) -> Any:
+    """Returns the class of handlers for a server behind so many proxies."""
+    _check({"trust_proxy": hops})
+    return type(handler.__name__, (ProxiedHandler, handler), {"hops": hops})
+
+
+def _check(options: Mapping[str, Any]) -> None:
+    if not isinstance(options["trust_proxy"], int) or options["trust_proxy"] < 0:
+        raise ValueError(f"trust_proxy is a number of proxies, or True for one, not {options['trust_proxy']!r}")
+
+
+def _rewrite(environ: dict[str, Any], hops: int) -> None:
+    """Replaces the proxy's address by the client's, and scheme and host by those that the client has asked for.
+
+    Of each list, the entry that the farthest of `hops` proxies wrote counts, or the first if there are fewer. The
+    headers keep what counts, for bottle's `request`.
+    """
+    if _REWRITTEN in environ:
+        return
+    environ[_REWRITTEN] = hops
+    addresses = filter(None, map(_parse_address, _list_believed(environ, "FOR", hops)))  # "unknown" is skipped
+    address, port = next(addresses, ("", ""))
+    scheme = _SCHEMES.get("".join(_list_believed(environ, "PROTO", hops)[:1]).lower(), "")
+    host = "".join(_list_believed(environ, "HOST", hops)[:1])
+    host = host if _AUTHORITY.fullmatch(host) else ""
+    own = {"REMOTE_ADDR": address, "REMOTE_PORT": port, "wsgi.url_scheme": scheme, "HTTP_HOST": host}
+    environ |= {key: value for key, value in own.items() if value}
+    for name, value in (("FOR", address), ("PROTO", scheme), ("HOST", host)):
+        environ.pop(f"HTTP_X_FORWARDED_{name}", None)
+        if value:
+            environ[f"HTTP_X_FORWARDED_{name}"] = value
+
+
+def _list_believed(environ: Mapping[str, Any], name: str, hops: int) -> list[str]:
+    """Returns the entries that the proxies wrote, the farthest one's first. Each proxy appends one or begins a list."""
+    values = [part.strip() for part in environ.get(f"HTTP_X_FORWARDED_{name}", "").split(",")]
+    return [value for value in values if value][-hops:]
+
+
+def _parse_address(text: str) -> tuple[str, str] | None:
+    """Returns (address, port) in normal form, the port "0" if there is none; or None for what is not an address."""
+    match = _ADDRESS.fullmatch(text)
+    if match is None or int(match[4] or 0) > 65535:
+        return None
+    with suppress(ValueError):
+        address = ip_address(match[1] or match[2] or match[3])
+        return str(getattr(address, "ipv4_mapped", None) or address), match[4] or "0"
+    return None
+
+
+def _list_origins(own: str, environ: Mapping[str, Any]) -> list[str]:
+    """Returns the origins of a request's own host, `own` and the same under other names.
+
+    A Host without a port may come from a proxy that hides it: then the port is not compared. On a server that only
+    this machine can reach, the names of the loopback address are one host, if the Host is one of them: a name that an
+    attacker's DNS resolves to that address is not.
+    """
+    scheme, _, host = own.partition("://")
+    match, origin = _AUTHORITY.fullmatch(host), parse_origin(environ.get("HTTP_ORIGIN"))
+    if match is None:
+        return [own]
+    origins, port = [own], f":{match[2]}" if match[2] else ""
+    if _REWRITTEN in environ and not port and origin is not None:
+        origins.append(f"{own}:{origin[2]}")
+    if match[1].lower() in LOOPBACK_NAMES and REGISTRY_KEY in environ and is_loopback(environ[REGISTRY_KEY].host):
+        origins += [f"{scheme}://{name}{port}" for name in LOOPBACK_NAMES]
+    return origins
+
+
+@lru_cache(maxsize=16)
+def is_loopback(host: str) -> bool:
+    """Returns whether only this machine reaches a server that listens on `host`, an address or "localhost"."""
+    with suppress(ValueError):
+        return host == "localhost" or ip_address(host).is_loopback
+    return False
+
+
+rooms["proxy"] = SimpleNamespace(
+    check=_check,
+    handler_behind=_handler_behind,
+    list_origins=_list_origins,
+    rewrite=_rewrite,
+)
+
+
+# ----- cut here: without checks --------------------------------------------------------------------------------------
+# Lost: mistakes in routes, options and callbacks are found, with advice, when the application is made or a server is
+# started. The core refuses unknown keys of a group; other mistakes show at the request.
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Checks: finds mistakes when the application is made, and says what is wrong, where, and what to do instead.
+# Invariant: a program without mistakes runs the same with and without this room. Nothing of the application is called,
+# and what cannot be known is no mistake.
+# ---------------------------------------------------------------------------------------------------------------------
+
+import difflib
+import inspect
+from collections.abc import Collection
+from dataclasses import fields
+from types import MethodType
+
+WEBSOCKET_CALLBACKS = {  # with the arguments of each
+    "init": ("state",),
+    "websocket_init": ("state",),
+    "websocket_handle": ("frame", "state"),
+    "websocket_info": ("info", "state"),
+    "terminate": ("reason", "req", "state"),
+}
+SERVER_CALLBACKS = {
+    "init": ("args",),
+    "handle_continue": ("term", "state"),
+    "handle_call": ("request", "from_", "state"),
+    "handle_cast": ("request", "state"),
+    "handle_info": ("info", "state"),
+    "terminate": ("reason", "state"),
+}
+_METHODS = (  # IANA's registry, and those in wide use beside it
+    "ACL BASELINE-CONTROL BIND CHECKIN CHECKOUT CONNECT COPY DELETE GET HEAD LABEL LINK LOCK M-SEARCH MERGE MKACTIVITY "
+    "MKCALENDAR MKCOL MKREDIRECTREF MKWORKSPACE MOVE NOTIFY OPTIONS ORDERPATCH PATCH POST PROPFIND PROPPATCH PURGE PUT "
+    "QUERY REBIND REPORT SEARCH SUBSCRIBE TRACE UNBIND UNCHECKOUT UNLINK UNLOCK UNSUBSCRIBE UPDATE UPDATEREDIRECTREF "
+    "VERSION-CONTROL ANY _"
+)
+_COMMON_METHODS = ("DELETE", "GET", "HEAD", "OPTIONS", "PATCH", "POST", "PUT")
+_PROTOCOLS = {"websocket": "ws", "websockets": "ws", "wss": "ws", "https": "http"}
+_routes: weakref.WeakKeyDictionary[Nova, dict[Any, str]] = weakref.WeakKeyDictionary()  # (rule, method) -> controller
+_checked_servers: weakref.WeakSet[Any] = weakref.WeakSet()  # classes
+_warned: weakref.WeakSet[Any] = weakref.WeakSet()  # endpoints whose `security` has been reported
+
+
+def _suggest(name: Any, known: Iterable[str]) -> str:
+    """Returns the end of a message on an unknown name: the nearest one that is known, else all."""
+    nearest = difflib.get_close_matches(str(name), known, 1)
+    return f"did you mean {nearest[0]!r}?" if nearest else f"known are {', '.join(sorted(known))}"
+
+
+# -- groups and routes
+
+
+def _check_group(group: Any) -> None:
+    if not isinstance(group, Mapping):
+        advice = "" if isinstance(group, str) else f': write Nova([{{"routes": [{_shown(group)}, ...]}}])'
+        raise ValueError(f"Nova takes groups of routes, dicts, not {_shown(group)}{advice}")
+    where = _name_group(group)
+    for key in group:
+        if key in ROUTE_OPTIONS or key in _settings_names():
+            raise ValueError(f"{where}: {key!r} is an option of a route: (path, controller, {{{key!r}: ...}})")
+        if key not in GROUP_KEYS:
+            raise ValueError(f"{where} has no key {key!r}; {_suggest(key, GROUP_KEYS)}")
+    if not isinstance(group.get("prefix", ""), str):
+        raise ValueError(f"{where}: the prefix must be a string, got {group['prefix']!r}")
+    _check_security(where, group.get("security", False))
+    routes = group.get("routes", ())
+    if isinstance(routes, str | bytes | Mapping) or not isinstance(routes, Iterable):
+        raise ValueError(f"{where}: routes must be a list of (path, controller[, options]), got {_shown(routes)}")
+
+
+def _name_group(group: Mapping[Any, Any]) -> str:
+    if group.get("prefix"):
+        return f"the group with the prefix {group['prefix']!r}"
+    match group.get("routes"):
+        case [[str(path), *_], *_]:
+            return f"the group of the route {path!r}"
+    return "a group of routes"
+
+
+def _check_security(where: str, security: Any) -> None:
+    if security is False:
+        return
+    if not callable(security):
+        raise ValueError(f"{where}: security must be False or a function of req, got {security!r}")
+    _check_call(f"{where}: security {name_of(security)}", security, ("req",))
+
+
+def _check_route(app: Nova, group: Mapping[str, Any], route: Any, make_rule: Callable[[str, str], str]) -> None:
+    where = _name_group(group)
+    if not isinstance(route, tuple | list) or not 2 <= len(route) <= 3:
+        raise ValueError(f"{where}: a route must be a tuple (path, controller[, options]), got {_shown(route)}")
+    path, controller, options = (*route, {})[:3]
+    if isinstance(path, bool) or not isinstance(path, str | int):
+        raise ValueError(f"{where}: a route must begin with its path, a string, got {_shown(path)}")
+    rule = make_rule(group.get("prefix", ""), path) if isinstance(path, str) else f"the route of the status {path}"
+    try:
+        options = dict(options)
+    except (TypeError, ValueError):
+        raise ValueError(f'{rule}: the options must be a dict such as {{"methods": ["get"]}}, got {options!r}')
+    _check_options(rule, options)
+    if options.get("protocol", "http") == "ws":
+        _check_handler(rule, controller)
+    else:
+        _check_controller(rule, controller)
+    if isinstance(path, str):
+        _check_twice(app, rule, options, controller)
+
+
+def _check_options(rule: str, options: Mapping[str, Any]) -> None:
+    known = ROUTE_OPTIONS | _settings_names()
+    for key in options:
+        if key in GROUP_KEYS - known:
+            raise ValueError(f"{rule}: {key!r} is a key of the group, not of a route")
+        if key not in known:
+            raise ValueError(f"{rule}: there is no option {key!r}; {_suggest(key, known)}")
+    protocol, methods = options.get("protocol", "http"), options.get("methods", [])
+    if protocol not in ("http", "ws"):
+        nearest = _PROTOCOLS.get(str(protocol).lower()) or ("ws" if "socket" in str(protocol).lower() else None)
+        advice = f"did you mean {nearest!r}?" if nearest else "it is 'http' or 'ws'"
+        raise ValueError(f"{rule}: there is no protocol {protocol!r}; {advice}")
+    if not isinstance(methods, list | tuple | set | frozenset):
+        raise ValueError(f'{rule}: methods must be a list such as ["get", "post"], got {methods!r}')
+    for method in methods:
+        _check_method(rule, method)
+    if protocol == "ws" and {method.upper() for method in methods} - {"GET", "ANY", "_"}:
+        raise ValueError(f"{rule}: a WebSocket route has no methods, since its handshake is a GET")
+
+
+def _check_method(rule: str, method: Any) -> None:
+    """Raises ValueError for what is no method of HTTP, or resembles a common one. Others are accepted in capitals."""
+    name = method.upper() if isinstance(method, str) else ""
+    if name in _METHODS.split():
+        return
+    nearest = difflib.get_close_matches(name, _COMMON_METHODS, 1)
+    if nearest or name != method or not re.fullmatch("[A-Z0-9_-]+", name):
+        advice = f"did you mean {nearest[0].lower()!r}?" if nearest else 'any is "_"; write one of your own in capitals'
+        raise ValueError(f"{rule}: {method!r} is no method of HTTP; {advice}")
+
+
+def _check_controller(rule: str, controller: Any) -> None:
+    is_handler = any(hasattr(controller, name) for name in ("websocket_handle", "websocket_info"))
+    if is_handler and (isinstance(controller, type) or not callable(controller)):
+        raise ValueError(f'{rule}: {_shown(controller)} is a WebSocket handler: its route needs {{"protocol": "ws"}}')
+    if not callable(controller):
+        advice = {str: "write the function, not its name", ModuleType: "write module.function"}.get(type(controller))
+        advice = advice or "write the function without calling it"
+        raise ValueError(f"{rule}: a controller must be a function of req, got {_shown(controller)}: {advice}")
+    _check_call(f"{rule}: the controller {name_of(controller)}", controller, ("req",))
+
+
+def _check_twice(app: Nova, rule: str, options: Mapping[str, Any], controller: Any) -> None:
+    """Raises ValueError for a rule and method that are taken. What a binding is called makes no difference."""
+    methods = ["GET"] if options.get("protocol") == "ws" else options.get("methods") or ["_"]
+    pattern = re.sub(r"<[^<>:]*", "<", rule)
+    taken = _routes.setdefault(app, {})
+    for method in {"ANY" if method == "_" else method.upper() for method in methods}:
+        if (pattern, method) in taken:
+            first = taken[pattern, method]
+            method = "any method" if method == "ANY" else method
+            raise ValueError(
+                f"{rule}: there are two routes for {method}, {first} and {_shown(controller)}, and the second replaces "
+                'the first; give them different "methods", or remove one'
+            )
+        taken[pattern, method] = _shown(controller)
+
+
+def _shown(thing: Any) -> str:
+    """Returns how a message names a function, a class, or anything else."""
+    if isinstance(thing, tuple):
+        return f"({', '.join(map(_shown, thing))}{',' * (len(thing) == 1)})"
+    name = getattr(thing, "__qualname__", None) or getattr(thing, "__name__", None)
+    return name if isinstance(name, str) else repr(thing)
+
+
+# -- callbacks
+
+
+def _check_handler(rule: str, handler: Any) -> None:
+    where = f"{rule}: the WebSocket handler {_shown(handler)}"
+    _check_callbacks(where, handler, WebSocketHandler, WEBSOCKET_CALLBACKS)
+    missing = [name for name in ("init", "websocket_handle", "websocket_info") if not hasattr(handler, name)]
+    if missing:
+        advice = "inherit from WebSocketHandler, or add them"
+        raise ValueError(f"{where} lacks {', '.join(missing)}: {advice}")
+    _check_instantiable(where, handler, "every connection has an instance of its own")
+
+
+def _check_server(server: Any, base: type) -> None:
+    """Checks a class, module or object that `start_link` was given; classes once. `base` has the default callbacks."""
+    kind = server if isinstance(server, type | ModuleType) else type(server)
+    if kind not in _checked_servers:
+        _check_callbacks(f"the server {_shown(kind)}", kind, base, SERVER_CALLBACKS)
+        _checked_servers.add(kind)
+    _check_instantiable(f"the server {_shown(kind)}", server, "start_link makes the instance")
+
+
+def _check_instantiable(where: str, thing: Any, why: str) -> None:
+    if not isinstance(thing, type):
+        return
+    if inspect.isabstract(thing):
+        lacking: Any = vars(thing)["__abstractmethods__"]
+        raise ValueError(f"{where} is abstract: it lacks {', '.join(sorted(lacking))}")
+    problem = _find_problem(thing, ())
+    if problem:
+        raise ValueError(f"{where} must be made without arguments, but it {problem}: {why}; or give an instance")
+
+
+def _check_callbacks(where: str, thing: Any, base: type, callbacks: Mapping[str, tuple[str, ...]]) -> None:
+    for name, arguments in callbacks.items():
+        callback, leading = _as_called(thing, name, inspect.getattr_static(thing, name, None))
+        if callable(callback):
+            _check_call(f"{where}: {name}", callback, (*leading, *arguments))
+    own = _own_functions(thing, base)
+    for name in sorted(own - callbacks.keys()):
+        meant = [callback for callback in callbacks if callback not in own and _is_misspelt(name, callback)]
+        if meant:
+            nearest = difflib.get_close_matches(name, meant, 1, 0)[0]
+            raise ValueError(f"{where} has {name!r}, which is never called; did you mean {nearest!r}?")
+
+
+def _as_called(thing: Any, name: str, value: Any) -> tuple[Any, tuple[str, ...]]:
+    """Returns the function that a call of the attribute reaches, and what precedes the arguments; None if unknown."""
+    if isinstance(value, staticmethod | classmethod):
+        return value.__func__, ("cls",) if isinstance(value, classmethod) else ()
+    if isinstance(thing, ModuleType) or (not isinstance(thing, type) and name in getattr(thing, "__dict__", ())):
+        return value, ()
+    return (value, ("self",)) if isinstance(value, FunctionType) else (None, ())
+
+
+def _own_functions(thing: Any, base: type) -> set[str]:
+    """Returns the names of the public functions of a class, an object or a module, without those of `base`."""
+    kind = thing if isinstance(thing, type) else type(thing)
+    spaces: list[Any] = [vars(one) for one in kind.__mro__ if one not in (object, ModuleType, base)]
+    if not isinstance(thing, type):
+        spaces.append(getattr(thing, "__dict__", {}))
+    functions = FunctionType | staticmethod | classmethod | partial
+    own = {name for space in spaces for name, value in space.items() if isinstance(value, functions)}
+    return {name for name in own if not name.startswith("_")}
+
+
+def _is_misspelt(name: str, callback: str) -> bool:
+    """Returns whether a name is a callback's with letters transposed, missing or added, or in another case."""
+    head = callback.rpartition("_")[0] + "_"
+    longer = callback.startswith("websocket")
+    if name.startswith(head):
+        name, callback = name[len(head) :], callback[len(head) :]
+    name, callback = name.lower().replace("_", ""), callback.replace("_", "")
+    if name == callback or name[:1] != callback[:1] or sorted(name) == sorted(callback):
+        return name[:1] == callback[:1]
+    is_close = difflib.SequenceMatcher(None, name, callback).ratio() >= 0.83
+    return is_close and (len(name) != len(callback) or longer)  # handle_cost is not a misspelt handle_cast
+
+
+def _check_call(where: str, fn: Any, arguments: tuple[str, ...]) -> None:
+    if _is_async(fn):
+        raise ValueError(f"{where} is an async def, which is not supported: use def; while it waits, others run")
+    problem = _find_problem(fn, arguments)
+    if problem:
+        raise ValueError(f"{where} is called with ({', '.join(arguments)}), but it {problem}")
+
+
+def _is_async(fn: Any) -> bool:
+    while isinstance(fn, partial):
+        fn = fn.func
+    if not isinstance(fn, type) and not inspect.isroutine(fn):
+        fn = type(fn).__call__
+    is_function = type(fn) in (FunctionType, MethodType)  # not a mock, which seems to be anything
+    return is_function and (inspect.iscoroutinefunction(fn) or inspect.isasyncgenfunction(fn))
+
+
+def _find_problem(fn: Any, arguments: tuple[str, ...]) -> str:
+    """Returns why `fn` cannot be called with these arguments, "" if it can or if that cannot be known."""
+    try:
+        if hasattr(fn, "__signature__"):  # what a decorator wants others to see
+            return ""
+        signature = inspect.signature(fn, follow_wrapped=False)
+    except Exception:  # of a function in C; of annotations that cannot be evaluated
+        return ""
+    try:
+        signature.bind(*arguments)
+    except TypeError:
+        shown = signature.replace(return_annotation=inspect.Signature.empty)
+        return f"takes {shown}"
+    return ""
+
+
+# -- settings
+
+
+def _settings_names() -> set[str]:
+    return {field.name for field in fields(Settings)}
+
+
+def _is_count(value: Any) -> bool:
+    return hasattr(type(value), "__index__") and not isinstance(value, bool) and value >= 0
+
+
+def _is_seconds(value: Any) -> bool:
+    kind = type(value)
+    is_number = hasattr(kind, "__float__") or hasattr(kind, "__index__")
+    return is_number and not isinstance(value, bool) and bool(value > 0)
+
+
+def _is_names(value: Any) -> bool:
+    return isinstance(value, Collection) and not isinstance(value, str | bytes)
+
+
+_EXPECTED: dict[str, tuple[Callable[[Any], bool], str]] = {  # by a setting's name, or by its type
+    "max_body": (_is_count, "a number of bytes"),
+    "max_message_size": (_is_count, "a number of bytes"),
+    "trust_proxy": (lambda value: isinstance(value, int) and value >= 0, "a number of proxies, or True for one"),
+    "subprotocols": (_is_names, "a list of names"),
+    "on_slow": (lambda value: value in ("close", "drop_oldest", "drop_new"), "'close', 'drop_oldest' or 'drop_new'"),
+    "origins": (lambda value: value in (None, "*") or _is_names(value), "a list of origins, or '*'"),
+    "int": (_is_count, "a whole number of 0 or more"),
+    "float": (_is_seconds, "a number of seconds above 0"),
+    "bool": (lambda value: isinstance(value, bool), "True or False"),
+    "str": (lambda value: isinstance(value, str), "a string"),
+}
+
+
+def _check_settings(where: str, options: Mapping[str, Any]) -> None:
+    types = {field.name: field.type for field in fields(Settings)}
+    for name, value in options.items():
+        if name in GROUP_KEYS:
+            raise ValueError(f'{where}: {name!r} is a key of a group: Nova([{{"{name}": ..., "routes": [...]}}])')
+        if name not in types:
+            raise ValueError(f"{where}: there is no option {name!r}; {_suggest(name, types)}")
+        is_right, what = _EXPECTED.get(name) or _EXPECTED.get(str(types[name])) or (bool, "")
+        if what and not is_right(value):
+            raise ValueError(f"{where}: {name} must be {what}, got {value!r}")
+    for origin in () if options.get("origins") in (None, "*") else options["origins"]:
+        if parse_origin(origin) is None:
+            raise ValueError(
+                f"{where}: expected an origin such as 'https://example.org', without a path, got {origin!r}"
+            )
+
+
+# -- at run time
+
+
+def _warn_of_answer(endpoint: Any, answer: Any, req: Request) -> None:
+    """Logs, once for each route, that `security` has returned neither yes nor no."""
+    if endpoint not in _warned:
+        _warned.add(endpoint)
+        log.warning(
+            "security %s answered %r at %s, which is neither yes nor no, so the client gets a 401; expected True, "
+            '(True, auth_data), False, (False, headers), (False, status, headers[, body]) or ("redirect", url)',
+            _shown(endpoint.security),
+            answer,
+            printable(req["path"]),
+        )
+
+
+def _explain_json(data: Any) -> str:
+    """Returns what in `data` cannot be encoded as JSON, and where."""
+    try:
+        return _find_unencodable(data, "data", ()) or "data is not JSON"
+    except RecursionError:
+        return "data is nested too deep for JSON"
+
+
+def _find_unencodable(value: Any, where: str, above: tuple[int, ...]) -> str:
+    if id(value) in above:
+        return f"at {where}: it contains itself"
+    if isinstance(value, dict):
+        keys = [key for key in value if not isinstance(key, str | int | float | None) or not _is_scalar(key)]
+        if keys:
+            return f"at {where}: the key {keys[0]!r} is not JSON"
+        items: Iterable[tuple[Any, Any]] = value.items()
+    elif isinstance(value, list | tuple):
+        items = enumerate(value)
+    else:
+        shown = repr(value) if isinstance(value, str | float) else type(value).__name__
+        return "" if _is_scalar(value) else f"at {where}: {shown} is not JSON"
+    inside = (_find_unencodable(part, f"{where}[{key!r}]", (*above, id(value))) for key, part in items)
+    return next(filter(None, inside), "")
+
+
+def _is_scalar(value: Any) -> bool:
+    if isinstance(value, str):
+        return not any("\ud800" <= character <= "\udfff" for character in value)  # a lone surrogate is not UTF-8
+    return isinstance(value, int | None) or (isinstance(value, float) and -inf < value < inf)
+
+
+rooms["checks"] = SimpleNamespace(
+    check_group=_check_group,
+    check_route=_check_route,
+    check_server=_check_server,
+    check_settings=_check_settings,
+    explain_json=_explain_json,
+    warn_of_answer=_warn_of_answer,
+)
+# ----- cut here: without views ---------------------------------------------------------------------------------------
+# Lost: templates and files: ("ok", variables), ("view", variables), ("sendfile", ...), static. Pages look plain.
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Views: templates and files, which bottle renders and sends, and the look that the pages of this file share.
 # Invariant: as in requests and responses, no sockets; a bottle response goes out. No path leads out of a static folder.
 # ---------------------------------------------------------------------------------------------------------------------
 
@@ -3536,7 +4114,52 @@ def _normalize_conditions(environ: dict[str, Any], etag: str) -> None:
         environ.pop("HTTP_RANGE", None)  # RFC 9110 §13.1.5, §14.2
 
 
-rooms["views"] = SimpleNamespace(to_response=_to_response)
+# The look that all pages share. Red (--bad) is for errors and danger only; --accent is for what can be clicked.
+STAR = (
+    "data:image/svg+xml,<svg xmlns='http://www.w3.org/2000/svg' viewBox='0 0 24 24'>"
+    "<path fill='%23cf8a12' d='M12 0q1 11 12 12-11 1-12 12-1-11-12-12 11-1 12-12z'/></svg>"
+)
+STYLE = """
+  :root { color-scheme: light dark; --paper: #f4f3ee; --card: #fffefa; --ink: #1a2426; --dim: #566266; --line: #dedcd2;
+          --edge: #848d8e; --accent: #0c6470; --on: #fff; --tint: #e0efee; --star: #cf8a12; --flare: #ffebb0;
+          --bad: #b02318; --warn: #84500a; --good: #2d7d4f }
+  @media (prefers-color-scheme: dark) { :root { --paper: #0f1518; --card: #171f23; --ink: #e7ece8; --dim: #9aa8aa;
+          --line: #2b373c; --edge: #6b7b80; --accent: #6ccbd0; --on: #08262a; --tint: #17383c; --star: #f2b84b;
+          --flare: #3c3112; --bad: #ff9d90; --warn: #f0ba62; --good: #6cc592 } }
+  * { box-sizing: border-box } [hidden] { display: none !important }
+  body { margin: 0 auto; max-width: 76rem; padding: 1rem; font: 1rem/1.5 system-ui, sans-serif;
+         background: var(--paper); color: var(--ink); overflow-wrap: anywhere }
+  h1, h2, h3, p, ul, dl, dd { margin: 0; padding: 0 } .dim, time, small { color: var(--dim) } a { color: var(--accent) }
+  h1, h2 { font: 600 1.25rem/1.2 ui-monospace, "Cascadia Code", Menlo, Consolas, monospace; letter-spacing: -.04em }
+  h2 { font-size: 1.0625rem } h1 a { color: inherit; text-decoration: none }
+  .home::before { content: ""; display: inline-block; width: 1.1em; height: 1.1em; vertical-align: -.2em;
+         margin-right: .35em; background: url("STAR") }
+  input, textarea, button, summary { font: inherit; color: inherit; border: 1px solid var(--edge); border-radius: .5rem;
+         padding: .4rem .7rem; background: var(--card); min-height: 2.5rem }
+  ::placeholder { color: var(--dim); opacity: 1 } [aria-invalid=true] { border: 2px solid var(--bad) }
+  button, summary { cursor: pointer } button:hover, summary:hover { background: var(--tint) }
+  .main, .main:hover { background: var(--accent); border-color: var(--accent); color: var(--on); font-weight: 600 }
+  .error { color: var(--bad) } :focus-visible { outline: 2px solid var(--accent); outline-offset: 2px }
+""".replace("STAR", STAR)
+HEAD = f"""<!doctype html>
+<html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
+<style>{STYLE}</style>
+"""
+
+
+def _error_page(title: str, text: str) -> str:
+    """Returns the page of an error; `title` and `text` are HTML."""
+    look = "<style>body { max-width: 32rem; padding: 15vh 1rem } p { margin: 1rem 0; color: var(--dim) }</style>"
+    home = '<p><a href="/">Home page</a></p>'
+    return f"{HEAD}<title>{title}</title>{look}<main><h1>{title}</h1><p>{text}</p>{home}</main></html>\n"
+
+
+rooms["views"] = SimpleNamespace(
+    to_response=_to_response,
+    error_page=_error_page,
+    STYLE=STYLE,
+    HEAD=HEAD + f'<link rel="icon" href="{STAR}">\n',  # of the pages of this file; an error's has the site's icon
+)
 # ----- cut here: without plugins -------------------------------------------------------------------------------------
 # Lost: plugins in Nova's form, cors, status routes. app.mount is bottle's, and has no security.
 
@@ -3572,7 +4195,7 @@ CORS_OPTIONS: dict[str, Any] = {  # and their defaults
     "origins": None, "headers": "*", "methods": "*", "expose": [], "credentials": False, "max_age": None,
 }  # fmt: skip
 _ENTITY = re.compile("Content-(?!Security)|Etag|Last-Modified|Accept-Ranges", re.IGNORECASE)  # of one body only
-_EXPECTED = 'expected ("ok" | "break" | "stop"[, answer], req, state) or ("error", reason)'
+_PLUGIN_RESULTS = 'expected ("ok" | "break" | "stop"[, answer], req, state) or ("error", reason)'
 
 
 class _Plugin:
@@ -3590,7 +4213,7 @@ class _Plugin:
             self.instance.stop(self.state)
 
 
-class _Entry:
+class _Place:
     """A plugin at one of its places, before or after the controllers of a group."""
 
     def __init__(self, extension: _Extension, phase: str, plugin: Any, options: Any = None, priority: int = 0) -> None:
@@ -3629,7 +4252,7 @@ class _Entry:
                 path = printable(req["path"])
                 log.error("%s.%s: %r at %s %s", self.plugin.name, self.phase, reason, req["method"], path)
             case reason:
-                log.error("%s.%s answered %.500r; %s", self.plugin.name, self.phase, reason, _EXPECTED)
+                log.error("%s.%s answered %.500r; %s", self.plugin.name, self.phase, reason, _PLUGIN_RESULTS)
         req.set("crash_info", {"status_code": 500, "class": "error", "reason": reason})
         return "stop", HTTPError(500), req
 
@@ -3653,7 +4276,7 @@ class _Entry:
 class _Group:
     """What the routes of a group have of this room. It stands among a route's plugins, as a mark that does nothing."""
 
-    def __init__(self, prefix: str, entries: Iterable[_Entry] | None, statuses: Mapping[int, Any]) -> None:
+    def __init__(self, prefix: str, entries: Iterable[_Place] | None, statuses: Mapping[int, Any]) -> None:
         segments = [part for part in prefix.split("/") if part]
         pattern = ["[^/]+" if part[0] == ":" or "<" in part else re.escape(part) for part in segments]
         self.pattern = re.compile("".join(f"/{part}" for part in pattern) + "(/|$)")
@@ -3916,7 +4539,7 @@ def _install(app: Nova, plugins: Any) -> None:
         if not isinstance(plugin, tuple):
             app.install(plugin)
     extension = _extend(app)
-    extension.for_all = _Group("", [_Entry(extension, *item) for item in plugins if isinstance(item, tuple)], {})
+    extension.for_all = _Group("", [_Place(extension, *item) for item in plugins if isinstance(item, tuple)], {})
 
 
 def _prepare(app: Nova, group: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -3931,8 +4554,11 @@ def _prepare(app: Nova, group: Mapping[str, Any]) -> Mapping[str, Any]:
     inherits = not ours and (bool(plugins) or "plugins" not in group)
     if inherits and not statuses and not isinstance(app.error_handler, _Extension):
         return group
+    if "checks" in rooms:
+        for route in statuses:
+            rooms["checks"].check_route(app, group, route, str)
     extension = _extend(app)
-    entries = None if inherits else [_Entry(extension, *plugin) for plugin in ours]
+    entries = None if inherits else [_Place(extension, *plugin) for plugin in ours]
     mark = _Group(group.get("prefix", ""), entries, dict(_status_route(app, *route) for route in statuses))
     extension.add(mark)
     routes = [route for route in routes if not any(route is other for other in statuses)]
@@ -3949,8 +4575,6 @@ def _check_plugins(plugins: Any) -> None:
 def _status_route(app: Nova, status: int, controller: Any, options: Any = ()) -> tuple[int, Any]:
     if not 400 <= status <= 599:
         raise ValueError(f"a status route is for a status from 400 to 599, not for {status!r}")
-    if not callable(controller):
-        raise ValueError(f"the status route {status} needs a function of req, not {controller!r}")
     if set(options) - {"methods"}:
         raise ValueError(f"the status route {status} has no option {', '.join(set(options) - {'methods'})}")
     return status, app.endpoint(controller)
@@ -4097,6 +4721,7 @@ def _call_application(application: Any, depth: int, req: Request) -> HTTPRespons
     finally:
         bottle.request.bind(req.environ)
         saved.apply(bottle.response)
+        req.environ.update({REFUSAL_KEY: environ[REFUSAL_KEY]} if REFUSAL_KEY in environ else {})
     if not begun:
         raise RuntimeError("a mounted application has not called start_response")
     response.body = body
@@ -4254,7 +4879,7 @@ def negotiate(offered: str) -> tuple[Any, dict[str, str]]:
     return partial(DeflateConnection, window_bits=bits), headers
 
 
-rooms["deflate"] = SimpleNamespace(negotiate=negotiate)
+rooms["deflate"] = SimpleNamespace(negotiate=negotiate, check=lambda _options: None)
 
 
 # ----- cut here: without gen_server ----------------------------------------------------------------------------------
@@ -4471,9 +5096,6 @@ class ServerProcess(Process):
     def role(self) -> str:
         return getattr(type(self.server), "__name__", "")
 
-    def title(self) -> str:
-        return super().title() or f" {self.role()}"
-
 
 def start_link(cls: Any, args: Any = None, name: str | None = None, timeout: float | None = None) -> Any:
     """Starts a server, linked to the caller, and waits for its `init` (gen_server:start_link/4).
@@ -4483,6 +5105,8 @@ def start_link(cls: Any, args: Any = None, name: str | None = None, timeout: flo
     for no limit, kills the server and returns ("error", "timeout").
     """
     me = calling_process()
+    if "checks" in rooms:
+        rooms["checks"].check_server(cls, GenServer)
     if name is not None and check_name(name) in registered:
         return "error", ("already_started", registered[name])
     server = ServerProcess(cls() if isinstance(cls, type) else cls, args, me)
@@ -4834,16 +5458,16 @@ def count_children(supervisor: Pid | str) -> dict[str, int]:
 
 
 def supervisors(limit: int = 100) -> dict[Pid, dict[str, Any]]:
-    """Returns the supervisors of this node, each as {"parent", "strategy", "count", "children"}, without calling them.
+    """Returns the supervisors of this node, each as a dict of its attributes, without calling them.
 
-    "parent" has started it; "children" are the first `limit` of `count`, as `which_children` returns them.
+    "parent" has started it; "children" are the first `limit` of "count", each (id, pid, type, restart).
     """
     found: dict[Pid, dict[str, Any]] = {}
     for process in processes.values():
         if isinstance(process, ServerProcess) and isinstance(process.server, Supervisor):
-            strategy, children = process.server.strategy, process.server.children
-            first = [child.describe() for child in islice(children.values(), limit)]
-            found[process] = {"parent": process.parent, "strategy": strategy, "count": len(children), "children": first}
+            own, children = vars(process.server), process.server.children.values()
+            first = [(*child.describe(), child.spec["restart"]) for child in islice(children, limit)]
+            found[process] = {**own, "parent": process.parent, "count": len(children), "children": first}
     return found
 
 
@@ -5170,9 +5794,9 @@ class ResumableEventStream(EventStream):
         position = next(filter(None, dict(self.channels).values()), None)  # one will do: the other channels resync
         return super().preamble(_position_event(position))
 
-    def handle_result(self, result: Any, info: Any = None) -> int:
+    def handle_result(self, result: Any, info: Any = None, *callback: str) -> int:
         queued = len(self.outgoing)
-        size = super().handle_result(result)
+        size = super().handle_result(result, info, *callback)
         match info:
             case Message(position=str(position)) if len(self.outgoing) > queued:
                 self.outgoing[-1] = f"id: {position}\n".encode() + self.outgoing[-1]
@@ -5521,6 +6145,7 @@ rooms["codec"] = SimpleNamespace(Codec=Codec, MAGIC=MAGIC, import_package=_impor
 #   beat [sequence]                   every HEARTBEAT_INTERVAL; a node's own beat, coming back, probes its transport
 #   resync [channels]                 it may have failed to publish there (None: anywhere)
 #   bye                               before it leaves
+#   ask [room, caller]                a room of each other node sends its answer to the caller, see `cluster_stats`
 #
 # and to one node's own channel: state, need (requests `state`), send, exit, watch, unwatch, down; to itself loaded.
 # Wire format: MAGIC, sender id (8 bytes), MessagePack. Anything else is dropped and counted. A restarted node has a
@@ -6004,12 +6629,13 @@ class Cluster(Adapter):
             "beat": (self.membership.on_beat, int),
             "resync": (lambda _node_id, channels: self.resync(channels), list | None),
             "bye": (partial(self.membership.remove_node, why="disconnected"),),
-            "send": (self._on_send, int, object),
+            "send": (lambda _node_id, serial, message: self.codec.pid(self.id, serial).send(message), int, object),
             "exit": (self._on_exit, int, object, object),
             "watch": (self.monitors.on_watch, int, object),
             "unwatch": (self.monitors.on_unwatch, int, object),
             "down": (self.monitors.on_down, int, object, object),
             "loaded": (self.kept.on_loaded, str),
+            "ask": (lambda _node_id, name, caller: room(name).answer(caller), str, Pid),
         }
         self.transport = Transport(self)
         self.timer = get_hub().loop.timer(TICK, TICK)
@@ -6192,9 +6818,6 @@ class Cluster(Adapter):
             raise TypeError(f"not the arguments of {kind}")
         handler(node_id, *arguments)
 
-    def _on_send(self, _node_id: bytes, serial: int, message: Any) -> None:
-        self.codec.pid(self.id, serial).send(message)
-
     def _on_exit(self, _node_id: bytes, serial: int, source: Any, reason: Any) -> None:
         process = self.codec.pid(self.id, serial)
         process.kill("killed") if source is None else process.signal(source, reason)
@@ -6300,6 +6923,7 @@ def start_once(spec: dict[str, Any]) -> Any:
 getattr(rooms.get("gen_server"), "scopes", {})["cluster"] = start_once
 __all__ += ["publish"]
 rooms["cluster"] = SimpleNamespace(connect=_connect, disconnect=_disconnect, find_redis=_find_redis)
+rooms["cluster"].ask = lambda name, caller: pubsub.adapter.publish_control(None, "ask", name, caller)
 
 
 # ----- cut here: without leases --------------------------------------------------------------------------------------
@@ -6526,20 +7150,617 @@ __all__ += ["lease_number"]
 rooms["leases"] = SimpleNamespace(resolve=_resolve, list_leases=_list_leases)
 
 
-# ----- cut here: without board ---------------------------------------------------------------------------------------
-# Lost: app.stats, app.board.
+# ----- cut here: without sessions ------------------------------------------------------------------------------------
+# Lost: session, req.set_cookie, req.get_cookie, req.delete_cookie. bottle.response.set_cookie remains.
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Board: figures of this node, as a dict and as a page.
+# Sessions: cookies, and what the server remembers of a browser between its requests.
+# Invariant: only an id that was made here is a session's. Its hash is stored, the id itself is not, nor is it logged.
+#
+# A session is some JSON texts, by key. They are in memory, or, on a node of a cluster, in Redis, where one script makes
+# each operation atomic. A session exists from the first `set`, or from `renew`, which marks it as a login. Two tables
+# hold the logins and the others, in the order of their last use. When there are too many sessions, the others go first.
+# A session that is over is removed when it is looked up, or when new ones are made: each of them removes a few.
+# ---------------------------------------------------------------------------------------------------------------------
+
+import hmac
+from base64 import urlsafe_b64decode, urlsafe_b64encode
+from collections import OrderedDict
+from hashlib import sha256
+from secrets import token_urlsafe
+
+from gevent.queue import LifoQueue
+
+MAX_COOKIE = 4096  # bytes of a name and its value: browsers ignore a larger cookie (RFC 6265bis §5.6)
+MAX_SWEEP = 100  # sessions that are over, removed when one is made: it makes one, so they never become more
+MAX_LIFE = 1e9  # seconds
+REDIS_TIME = 1.0  # seconds until an operation fails, and between two tries while Redis is away
+REDIS_CONNECTIONS = 16  # of a node, at most; each operation has one for itself
+SESSION_KEY = "nova_lite.session"  # in WSGI's environ: the hash of the id that the response sends; "" if it deletes it
+_COOKIE_NAME = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")  # RFC 6265 §4.1.1, as are the next two
+_COOKIE_OCTETS = re.compile(r"[!#-+\--:<-\[\]-~]*")
+_COOKIE_PATH = re.compile(r"/[ -:<-~]*")
+_SESSION_ID = re.compile(r"[A-Za-z0-9_-]{22}")
+
+
+def set_cookie(
+    req: Request,
+    name: str,
+    value: Any,
+    *,
+    secret: str | bytes | None = None,
+    max_age: int | None = None,
+    path: str = "/",
+    domain: str | None = None,
+    secure: bool | None = None,
+    httponly: bool = True,
+    samesite: str | None = "Lax",
+) -> None:
+    """Sends a cookie with the response to `req`, whatever that is: a redirect, an error, a WebSocket's 101.
+
+    `value` is a string. With `secret` it is anything that JSON can hold, and signed, so that `get_cookie` does not take
+    another one for it, nor that of another name; the client can read it. `max_age` is in seconds, None: until the
+    browser ends; a signed cookie is not accepted for longer. `secure` (https only) is by default whether the client
+    uses https. `samesite` is "Lax", "Strict", "None" (which needs `secure`) or None, for the browser's default.
+
+    Raises ValueError for what browsers would not take: control characters, more than MAX_COOKIE bytes, a `__Host-`
+    without what that demands; TypeError for a value that is no string, or not JSON; RuntimeError if it is too late: a
+    WebSocket or an event stream has its response.
+    """
+    secure = req["scheme"] == "https" if secure is None else secure
+    text = _quote(value) if secret is None else _sign(name, value, secret, max_age)
+    _check_attributes(name, path, domain, secure, samesite)
+    if len(name) + len(text) > MAX_COOKIE:
+        raise ValueError(f"the cookie {name!r} has {len(name) + len(text)} bytes; a browser takes {MAX_COOKIE}")
+    given = {"Max-Age": None if max_age is None else int(max_age), "Path": path, "Domain": domain, "SameSite": samesite}
+    parts = [f"{name}={text}", *(f"{key}={value}" for key, value in given.items() if value is not None)]
+    parts += ["HttpOnly"] * httponly + ["Secure"] * secure
+    _cookies_to_send(req)[name, path, domain] = "; ".join(parts)
+
+
+def _cookies_to_send(req: Request) -> dict[Any, str]:
+    cookies: dict[Any, str] | None = req.environ.setdefault(COOKIES_KEY, {})
+    if cookies is None:
+        raise RuntimeError("no cookie can be sent any more: the response to this request has been sent")
+    return cookies
+
+
+def _check_attributes(name: str, path: str, domain: str | None, secure: bool, samesite: str | None) -> None:
+    if not _COOKIE_NAME.fullmatch(name):
+        raise ValueError(f"{name!r} is not the name of a cookie")
+    if not _COOKIE_PATH.fullmatch(path) or not re.fullmatch(r"[A-Za-z0-9.-]+", domain or "-"):
+        raise ValueError(f"the cookie {name!r} has no such path or domain: {path!r}, {domain!r}")
+    if samesite not in ("Lax", "Strict", "None", None) or (samesite == "None" and not secure):
+        raise ValueError(f"samesite is 'Lax', 'Strict', None, or, with secure=True, 'None', not {samesite!r}")
+    prefix = name.lower().partition("-")[0]
+    if prefix in ("__host", "__secure") and not (secure and (prefix == "__secure" or (path, domain) == ("/", None))):
+        raise ValueError(f"browsers ignore {name!r}: it needs https, and with __Host- the path '/' and no domain")
+
+
+def _quote(value: str) -> str:
+    """Returns a string as a cookie's value, between quotes if it must be: `req["cookies"]` reads it (http.cookies)."""
+    if not isinstance(value, str):
+        raise TypeError(f"a cookie's value is a string, or with a secret what JSON can hold, not {value!r}")
+    if re.search(r"[\x00-\x1f\x7f]", value):
+        raise ValueError(f"a cookie cannot hold control characters: {value!r}")
+    if _COOKIE_OCTETS.fullmatch(value):
+        return value
+    octets = (chr(octet) for octet in value.encode())
+    return '"' + "".join(it if it == " " or _COOKIE_OCTETS.fullmatch(it) else f"\\{ord(it):03o}" for it in octets) + '"'
+
+
+def _sign(name: str, value: Any, secret: str | bytes, max_age: int | None) -> str:
+    """Returns base64(JSON of [value, time of its end or None]), a dot, and the signature of that for this name."""
+    end = None if max_age is None else int(time.time()) + max_age
+    text = json.dumps([value, end], allow_nan=False, separators=(",", ":"))
+    payload = urlsafe_b64encode(text.encode()).rstrip(b"=").decode()
+    return f"{payload}.{_signature(name, payload, secret)}"
+
+
+def _signature(name: str, payload: str, secret: str | bytes) -> str:
+    key = secret.encode() if isinstance(secret, str) else secret
+    if not key:
+        raise ValueError("the secret is empty")
+    digest = hmac.digest(key, f"nova_lite cookie {name}={payload}".encode(), "sha256")
+    return urlsafe_b64encode(digest).rstrip(b"=").decode()
+
+
+def _get_cookie(req: Request, name: str, secret: str | bytes | None = None) -> Any:
+    if secret is None:
+        return req["cookies"].get(name)
+    for text in _values(req, name):
+        payload, _, signature = text.rpartition(".")
+        if hmac.compare_digest(signature.encode(), _signature(name, payload, secret).encode()):
+            value, end = json.loads(urlsafe_b64decode(payload + "=" * (-len(payload) % 4)))
+            if end is None or time.time() < end:
+                return value
+    return None
+
+
+def _values(req: Request, name: str) -> list[str]:
+    """Returns the values of all cookies of this name: a page of a parent domain may have set another one."""
+    pairs = (pair.partition("=") for pair in req.environ.get("HTTP_COOKIE", "").split(";"))
+    return [value.strip(" \t") for key, _, value in pairs if key.strip(" \t") == name]
+
+
+def _send_cookies(environ: dict[str, Any]) -> None:
+    """Adds the cookies to bottle's response, in place of its headers: a program may return one response many times."""
+    lines = environ.pop(COOKIES_KEY) or {}
+    headers = bottle.response._headers
+    cookies = [*headers.get("Set-Cookie", []), *lines.values()]
+    bottle.response._headers = {"Cache-Control": ["private"], **headers, "Set-Cookie": cookies}
+
+
+class Session:
+    """What the server remembers of a browser, by key. The one instance is `session`.
+
+    A value is anything that JSON can hold. A key's value is replaced as a whole, and requests that set different keys
+    at the same time do not lose any. The functions take the request, in a controller, in `security` and in a WebSocket
+    handler. On a node of a cluster the sessions are in Redis; while that is away, they raise an HTTPError (503).
+    """
+
+    def __init__(self) -> None:
+        self.configure()
+        self.memory = _Memory(self)
+        self.redis: _RedisSessions | None = None  # of the adapter below; None before it is used
+        self.adapter: Any = None
+
+    def configure(
+        self,
+        *,
+        idle: float = 12 * 3600.0,
+        absolute: float = 7 * 86400.0,
+        cookie: str = "nova_session",
+        secure: bool | None = None,
+        limit: int = 100_000,
+        max_size: int = 16_384,
+    ) -> None:
+        """Sets the limits; those left out get their defaults. Raises ValueError for limits that admit no session.
+
+        A session is over `idle` seconds after its last use, and `absolute` seconds after it was made or renewed.
+        `cookie` is its cookie's name; over https it has the prefix `__Host-`. `secure` is whether clients use https, by
+        default what the request says (see `trust_proxy`). There are at most `limit` sessions, and one has at most
+        `max_size` bytes of keys and JSON.
+        """
+        is_possible = 0 < idle < MAX_LIFE and 0 < absolute < MAX_LIFE and limit > 0 and max_size > 0
+        if not (is_possible and _COOKIE_NAME.fullmatch(cookie)):
+            raise ValueError(f"no session is possible with {idle=}, {absolute=}, {limit=}, {max_size=}, {cookie=}")
+        self.idle, self.absolute, self.cookie, self.secure = idle, absolute, cookie, secure
+        self.limit, self.max_size = limit, max_size
+
+    def get(self, req: Request, key: str, default: Any = None) -> Any:
+        """Returns the value of `key`, or `default` without a session or without that key. Makes no session."""
+        name = self._find(req)
+        text = self._store().get(name, key) if name else None
+        return default if text is None else json.loads(text)
+
+    def set(self, req: Request, key: str, value: Any) -> str:
+        """Sets the value of `key`, in a new session if there is none, whose cookie goes out with the response.
+
+        Returns "ok". Raises TypeError for what JSON cannot hold, ValueError over `max_size`, RuntimeError if there is
+        no session and the response has been sent (a WebSocket's), HTTPError (503) if there are too many sessions.
+        """
+        if not isinstance(key, str):
+            raise TypeError(f"a session's key is a string, not {key!r}")
+        text = json.dumps(value, allow_nan=False, separators=(",", ":"))
+        if len(key.encode()) + len(text) > self.max_size:
+            raise ValueError(f"{key!r} has {len(text)} bytes; a session may have {self.max_size}")
+        name = self._find(req)
+        if not name or not self._store().set(name, key, text):
+            self._start(req, lambda new: self._store().create(new, key, text))
+        return "ok"
+
+    def delete(self, req: Request, key: str | None = None) -> str:
+        """Deletes a key, or, without one, the session: a logout, on all nodes. Returns "ok", also if there is none."""
+        name = self._find(req)
+        if name:
+            self._store().delete(name, key)
+        if key is None:
+            if req.environ.get(COOKIES_KEY, {}) is not None and (name or _values(req, self._cookie_name(req))):
+                req.set_cookie(self._cookie_name(req), "", max_age=0, secure=self._is_secure(req))
+            req.environ[SESSION_KEY] = ""
+        return "ok"
+
+    def renew(self, req: Request) -> str:
+        """Gives the session a new id, at a login: who knew the old one, or chose it, has no session. Returns "ok".
+
+        Makes a session if there is none. A renewed session is not pushed out by others. Raises RuntimeError if the
+        response has been sent (a WebSocket's).
+        """
+        old = self._find(req)
+        self._start(req, lambda new: self._store().renew(old or "", new))
+        return "ok"
+
+    def _start(self, req: Request, make: Callable[[str], None]) -> None:
+        """Calls `make` with the name of a new session, and sends its id. The id is nowhere else."""
+        _cookies_to_send(req)  # raises if it is too late
+        session_id = token_urlsafe(16)
+        name = _hash(session_id)
+        make(name)
+        max_age = max(1, int(self.absolute))
+        req.set_cookie(self._cookie_name(req), session_id, max_age=max_age, secure=self._is_secure(req))
+        req.environ[SESSION_KEY] = name
+
+    def _find(self, req: Request) -> str | None:
+        """Returns the name of the session that the request may have, or None.
+
+        Of several cookies, one of which another site of the domain may have set, that of a session counts. Should more
+        than one have a session, or should they be many, none counts.
+        """
+        known: str | None = req.environ.get(SESSION_KEY)
+        if known is not None:
+            return known
+        ids = {text for text in _values(req, self._cookie_name(req)) if _SESSION_ID.fullmatch(text)}
+        names = [_hash(text) for text in ids]
+        if 1 < len(names) < 5:
+            names = [name for name in names if self._store().is_live(name)]
+        return names[0] if len(names) == 1 else None
+
+    def _is_secure(self, req: Request) -> bool:
+        return req["scheme"] == "https" if self.secure is None else self.secure
+
+    def _cookie_name(self, req: Request) -> str:
+        # With the prefix, no page over http, and none of another host of the domain, can have set it (RFC 6265bis).
+        return f"__Host-{self.cookie}" if self._is_secure(req) else self.cookie
+
+    def _store(self) -> _Memory | _RedisSessions:
+        if self.adapter is not pubsub.adapter:
+            self.adapter = pubsub.adapter
+            redis = rooms["cluster"].find_redis if "cluster" in rooms else lambda: None
+            self.redis = _RedisSessions(self, redis) if redis() else None
+        return self.redis or self.memory
+
+
+def _hash(session_id: str) -> str:
+    return sha256(session_id.encode()).hexdigest()
+
+
+def _error_503(text: str) -> HTTPError:
+    return HTTPError(503, text, Retry_After="1")
+
+
+@dataclass(eq=False)
+class _Entry:
+    """A session in memory."""
+
+    values: dict[str, str]  # key -> JSON
+    created: float
+    used: float
+
+    __slots__ = ("created", "used", "values")
+
+
+class _Memory:
+    """The sessions of a node alone, by the hashes of their ids. Nothing here blocks: each operation is atomic."""
+
+    def __init__(self, options: Session) -> None:
+        self.options = options
+        self.others: OrderedDict[str, _Entry] = OrderedDict()  # not renewed; here and below, the longest unused first
+        self.renewed: OrderedDict[str, _Entry] = OrderedDict()
+
+    def is_live(self, name: str) -> bool:
+        return self._use(name) is not None
+
+    def get(self, name: str, key: str) -> str | None:
+        entry = self._use(name)
+        return entry.values.get(key) if entry else None
+
+    def set(self, name: str, key: str, text: str) -> bool:
+        entry = self._use(name)
+        if entry:
+            size = sum(len(it.encode()) for pair in {**entry.values, key: text}.items() for it in pair)
+            if size > self.options.max_size:
+                raise ValueError(f"a session may have {self.options.max_size} bytes; with {key!r} it has {size}")
+            entry.values[key] = text
+        return entry is not None
+
+    def create(self, name: str, key: str, text: str) -> None:
+        self._make_room(is_renewed=False)
+        self.others[name] = _Entry({key: text}, monotonic(), monotonic())
+
+    def delete(self, name: str, key: str | None) -> None:
+        entry = self._use(name)
+        if entry and key is not None:
+            entry.values.pop(key, None)
+        elif entry:
+            self._drop(name)
+
+    def renew(self, old: str, new: str) -> None:
+        entry = self._use(old)
+        self._drop(old)
+        self._make_room(is_renewed=True)
+        self.renewed[new] = _Entry(entry.values if entry else {}, monotonic(), monotonic())
+
+    def _use(self, name: str) -> _Entry | None:
+        """Returns a session that is not over, and counts that as a use."""
+        table = self.renewed if name in self.renewed else self.others
+        entry, now = table.get(name), monotonic()
+        if entry is None or self._is_over(entry, now):
+            self._drop(name)
+            return None
+        entry.used = now
+        table.move_to_end(name)
+        return entry
+
+    def _is_over(self, entry: _Entry, now: float) -> bool:
+        return now - entry.used >= self.options.idle or now - entry.created >= self.options.absolute
+
+    def _drop(self, name: str) -> None:
+        self.renewed.pop(name, None)
+        self.others.pop(name, None)
+
+    def _make_room(self, is_renewed: bool) -> None:
+        for table in (self.others, self.renewed):
+            for _ in range(MAX_SWEEP):
+                if not table or not self._is_over(next(iter(table.values())), monotonic()):
+                    break
+                table.popitem(last=False)
+        while len(self.others) + len(self.renewed) >= self.options.limit:
+            if not self.others and not is_renewed:
+                raise _error_503("there are too many sessions")
+            (self.others or self.renewed).popitem(last=False)
+
+
+# KEYS: a session, the others, the renewed, the new session. ARGV: the operation, milliseconds idle and absolute, the
+# limits of number and size, key, value. A session is a hash; the tables are sorted by the time of the last use. Returns
+# {status, value}: 0 no session, 1 done, 2 too large, 3 too many.
+_SESSION_SCRIPT = f"""
+local op, idle, absolute, limit, size, field, value = unpack(ARGV)
+local time, tables = redis.call('TIME'), {{KEYS[2], KEYS[3]}}
+local now = time[1] * 1000 + math.floor(time[2] / 1000)
+local function drop(key)
+  redis.call('DEL', key)
+  for _, table in ipairs(tables) do redis.call('ZREM', table, key) end
+end
+local function make_room(is_renewed)
+  for _, table in ipairs(tables) do
+    local over = redis.call('ZRANGEBYSCORE', table, '-inf', now - idle, 'LIMIT', 0, {MAX_SWEEP})
+    for _, key in ipairs(over) do drop(key) end
+  end
+  while redis.call('ZCARD', tables[1]) + redis.call('ZCARD', tables[2]) >= tonumber(limit) do
+    local oldest = redis.call('ZRANGE', tables[1], 0, 0)[1] or is_renewed and redis.call('ZRANGE', tables[2], 0, 0)[1]
+    if not oldest then return false end
+    drop(oldest)
+  end
+  return true
+end
+local function use(key, table, is_new)
+  local created = redis.call('HGET', key, 'created')
+  local left = created and math.min(idle, created + absolute - now) or 0
+  if left <= 0 then return drop(key) end
+  redis.call('PEXPIRE', key, left)
+  redis.call('ZADD', table or redis.call('ZSCORE', tables[2], key) and tables[2] or tables[1], now, key)
+  return true
+end
+if op == 'create' then
+  if not make_room(false) then return {{3}} end
+  redis.call('HSET', KEYS[1], 'created', now, field, value)
+  use(KEYS[1], tables[1])
+  return {{1}}
+elseif op == 'renew' then
+  if redis.call('EXISTS', KEYS[4]) == 1 then return {{1}} end
+  if use(KEYS[1]) then redis.call('RENAME', KEYS[1], KEYS[4]) end
+  drop(KEYS[1])
+  make_room(true)
+  redis.call('HSET', KEYS[4], 'created', now)
+  use(KEYS[4], tables[2])
+  return {{1}}
+end
+if not use(KEYS[1]) then return {{0}} end
+if op == 'get' then return {{1, redis.call('HGET', KEYS[1], field)}} end
+if op == 'delete' then redis.call('HDEL', KEYS[1], field) end
+if op == 'end' then drop(KEYS[1]) end
+if op == 'set' then
+  local all, sum = redis.call('HGETALL', KEYS[1]), #field + #value - 1
+  for at = 1, #all, 2 do
+    if all[at] ~= 'created' and all[at] ~= field then sum = sum + #all[at] + #all[at + 1] - 1 end
+  end
+  if sum > tonumber(size) then return {{2, sum}} end
+  redis.call('HSET', KEYS[1], field, value)
+end
+return {{1}}
+"""
+
+
+class _RedisSessions:
+    """The sessions of a cluster. No operation waits for longer than REDIS_TIME, nor while Redis is known to be away."""
+
+    def __init__(self, options: Session, find_redis: Callable[[], Any]) -> None:
+        self.options = options
+        self.connections: Any = LifoQueue()  # those that no operation is using; they connect by themselves
+        for _ in range(REDIS_CONNECTIONS):
+            connection, self.key = find_redis()
+            self.connections.put(connection)
+        self.is_away, self.retry_at = False, 0.0  # the last operation failed; when the next one may try again
+
+    def is_live(self, name: str) -> bool:
+        return bool(self._ask("live", name)[0] == 1)
+
+    def get(self, name: str, key: str) -> str | None:
+        _, *values = self._ask("get", name, key)
+        return values[0].decode() if values and values[0] is not None else None
+
+    def set(self, name: str, key: str, text: str) -> bool:
+        status, *sizes = self._ask("set", name, key, text)
+        if status == 2:
+            raise ValueError(f"a session may have {self.options.max_size} bytes; with {key!r} it has {sizes[0]}")
+        return bool(status == 1)
+
+    def create(self, name: str, key: str, text: str) -> None:
+        if self._ask("create", name, key, text)[0] == 3:
+            raise _error_503("there are too many sessions")
+
+    def delete(self, name: str, key: str | None) -> None:
+        self._ask("end", name) if key is None else self._ask("delete", name, key)
+
+    def renew(self, old: str, new: str) -> None:
+        self._ask("renew", old, new=new)
+
+    def _ask(self, op: str, name: str, key: str = "", text: str = "", new: str = "") -> list[Any]:
+        options = self.options
+        limits = int(options.idle * 1000), int(options.absolute * 1000), options.limit, options.max_size
+        keys = [self.key("session:", name), self.key("sessions"), self.key("logins"), self.key("session:", new)]
+        response: list[Any] | None = None
+        failure = f"no response in {REDIS_TIME:.1f} s"
+        if self.is_away and monotonic() < self.retry_at:
+            raise _error_503("the sessions cannot be reached")
+        self.retry_at = monotonic() + 2 * REDIS_TIME  # while Redis is away, one request a time tries
+        try:
+            with gevent.Timeout(REDIS_TIME, False):
+                response = self._request(*keys, op, *limits, f":{key}", text)
+        except Exception as error:
+            failure = str(error)
+        if self.is_away != (response is None):
+            self.is_away = response is None
+            refusing = f"requests that need them are refused: {failure}"
+            log.warning("sessions: %s", refusing if self.is_away else "Redis responds again")
+        self.retry_at = monotonic() + REDIS_TIME
+        if response is None:
+            raise _error_503("the sessions cannot be reached")
+        return response
+
+    def _request(self, *arguments: Any) -> Any:
+        connection = self.connections.get()
+        try:
+            with suppress(Exception):  # Redis may have closed the connection, as it does when it restarts
+                return self._evaluate(connection, arguments)
+            connection.disconnect()
+            return self._evaluate(connection, arguments)
+        except BaseException:
+            connection.disconnect()  # a late response must not be taken for the next one
+            raise
+        finally:
+            self.connections.put(connection)
+
+    def _evaluate(self, connection: Any, arguments: Any) -> Any:
+        connection.send_command("EVAL", _SESSION_SCRIPT, 4, *arguments)
+        return connection.read_response()
+
+
+session = Session()
+__all__ += ["session"]
+rooms["sessions"] = SimpleNamespace(set_cookie=set_cookie, get_cookie=_get_cookie, send_cookies=_send_cookies)
+
+
+# ----- cut here: without logs ----------------------------------------------------------------------------------------
+# Lost: the access log, with the reasons of refusals; log_format="json".
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Logs: the access log, and lines that programs read.
+# Invariant: a record is one line, whatever a client has sent.
+#
+# A record's arguments may be one dict: its items are the fields of the line in JSON. One that mentions a connection's
+# process has the fields `process`, `path` and `peer`.
+# ---------------------------------------------------------------------------------------------------------------------
+
+from datetime import timezone
+
+_ACCESS = '%(peer)s "%(request)s" %(status)03d %(bytes)d %(milliseconds).1f ms'
+_RECORD_KEYS = {*vars(logging.makeLogRecord({})), "message", "asctime"}
+
+
+def _log_request(handler: Any) -> None:
+    """Logs a response. A refusal that an operator may want to change is a warning, with its reason."""
+    environ = handler.environ
+    reason = environ.get(REFUSAL_KEY)
+    level = logging.WARNING if reason else logging.INFO
+    if log.isEnabledFor(level):
+        fields = {
+            "peer": f"{environ.get('REMOTE_ADDR')}:{environ.get('REMOTE_PORT')}",
+            "request": printable(handler.requestline or ""),
+            "status": int((handler._orig_status or "000").split()[0]),
+            "bytes": handler.response_length,
+            "milliseconds": round((handler.time_finish - handler.time_start) * 1000, 3),
+        }
+        if reason:
+            fields["reason"] = reason
+        log.log(level, f"{_ACCESS}: %(reason)s" if reason else _ACCESS, fields)
+
+
+class JSONFormatter(logging.Formatter):
+    """Formats a record as one JSON object: time (UTC), level, logger, pid, message; fields; traceback.
+
+    The fields are those of an event of this module (peer, path, method, status, milliseconds, reason, ... as far as
+    there are any), and what a program passes to the logger as `extra`.
+    """
+
+    def format(self, record: logging.LogRecord) -> str:
+        at = datetime.fromtimestamp(record.created, timezone.utc).isoformat(timespec="milliseconds")
+        line = {
+            "time": at.replace("+00:00", "Z"),
+            "level": record.levelname.lower(),
+            "logger": record.name,
+            "pid": record.process,
+            "message": record.getMessage(),
+        }
+        for name, value in {**_list_fields(record), **_list_extra(record)}.items():
+            line.setdefault(str(name), _simplify(value))
+        trace = [self.formatException(record.exc_info)] if record.exc_info else []
+        if record.stack_info:
+            trace.append(record.stack_info)
+        if trace:
+            line["traceback"] = "\n".join(trace)
+        return json.dumps(line)
+
+
+def _list_fields(record: logging.LogRecord) -> dict[str, Any]:
+    if isinstance(record.args, Mapping):
+        fields = dict(record.args)
+        method, _, rest = str(fields.pop("request", "")).partition(" ")
+        return {"method": method, "path": rest.partition(" ")[0], **fields} if rest else fields
+    for process in record.args or ():
+        if isinstance(process, Stream):
+            peer = "{}:{}".format(*process.req["peer"])
+            return {"process": process, "path": process.req["path"], "peer": peer}
+    return {}
+
+
+def _list_extra(record: logging.LogRecord) -> dict[str, Any]:
+    return {name: value for name, value in vars(record).items() if name not in _RECORD_KEYS}
+
+
+def _simplify(value: Any) -> Any:
+    """Returns what JSON has for a value: numbers, strings and None as they are, anything else as text."""
+    if value is None or isinstance(value, bool | int | str) or (isinstance(value, float) and abs(value) < inf):
+        return value
+    return str(value)
+
+
+def log_handler(log_format: str = "plain", shows_process: bool = False) -> logging.Handler:
+    """Returns a handler that writes to the standard error, for `logging.basicConfig(handlers=[...])`.
+
+    The format is "plain" (the id of the OS process is shown if asked for) or "json". Raises ValueError for another one.
+    """
+    process = "%(process)d " if shows_process else ""
+    plain = logging.Formatter(f"%(asctime)s {process}%(levelname)s %(name)s: %(message)s")
+    formatters = {"plain": plain, "json": JSONFormatter()}
+    if log_format not in formatters:
+        raise ValueError(f"log_format is 'plain' or 'json', not {log_format!r}")
+    handler = logging.StreamHandler()
+    handler.setFormatter(formatters[log_format])
+    return handler
+
+
+__all__ += ["JSONFormatter", "log_handler"]
+rooms["logs"] = SimpleNamespace(log_request=_log_request, log_handler=log_handler)
+
+
+# ----- cut here: without stats ---------------------------------------------------------------------------------------
+# Lost: app.stats, and with it app.board.
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Stats: figures of this node, and of all nodes of the cluster.
 # Invariant: reads the state of other rooms and never changes it.
 # ---------------------------------------------------------------------------------------------------------------------
 
 from heapq import nlargest
 
-BOARD_TIME = 1.0  # seconds between updates
 BOARD_SIZE = 500  # processes in `stats` at most
 ID_LENGTH = 200  # characters of a child's id in `stats` at most: a client may have chosen it
+SHARE_TIME = 0.5  # seconds in which callers of `cluster_stats` share what the other nodes have answered
 _started = monotonic()
 
 
@@ -6553,11 +7774,23 @@ def stats() -> dict[str, Any]:
     age_seconds, channels (five at most), state (idle, ready, running, waiting, slow); channels: channel, members (of
     all nodes), local_members, messages (sent to members here, since the channel has some); cluster: None, or up, nodes
     (name, id, members, silent_seconds) and dropped (messages that could not be read); supervisors: pid, name, strategy,
-    count (of children), children (100 at most: id, pid, "restarting" or None, type); leases, the children in the
-    cluster: id, node and pid, None while no node runs it. Both are None if this copy has no such room.
+    restarts (in the last period, seconds, of at most intensity), count (of children), children (100 at most: id, pid,
+    "restarting" or None, type, restart); leases, the children in the cluster: id, node and pid, None while no node runs
+    it. Both are None if this copy has no such room.
     """
     busiest = nlargest(BOARD_SIZE, processes.values(), key=lambda process: (len(process.mailbox), process.handled))
     ready = set(scheduler.ready)
+    return {
+        **_summary(),
+        "processes": [_process_info(process, process in ready) for process in busiest],
+        "channels": [_channel_info(channel) for channel in sorted(pubsub.which_channels())],
+        "supervisors": _list_supervisors(),
+        "leases": _leases(),
+    }
+
+
+def _summary() -> dict[str, Any]:
+    """Returns the figures of `stats` that take no time."""
     return {
         "node": scheduler.node,
         "version": __version__,
@@ -6570,32 +7803,33 @@ def stats() -> dict[str, Any]:
         "slow_closed": sum(registry.slow_closed for registry in registries),
         "messages_dropped": sum(registry.dropped for registry in registries),
         "process_count": len(processes),
-        "processes": [_process_info(process, process in ready) for process in busiest],
-        "channels": [_channel_info(channel) for channel in sorted(pubsub.which_channels())],
         "cluster": pubsub.adapter.info(),
-        "supervisors": _list_supervisors() if "gen_server" in rooms else None,
-        "leases": rooms["leases"].list_leases() if "leases" in rooms else None,
     }
 
 
-def _list_supervisors() -> list[dict[str, Any]]:
+def _list_supervisors() -> list[dict[str, Any]] | None:
+    if "gen_server" not in rooms:
+        return None
     return [
         {
             "pid": str(pid),
             "name": pid.name,
-            "strategy": entry["strategy"],
-            "count": entry["count"],
+            **{key: entry[key] for key in ("strategy", "intensity", "period", "count")},
+            "restarts": sum(monotonic() - at <= entry["period"] for at in entry["restarts"]),
             "children": [
-                {"id": str(key)[:ID_LENGTH], "pid": child and str(child), "type": kind}
-                for key, child, kind in entry["children"]
+                {"id": str(key)[:ID_LENGTH], "pid": child and str(child), "type": kind, "restart": restart}
+                for key, child, kind, restart in entry["children"]
             ],
         }
         for pid, entry in islice(rooms["gen_server"].supervisors().items(), BOARD_SIZE)
     ]
 
 
+def _leases() -> list[dict[str, Any]] | None:
+    return rooms["leases"].list_leases() if "leases" in rooms else None
+
+
 def _process_info(process: Process, is_ready: bool) -> dict[str, Any]:
-    states: dict[Any, str] = {enqueue: "idle", None: "ready" if is_ready else "running"}
     return {
         "pid": repr(process),
         "name": process.name,
@@ -6605,8 +7839,16 @@ def _process_info(process: Process, is_ready: bool) -> dict[str, Any]:
         "handled": process.handled,
         "age_seconds": round(monotonic() - process.started_at, 1),
         "channels": sorted(islice(process.channels, 5)),
-        "state": "slow" if getattr(process, "write_buffer", b"") else states.get(process.wake, "waiting"),
+        "state": _state_of(process, is_ready),
     }
+
+
+def _state_of(process: Process, is_ready: bool) -> str:
+    if getattr(process, "write_buffer", b""):
+        return "slow"
+    if process.wake is None:
+        return "ready" if is_ready else "running"
+    return "idle" if process.wake is enqueue else "waiting"
 
 
 def _channel_info(channel: str) -> dict[str, Any]:
@@ -6623,6 +7865,93 @@ def _memory() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
+class _Answers(Alias):
+    """The address that other nodes send their figures to."""
+
+    __slots__ = ("expected", "figures", "is_complete")
+
+    def __init__(self, expected: int) -> None:
+        super().__init__()
+        self.expected = expected  # nodes
+        self.figures: list[dict[str, Any]] = []
+        self.is_complete = gevent.event.Event()
+
+    def send(self, message: Any) -> None:
+        if isinstance(message, dict) and len(self.figures) < self.expected:
+            self.figures.append(message)
+        if len(self.figures) == self.expected:
+            self.is_complete.set()
+
+
+class _Gathering:
+    """The figures of the other nodes. Callers within SHARE_TIME share them, so that nodes are not asked more often."""
+
+    def __init__(self) -> None:
+        self.answers: _Answers | None = None
+        self.asked_at = 0.0
+
+    def gather(self, timeout: float) -> list[dict[str, Any]]:
+        nodes = len((pubsub.adapter.info() or {"nodes": ()})["nodes"])
+        if nodes == 0:
+            return []
+        answers = self.answers
+        if answers is None or answers.expected != nodes or monotonic() - self.asked_at > SHARE_TIME:
+            answers, self.asked_at = _Answers(nodes), monotonic()
+            self.answers = answers
+            rooms["cluster"].ask("stats", answers)
+        answers.is_complete.wait(timeout)
+        return sorted(answers.figures, key=lambda figures: str(figures.get("node")))
+
+
+_gathering = _Gathering()
+
+
+def cluster_stats(timeout: float = 1.0) -> list[dict[str, Any]]:
+    """Returns the `stats` of each node of the cluster (workers are nodes), with those of this node first.
+
+    A node that does not answer within `timeout` seconds is missing. Others are asked only here, and at most every
+    SHARE_TIME: calls in between share the answers. An answer has at most BOARD_SIZE channels, those with the most
+    members, and `channel_count`, the number of all. Without a cluster, the list has one entry.
+    """
+    return [_figures_to_share(), *_gathering.gather(timeout)]
+
+
+def _figures_to_share() -> dict[str, Any]:
+    figures = stats()
+    channels = figures["channels"]
+    figures["channels"] = nlargest(BOARD_SIZE, channels, key=itemgetter("members", "messages"))
+    return {**figures, "channel_count": len(channels)}
+
+
+def _answer(caller: Pid) -> None:
+    caller.send(_figures_to_share())
+
+
+__all__ += ["cluster_stats"]
+rooms["stats"] = SimpleNamespace(stats=stats, cluster_stats=cluster_stats, answer=_answer)
+vars(rooms["stats"]).update(  # for the board, which asks for what it shows only
+    summary=_summary,
+    process_info=_process_info,
+    channel_info=_channel_info,
+    state_of=_state_of,
+    list_supervisors=_list_supervisors,
+    list_leases=_leases,
+)
+
+
+# ----- cut here: without board ---------------------------------------------------------------------------------------
+# Lost: app.board.
+# Needs: the room stats.
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Board: a page with the figures of this node.
+# Invariant: reads the state of other rooms and never changes it.
+# ---------------------------------------------------------------------------------------------------------------------
+
+BOARD_TIME = 1.0  # seconds between updates
+
+
 class BoardHandler(WebSocketHandler):
     """The board's WebSocket. While a board is open, one process publishes the figures for all boards."""
 
@@ -6633,7 +7962,7 @@ class BoardHandler(WebSocketHandler):
         return "ok", state
 
     def websocket_init(self, state: Any) -> Any:
-        return "reply", ("text", json.dumps(stats())), state
+        return "reply", ("text", json.dumps(room("stats").stats())), state
 
     def websocket_info(self, info: Any, state: Any) -> Any:
         match info:
@@ -6644,7 +7973,7 @@ class BoardHandler(WebSocketHandler):
 
 def _publish_stats() -> None:
     while pubsub.get_local_members("nova_board"):
-        pubsub.local_broadcast("nova_board", "stats", stats())
+        pubsub.local_broadcast("nova_board", "stats", room("stats").stats())
         receive(BOARD_TIME)
 
 
@@ -6653,6 +7982,7 @@ def board(app: Nova, path: str = "/board", security: Any = False, logout: str = 
 
     With `logout`, a path for POST, the page has a button for it.
     """
+    room("stats")  # raises here, and not at the first client, if it was cut off
     page = {"Content-Type": "text/html; charset=utf-8", "Cache-Control": "no-cache"}
     text = BOARD_PAGE.replace('action="" hidden', f'action="{bottle.html_escape(logout)}"') if logout else BOARD_PAGE
     routes = [
@@ -6662,7 +7992,7 @@ def board(app: Nova, path: str = "/board", security: Any = False, logout: str = 
     app.add({"prefix": path, "security": security, "routes": routes})
 
 
-rooms["board"] = SimpleNamespace(stats=stats, board=board)
+rooms["board"] = SimpleNamespace(board=board)
 
 BOARD_PAGE = """<!doctype html>
 <html lang="en">
@@ -6940,7 +8270,6 @@ $("pause").onclick = event => event.target.ariaPressed = paused = !paused;
 import argparse
 import ast
 import hashlib
-import hmac
 import secrets
 import sqlite3
 from contextlib import closing
@@ -7239,30 +8568,22 @@ def children_of(notes: Notes) -> list[dict[str, Any]]:
 class Login:
     """Protects pages by one password: `routes` is the group with /login and /logout, `security` is for other groups.
 
-    No session is stored. The cookie holds its expiry time and a signature, whose key is derived from the password: all
-    workers accept it, it survives a restart, and a new password ends every login.
+    A session that is logged in holds what proves its password. So it ends when the password changes, on any node.
     """
 
-    LIFE = 12 * 3600  # seconds until a login expires
     TRIES, TRIES_OF_ALL = 5, 30  # wrong passwords a minute, from one address and from all
 
     def __init__(self, password: str, home: str = "/board") -> None:
-        self.home = home
-        # Slow by intention: with a stolen cookie, passwords must not be guessed by the million.
-        self.key = hashlib.scrypt(password.encode(), salt=b"nova_lite login", n=2**14, r=8, p=1)
-        self.proof = self.sign("password", password)
+        self.home, self.password = home, password
+        # Slow by intention: what is stored must not help to guess passwords by the million.
+        self.proof = hashlib.scrypt(password.encode(), salt=b"nova_lite login", n=2**14, r=8, p=1).hex()
         self.wrong: deque[tuple[float, str]] = deque()  # time, address; at most TRIES_OF_ALL
         post = {"methods": ["post"], "max_body": 4096}
         show = ("/login", self.show, {"methods": ["get"]})
         self.routes = {"routes": [show, ("/login", self.log_in, post), ("/logout", self.log_out, post)]}
 
-    def sign(self, kind: str, text: str) -> str:
-        return hmac.new(self.key, f"{kind}:{text}".encode(), "sha256").hexdigest()
-
     def is_logged_in(self, req: Request) -> bool:
-        session, _, signature = req["cookies"].get("nova_login", "").rpartition(".")
-        is_ours = hmac.compare_digest(signature.encode(), self.sign("session", session).encode())
-        return is_ours and int(session.partition(".")[0]) > time.time()
+        return session.get(req, "login") == self.proof
 
     def security(self, req: Request) -> Any:
         if self.is_logged_in(req):
@@ -7281,15 +8602,19 @@ class Login:
         if wait > 0:
             return self.page(429, f"Too many wrong passwords. Wait {wait} seconds.", {"Retry-After": str(wait)})
         given = password if isinstance(password, str) else ""
-        if not hmac.compare_digest(self.sign("password", given), self.proof):
+        if not hmac.compare_digest(given.encode(), self.password.encode()):
             self.wrong.append((monotonic(), address))
             log.warning("wrong password at /login from %s", address)
             return self.page(401, "That is not the password.")
-        session = f"{int(time.time()) + self.LIFE}.{secrets.token_urlsafe(16)}"
-        return self.redirect(req, self.home, f"{session}.{self.sign('session', session)}", self.LIFE)
+        session.renew(req)
+        session.set(req, "login", self.proof)
+        return "status", 303, {"Location": self.home}
 
     def log_out(self, req: Request) -> Any:
-        return self.redirect(req, "/login", "", 0) if req.is_own_origin() else ("status", 403)
+        if not req.is_own_origin():
+            return "status", 403
+        session.delete(req)
+        return "status", 303, {"Location": "/login"}
 
     def wait(self, address: str) -> int:
         """Returns the seconds until this address may try again."""
@@ -7299,12 +8624,6 @@ class Login:
         of_all, own = [at for at, _ in self.wrong], [at for at, other in self.wrong if other == address]
         ends = [*own[-self.TRIES :][: len(own) >= self.TRIES], *of_all[: len(of_all) >= self.TRIES_OF_ALL]]
         return int(max(ends) + 60 - now) + 1 if ends else 0
-
-    def redirect(self, req: Request, path: str, cookie: str, seconds: int) -> Any:
-        # Behind a proxy the request may be plain HTTP; the form's Origin has the scheme that the browser uses.
-        https = req.environ["wsgi.url_scheme"] == "https" or req["headers"].get("Origin", "").startswith("https:")
-        options = f"Max-Age={seconds}; Path=/; HttpOnly; SameSite=Strict{'; Secure' if https else ''}"
-        return "status", 303, {"Location": path, "Set-Cookie": f"nova_login={cookie}; {options}"}
 
     def page(self, status: int, error: str = "", headers: Mapping[str, str] | None = None) -> Any:
         policy = "default-src 'none'; style-src 'unsafe-inline'; img-src data:; frame-ancestors 'none'"
@@ -7321,25 +8640,24 @@ def choose_password() -> str:
     return os.environ["NOVA_PASSWORD"]
 
 
-LOGIN_PAGE = """<!doctype html>
-<html lang="en">
-<meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
-<title>Log in - nova_lite</title><link rel="icon" href="data:,">
+LOGIN_PAGE = (
+    room("views").HEAD
+    + """<title>Log in - nova_lite</title>
 <style>
-  :root { color-scheme: light dark; --accent: light-dark(#b3263a, #f0788a) } * { box-sizing: border-box }
-  body { margin: 0; padding: 15vh 1rem 2rem; font: 16px/1.5 system-ui } p:empty { display: none }
-  form { display: grid; gap: .5rem; max-width: 22rem; margin: auto } h1 { font-size: 1.35rem; margin: 0 0 .5rem }
-  p { color: var(--accent); margin: 0 } [aria-invalid=true] { border-color: var(--accent) }
-  input, button { font: inherit; width: 100%; border: 1px solid #888; border-radius: .4rem; padding: .5rem .6rem }
-  :focus-visible { outline: 2px solid var(--accent); outline-offset: 1px }
+  body { padding-top: 15vh } main { max-width: 22rem; margin: auto } p:empty { display: none }
+  form { display: grid; gap: .5rem; margin-top: 1.5rem } input { width: 100% } .dim { margin-bottom: .5rem }
 </style>
-<form method="post" action="/login"><h1>nova_lite</h1><label for="password">Password</label>
+<main><h1><a class="home" href="/">nova_lite</a></h1>
+<form method="post" action="/login">
+  <p class="dim">The board shows what this node does. Its password was printed when the program started.</p>
+  <label for="password">Password</label>
   <input name="username" value="board" autocomplete="username" hidden>
   <input type="password" id="password" name="password" autocomplete="current-password" required autofocus
     aria-invalid="INVALID" aria-describedby="error">
-  <p id="error" role="alert">ERROR</p><button>Log in</button></form>
+  <p id="error" class="error" role="alert">ERROR</p><button class="main">Log in</button></form></main>
 </html>
 """
+)
 
 
 def demo(notes: Notes, password: str | None = None) -> Nova:
@@ -7376,29 +8694,14 @@ def demo(notes: Notes, password: str | None = None) -> Nova:
     return app
 
 
-PAGE = """<!doctype html>
-<html lang="en">
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>nova_lite</title>
-<link rel="icon" href="data:image/svg+xml,<svg xmlns='http://www.w3.org/2000/svg' viewBox='0 0 24 24'><path
-  fill='%23cf8a12' d='M12 0q1 11 12 12-11 1-12 12-1-11-12-12 11-1 12-12z'/></svg>">
+PAGE = (
+    room("views").HEAD
+    + """<title>nova_lite</title>
+<meta name="description" content="Live comments and notes: what one window does, every window shows.">
 <style>
-  :root { color-scheme: light dark; --paper: #f4f3ee; --card: #fffefa; --ink: #1a2426; --dim: #566266; --line: #dedcd2;
-          --edge: #848d8e; --accent: #0c6470; --on: #fff; --tint: #e0efee; --star: #cf8a12; --flare: #ffebb0;
-          --bad: #b02318; --warn: #84500a; --good: #2d7d4f }
-  @media (prefers-color-scheme: dark) { :root { --paper: #0f1518; --card: #171f23; --ink: #e7ece8; --dim: #9aa8aa;
-          --line: #2b373c; --edge: #6b7b80; --accent: #6ccbd0; --on: #08262a; --tint: #17383c; --star: #f2b84b;
-          --flare: #3c3112; --bad: #ff9d90; --warn: #f0ba62; --good: #6cc592 } }
-  * { box-sizing: border-box } [hidden] { display: none !important }
-  body { margin: 0 auto; max-width: 76rem; min-height: 100dvh; padding: 1rem; font: 1rem/1.5 system-ui, sans-serif;
-         background: var(--paper); color: var(--ink); overflow-wrap: anywhere }
   body, section, form, #comments { display: flex; flex-direction: column; gap: .75rem }
   header, .row, #line { display: flex; flex-flow: row wrap; gap: .25rem .75rem; align-items: center }
-  h1, h2, h3, p, ul { margin: 0; padding: 0 } h3 { font-size: 1rem; line-height: 1.35 }
-  h1, h2 { font: 600 1.25rem/1 ui-monospace, "Cascadia Code", Menlo, Consolas, monospace; letter-spacing: -.04em }
-  h2 { font-size: 1.0625rem } h1 svg { width: 1.1em; fill: var(--star); vertical-align: -.2em; margin-right: .35em }
-  header { min-height: 2.25rem } .dim, time, small, #line { color: var(--dim) }
+  h3 { font-size: 1rem; line-height: 1.35 } header { min-height: 2.25rem } #line { color: var(--dim) }
   #line { margin-left: auto; gap: .3rem; padding: 0 .6rem; border: 1px solid transparent; border-radius: 2rem }
   #line, small, label, .error, .plain, .row p { font-size: .875rem } .dim:empty { display: none }
   #line::before { content: ""; display: inline-block; width: 10px; height: 10px; border: 2px solid; border-radius: 50%;
@@ -7418,28 +8721,22 @@ PAGE = """<!doctype html>
   li .row { margin-top: .2rem } #say [name=nick] { flex: 0 1 27% } label { font-weight: 600 }
   li p { white-space: pre-wrap; max-height: 18rem; overflow: auto } li small { flex: 1 }
   form.row { flex-wrap: nowrap } .row input { flex: 1 } #search { max-width: 15rem }
-  input, textarea, button, summary { font: inherit; color: inherit; border: 1px solid var(--edge); border-radius: .5rem;
-         padding: .4rem .7rem; background: var(--card); min-height: 2.5rem } label > * { margin-block: .2rem }
   input, textarea { display: block; width: 100%; min-width: 0; font-size: 1rem; font-weight: 400; resize: vertical }
-  ::placeholder { color: var(--dim); opacity: 1 } [aria-invalid=true] { border: 2px solid var(--bad) }
-  button, summary { cursor: pointer } button:hover, summary:hover { background: var(--tint) }
-  .main, .main:hover { background: var(--accent); border-color: var(--accent); color: var(--on); font-weight: 600 }
-  a, .plain, summary { color: var(--accent) } .plain { min-height: 1.75rem; padding: 0 .3rem; border: 0;
-         background: none; text-decoration: underline } .error { color: var(--bad) }
+  .plain, summary { color: var(--accent) } .plain { min-height: 1.75rem; padding: 0 .3rem; border: 0;
+         background: none; text-decoration: underline } label > * { margin-block: .2rem }
   details:not([open]) > summary::before { content: "+"; margin-right: .4em }
   summary { display: flex; align-items: center; justify-content: center; border-style: dashed; font-weight: 600 }
   [open] > summary { border-color: transparent; padding: .4rem 0; justify-content: start; background: none }
-  :focus-visible { outline: 2px solid var(--accent); outline-offset: 2px }
   @media (min-width: 40rem) and (min-height: 30rem) { #comments { max-height: none }
     body { height: 100dvh } main { grid-template: minmax(0, 1fr) / 1fr 1fr } }
   @media (pointer: coarse) { main :is(input, textarea, button, summary) { min-height: 2.75rem } }
   @media (prefers-reduced-motion: no-preference) { .new { animation: arrive .3s ease-out, flare 2.5s ease-out }
-    svg.new { animation: star .8s ease-out } @keyframes arrive { from { opacity: 0; translate: 0 -.6rem } }
+    .home.new { animation: none } .home.new::before { animation: star .8s ease-out }
+    @keyframes arrive { from { opacity: 0; translate: 0 -.6rem } }
     @keyframes flare { from { background: var(--flare) } } @keyframes star { 30% { scale: 1.4; rotate: 45deg } } }
 </style>
 <header>
-  <h1><svg viewBox="0 0 24 24" aria-hidden="true"><path d="M12 0q1 11 12 12-11 1-12 12-1-11-12-12 11-1 12-12z"/></svg
-    >nova_lite</h1>
+  <h1><a class="home" href="/">nova_lite</a></h1>
   <div id="line" class="away"><span id="state" role="status">connecting</span><span id="wait" aria-hidden="true"></span
     ><button id="now" class="plain" aria-label="Reconnect now" hidden>now</button></div>
 </header>
@@ -7485,7 +8782,7 @@ function element(tag, className, ...children) {  // children are text: user inpu
 }
 
 function arrived(node) {  // highlights the node and the star
-  for (const it of [node, document.querySelector("svg")]) {
+  for (const it of [node, document.querySelector(".home")]) {
     it.classList.remove("new");
     void it.clientTop;  // restarts the animation
     it.classList.add("new");
@@ -7703,6 +9000,7 @@ function fault(field, text) {
 </script>
 </html>
 """
+)
 
 
 CLIENT = """/* A WebSocket that reconnects. Copy it.
@@ -7832,8 +9130,8 @@ def parse_options() -> argparse.Namespace:
     add("--certfile", metavar="FILE", help="certificate (PEM): serve https and wss")
     add("--keyfile", metavar="FILE", help="private key of the certificate, if it is in another file")
     add("--reload", action="store_true", help="restart whenever a file of the program changes")
-    levels = ["debug", "info", "warning", "error"]
-    add("--log-level", choices=levels, default="info", help="lowest level to log (%(default)s)")
+    add("--log-level", choices=["debug", "info", "warning", "error"], default="info", help="lowest level (%(default)s)")
+    add("--log-format", choices=["plain", "json"], default="plain", help="json: each line is an object (%(default)s)")
     add("--version", action="version", version=f"nova_lite {__version__}")
     args = parser.parse_args()
     if args.workers > 1 and args.cluster is None:
@@ -7860,8 +9158,8 @@ def main() -> int:
         if sys.argv[1:2] == [name]:
             return subcommand(sys.argv[2:])
     args = parse_options()
-    process = "%(process)d " if args.workers > 1 else ""
-    logging.basicConfig(level=args.log_level.upper(), format=f"%(asctime)s {process}%(levelname)s %(message)s")
+    handler = log_handler(args.log_format, args.workers > 1)
+    logging.basicConfig(level=args.log_level.upper(), handlers=[handler])
     choose_password()  # before workers or a child are started: they must share it
     try:
         if args.reload:
