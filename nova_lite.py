@@ -34,9 +34,10 @@ The map. A room uses the rooms above it, others only through `rooms`. Those afte
     tls                     https and wss
     proxy                   what a proxy in front says of the client
     checks                  mistakes in routes and options, as errors that say what to do
-    views                   templates and files, the look of pages
+    views                   templates and files; the look of pages, and their client, NovaSocket
     plugins                 before and after controllers; cors; pages for statuses; mounted applications
     deflate                 compression (permessage-deflate)
+    rate                    clients that may say so much a time
     gen_server              servers with calls; supervisors
     presence                who is in a channel, by name
     replay                  channels that keep their last messages
@@ -47,6 +48,7 @@ The map. A room uses the rooms above it, others only through `rooms`. Those afte
     sessions                cookies; what the server remembers of a browser between requests
     logs                    the access log; lines in JSON
     stats                   figures of this node and of all nodes
+    metrics                 figures of all nodes, for Prometheus
     board                   a page that shows them
     demo, main              Nova's tutorial; the command line
 
@@ -89,6 +91,7 @@ from dataclasses import dataclass, replace
 from datetime import datetime
 from functools import cache, lru_cache, partial
 from io import BytesIO
+from ipaddress import ip_address
 from itertools import count, islice
 from math import inf, isnan
 from operator import itemgetter
@@ -144,6 +147,8 @@ class Settings:
     trust_proxy: int = 0  # proxies in front, True is 1; of each X-Forwarded- list, the farthest one's entry counts
     subprotocols: Any = ()  # the handler's; the first of the client's that is among them is chosen
     compress: bool = False  # permessage-deflate (RFC 7692) with clients that offer it; costs CPU
+    rate: Any = None  # (messages, seconds) of a client of a WebSocket; None: no limit
+    on_flood: str = "wait"  # beyond `rate`: reading pauses; or "close", with 1008
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1252,8 +1257,8 @@ class Request(Mapping[str, Any]):
     `body` (bytes), `qs` or `parsed_qs` (the query), `headers` (in any case), `cookies`, `peer` (address, port; with
     `trust_proxy` the client's, with port 0 if the proxy hides it), `auth_data` (what `security` returned),
     `subprotocol` (of a WebSocket: the chosen one, or None), `since` (the last position that the client has received of
-    a kept channel: its Last-Event-ID, `since` in the query, or None), `scheme`. `body`, `json` and `params` may raise
-    an HTTPError: 400, 408 or 413.
+    a kept channel: its Last-Event-ID, `since` in the query, or None). `body`, `json` and `params` may raise an
+    HTTPError: 400, 408 or 413.
     """
 
     __slots__ = ("_known", "environ", "settings")
@@ -1377,7 +1382,6 @@ _LAZY_KEYS: dict[str, Callable[[Request], Any]] = {
     "parsed_qs": lambda req: req["qs"],
     "headers": lambda req: RequestHeaders(req.environ),
     "cookies": _cookies,
-    "scheme": lambda req: req.environ.get("wsgi.url_scheme", "http"),
     "peer": lambda req: (req.environ.get("REMOTE_ADDR", ""), int(req.environ.get("REMOTE_PORT") or 0)),
     "since": lambda req: req.environ.get("HTTP_LAST_EVENT_ID") or req["qs"].get("since"),
 }
@@ -1912,7 +1916,7 @@ class Stream(Process):
         del inbox[:done]
         if not inbox:
             self.inbox_bytes = 0
-        if not self.reader.active and not self._should_pause():
+        if not self.reader.active and not self.should_pause():
             self.reader.start(self.readable)
 
     def handle_result(self, result: Any, _info: Any = None, callback: str = "websocket_handle") -> int:
@@ -1985,10 +1989,10 @@ class Stream(Process):
         if not data:
             self.input_over = True
             self.inbox.append(Close(None, "", ("error", "closed")))
-        if self._should_pause():
+        if self.should_pause():
             self.reader.stop()
 
-    def _should_pause(self) -> bool:
+    def should_pause(self) -> bool:
         """Returns whether the client has to wait for the handler, or has no more to say."""
         inbox, settings = self.inbox, self.settings
         too_much = self.inbox_bytes > settings.max_message_size and inbox
@@ -2059,9 +2063,8 @@ class Stream(Process):
         close.__traceback__ = None  # its frames hold it: 3 KiB a connection until the next garbage collection
         if self.phase is OPEN:
             self._start_close(close)
-        level, text = logging.INFO, f" ({close.code} {close.text})" if close.text else ""
-        if close.code in REFUSALS:
-            level = logging.WARNING
+        text = f" ({close.code} {close.text})" if close.text else ""
+        level = logging.WARNING if close.code in REFUSALS else logging.INFO
         log.log(level, "%r%s closed: %r%s", self, self.title(), close.reason, text)
         if hasattr(self.handler, "terminate"):
             self.handler.terminate(close.reason, self.req, self.state)
@@ -2213,7 +2216,6 @@ class ConnectionRegistry:
         self.limit = limit  # connections
         self.leaving = False  # whether the server is asked to stop, but still serves for SHUTDOWN_DELAY
         self.draining = False
-        self.host = ""  # the address that the server listens on; "" before it does
         self.slow_closed = 0  # connections whose client did not read
         self.dropped = 0  # messages, for clients that did not read
         self.logged, self.logged_drops = -60.0, 0  # when drops were logged last, and how many there were then
@@ -2284,10 +2286,10 @@ class Nova(bottle.Bottle):
         """Adds a group of routes. Raises ValueError for unknown keys and options."""
         if "checks" in rooms:
             rooms["checks"].check_group(group)
-        if "plugins" in rooms:
-            group = rooms["plugins"].prepare(self, group)
         if unknown := set(group) - GROUP_KEYS:  # with a misspelt "security", the group would be open
             raise ValueError(f"a group of routes has no {', '.join(sorted(unknown))}")
+        if "plugins" in rooms:
+            group = rooms["plugins"].prepare(self, group)
         for route in group.get("routes", ()):
             if "checks" in rooms:
                 rooms["checks"].check_route(self, group, route, _rule)
@@ -2326,9 +2328,13 @@ class Nova(bottle.Bottle):
         """Returns figures of this node (see the function `stats`)."""
         return room("stats").stats()
 
-    def board(self, path: str = "/board", security: Any = False, logout: str = "") -> None:
-        """Adds the board, a page that shows what this node is doing (see the function `board`)."""
-        room("board").board(self, path, security, logout)
+    def board(self, path: str = "/board", security: Any = None, logout: str = "") -> None:
+        """Adds the board, a page that shows what this node is doing; without `security`, to this machine only."""
+        room("board").board(self, path, room("proxy").is_local if security is None else security, logout)
+
+    def metrics(self, path: str = "/metrics", security: Any = False) -> None:
+        """Adds figures of all nodes for Prometheus (see the function `metrics`)."""
+        room("metrics").metrics(self, path, security)
 
     def _cast(self, out: Any, peek: Any = None) -> Any:
         """Logs what bottle turns into a 500 without a word: a generator's first step, a body that cannot be encoded."""
@@ -2346,8 +2352,7 @@ class Nova(bottle.Bottle):
                 room("sessions").send_cookies(bottle.request.environ)
 
     def default_error_handler(self, res: HTTPError) -> bytes:
-        accept = bottle.request.environ.get("HTTP_ACCEPT", "")
-        text = str(res.body or res.status_line.partition(" ")[2])
+        accept, text = bottle.request.get_header("Accept", ""), str(res.body or res.status_line.partition(" ")[2])
         bottle.response.content_type, body = error_body(res.status_line, text, accept)
         return body
 
@@ -2355,7 +2360,7 @@ class Nova(bottle.Bottle):
 def _settings(where: str, settings: Settings, options: Mapping[str, Any]) -> Settings:
     if "checks" in rooms:
         rooms["checks"].check_settings(where, options)
-    for name, needed in {"compress": "deflate", "trust_proxy": "proxy"}.items():
+    for name, needed in {"compress": "deflate", "trust_proxy": "proxy", "rate": "rate", "on_flood": "rate"}.items():
         if options.get(name):
             room(needed).check(options)  # raises here, and not at the first client, if it was cut off
     return replace(settings, **options)
@@ -2477,6 +2482,8 @@ class _WebSocketEndpoint(_Endpoint):
         if self.settings.compress:
             kind, extension = room("deflate").negotiate(environ.get("HTTP_SEC_WEBSOCKET_EXTENSIONS", ""))
             headers.update(extension)
+        if self.settings.rate:
+            kind = room("rate").limit(kind)
         return self.accept_connection(kind, req, headers)
 
     def accept_connection(self, kind: Any, req: Request, headers: dict[str, str]) -> HTTPResponse:
@@ -2644,8 +2651,7 @@ class RequestHandler(UpgradeHandler):
         self.rfile.close()
         raw: Any
         if self.server.ssl_enabled:
-            raw, rest = room("tls").detach(sock)
-            early += rest
+            raw, early = room("tls").detach(sock, early)
         else:
             raw = _socket.socket(sock.family, sock.type, sock.proto, sock.detach())
             raw.setblocking(False)  # whatever socket.setdefaulttimeout says
@@ -2668,7 +2674,7 @@ class Server(gevent.pywsgi.WSGIServer):
     `reuse_port`, other processes may serve the same port. `trust_proxy` is the number of proxies in front, for an
     application that is no `Nova` with that setting. `children` are the application's, as `run` has them: if their
     supervisor ends, `failed` is set and the server stops. Raises OSError if the address is in use or a file cannot be
-    read, RuntimeError if a child cannot be started.
+    read, RuntimeError if a child cannot be started, ValueError if other machines would reach a board without security.
     """
 
     KEEP_ALIVE, HEAD_TIME, BODY_TIME = 75.0, 10.0, 30.0  # seconds, by the room http: next request, head (or TLS), body
@@ -2699,8 +2705,8 @@ class Server(gevent.pywsgi.WSGIServer):
         if reuse_port:
             self.get_listener = lambda _address, backlog, _family: room("launch").bound_socket(host, port, backlog)
         handler = rooms["http"].handler if "http" in rooms else RequestHandler
-        if hops := trust_proxy or getattr(getattr(app, "settings", None), "trust_proxy", 0):
-            handler = room("proxy").handler_behind(hops, handler)
+        if trust_proxy or "proxy" in rooms:
+            handler = room("proxy").set_up(self, app, host, trust_proxy, handler)
         super().__init__((host, port), app, BACKLOG, log=None, error_log=log, handler_class=handler, **tls)
 
     def __enter__(self) -> Server:
@@ -2721,7 +2727,6 @@ class Server(gevent.pywsgi.WSGIServer):
         _check_patch()
         scheduler.bind_thread()
         super().init_socket()
-        self.registry.host = self.address[0]
         self.socket.setsockopt(IPPROTO_TCP, TCP_NODELAY, 1)  # accepted sockets inherit it
 
     def do_read(self) -> Any:
@@ -2788,6 +2793,7 @@ def run(
     log_level: str = "info",
     log_format: str = "plain",
     children: Iterable[dict[str, Any]] = (),
+    ready: Callable[[Server], Any] | None = None,
     **options: Any,
 ) -> None:
     """Serves `app` until SIGINT or SIGTERM, then drains for at most `drain_time` seconds and returns.
@@ -2796,7 +2802,7 @@ def run(
     load balancer can notice. A second signal ends the process immediately. `cluster` is the URL of a Redis (see
     `pubsub.connect`), and `name` is this node's name there. `workers` is the number of processes on the port (see
     `run_workers`); more than one need a cluster. `reload` restarts the program when one of its files changes.
-    With `log_format="json"`, a line of the log is a JSON object.
+    With `log_format="json"`, a line of the log is a JSON object. `ready` is called with the server once it serves.
     `children` (see `start_supervisor`) are started in each process that serves, before it does, and stopped after the
     drain, also if a signal comes while they start; if their supervisor ends, the server drains and the exit code is 1.
     `options` are `Server`'s. Raises OSError if the address is in use, ValueError for a bad child and for workers
@@ -2816,18 +2822,12 @@ def run(
         number, port = room("launch").run_workers(workers, host, port, drain_time + shutdown_delay)
         options["reuse_port"], name = True, f"{name or scheduler.node}-{number}"
     _descriptor_limit(raised=True)
-    try:
-        _serve(Server(app, host, port, drain_time=drain_time, **options), shutdown_delay, cluster, name)
-    finally:
-        if cluster is not None:
-            pubsub.disconnect()
+    _serve(Server(app, host, port, drain_time=drain_time, **options), shutdown_delay, cluster, name, ready)
 
 
-def _serve(server: Server, shutdown_delay: float, cluster: str | None, name: str | None) -> None:
+def _serve(server: Server, shutdown_delay: float, cluster: str | None, name: str | None, ready: Any) -> None:
     asked_to_stop = gevent.event.Event()
     server.on_failure = asked_to_stop.set
-    if cluster is not None:
-        pubsub.connect(cluster, name)
     signals = count()
 
     def on_signal() -> None:
@@ -2836,15 +2836,20 @@ def _serve(server: Server, shutdown_delay: float, cluster: str | None, name: str
         asked_to_stop.set()
 
     with ExitStack() as closers:
+        if cluster is not None:
+            closers.callback(pubsub.disconnect)
+            pubsub.connect(cluster, name)
         for sign in (signal.SIGINT, signal.SIGTERM):  # before the server: children may take long to start
             closers.callback(gevent.signal_handler(sign, on_signal).cancel)
         for close in filter(None, [hook(asked_to_stop.set) for hook in while_serving]):
             closers.callback(close)
         closers.enter_context(server)
+        if ready is not None:
+            ready(server)
         host = server.address[0]
         scheme, shown = "https" if server.ssl_enabled else "http", f"[{host}]" if ":" in host else host
         log.info("serving on %s://%s:%d/ (Ctrl-C stops)", scheme, shown, server.port)
-        log.info("the descriptor limit allows %d WebSockets", server.registry.limit)
+        log.debug("the descriptor limit allows %d WebSockets", server.registry.limit)
         gc.collect()
         gc.freeze()  # a full collection then takes 3 ms, not 15
         asked_to_stop.wait()
@@ -3410,7 +3415,7 @@ rooms["http"] = SimpleNamespace(handler=StrictRequestHandler, SlicedBytes=_Slice
 from ssl import SSLEOFError, SSLWantReadError, SSLWantWriteError, SSLZeroReturnError
 
 
-def _set_up(server: Any, certfile: str, keyfile: str | None) -> dict[str, Any]:
+def _set_up_tls(server: Any, certfile: str, keyfile: str | None) -> dict[str, Any]:
     """Returns gevent's arguments for a server that speaks TLS. Raises OSError if a file cannot be used."""
     from gevent import ssl
 
@@ -3471,11 +3476,10 @@ def _handle_client(server: Server, client_socket: Any, address: Any) -> None:
         sock.close()
 
 
-def _detach(sock: Any) -> tuple[TLS, bytes]:
-    """Returns the socket for a connection's process, and the bytes that TLS has read ahead."""
-    early = b""
+def _detach(sock: Any, early: bytes) -> tuple[TLS, bytes]:
+    """Returns the socket for a connection's process, and `early` with the bytes that TLS has read ahead."""
     with suppress(OSError):
-        early = sock.recv(sock.pending()) if sock.pending() else b""
+        early += sock.recv(sock.pending()) if sock.pending() else b""
     return TLS(sock), early
 
 
@@ -3486,14 +3490,15 @@ def _send_close_notify(sock: Any) -> None:
 
 
 rooms["tls"] = SimpleNamespace(
-    set_up=_set_up,
+    set_up=_set_up_tls,
     detach=_detach,
     send_close_notify=_send_close_notify,
 )
 
 
 # ----- cut here: without proxy ---------------------------------------------------------------------------------------
-# Lost: trust_proxy; and localhost, 127.0.0.1 and [::1] are then different hosts for an Origin.
+# Lost: trust_proxy; localhost, 127.0.0.1 and [::1] as one host for an Origin; the check that a board without security
+# is for this machine only.
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -3501,8 +3506,7 @@ rooms["tls"] = SimpleNamespace(
 # Invariant: without `trust_proxy`, nothing that a client writes in an X-Forwarded header counts.
 # ---------------------------------------------------------------------------------------------------------------------
 
-from ipaddress import ip_address
-
+local_registries: weakref.WeakSet[Any] = weakref.WeakSet()  # of servers that only this machine reaches
 LOOPBACK_NAMES = ("localhost", "127.0.0.1", "[::1]")
 _REWRITTEN = "nova_lite.rewritten"  # in WSGI's environ: nothing is rewritten twice
 _SCHEMES = {"http": "http", "https": "https", "ws": "http", "wss": "https"}  # some proxies forward wss
@@ -3521,13 +3525,18 @@ class ProxiedHandler(RequestHandler):
         return environ
 
 
-def _handler_behind(hops: Any, handler: type[RequestHandler]) -> Any:
-    """Returns the class of handlers for a server behind so many proxies."""
-    _check({"trust_proxy": hops})
-    return type(handler.__name__, (ProxiedHandler, handler), {"hops": hops})
+def _set_up_proxy(server: Any, app: Any, host: str, hops: Any, handler: type[RequestHandler]) -> Any:
+    """Prepares a server, and returns the class of its handlers. Raises ValueError, see `Server`."""
+    hops = hops or getattr(getattr(app, "settings", None), "trust_proxy", 0)
+    _check_hops({"trust_proxy": hops})
+    if is_loopback(host):
+        local_registries.add(server.registry)
+    if not is_loopback(host) or hops:
+        _check_exposure(app, host)
+    return type(handler.__name__, (ProxiedHandler, handler), {"hops": hops}) if hops else handler
 
 
-def _check(options: Mapping[str, Any]) -> None:
+def _check_hops(options: Mapping[str, Any]) -> None:
     if not isinstance(options["trust_proxy"], int) or options["trust_proxy"] < 0:
         raise ValueError(f"trust_proxy is a number of proxies, or True for one, not {options['trust_proxy']!r}")
 
@@ -3585,7 +3594,7 @@ def _list_origins(own: str, environ: Mapping[str, Any]) -> list[str]:
     origins, port = [own], f":{match[2]}" if match[2] else ""
     if _REWRITTEN in environ and not port and origin is not None:
         origins.append(f"{own}:{origin[2]}")
-    if match[1].lower() in LOOPBACK_NAMES and REGISTRY_KEY in environ and is_loopback(environ[REGISTRY_KEY].host):
+    if match[1].lower() in LOOPBACK_NAMES and environ.get(REGISTRY_KEY) in local_registries:
         origins += [f"{scheme}://{name}{port}" for name in LOOPBACK_NAMES]
     return origins
 
@@ -3598,11 +3607,33 @@ def is_loopback(host: str) -> bool:
     return False
 
 
+def _is_local(req: Request) -> bool:
+    """The `security` of what is for this machine only."""
+    return is_loopback(req["peer"][0])
+
+
+def _check_exposure(app: Any, host: str) -> None:
+    """Raises ValueError if what is for this machine only would be served to others."""
+    route = next(_list_local_routes(app), None)
+    if route is not None:
+        why = "trust_proxy says that there is a proxy in front" if is_loopback(host) else f"others may reach {host!r}"
+        advice = "give app.board a security, or security=False if everyone may see it"
+        raise ValueError(f"the board at {route.rule.rstrip('/')} is for this machine only, but {why}: {advice}")
+
+
+def _list_local_routes(app: Any) -> Iterator[Any]:
+    for route in app.routes if isinstance(app, bottle.Bottle) else ():
+        if getattr(route.callback, "security", None) is _is_local:
+            yield route
+        yield from _list_local_routes(route.config.get("mountpoint.target"))
+
+
 rooms["proxy"] = SimpleNamespace(
-    check=_check,
-    handler_behind=_handler_behind,
+    check=_check_hops,
+    is_local=_is_local,
     list_origins=_list_origins,
     rewrite=_rewrite,
+    set_up=_set_up_proxy,
 )
 
 
@@ -4002,11 +4033,11 @@ rooms["checks"] = SimpleNamespace(
     warn_of_answer=_warn_of_answer,
 )
 # ----- cut here: without views ---------------------------------------------------------------------------------------
-# Lost: templates and files: ("ok", variables), ("view", variables), ("sendfile", ...), static. Pages look plain.
+# Lost: templates and files: ("ok", variables), ("view", variables), ("sendfile", ...), static; the look of pages.
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Views: templates and files, which bottle renders and sends, and the look that the pages of this file share.
+# Views: templates and files, which bottle renders and sends; the look of this file's pages, and NovaSocket for yours.
 # Invariant: as in requests and responses, no sockets; a bottle response goes out. No path leads out of a static folder.
 # ---------------------------------------------------------------------------------------------------------------------
 
@@ -4154,9 +4185,161 @@ def _error_page(title: str, text: str) -> str:
     return f"{HEAD}<title>{title}</title>{look}<main><h1>{title}</h1><p>{text}</p>{home}</main></html>\n"
 
 
+# The client for pages, JavaScript that depends on nothing: serve it, or copy it.
+CLIENT = """/* A WebSocket that reconnects. Copy it.
+
+     const notes = new NovaSocket("/notifications?since=");  // replays what was missed, if the server keeps it
+     notes.on("open", load).on("nova_resync", load);  // at first, and whenever messages may be missing
+     notes.on("note_created", note => ...);           // {"event": "note_created", "data": ...}
+     notes.on("message", text => ...);                // any message, as received
+     notes.on("closed", ({ code, reason }) => ...);   // why the connection ended; 1006: without a close frame
+     notes.on("state", socket => ...);                // connecting, open, waiting (until `retryAt`), offline, closed,
+                                                      // refused (`refusal` says why): only now() tries again
+     notes.off("message", fn).send("text");           // false if it can neither be sent nor queued
+
+   The URL may be a function, called for each connection: new NovaSocket(async () => `/live?token=${await fresh()}`).
+   The second argument is a subprotocol, or a list of them. A server refuses by the close code 1008, or by a 401, 403 or
+   redirect before the 101. A message sent while the connection breaks may be lost. The heartbeat is an empty binary
+   message that the server returns (`case ("binary", b""): return "reply", frame, state`); it follows each message, so
+   that a dead connection shows within 5 s. If the server does not return it, only the browser detects those. */
+"use strict";
+class NovaSocket {
+  static OWN = ["open", "message", "state", "closed"];  // the server cannot send events of these names
+  static LIMIT = 100;  // messages queued while disconnected
+  static BEAT = 20000; static ANSWER = 5000; static CONNECT = 10000;  // ms: silence before a heartbeat; timeouts
+  static delay(tries, random = Math.random()) {  // seconds: 0.5 to 4, so that many clients do not come back together,
+    const least = Math.min(15, 0.5 * 2 ** tries), most = Math.min(30, 4 * 2 ** tries);  // doubled up to 15 to 30
+    return least + (most - least) * random;
+  }
+
+  constructor(url, protocols = []) {
+    const { signal } = this.end = new AbortController();
+    Object.assign(this, { url, protocols, listeners: new Map(), queue: [], tries: 0, position: null, answers: false });
+    addEventListener("online", () => this.now(), { signal });
+    addEventListener("offline", () => this.lost(), { signal });
+    addEventListener("pagehide", () => this.leave("offline"), { signal });  // the browser may keep the page
+    addEventListener("pageshow", event => event.persisted && this.now(), { signal });
+    document.addEventListener("visibilitychange", () => document.hidden || this.now(), { signal });
+    this.connect();
+  }
+  on(event, fn) {
+    this.listeners.set(event, [...this.listeners.get(event) ?? [], fn]);
+    return this;
+  }
+  off(event, fn) {
+    this.listeners.set(event, (this.listeners.get(event) ?? []).filter(other => other !== fn));
+    return this;
+  }
+  send(data) {
+    if (this.state === "open") {
+      this.socket.send(data);
+      if (!this.beating) this.beat();
+    } else if (["closed", "refused"].includes(this.state) || this.queue.length >= NovaSocket.LIMIT) return false;
+    else this.queue.push(data);
+    return true;
+  }
+  close() { this.end.abort(); this.leave("closed"); }
+  now() {  // connects, or checks the connection, immediately
+    if (this.state === "open") this.beat();
+    else if (["waiting", "offline", "refused"].includes(this.state)) this.connect();
+  }
+
+  // The rest is private. There is one timer: for the next step, unless something else happens first.
+  emit(event, data) {
+    for (const fn of this.listeners.get(event) ?? []) try { fn(data); } catch (error) { console.error(error); }
+  }
+  become(state, ms, next) {
+    this.after(ms, next);
+    this.state = state;
+    this.emit("state", this);
+  }
+  after(ms, next) {
+    clearTimeout(this.timer);
+    if (next) this.timer = setTimeout(() => next.call(this), ms);
+  }
+  async connect() {
+    const attempt = this.attempt = {};
+    this.beating = false;
+    this.become("connecting", NovaSocket.CONNECT, this.lost);
+    try {
+      const given = typeof this.url === "function" ? await this.url() : this.url;
+      if (this.attempt !== attempt) return;  // lost or closed meanwhile
+      this.address = new URL(given, location.href);
+      if (this.position !== null) this.address.searchParams.set("since", this.position);
+      const socket = this.socket = new WebSocket(this.address.href.replace(/^http/, "ws"), this.protocols);
+      socket.binaryType = "arraybuffer";
+      socket.onopen = () => this.opened();
+      socket.onmessage = ({ data }) => this.received(data);
+      socket.onclose = event => this.lost(event);
+    } catch (error) {
+      console.error(error);
+      if (this.attempt === attempt) this.lost();
+    }
+  }
+  opened() {
+    this.since = Date.now();
+    this.become("open", 0, this.beat);
+    this.emit("open", this);
+    while (this.queue.length && this.state === "open") this.socket.send(this.queue.shift());
+  }
+  beat() {
+    this.beating = true;
+    this.socket.send(new Uint8Array());
+    this.after(NovaSocket.ANSWER, () => this.answers ? this.lost() : this.rest());
+  }
+  rest() {  // until the next heartbeat
+    this.beating = false;
+    this.after(NovaSocket.BEAT, this.beat);
+  }
+  received(data) {
+    this.rest();  // the connection is alive
+    if (data.byteLength === 0) return void (this.answers = true);
+    this.emit("message", data);
+    let json = {};
+    if (data[0] === "{") try { json = JSON.parse(data); } catch { /* not JSON */ }
+    if (json.position !== undefined) this.position = json.position;
+    if (!NovaSocket.OWN.includes(json.event)) this.emit(json.event, json.data);
+  }
+  lost({ code = 1006, reason = "" } = {}) {
+    const wasOpen = this.state === "open";
+    if (wasOpen && Date.now() - this.since > 5000) this.tries = 0;  // not if it is closed after opening
+    if (code === 1008) this.refuse(reason || "the server has closed the connection");
+    else {
+      const wait = NovaSocket.delay(this.tries++) * 1000;
+      this.retryAt = Date.now() + wait;
+      this.leave(navigator.onLine ? "waiting" : "offline", wait, this.connect);
+      if (!wasOpen && this.tries % 4 === 3) this.ask();
+    }
+    this.emit("closed", { code, reason });
+  }
+  async ask() {  // why handshakes fail, which browsers do not tell: an event stream is refused for the same reasons
+    const { attempt } = this, end = new AbortController(), headers = { Accept: "text/event-stream" };
+    const url = this.address?.href.replace(/^ws/, "http");
+    try {
+      const answer = await fetch(url, { headers, redirect: "manual", cache: "no-store", signal: end.signal });
+      const refused = answer.type === "opaqueredirect" || [401, 403].includes(answer.status);
+      end.abort();
+      if (refused && this.attempt === attempt) this.refuse(answer.status ? `status ${answer.status}` : "log in first");
+    } catch { /* the server cannot be reached */ }
+  }
+  refuse(why) {
+    this.tries = 2;  // so that the next failure asks again
+    this.refusal = why;
+    this.leave("refused");
+  }
+  leave(...next) {
+    this.attempt = null;
+    if (this.socket) this.socket.onopen = this.socket.onmessage = this.socket.onclose = null;
+    this.socket?.close();
+    this.become(...next);
+  }
+}
+"""
+
 rooms["views"] = SimpleNamespace(
     to_response=_to_response,
     error_page=_error_page,
+    CLIENT=CLIENT,
     STYLE=STYLE,
     HEAD=HEAD + f'<link rel="icon" href="{STAR}">\n',  # of the pages of this file; an error's has the site's icon
 )
@@ -4213,7 +4396,7 @@ class _Plugin:
             self.instance.stop(self.state)
 
 
-class _Place:
+class _PluginEntry:
     """A plugin at one of its places, before or after the controllers of a group."""
 
     def __init__(self, extension: _Extension, phase: str, plugin: Any, options: Any = None, priority: int = 0) -> None:
@@ -4276,7 +4459,7 @@ class _Place:
 class _Group:
     """What the routes of a group have of this room. It stands among a route's plugins, as a mark that does nothing."""
 
-    def __init__(self, prefix: str, entries: Iterable[_Place] | None, statuses: Mapping[int, Any]) -> None:
+    def __init__(self, prefix: str, entries: Iterable[_PluginEntry] | None, statuses: Mapping[int, Any]) -> None:
         segments = [part for part in prefix.split("/") if part]
         pattern = ["[^/]+" if part[0] == ":" or "<" in part else re.escape(part) for part in segments]
         self.pattern = re.compile("".join(f"/{part}" for part in pattern) + "(/|$)")
@@ -4539,7 +4722,7 @@ def _install(app: Nova, plugins: Any) -> None:
         if not isinstance(plugin, tuple):
             app.install(plugin)
     extension = _extend(app)
-    extension.for_all = _Group("", [_Place(extension, *item) for item in plugins if isinstance(item, tuple)], {})
+    extension.for_all = _Group("", [_PluginEntry(extension, *item) for item in plugins if isinstance(item, tuple)], {})
 
 
 def _prepare(app: Nova, group: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -4558,7 +4741,7 @@ def _prepare(app: Nova, group: Mapping[str, Any]) -> Mapping[str, Any]:
         for route in statuses:
             rooms["checks"].check_route(app, group, route, str)
     extension = _extend(app)
-    entries = None if inherits else [_Place(extension, *plugin) for plugin in ours]
+    entries = None if inherits else [_PluginEntry(extension, *plugin) for plugin in ours]
     mark = _Group(group.get("prefix", ""), entries, dict(_status_route(app, *route) for route in statuses))
     extension.add(mark)
     routes = [route for route in routes if not any(route is other for other in statuses)]
@@ -4880,6 +5063,167 @@ def negotiate(offered: str) -> tuple[Any, dict[str, str]]:
 
 
 rooms["deflate"] = SimpleNamespace(negotiate=negotiate, check=lambda _options: None)
+
+
+# ----- cut here: without rate ----------------------------------------------------------------------------------------
+# Lost: rate=(messages, seconds), on_flood.
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Rate: WebSockets whose clients may send so many messages a time.
+# Invariant: a client that sends more waits, or is disconnected. No message is lost, and they stay in order.
+#
+# A client has `messages` tokens, which it gets back evenly in `seconds`. A message takes one. Without one it is held,
+# as is all that follows: messages, the client's close, the end of its bytes. Of the pings and pongs that find no token,
+# the last one of each read is handled immediately (RFC 6455 §5.5.3); so reading goes on until `backlog` messages, or
+# `max_message_size` bytes, are held. Beyond that, TCP holds the client back, and its pings with it.
+# ---------------------------------------------------------------------------------------------------------------------
+
+SHORTEST_PAUSE = 0.02  # seconds: what is held comes in portions, not with a timer for each message
+
+
+class TokenBucket:
+    """So many tokens, which come back evenly in so many seconds."""
+
+    __slots__ = ("changed_at", "per_second", "size", "tokens")
+
+    def __init__(self, size: int, seconds: float) -> None:
+        self.size, self.per_second = size, size / seconds
+        self.tokens, self.changed_at = float(size), monotonic()
+
+    def take(self, wanted: int) -> int:
+        """Takes as many tokens as there are, `wanted` at most. Returns how many."""
+        now = monotonic()
+        self.tokens = min(self.size, self.tokens + (now - self.changed_at) * self.per_second)
+        self.changed_at = now
+        taken = min(wanted, int(self.tokens))
+        self.tokens -= taken
+        return taken
+
+    def wait_time(self) -> float:
+        """Returns the seconds until there is a token."""
+        return max(0.0, (1 - self.tokens) / self.per_second)
+
+
+class RatedConnection(Connection):
+    """A WebSocket whose client has a limited rate. It has no slots, so that it combines with other kinds."""
+
+    MAX_READ = SMALL_READ  # bytes per read: what one read brings may have to be held
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.bucket = TokenBucket(*self.settings.rate)
+        self.held: deque[Any] = deque()  # what the client has sent too early
+        self.held_bytes = 0  # about
+        self.pause: Any = None  # timer; None while nothing is held
+
+    def parse(self, data: bytes) -> list[Any]:
+        frames = super().parse(data)
+        if self.phase is not OPEN:
+            return frames
+        ready, late_controls = [], {}
+        tokens = 0 if self.held else self.bucket.take(sum(map(_takes_token, frames)))
+        for frame in frames:
+            if not self.held and (tokens > 0 or not _takes_token(frame)):
+                ready.append(frame)
+                tokens -= _takes_token(frame)
+            elif type(frame) is tuple and frame[0] in ("ping", "pong"):
+                late_controls[frame[0]] = frame
+            elif self.settings.on_flood == "close":
+                return [*ready, self._refuse()]
+            else:
+                self._hold(frame)
+        return [*ready, *late_controls.values()]
+
+    def _refuse(self) -> Close:
+        self.parser.done = self.input_over = True  # the rest is ignored, as after a violation of the protocol
+        self.parser.reset()
+        messages, seconds = self.settings.rate
+        return Close(1008, f"more than {messages} messages in {seconds} s", ("error", "flood"))
+
+    def _hold(self, frame: Any) -> None:
+        self.held.append(frame)
+        self.held_bytes += len(frame[-1]) if type(frame) is tuple else 0
+        if self.pause is None:
+            self._begin_pause()
+
+    def _begin_pause(self) -> None:
+        self.pause = scheduler.hub.loop.timer(max(SHORTEST_PAUSE, self.bucket.wait_time()))
+        self.pause.start(self._end_pause)
+
+    def _end_pause(self) -> None:
+        """Hub callback: puts what has a token now into the inbox."""
+        self._drop_pause()
+        if self.phase is not OPEN:
+            return
+        while self.held and len(self.inbox) < self.settings.backlog:
+            if _takes_token(self.held[0]) and not self.bucket.take(1):
+                break
+            self.inbox.append(self.held.popleft())
+        if self.held:
+            self._begin_pause()
+        else:
+            self.held_bytes = 0
+        if not self.reader.active and not self.should_pause():
+            self.reader.start(self.readable)
+        if self.inbox and self.wake is enqueue:
+            enqueue(self)
+
+    def _drop_pause(self) -> None:
+        if self.pause is not None:
+            self.pause.close()
+            self.pause = None
+
+    def should_pause(self) -> bool:
+        settings = self.settings
+        is_full = len(self.held) >= settings.backlog or self.held_bytes > settings.max_message_size
+        return is_full or super().should_pause()
+
+    def step(self) -> None:
+        if self.held and self.inbox and isinstance(self.inbox[-1], Close):
+            self.held.append(self.inbox.pop())  # the client is gone: what it has sent comes first
+        super().step()
+
+    def check_timeouts(self, seconds: float) -> None:
+        if self.held:
+            self.idle_for = 0.0  # the pause is ours
+        super().check_timeouts(seconds)
+
+    def abort(self) -> None:
+        super().abort()
+        self._drop_pause()
+        self.held.clear()
+
+
+def _takes_token(frame: Any) -> bool:
+    return type(frame) is tuple and frame[0] != "close"
+
+
+@cache
+def _rated(kind: type[Connection]) -> Any:
+    return type(f"Rated{kind.__name__}", (RatedConnection, kind), {})
+
+
+def _limit(kind: Any) -> Any:
+    """Returns a kind of connection with a limited rate."""
+    if isinstance(kind, partial):
+        return partial(_rated(kind.func), *kind.args, **kind.keywords)
+    return _rated(kind)
+
+
+def _check_rate(options: Mapping[str, Any]) -> None:
+    match options.get("rate"):
+        case None:
+            pass
+        case (int(messages), int() | float() as seconds) if messages > 0 and 0 < seconds < inf:
+            pass
+        case rate:
+            raise ValueError(f"rate is (messages, seconds), such as (50, 1), not {rate!r}")
+    if options.get("on_flood", "wait") not in ("wait", "close"):
+        raise ValueError(f"on_flood is 'wait' or 'close', not {options['on_flood']!r}")
+
+
+rooms["rate"] = SimpleNamespace(limit=_limit, check=_check_rate)
 
 
 # ----- cut here: without gen_server ----------------------------------------------------------------------------------
@@ -5750,11 +6094,15 @@ class History(Recorder):
             self.begin(epoch, offset)
         self.offset = offset
         self.messages.append((monotonic() if at is None else at, message))
+        self._drop_old()
+
+    def _drop_old(self) -> None:
+        while self.messages and monotonic() - self.messages[0][0] > self.seconds:
+            self.messages.popleft()
 
     def since(self, position: Any) -> list[Message] | None:
         """Returns the messages after `position`, all for "first"; None if it is too old or from another epoch."""
-        while self.messages and monotonic() - self.messages[0][0] > self.seconds:
-            self.messages.popleft()
+        self._drop_old()
         if position == "first":
             return [message for _, message in self.messages]
         epoch, offset = self._parse(position)
@@ -6167,7 +6515,7 @@ TRANSPORT_TIMEOUT = 4.0  # seconds without the node's own beat until it reconnec
 TICK = 0.5  # seconds
 FIRST_DELAY, LAST_DELAY = 0.1, 5.0  # seconds before reconnecting, doubled each time, with jitter
 MAX_OUTBOX = 64 * 1024 * 1024  # bytes that may wait for Redis; beyond, broadcasts are lost, which is announced
-JOIN_TIME = 5.0  # seconds that `join` waits for its subscription at most, and `connect` for Redis
+JOIN_TIME = 5.0  # seconds that `join` waits for its subscription at most, `connect` and `publish` for Redis
 MAX_CHANGES = 500  # in one delta: with the largest metas of presence, it is half of what a message may have
 MAX_NAMES = 1000  # names of nodes that have left; a pid of an earlier one prints the node's id
 MAX_LOST = 10_000  # channels announced one by one; beyond, all channels are
@@ -6215,14 +6563,14 @@ class RemotePid(Pid):
 class Redis:
     """Opens connections to the Redis of a URL, and names its keys and channels."""
 
-    def __init__(self, url: str) -> None:
+    def __init__(self, url: str, timeout: float | None = None) -> None:
         self.module = room("codec").import_package("redis")
         parts = urlsplit(url)
         query = dict(parse_qsl(parts.query, keep_blank_values=True))
         self.prefix = query.pop("prefix", "nova") + ":"
         location = url.partition("://")[2].rpartition("@")[2].partition("?")[0]
         self.label = f"{parts.scheme}://{location}"  # for the log: no password, not even one with a slash
-        options = {"protocol": 2, "socket_timeout": None, "socket_connect_timeout": 5, "socket_keepalive": True}
+        options = {"protocol": 2, "socket_timeout": timeout, "socket_connect_timeout": 5, "socket_keepalive": True}
         options |= {"decode_responses": False, "health_check_interval": 0}
         query = {name: value for name, value in query.items() if name not in options}
         try:
@@ -6907,9 +7255,9 @@ def _find_redis() -> Any:
 def publish(url: str, channel: str, topic: str | bytes, payload: Any) -> int:
     """Broadcasts without being a node. Returns how many nodes have members in the channel.
 
-    Raises OSError or redis.RedisError if Redis cannot be reached, and the errors of `connect` and `broadcast`.
+    Raises OSError or redis.RedisError if Redis does not respond within 5 seconds, and what `broadcast` raises.
     """
-    redis, message = Redis(url), pubsub.make_message(channel, topic, payload)
+    redis, message = Redis(url, JOIN_TIME), pubsub.make_message(channel, topic, payload)
     data = room("codec").Codec(None, os.urandom(8)).encode([*message[2:], None])
     with redis.client:
         return redis.client.publish(redis.key("channel:", channel), data)
@@ -7208,7 +7556,7 @@ def set_cookie(
     without what that demands; TypeError for a value that is no string, or not JSON; RuntimeError if it is too late: a
     WebSocket or an event stream has its response.
     """
-    secure = req["scheme"] == "https" if secure is None else secure
+    secure = is_https(req) if secure is None else secure
     text = _quote(value) if secret is None else _sign(name, value, secret, max_age)
     _check_attributes(name, path, domain, secure, samesite)
     if len(name) + len(text) > MAX_COOKIE:
@@ -7217,6 +7565,11 @@ def set_cookie(
     parts = [f"{name}={text}", *(f"{key}={value}" for key, value in given.items() if value is not None)]
     parts += ["HttpOnly"] * httponly + ["Secure"] * secure
     _cookies_to_send(req)[name, path, domain] = "; ".join(parts)
+
+
+def is_https(req: Request) -> bool:
+    """Returns whether the client uses https; behind a proxy, `trust_proxy` must say that there is one."""
+    return bool(req.environ.get("wsgi.url_scheme") == "https")
 
 
 def _cookies_to_send(req: Request) -> dict[Any, str]:
@@ -7398,7 +7751,7 @@ class Session:
         return names[0] if len(names) == 1 else None
 
     def _is_secure(self, req: Request) -> bool:
-        return req["scheme"] == "https" if self.secure is None else self.secure
+        return is_https(req) if self.secure is None else self.secure
 
     def _cookie_name(self, req: Request) -> str:
         # With the prefix, no page over http, and none of another host of the domain, can have set it (RFC 6265bis).
@@ -7425,10 +7778,10 @@ class _Entry:
     """A session in memory."""
 
     values: dict[str, str]  # key -> JSON
-    created: float
+    begun: float
     used: float
 
-    __slots__ = ("created", "used", "values")
+    __slots__ = ("begun", "used", "values")
 
 
 class _Memory:
@@ -7484,7 +7837,7 @@ class _Memory:
         return entry
 
     def _is_over(self, entry: _Entry, now: float) -> bool:
-        return now - entry.used >= self.options.idle or now - entry.created >= self.options.absolute
+        return now - entry.used >= self.options.idle or now - entry.begun >= self.options.absolute
 
     def _drop(self, name: str) -> None:
         self.renewed.pop(name, None)
@@ -7939,6 +8292,103 @@ vars(rooms["stats"]).update(  # for the board, which asks for what it shows only
 )
 
 
+# ----- cut here: without metrics -------------------------------------------------------------------------------------
+# Lost: app.metrics.
+# Needs: the room stats.
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Metrics: figures of all nodes in Prometheus' text format, 0.0.4.
+# Invariant: the number of series depends on the number of nodes alone. So no label is a process, a channel or a path:
+# clients name channels, and Prometheus would keep each name for weeks. The board and `stats` have them.
+# ---------------------------------------------------------------------------------------------------------------------
+
+METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+LABEL_LENGTH = 200  # characters of a node's name
+
+
+def _longest_mailbox(figures: Mapping[str, Any]) -> int:
+    return max((process["mailbox"] for process in figures["processes"]), default=0)
+
+
+_METRICS: tuple[tuple[str, str, str, Any], ...] = (  # name, type, help; the figure in `stats`, or a function of them
+    ("uptime_seconds", "gauge", "Seconds since the node was started.", "uptime_seconds"),
+    ("cpu_seconds_total", "counter", "CPU time of the OS process.", "cpu_seconds"),
+    ("memory_bytes", "gauge", "Resident memory of the OS process.", "memory_bytes"),
+    ("connections", "gauge", "WebSockets and event streams.", "connections"),
+    ("max_connections", "gauge", "Connections that the node accepts at most.", "max_connections"),
+    ("draining", "gauge", "1 while the node is stopping, else 0.", "draining"),
+    ("slow_closed_total", "counter", "Connections closed since their clients did not read.", "slow_closed"),
+    ("messages_dropped_total", "counter", "Messages dropped for clients that did not read.", "messages_dropped"),
+    ("processes", "gauge", "Processes, connections included.", "process_count"),
+    ("longest_mailbox_messages", "gauge", "Messages in the longest mailbox.", _longest_mailbox),
+    ("channels", "gauge", "Channels that have members on any node.", "channel_count"),
+    ("cluster_up", "gauge", "1 while connected to the cluster, else 0.", lambda it: it["cluster"]["up"]),
+    ("cluster_nodes", "gauge", "Nodes known here, with this one.", lambda it: len(it["cluster"]["nodes"]) + 1),
+    ("cluster_dropped_total", "counter", "Messages that were unreadable.", lambda it: it["cluster"]["dropped"]),
+)
+
+
+def metrics(app: Nova, path: str = "/metrics", security: Any = False) -> None:
+    """Adds figures of all nodes, workers included, to an application, for Prometheus; `security` as in a group.
+
+    Each has the label `node`. They are numbers only, without a name that a client has chosen: unlike the board, they
+    may be served without security, since few scrapers log in. A node that does not answer within a second is missing.
+    """
+    room("stats")  # raises here, and not at the first client, if it was cut off
+    app.add({"security": security, "routes": [(path, _show_metrics, {"methods": ["get"]})]})
+
+
+def _show_metrics(_req: Request) -> Any:
+    text = format_metrics(room("stats").cluster_stats())
+    return "status", 200, {"Content-Type": METRICS_TYPE, "Cache-Control": "no-store"}, text.encode("utf-8", "replace")
+
+
+def format_metrics(nodes: Iterable[Mapping[str, Any]]) -> str:
+    """Returns the `stats` of nodes in Prometheus' text format."""
+    named = _name_nodes(nodes)
+    info = [f'{{node="{name}",version="{_escape(figures.get("version"))}"}} 1' for name, figures in named.items()]
+    lines = _family("info", "gauge", "The version of nova_lite.", info)
+    for metric, kind, text, figure in _METRICS:
+        values = {name: _read_figure(figure, figures) for name, figures in named.items()}
+        samples = [f'{{node="{name}"}} {value}' for name, value in values.items() if value is not None]
+        lines += _family(metric, kind, text, samples)
+    return "".join(f"{line}\n" for line in lines)
+
+
+def _family(name: str, kind: str, text: str, samples: list[str]) -> list[str]:
+    head = [f"# HELP nova_lite_{name} {text}", f"# TYPE nova_lite_{name} {kind}"] if samples else []
+    return head + [f"nova_lite_{name}{sample}" for sample in samples]
+
+
+def _name_nodes(nodes: Iterable[Mapping[str, Any]]) -> dict[str, Mapping[str, Any]]:
+    """Returns the nodes by their labels. Of nodes with one name, those that started later get a number."""
+    named: dict[str, Mapping[str, Any]] = {}
+    for figures in sorted(nodes, key=lambda figures: -(_read_figure("uptime_seconds", figures) or 0)):
+        label, numbers = _escape(figures.get("node")), count(2)
+        name = label
+        while name in named:
+            name = f"{label} {next(numbers)}"
+        named[name] = figures
+    return named
+
+
+def _read_figure(figure: Any, figures: Mapping[str, Any]) -> Any:
+    """Returns a number, or None if the node has none: it is alone, or of another version."""
+    try:
+        value = figure(figures) if callable(figure) else figures[figure]
+    except (KeyError, TypeError):
+        return None
+    return value + 0 if isinstance(value, int | float) and abs(value) < inf else None
+
+
+def _escape(value: Any) -> str:
+    return str(value)[:LABEL_LENGTH].replace("\\", r"\\").replace('"', r"\"").replace("\n", r"\n")
+
+
+rooms["metrics"] = SimpleNamespace(metrics=metrics)
+
+
 # ----- cut here: without board ---------------------------------------------------------------------------------------
 # Lost: app.board.
 # Needs: the room stats.
@@ -8274,6 +8724,7 @@ import secrets
 import sqlite3
 from contextlib import closing
 from itertools import pairwise, takewhile
+from socket import AF_INET, AF_INET6, SOCK_DGRAM, socket
 
 from gevent.threadpool import ThreadPool
 
@@ -8414,7 +8865,7 @@ class NotesController:
 
 
 def is_text(*fields: str) -> bool:
-    return all(field and "\0" not in field for field in fields)  # PostgreSQL stores no NUL
+    return all(field.strip() and "\0" not in field for field in fields)  # PostgreSQL stores no NUL
 
 
 def unprocessable(req: Request, *names: str) -> Any:
@@ -8453,17 +8904,25 @@ class CommentsHandler(WebSocketHandler):
 
     def websocket_info(self, info: Any, state: Any) -> Any:
         match info:
-            case ("nova_pubsub", "comments", _sender, "new_comment", text) if isinstance(text, str):
+            case ("nova_pubsub", "comments", _sender, "new_comment", {"name": name, "text": text}):  # of the page
+                return "reply", ("text", f"{name}: {text}"), state
+            case ("nova_pubsub", "comments", _sender, "new_comment", str(text)):
                 return "reply", ("text", text), state
         return "ok", state
 
 
 class ChatHandler(WebSocketHandler):
-    """Sends who is here, the comments that are kept, "live", then changes. Receives "say TEXT", "here|typing NAME"."""
+    """Serves the page: sends who is here, the comments that are kept, "live", then comments, visitors and notes.
 
+    It receives "say ID TEXT", "here NAME" and "typing NAME". The ID is the client's: a comment that it sends again, as
+    the connection broke before it came back, is not said twice.
+    """
+
+    said: deque[str] = deque(maxlen=1000)  # the ids of comments, of all clients
     name = last = ""  # the visitor's name, and the message that set it
 
     def websocket_init(self, state: Any) -> Any:
+        pubsub.join("notes")
         pubsub.join("comments", since="first")
         self_pid().send("live")  # after what is kept
         return "reply", ("text", json.dumps({"event": "here", "data": presence.list("comments")})), state
@@ -8473,7 +8932,8 @@ class ChatHandler(WebSocketHandler):
             case ("binary", b""):
                 return "reply", frame, state
             case ("text", text) if text.startswith("say "):
-                pubsub.broadcast("comments", "new_comment", text[4:])
+                id, _, said = text[4:].partition(" ")
+                return self.say(id[:100], said, state)
             case ("text", text) if len(text) <= 100 and text != self.last:  # each key that is pressed repeats it
                 doing, _, name = re.sub("[\0-\x1f\u202a-\u202e\u2066-\u2069]", "", text).partition(" ")  # reversal
                 presence.untrack("comments", self.name)
@@ -8481,15 +8941,27 @@ class ChatHandler(WebSocketHandler):
                 presence.track("comments", self.name, {"typing": doing == "typing"})  # both changes are one event
         return "ok", state
 
+    def say(self, id: str, text: str, state: Any) -> Any:
+        comment = {"id": id, "name": self.name, "text": text, "at": time.time()}
+        if id in self.said:  # the client may have missed it
+            return "reply", ("text", json.dumps({"event": "new_comment", "data": comment})), state
+        self.said.append(id)
+        pubsub.broadcast("comments", "new_comment", comment)
+        return "ok", state
+
     def websocket_info(self, info: Any, state: Any) -> Any:
         match info:
-            case ("nova_pubsub", "comments", _sender, "new_comment", str()):
+            case ("nova_pubsub", "comments", _, "new_comment", str() | {"id": str(), "name": str(), "text": str()}):
+                return "reply", ("text", info.once(as_json)), state
+            case ("nova_pubsub", "notes", _, _, _):
                 return "reply", ("text", info.once(as_json)), state
             case ("nova_presence", "comments", _joins, _leaves):
                 return "reply", ("text", info.once(lambda it: json.dumps({"event": "moved", "data": it[2:]}))), state
             case ("nova_resync", "comments"):  # some may be missing; the page skips those that it has
                 pubsub.leave("comments")
                 return self.websocket_init(state)
+            case ("nova_resync", "notes"):  # the page loads all notes again
+                return "reply", ("text", '{"event": "nova_resync", "data": null}'), state
             case "live":
                 return "reply", ("text", '{"event": "live"}'), state
         return "ok", state
@@ -8664,14 +9136,15 @@ def demo(notes: Notes, password: str | None = None) -> Nova:
     """Returns the tutorial's application; with a password, the board too."""
     pubsub.keep("notes")
     pubsub.keep("comments", seconds=24 * 3600)
-    small = {"protocol": "ws", "max_message_size": 65_536}  # bytes of a comment that is kept
+    small = {"protocol": "ws", "max_message_size": 65_536, "rate": (50, 1)}  # bytes of a comment that is kept
     api = NotesController(notes)
     page = {"Content-Type": "text/html; charset=utf-8", "Cache-Control": "no-cache"}
+    text = PAGE if password else PAGE.replace('<nav><a href="/board">Board</a></nav>', "")
     script = {"Content-Type": "text/javascript; charset=utf-8", "Cache-Control": "no-cache"}
     app = Nova([
         {"routes": [
-            ("/", lambda _req: ("status", 200, page, PAGE), {"methods": ["get"]}),
-            ("/nova.js", lambda _req: ("status", 200, script, CLIENT), {"methods": ["get"]}),
+            ("/", lambda _req: ("status", 200, page, text), {"methods": ["get"]}),
+            ("/nova.js", lambda _req: ("status", 200, script, room("views").CLIENT), {"methods": ["get"]}),
             ("/heartbeat", heartbeat, {"methods": ["get"]}),
             ("/ws", EchoHandler, {"protocol": "ws"}),
             ("/comments", CommentsHandler, small),
@@ -8699,44 +9172,63 @@ PAGE = (
     + """<title>nova_lite</title>
 <meta name="description" content="Live comments and notes: what one window does, every window shows.">
 <style>
-  body, section, form, #comments { display: flex; flex-direction: column; gap: .75rem }
+  body { min-height: 100dvh } body, section, form, #comments { display: flex; flex-direction: column; gap: .75rem }
   header, .row, #line { display: flex; flex-flow: row wrap; gap: .25rem .75rem; align-items: center }
-  h3 { font-size: 1rem; line-height: 1.35 } header { min-height: 2.25rem } #line { color: var(--dim) }
-  #line { margin-left: auto; gap: .3rem; padding: 0 .6rem; border: 1px solid transparent; border-radius: 2rem }
-  #line, small, label, .error, .plain, .row p { font-size: .875rem } .dim:empty { display: none }
-  #line::before { content: ""; display: inline-block; width: 10px; height: 10px; border: 2px solid; border-radius: 50%;
-                  color: var(--good); margin-right: .25rem } #line:not(.away)::before { background: currentColor }
-  #line.away, .away::before { color: var(--warn) !important; border-color: currentColor }
+  header { min-height: 2.25rem; column-gap: 1.25rem } h3 { font-size: 1.0625rem; line-height: 1.35 }
+  #line { margin-left: auto; gap: .3rem } .dim:empty { display: none } form { margin: 0 }
+  #line, nav, small, label, .error, .plain, .row p, #typing, #news { font-size: .875rem } #line { color: var(--dim) }
+  #line::before { content: ""; border: 5px solid var(--good); border-radius: 50%; margin-right: .25rem }
+  #line.away::before { padding: 3px; border: 2px solid var(--warn) }
   #wait { font-variant-numeric: tabular-nums } main { flex: 1; display: grid; gap: 1rem; min-height: 0 }
-  section { min-width: 0; min-height: 0; overflow: auto; padding: 1rem 1rem 0; background: var(--card);
-            border: 1px solid var(--line); border-radius: .75rem }
+  section { min-width: 0; min-height: 0; max-height: 60rem; padding: 1rem; background: var(--card);
+            border: 1px solid var(--line); border-radius: .75rem; position: relative }
   section > .row { min-height: 2.5rem; justify-content: space-between }
-  .list { flex: 1; list-style: none; overflow: auto; min-height: 6rem; margin: 0 -.5rem; padding: .25rem .5rem 1.5rem;
-          scrollbar-width: thin; mask: linear-gradient(#000 calc(100% - 1.5rem), transparent) }
-  #comments { align-items: flex-start; gap: .4rem; max-height: 40dvh }
-  #comments p { max-width: 88%; padding: .35rem .8rem; border: 1px solid var(--line); border-radius: 0 1rem 1rem }
-  #comments .mine { align-self: flex-end; background: var(--tint); border-radius: 1rem 0 1rem 1rem }
+  .list { flex: 1; list-style: none; overflow: auto; min-height: 6rem; margin: 0 -.5rem; padding: .25rem .5rem;
+          scrollbar-width: thin } .new { position: relative; isolation: isolate }
+  .new::after { content: ""; position: absolute; inset: 0; z-index: -1; border-radius: inherit; opacity: 0;
+          background: var(--flare) } #comments { align-items: flex-start; gap: .4rem; max-height: 45dvh }
+  #comments > :first-child { margin-top: auto }
+  #comments p { max-width: 88%; padding: .35rem .8rem; border: 1px solid var(--line); border-radius: .3rem 1rem 1rem }
+  #comments .mine { align-self: flex-end; background: var(--tint); border-radius: 1rem .3rem 1rem 1rem }
+  #comments .pending { background: none; border: 1px dashed var(--edge) } #comments .failed { border-color: var(--bad) }
+  #comments .name { display: block; font-size: .8125rem; font-weight: 600; color: var(--accent) }
   time { margin-left: .6rem; font-size: .75rem; white-space: nowrap } .seen { position: absolute; opacity: 0 }
-  li { padding: .75rem .2rem .75rem .5rem; margin: 0 -.5rem; border-top: 1px solid var(--line) }
-  li .row { margin-top: .2rem } #say [name=nick] { flex: 0 1 27% } label { font-weight: 600 }
-  li p { white-space: pre-wrap; max-height: 18rem; overflow: auto } li small { flex: 1 }
-  form.row { flex-wrap: nowrap } .row input { flex: 1 } #search { max-width: 15rem }
-  input, textarea { display: block; width: 100%; min-width: 0; font-size: 1rem; font-weight: 400; resize: vertical }
+  #typing { display: block; min-height: 1.3125rem; margin: -.4rem 0 } #more { align-self: center; margin-top: -3.25rem;
+          border-radius: 2rem } .hint { padding: 1.25rem 1rem; border: 1px dashed var(--edge); border-radius: .75rem;
+          display: grid; gap: .75rem; justify-items: center; text-align: center; text-wrap: balance;
+          color: var(--dim) } .hint button { color: var(--accent); font-weight: 600 }
+  #say { display: grid; grid: auto / minmax(7rem, 27%) 1fr auto }
+  #notes { padding: 0 } li:first-child { border: 0 !important } li { padding: .75rem .5rem .5rem;
+          border-top: 1px solid var(--line) } li .row { margin-top: .2rem } li .erase { padding-right: 0 }
+  li small { flex: 1 } label { font-weight: 600 }
+  li p { white-space: pre-wrap; max-height: 18rem; overflow: auto; font-size: .9375rem } h3 + p { margin-top: .15rem }
+  li.editing { background: var(--tint); box-shadow: inset 3px 0 var(--accent) }
+  li.draft small::after { content: " · not saved yet"; color: var(--warn) }
+  #search { flex: 0 1 15rem } input, textarea { display: block; width: 100%; min-width: 0; font-size: 1rem;
+          font-weight: 400 } textarea { resize: none; max-height: 45dvh } label > * { margin-block: .2rem }
   .plain, summary { color: var(--accent) } .plain { min-height: 1.75rem; padding: 0 .3rem; border: 0;
-         background: none; text-decoration: underline } label > * { margin-block: .2rem }
+          background: none; text-decoration: underline } .plain:hover { background: none }
+  @media (hover: hover) { li .plain:not(:hover, :focus-visible) { color: var(--dim); text-decoration: none } }
+  .erase:is(:hover, :focus-visible) { color: var(--bad) } #form .row { gap: .5rem }
   details:not([open]) > summary::before { content: "+"; margin-right: .4em }
   summary { display: flex; align-items: center; justify-content: center; border-style: dashed; font-weight: 600 }
   [open] > summary { border-color: transparent; padding: .4rem 0; justify-content: start; background: none }
-  @media (min-width: 40rem) and (min-height: 30rem) { #comments { max-height: none }
-    body { height: 100dvh } main { grid-template: minmax(0, 1fr) / 1fr 1fr } }
+  [open] ~ #none { display: none }
+  @media (min-width: 40rem) { main { grid-template: minmax(0, 1fr) / 1fr 1fr; align-items: start }
+    #comments { max-height: 60dvh } }
+  @media (min-width: 40rem) and (min-height: 30rem) { body { height: 100dvh } #comments { max-height: none }
+    main { align-items: stretch } section { overflow: auto } }
+  @media (max-width: 40rem) { #search { flex: 1 0 100% } #say { grid: auto auto / 1fr auto } #say > :first-child {
+    grid-column: 1 / -1 } }
   @media (pointer: coarse) { main :is(input, textarea, button, summary) { min-height: 2.75rem } }
-  @media (prefers-reduced-motion: no-preference) { .new { animation: arrive .3s ease-out, flare 2.5s ease-out }
-    .home.new { animation: none } .home.new::before { animation: star .8s ease-out }
-    @keyframes arrive { from { opacity: 0; translate: 0 -.6rem } }
-    @keyframes flare { from { background: var(--flare) } } @keyframes star { 30% { scale: 1.4; rotate: 45deg } } }
+  @media (prefers-reduced-motion: no-preference) { .new { animation: arrive .3s ease-out }
+    .new::after { animation: flare 2.5s ease-out } .home.new { animation: none }
+    .home.new::before { animation: star .8s ease-out } @keyframes flare { from { opacity: 1 } }
+    @keyframes arrive { from { opacity: 0; translate: 0 .6rem } }
+    @keyframes star { 30% { scale: 1.4; rotate: 45deg } } }
 </style>
 <header>
-  <h1><a class="home" href="/">nova_lite</a></h1>
+  <h1><a class="home" href="/">nova_lite</a></h1><nav><a href="/board">Board</a></nav>
   <div id="line" class="away"><span id="state" role="status">connecting</span><span id="wait" aria-hidden="true"></span
     ><button id="now" class="plain" aria-label="Reconnect now" hidden>now</button></div>
 </header>
@@ -8745,31 +9237,39 @@ PAGE = (
     <div class="row"><h2 id="comments-title">Live comments</h2>
       <p id="here" hidden><span id="count"></span>
         <a id="second" href="/" target="_blank">Open a second window</a></p></div>
-    <form id="say" class="row">
-      <input name="nick" aria-label="Your name" placeholder="Your name" autocomplete="nickname" maxlength="40">
-      <input name="text" aria-label="Your comment" placeholder="Say something" autocomplete="off" maxlength="2000">
-      <button class="main">Send</button></form>
-    <p id="hush" class="dim" role="status">No comments yet. The first appears in every window.</p>
     <div id="comments" class="list" role="log" aria-live="polite" aria-labelledby="comments-title" tabindex="0"></div>
+    <div id="first" class="hint" hidden><p>Nothing has been said yet. What you say appears in every window.</p>
+      <button>Say “Hello, world!”</button></div>
+    <button id="more" hidden>New comments below</button>
+    <p id="typing" class="dim"></p>
+    <form id="say">
+      <input name="nick" dir="auto" aria-label="Your name" placeholder="Your name" autocomplete="nickname"
+        maxlength="40"><input name="text" dir="auto" aria-label="Your comment" placeholder="Say something"
+        autocomplete="off" maxlength="2000"><button class="main">Send</button></form>
   </section>
   <section aria-labelledby="notes-title">
     <div class="row"><h2 id="notes-title">Notes</h2>
       <form id="search" role="search"><input type="search" aria-label="Search" placeholder="Search notes"></form></div>
     <details id="add"><summary>New note</summary><form id="form" autocomplete="off" novalidate>
-      <div><label>Title <input name="title" aria-describedby="e1" required></label><p id="e1" class="error"></p></div>
-      <div><label>Text <textarea name="body" aria-describedby="e2" rows="3" required></textarea></label>
+      <div><label>Title <input name="title" dir="auto" aria-describedby="e1" required></label>
+        <p id="e1" class="error"></p></div>
+      <div><label>Text <textarea name="body" dir="auto" aria-describedby="e2" rows="3" required></textarea></label>
         <p id="e2" class="error"></p></div>
-      <div><label>Author <input name="author" aria-describedby="e3" required></label><p id="e3" class="error"></p></div>
+      <div><label>Author <input name="author" dir="auto" aria-describedby="e3" required></label>
+        <p id="e3" class="error"></p></div>
       <p id="error" class="error" role="alert"></p>
-      <div class="row"><button class="main">Save</button><button type="button" name="cancel">Cancel</button></div>
+      <div class="row"><button class="main" title="Ctrl+Enter">Save</button
+        ><button type="button" name="cancel">Cancel</button></div>
     </form></details>
     <p id="news" class="dim" role="status"></p>
     <p id="found" class="dim" role="status"></p>
+    <div id="none" class="hint" hidden><p>There are no notes yet. What you write appears in every window.</p>
+      <button>Write “Groceries”</button></div>
     <ul id="notes" class="list" role="list" aria-labelledby="notes-title"></ul>
   </section>
 </main>
-<template id="card"><li><div><h3></h3><p></p><div class="row"><small></small><button class="plain">Edit</button>
-  <button class="plain">Delete</button></div></div></li></template>
+<template id="card"><li><div><h3 dir="auto"></h3><p dir="auto"></p><div class="row"><small><bdi></bdi></small>
+  <button class="plain">Edit</button><button class="plain erase">Delete</button></div></div></li></template>
 <script src="/nova.js"></script>
 <script>
 "use strict";
@@ -8781,6 +9281,8 @@ function element(tag, className, ...children) {  // children are text: user inpu
   return node;
 }
 
+function button(text, fn) { return Object.assign(element("button", "plain", text), { type: "button", onclick: fn }); }
+
 function arrived(node) {  // highlights the node and the star
   for (const it of [node, document.querySelector(".home")]) {
     it.classList.remove("new");
@@ -8789,30 +9291,31 @@ function arrived(node) {  // highlights the node and the star
   }
 }
 
-// The connections.
-const comments = new NovaSocket("/chat"), events = new NovaSocket("/notifications?since="), lines = [comments, events];
+function join(names) { return names.flatMap((name, at) => [at ? ", " : "", element("bdi", "", name)]); }
+
+// The connection.
+const line = new NovaSocket("/chat");
 let word = "connecting", ticking;
 function report() {
-  const away = lines.filter(line => line.state !== "open"), kept = comments.queue.length;
-  const wait = Math.min(...away.filter(line => line.state !== "connecting").map(line => line.retryAt - Date.now()));
-  if (!away.length) word = "connected";
-  else if (word !== "connecting") word = navigator.onLine ? "reconnecting" : "offline";
+  const isOpen = line.state === "open", wait = line.state === "waiting" ? line.retryAt - Date.now() : 0;
+  if (isOpen) word = "connected";
+  else if (line.state === "refused") word = `refused: ${line.refusal}`;
+  else if (word !== "connecting" || wait) word = navigator.onLine ? "reconnecting" : "offline";
   if ($("state").textContent !== word) $("state").textContent = word;  // a screen reader reads changes only
-  $("wait").textContent = word !== "offline" && wait < Infinity ? `in ${Math.max(1, Math.ceil(wait / 1000))} s` : "";
-  $("now").hidden = !away.length || (word === "connecting" && wait === Infinity);
-  $("here").hidden = comments.state !== "open";
-  $("line").className = away.length ? "away" : "";
-  if (kept) $("hush").textContent = `${kept} comment${kept > 1 ? "s" : ""} will be sent when the line is back.`;
-  else if (!away.length && $("comments").children.length) $("hush").textContent = "";
+  $("wait").textContent = word !== "offline" && wait ? `in ${Math.max(1, Math.ceil(wait / 1000))} s` : "";
+  $("now").hidden = isOpen || word === "connecting";
+  $("here").hidden = !isOpen;
+  $("line").className = isOpen ? "" : "away";
+  $("first").hidden = past || $("comments").childElementCount > 0;
   clearTimeout(ticking);
-  if (away.length) ticking = setTimeout(report, 250);
+  if (!isOpen) ticking = setTimeout(report, 250);
 }
-const now = $("now").onclick = () => lines.forEach(line => line.now());
-for (const line of lines) line.on("state", report).on("open", now);  // when one connects, all try again
+$("now").onclick = () => line.now();
 
 // Visitors: who is here, and who is typing.
-const storage = (() => { try { return localStorage; } catch { return {}; } })();  // the browser may refuse it
-const { nick, text } = $("say").elements, here = new Map();  // JSON of [name, typing] -> how many windows
+const store = kind => { try { return window[kind]; } catch { return {}; } };  // the browser may refuse it
+const storage = store("localStorage"), { nick, text } = $("say").elements;
+const here = new Map();  // JSON of [name, typing] -> how many windows
 let typing = false, quiet;
 nick.value = storage.nova_name ?? "";
 nick.onchange = () => { storage.nova_name = nick.value; tell(false); };
@@ -8821,55 +9324,107 @@ function tell(now) {  // the others; until nothing has been typed for some secon
   quiet = clearTimeout(quiet);
   typing = now;
   if (typing) quiet = setTimeout(() => tell(false), 4000);
-  if (comments.state === "open") comments.send(`${typing ? "typing" : "here"} ${nick.value}`);
+  if (line.state === "open") line.send(`${typing ? "typing" : "here"} ${nick.value}`);
 }
-comments.on("open", () => tell(false)).on("here", people => { here.clear(); count(people, 1); });
-comments.on("moved", ([joins, leaves]) => { count(leaves, -1); count(joins, 1); });
+line.on("open", () => tell(false)).on("here", people => { here.clear(); count(people, 1); });
+line.on("moved", ([joins, leaves]) => { count(leaves, -1); count(joins, 1); });
 
 function count(people, step) {
   for (const [name, metas] of Object.entries(people)) for (const { typing } of metas) {
     const who = JSON.stringify([name, typing]), windows = (here.get(who) ?? 0) + step;
     if (windows) here.set(who, windows); else here.delete(who);
   }
-  const names = new Map(), own = nick.value.trim() || "Someone";
+  const names = new Set(), typers = new Set(), own = nick.value.trim() || "Someone";
   let total = 0;
   for (const [who, windows] of here) {
     const [name, busy] = JSON.parse(who);
     total += windows;
-    if (busy && windows > (typing && name === own)) names.set(name, `${name} is typing`);
-    else if (name !== "Someone" && !names.has(name)) names.set(name, name);
+    if (name !== "Someone") names.add(name);
+    if (busy && windows > (typing && name === own)) typers.add(name);
   }
-  const some = [...names.values()].sort().slice(0, 12).join(", "), more = names.size > 12 ? ", …" : "";
-  $("count").textContent = total > 1 ? `${total} are here${some && ": "}${some}${more}` : "Only you are here.";
+  const some = join([...names].sort().slice(0, 12)), more = names.size > 12 ? ", …" : "";
+  $("count").replaceChildren(total > 1 ? `${total} are here${some.length ? ": " : ""}` : "Only you are here.",
+    ...total > 1 ? [...some, more] : []);
   $("second").hidden = total > 1;
+  $("typing").replaceChildren(...typers.size > 3 ? ["Several people are typing…"] : join([...typers].sort()),
+    typers.size > 3 || !typers.size ? "" : typers.size > 1 ? " are typing…" : " is typing…");
 }
 
-// Comments: first those that are kept. A replay may repeat some: they are known by their position.
-const mine = [];  // sent, and not received yet
+// Comments. One of this window is shown as pending until it comes back; its id tells it from others with the same text.
+const session = store("sessionStorage"), own = new Set(JSON.parse(session.nova_comments ?? "[]"));
+const list = $("comments"), bubbles = new Map(), pending = new Map();  // id -> <p>; of those not confirmed
 let past = true;  // until "live", comments are replayed
-for (const event of ["here", "live"]) comments.on(event, () => { past = event === "here"; });
-comments.on("new_comment", said => {
-  const { position } = comments, own = mine.indexOf(said), { children } = $("comments");
-  if (position && [...children].some(other => other.position === position)) return;
-  const time = past ? "earlier" : new Date().toLocaleTimeString([], { timeStyle: "short" });
-  const comment = Object.assign(element("p", own < 0 ? "" : "mine", said, element("time", "", time)), { position });
-  if (own >= 0) mine.splice(own, 1), comment.prepend(element("span", "seen", "You: "));
-  $("comments").prepend(comment);
-  if (children.length > 200) $("comments").lastChild.remove();
-  if (!past) arrived(comment);
+line.on("here", () => { past = true; });
+line.on("live", () => { past = false; pending.forEach(deliver); report(); });
+line.on("closed", () => { past = true; report(); }).on("state", ({ state }) => {
+  if (state === "refused") pending.forEach(fail);
   report();
 });
+
+function bubble({ id, name, text, at }) {
+  const isMine = own.has(id), who = isMine ? element("span", "seen", "You: ") : element("bdi", "name", name);
+  const shown = at ? new Date(at * 1000).toLocaleTimeString([], { timeStyle: "short" }) : "earlier";
+  const node = element("p", isMine ? "mine" : "", name && name !== "Someone" || isMine ? who : "",
+    element("bdi", "said", text), element("time", "", shown));
+  bubbles.set(id, Object.assign(node, { key: id }));
+  return node;
+}
+
+function show(node, before = null) {
+  const isLast = list.scrollHeight - list.scrollTop - list.clientHeight < 50;
+  list.insertBefore(node, before);
+  if (list.childElementCount > 200) bubbles.delete(list.firstChild.key), list.firstChild.remove();
+  if (isLast || !before && own.has(node.key)) list.scrollTop = list.scrollHeight;
+  $("more").hidden = isLast || past || own.has(node.key);
+  report();
+}
+$("more").onclick = () => { list.scrollTop = list.scrollHeight; };
+list.onscroll = () => { if (list.scrollHeight - list.scrollTop - list.clientHeight < 50) $("more").hidden = true; };
+
+line.on("new_comment", said => {
+  const now = past ? 0 : Date.now() / 1000;  // a client of /comments sends text: its position is its id
+  const comment = typeof said === "string" ? { id: line.position, text: said, at: now } : said, { id } = comment;
+  if (bubbles.has(id) && !pending.has(id)) return;
+  bubbles.get(id)?.remove();
+  pending.delete(id);
+  const node = bubble(comment);
+  show(node, pending.values().next().value);
+  if (!past) arrived(node);
+});
+
+function mark(node, className, ...label) {
+  node.className = `mine pending ${className}`;
+  node.querySelector("time").replaceChildren(...label);
+}
+function deliver(node, id) {  // again after a reconnect; not for ever: it may be the reason why the line breaks
+  if (line.state === "refused" || node.tries === 2) fail(node, id);
+  else if (past) mark(node, "", "waiting for the line");
+  else if (line.send(`say ${id} ${node.text}`)) mark(node, "", "sending…"), node.tries++;
+}
+function fail(node, id) {
+  mark(node, "failed", "not sent · ", button("Retry", () => { node.tries = 0; line.now(); deliver(node, id); }));
+}
+function speak(said) {
+  const id = crypto.getRandomValues(new Uint32Array(4)).join("-");
+  session.nova_comments = JSON.stringify([...own.add(id)].slice(-200));
+  const node = Object.assign(bubble({ id, text: said }), { text: said, tries: 0 });
+  pending.set(id, node);
+  show(node);
+  deliver(node, id);
+  report();
+}
 $("say").onsubmit = event => {
   event.preventDefault();
-  const name = nick.value.trim(), said = text.value.trim(), line = name ? `${name}: ${said}` : said;
-  if (said && comments.send(`say ${line}`)) mine.push(line), text.value = "";
+  if (text.value.trim()) speak(text.value.trim());
+  text.value = "";
   if (typing) tell(false);
-  report();
 };
+$("first").querySelector("button").onclick = () => { speak("Hello, world!"); text.focus(); };
 
 // Notes: the page changes when the event arrives, in this window as in all others.
 const items = new Map(), query = $("search").elements[0];  // id -> its <li>
-let loading = null, searching;
+const erased = new Set();  // ids of notes that this window deletes
+let loading = null, searching, passing;
 
 async function api(method, path, data) {  // returns [ok, body]
   const options = { method, headers: { "Content-Type": "application/json" }, cache: "no-store" };
@@ -8889,44 +9444,54 @@ async function load() {  // all notes; changes that arrive meanwhile are applied
   for (const change of changes) change();
   search();
 }
-events.on("open", load).on("nova_resync", load);
+line.on("open", load).on("nova_resync", load);
 
 for (const [change, word] of [[put, "created"], [put, "updated"], [drop, "deleted"]])
-  events.on("note_" + word, note => {
-    const title = note.title ?? items.get(note.id)?.note.title;
-    loading?.push(() => change(note));
-    change(note, true);
-    if (title) say(`“${title}” was ${word}.`);
+  line.on("note_" + word, event => {
+    const note = event.title ? event : items.get(event.id)?.note;
+    loading?.push(() => change(event));
+    change(event, true);
+    const undo = erased.delete(event.id) ? button("Undo", () => restore(note)) : "";
+    if (note) say("“", element("bdi", "", note.title), `” was ${word}. `, undo);
     search();
   });
-const say = text => { $("news").textContent = text; };
+async function restore(note) {
+  const [ok, { error }] = await api("POST", "", note);
+  if (!ok) say(error, " ", button("Undo", () => restore(note)));
+}
+function say(...parts) {  // for 6 seconds
+  $("news").replaceChildren(...parts);
+  clearTimeout(passing);
+  passing = setTimeout(() => $("news").matches(":hover, :focus-within") ? say(...parts) : say(), 6000);
+}
 
 function search() {  // shows what the indexer finds, or all
   const q = encodeURIComponent(query.value.trim());
   searching = clearTimeout(searching);
-  if (!q) return show(null);
+  if (!q) return filter(null);
   const mine = searching = setTimeout(async () => {
     const [ok, { notes, error }] = await api("GET", `/search?q=${q}`);
-    if (searching === mine) ok ? show(notes.map(note => note.id)) : say(error);
+    if (searching === mine) ok ? filter(notes.map(note => note.id)) : say(error);
   }, 150);
 }
-query.oninput = () => { say(""); search(); };
+query.oninput = () => { say(); search(); };
 $("search").onsubmit = event => event.preventDefault();
 
-function show(ids) {
+function filter(ids) {
   for (const [id, item] of items) item.hidden = ids !== null && !ids.includes(id);
-  const count = ids ? ids.length : items.size, all = count ? "" : "No notes yet. The first appears in every window.";
-  $("found").textContent = ids ? `${count || "No"} note${count === 1 ? "" : "s"} found.` : all;
+  const count = ids ? ids.length : items.size;
+  $("found").textContent = ids ? `${count || "No"} note${count === 1 ? "" : "s"} found.` : "";
+  $("none").hidden = ids !== null || count > 0;
 }
 
 function put(note, glow) {
   const item = items.get(note.id) ?? card(note);
   if (JSON.stringify(item.note) === JSON.stringify(note)) return;
   item.note = note;
-  for (const [tag, key] of [["h3", "title"], ["p", "body"], ["small", "author"]])
+  for (const [tag, key] of [["h3", "title"], ["p", "body"], ["bdi", "author"]])
     item.querySelector(tag).textContent = note[key];
   for (const it of item.querySelectorAll("button")) it.setAttribute("aria-label", `${it.textContent} ${note.title}`);
-  if (item === editing && !busy) $("error").textContent = "It has been changed elsewhere. Saving replaces that.";
+  if (item === editing && !busy) $("error").textContent = CHANGED;
   if (glow) arrived(item);
 }
 
@@ -8935,8 +9500,9 @@ function card({ id }) {
   item.hidden = query.value.trim() !== "";  // until the search has found it
   edit.onclick = () => fill(item);
   erase.onclick = async () => {
+    erased.add(id);
     const [ok, { error }] = await api("DELETE", `/${id}`);
-    if (!ok) say(error);
+    if (!ok && erased.delete(id)) say(error);
   };
   $("notes").insertBefore(item, [...$("notes").children].find(other => other.note.id < id) ?? null);
   items.set(id, item);
@@ -8953,45 +9519,76 @@ function drop({ id }) {
 }
 
 // The form: for a new note, or for a change to that of an item.
-const add = $("add"), form = $("form"), { title, body, author, cancel } = form.elements;
-let editing = null, draft = ["", ""], busy = false;
+const add = $("add"), form = $("form"), { title, body, author, cancel } = form.elements, drafts = new Map();
+const CHANGED = "It has been changed elsewhere. Saving replaces that.";
+let editing = null, busy = false;  // a draft: of an id, or of null for a new note, what is not saved, and its base
 
 function fill(item) {
-  if (!editing) draft = [title.value, body.value];
-  editing = item;
-  [title.value, body.value] = item ? [item.note.title, item.note.body] : draft;
+  keep();
+  editing?.classList.remove("editing");
+  item?.classList.add("editing");
+  const draft = drafts.get((editing = item)?.note.id ?? null), { note } = item ?? { note: { title: "", body: "" } };
+  [title.value, body.value] = draft ?? [note.title, note.body];
   author.closest("div").hidden = item !== null;  // the author cannot be changed
-  add.firstElementChild.textContent = item ? `Edit “${item.note.title}”` : "New note";
+  add.firstElementChild.replaceChildren(...item ? ["Edit “", element("bdi", "", note.title), "”"] : ["New note"]);
   for (const field of [title, body, author]) fault(field);
-  $("error").textContent = "";
+  $("error").textContent = draft && item && draft[2] !== JSON.stringify(note) ? CHANGED : "";
   add.open = item !== null;
-  if (item) title.focus();
+  if (item) grow(), title.focus();
+}
+
+function keep() {  // what is in the form, until it is saved or cancelled
+  const { note } = editing ?? { note: { id: null, title: "", body: "" } };
+  const differs = title.value !== note.title || body.value !== note.body;
+  if (differs) drafts.set(note.id, [title.value, body.value, JSON.stringify(note)]); else drafts.delete(note.id);
+  editing?.classList.toggle("draft", differs);
 }
 
 function leave() {
   const item = editing;
-  if (!item) title.value = body.value = "";
   fill(null);
+  add.open = false;
   (item?.isConnected ? item : add).querySelector("button, summary").focus();
+}
+
+function discard() {
+  [title.value, body.value] = editing ? [editing.note.title, editing.note.body] : ["", ""];
+  leave();
+}
+
+function grow() {
+  body.style.height = "auto";
+  body.style.height = `${body.scrollHeight + 2}px`;
 }
 
 form.onsubmit = async event => {
   event.preventDefault();
   if (busy) return;
-  const item = editing, note = { author: author.value.trim(), ...item?.note };
-  [note.title, note.body, busy] = [title.value.trim(), body.value.trim(), true];
+  const item = editing, note = { author: author.value.trim(), ...item?.note }, save = form.querySelector(".main");
+  [note.title, note.body, busy, save.textContent] = [title.value.trim(), body.value.trim(), true, "Saving…"];
   const [ok, { fields, error }] = await (items.has(note.id) ? api("PUT", `/${note.id}`, note) : api("POST", "", note));
-  busy = false;
-  if (editing !== item) return;  // it has been cancelled
-  if (ok) return leave();
+  [busy, save.textContent] = [false, "Save"];
+  if (editing !== item) return void (ok && drafts.delete(item?.note.id ?? null));  // another one was opened meanwhile
+  if (ok) return discard();
   for (const field of [title, body, author]) fault(field, fields?.[field.name]);
   $("error").textContent = fields ? "" : error;
   form.querySelector("[aria-invalid=true]")?.focus();
 };
-form.oninput = event => fault(event.target);
-form.onkeydown = event => { if (event.key === "Escape") leave(); };
-cancel.onclick = leave;
-add.ontoggle = () => add.open ? title.focus() : editing && fill(null);
+form.oninput = event => { fault(event.target); grow(); };
+form.onkeydown = event => {
+  if (event.key === "Escape") leave();
+  if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) form.requestSubmit();
+};
+cancel.onclick = discard;
+add.ontoggle = () => {
+  if (!add.open) return void (editing && fill(null));
+  author.value ||= nick.value;
+  title.focus();
+};
+$("none").querySelector("button").onclick = () => {
+  [title.value, body.value, author.value] = ["Groceries", "milk, bread, coffee", author.value || nick.value || "Ada"];
+  add.open = true;
+};
 
 function fault(field, text) {
   field.setAttribute("aria-invalid", !!text);
@@ -9003,124 +9600,37 @@ function fault(field, text) {
 )
 
 
-CLIENT = """/* A WebSocket that reconnects. Copy it.
-
-     const notes = new NovaSocket("/notifications?since=");  // replays what was missed, if the server keeps it
-     notes.on("open", load).on("nova_resync", load);  // at first, and whenever messages may be missing
-     notes.on("note_created", note => ...);           // {"event": "note_created", "data": ...}
-     notes.on("message", text => ...);                // any message, as received
-     notes.on("state", socket => ...);                // connecting, open, waiting (until `retryAt`), offline or closed
-     notes.send("text");                              // false if it can neither be sent nor queued
-
-   A message sent while the connection breaks may be lost. The heartbeat is an empty binary message that the server
-   returns (`case ("binary", b""): return "reply", frame, state`). If not, only the browser detects dead connections. */
-"use strict";
-class NovaSocket {
-  static OWN = ["open", "message", "state"];  // the server cannot send events of these names
-  static LIMIT = 100;  // messages queued while disconnected
-  static BEAT = 20000; static ANSWER = 5000; static CONNECT = 10000;  // ms: silence before a heartbeat; timeouts
-  static delay(tries, random = Math.random()) {  // seconds: 0.5 to 1, doubled each time, at most 15 to 30
-    return Math.min(30, 2 ** tries) * (1 + random) / 2;
-  }
-
-  constructor(path) {
-    const end = this.end = new AbortController(), { signal } = end;
-    Object.assign(this, { path, listeners: new Map(), queue: [], tries: 0, position: null, answers: false });
-    addEventListener("online", () => this.now(), { signal });
-    addEventListener("offline", () => this.lost(), { signal });
-    document.addEventListener("visibilitychange", () => document.hidden || this.now(), { signal });
-    this.connect();
-  }
-  on(event, fn) {
-    this.listeners.set(event, [...this.listeners.get(event) ?? [], fn]);
-    return this;
-  }
-  send(data) {
-    if (this.socket.readyState === WebSocket.OPEN) this.socket.send(data);
-    else if (this.state === "closed" || this.queue.length >= NovaSocket.LIMIT) return false;
-    else this.queue.push(data);
-    return true;
-  }
-  close() { this.end.abort(); this.leave("closed"); }
-  now() {  // connects, or checks the connection, immediately
-    if (this.state === "open") this.beat();
-    else if (["waiting", "offline"].includes(this.state)) this.connect();
-  }
-
-  // The rest is private. There is one timer: for the next step, unless something else happens first.
-  emit(event, data) {
-    for (const fn of this.listeners.get(event) ?? []) try { fn(data); } catch (error) { console.error(error); }
-  }
-  become(state, ms, next) {
-    this.after(ms, next);
-    this.state = state;
-    this.emit("state", this);
-  }
-  after(ms, next) {
-    clearTimeout(this.timer);
-    if (next) this.timer = setTimeout(() => next.call(this), ms);
-  }
-  connect() {
-    const url = new URL(this.path, location.href);
-    url.protocol = url.protocol.replace("http", "ws");
-    if (this.position !== null) url.searchParams.set("since", this.position);
-    const socket = this.socket = new WebSocket(url);
-    socket.binaryType = "arraybuffer";
-    socket.onopen = () => this.opened();
-    socket.onmessage = ({ data }) => this.received(data);
-    socket.onclose = () => this.lost();
-    this.become("connecting", NovaSocket.CONNECT, this.lost);
-  }
-  opened() {
-    this.since = Date.now();
-    this.become("open", 0, this.beat);
-    this.emit("open", this);
-    while (this.queue.length && this.socket.readyState === WebSocket.OPEN) this.socket.send(this.queue.shift());
-  }
-  beat() {
-    this.socket.send(new Uint8Array());
-    this.after(NovaSocket.ANSWER, () => this.answers ? this.lost() : this.after(NovaSocket.BEAT, this.beat));
-  }
-  received(data) {
-    this.after(NovaSocket.BEAT, this.beat);  // the connection is alive
-    if (data.byteLength === 0) return void (this.answers = true);
-    this.emit("message", data);
-    let json = {};
-    if (data[0] === "{") try { json = JSON.parse(data); } catch { /* not JSON */ }
-    if (json.position !== undefined) this.position = json.position;
-    if (!NovaSocket.OWN.includes(json.event)) this.emit(json.event, json.data);
-  }
-  lost() {
-    if (this.state === "open" && Date.now() - this.since > 5000) this.tries = 0;  // not if it is closed after opening
-    const wait = NovaSocket.delay(this.tries++) * 1000;
-    this.retryAt = Date.now() + wait;
-    this.leave(navigator.onLine ? "waiting" : "offline", wait, this.connect);
-  }
-  leave(...next) {
-    this.socket.onopen = this.socket.onmessage = this.socket.onclose = null;
-    this.socket.close();
-    this.become(...next);
-  }
-}
-"""
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Main: the command line: the demo, broadcast, vendor.
 # ---------------------------------------------------------------------------------------------------------------------
+
+
+MADE_UP = "NOVA_LITE_PASSWORD"  # in the environment of workers and reloads: the password, if nobody has chosen it
+HELP = """\
+your own program:
+  nova_lite.py vendor -o FILE     write the copy for your project, without the demo (vendor --help: which rooms)
+  The top of nova_lite.py has a live application in 15 lines. The demo, near its end, is one in full.
+
+a running cluster:
+  nova_lite.py broadcast --help   send a message into it, from a shell or a cron job
+
+environment:
+  HOST and PORT are the defaults of --host and --port. NOVA_PASSWORD is the password of /board; if it is not set, one
+  is made up and printed. NO_COLOR prints without colours.
+"""
 
 
 def parse_options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="nova_lite.py",
         description="Serves the demo: live comments, notes and their notifications. Open the URL in two windows.",
-        epilog="HOST and PORT in the environment are the defaults for --host and --port. "
-        "`nova_lite.py broadcast --help`: send a message into a running cluster, from a shell or a cron job. "
-        "`nova_lite.py vendor --help`: write the copy for your project, without the demo.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog=HELP,
     )
     env, add = os.environ, parser.add_argument
     add("--host", default=env.get("HOST", "127.0.0.1"), help="address to listen on (%(default)s)")
-    add("--port", type=between(int, 0, 65535), default=env.get("PORT", "8080"), help="port; 0: any (%(default)s)")
+    port = between(int, 0, 65535, "a port, a number")
+    add("--port", type=port, default=env.get("PORT", "8080"), help="TCP port; 0: any that is free (%(default)s)")
     add("--db", default="notes.db", help='the notes: a SQLite file, ":memory:", or postgresql://... (%(default)s)')
     add("--cluster", metavar="URL", help="redis://...: broadcasts reach all nodes that share this Redis")
     add("--name", metavar="NODE", help="this node's name in the cluster and in pids")
@@ -9141,15 +9651,53 @@ def parse_options() -> argparse.Namespace:
     return args
 
 
-def between(kind: type, low: int, high: int) -> Callable[[str], Any]:
+def between(kind: type, low: int, high: int, what: str = "a number") -> Callable[[str], Any]:
     """Returns a function that parses a number from `low` to `high`, for argparse."""
 
     def number(text: str) -> Any:
-        if not low <= kind(text) <= high:
-            raise argparse.ArgumentTypeError(f"expected {low} to {high}, got {text}")
-        return kind(text)
+        with suppress(ValueError):
+            if low <= kind(text) <= high:
+                return kind(text)
+        raise argparse.ArgumentTypeError(f"expected {what} from {low} to {high}, got {text!r}")
 
     return number
+
+
+def print_welcome(server: Server) -> None:
+    """Says where the demo is: on a terminal for people, in colour unless NO_COLOR is set; else whom it is open to."""
+    host, is_terminal = server.address[0], sys.stdout.isatty()
+    mark, plain = ("\033[1;36m", "\033[0m") if is_terminal and not os.environ.get("NO_COLOR") else ("", "")
+    scheme = "https" if server.ssl_enabled else "http"
+    home, *others = [f"{scheme}://{f'[{it}]' if ':' in it else it}:{server.port}/" for it in find_addresses(host)]
+    password = os.environ.get(MADE_UP) or "as in NOVA_PASSWORD"
+    lines = [
+        f"nova_lite {__version__}",
+        "",
+        f"  Page   {mark}{home}{plain}   (open it in two windows)",
+        f"  Board  {mark}{home}board{plain}   (password: {password})",
+        *[f"  Also   {mark}{other}{plain}" for other in others],
+        "",
+        "Ctrl-C stops.",
+    ]
+    if not ip_address(host).is_loopback:
+        open_to = f"Whoever reaches {' or '.join(others) or home} can read and write comments and notes."
+        lines[-1:-1] = [open_to]
+        if not is_terminal:
+            log.warning(open_to)
+    if is_terminal:
+        print("", *lines, "", sep="\n", flush=True)
+
+
+def find_addresses(host: str) -> list[str]:
+    """Returns addresses that a browser can open: `host`, or for all addresses this machine's, the loopback first."""
+    if not ip_address(host).is_unspecified:
+        return [host]
+    found = ["127.0.0.1"]
+    for family, other in [(AF_INET, "192.0.2.1"), (AF_INET6, "2001:db8::1")][: 1 + (":" in host)]:
+        with suppress(OSError), socket(family, SOCK_DGRAM) as probe:
+            probe.connect((other, 9))  # sends nothing: it only chooses the address to send from
+            found.append(probe.getsockname()[0])
+    return found
 
 
 def main() -> int:
@@ -9160,15 +9708,19 @@ def main() -> int:
     args = parse_options()
     handler = log_handler(args.log_format, args.workers > 1)
     logging.basicConfig(level=args.log_level.upper(), handlers=[handler])
+    if sys.stdout.isatty() and not os.environ.get("NOVA_PASSWORD"):  # printed once the demo is served
+        os.environ["NOVA_PASSWORD"] = os.environ[MADE_UP] = secrets.token_urlsafe(12)
     choose_password()  # before workers or a child are started: they must share it
     try:
+        number = 0  # of this worker
         if args.reload:
             reload_on_change()  # before the database is opened, which only the child needs
         if args.workers > 1:
-            run_workers(args.workers, args.host, args.port, 5.0 + args.shutdown_delay)  # 5.0: how long a server drains
-        return serve(**vars(args))
+            number, _ = run_workers(args.workers, args.host, args.port, 5.0 + args.shutdown_delay)  # 5.0: of the drain
+        return serve(ready=print_welcome if number == 0 else None, **vars(args))
     except OSError as error:  # ssl.SSLError is one
         what = str(error.strerror).partition(":")[0]
+        what += " (--port 0 takes one that is free)" if error.errno == errno.EADDRINUSE else ""
         print(f"nova_lite: cannot serve {error.filename or f'{args.host}:{args.port}'}: {what}", file=sys.stderr)
     except (ImportError, RuntimeError, ValueError) as error:  # of pubsub.connect, and of a child that does not start
         print(f"nova_lite: {error}", file=sys.stderr)
