@@ -506,14 +506,13 @@ class Scheduler:
 
     def serve(self) -> None:
         """Resumes greenlets that yielded, and runs ready processes, until the time slice is over. The hub calls it."""
-        end = monotonic() + TIME_SLICE
+        end = self.deadline = (now := monotonic()) + TIME_SLICE
         if self.yielded:
             self.iteration, self.slice_end = self.hub.loop.iteration, end - TIME_SLICE / 2 if self.ready else end
             while self.yielded and monotonic() < self.slice_end:
                 self.yielded.popleft().switch(None)
-            end = max(end, monotonic() + TIME_SLICE / 10)
-        self.deadline, now = end, monotonic()
-        while self.ready and now < end:
+            self.deadline = max(end, (now := monotonic()) + TIME_SLICE / 10)
+        while self.ready and now < self.deadline:
             runner = self.runner = self.idle.pop() if self.idle else Runner(parent=self.hub)
             runner.switch()  # returns when the runner is idle, or when a callback blocks it
             before, now, process = now, monotonic(), runner.nova_process or self.last
@@ -847,15 +846,14 @@ class Timer:
             self.stop()
         send(target, message)
 
-    def stop(self) -> None:
+    def stop(self, *_down: Any) -> None:
         """Stops the timer and releases the message."""
         self.watcher.close()
         if isinstance(self.target, Pid):
             self.target.unwatch(self.ref)
         self.target = self.message = None
 
-    def down(self, *_down: Any) -> None:
-        self.stop()
+    down = stop
 
 
 def send_after(seconds: float, target: Pid | str, message: Any) -> Timer:
@@ -1203,13 +1201,13 @@ class PubSub:
         self.deliver(message, exclude)
 
     def deliver(self, message: Message, exclude: Pid | None) -> None:
-        members = self.channels.get(message[1])
-        if members is None:
-            return
-        self.message_counts[message[1]] += 1
-        for process in members:  # does not change meanwhile: a process's `deliver` only queues
-            if process is not exclude:
-                process.deliver(message)
+        members = self.channels.get(message[1], set())
+        if members:
+            self.message_counts[message[1]] += 1
+        for process in members - {exclude} if exclude else members:  # does not change meanwhile: `wake` only queues
+            process.mailbox.append(message)  # what follows is `Process.deliver`, whose call would be 5 % of a flood
+            if process.wake is not None:
+                process.wake(process)
 
     def make_message(self, channel: str, topic: str | bytes, payload: Any) -> Message:
         if not isinstance(topic, str | bytes):
@@ -1411,6 +1409,8 @@ def read_body(environ: dict[str, Any], limit: int) -> bytes:
         length = int(environ.get("CONTENT_LENGTH") or 0)
         is_wanted = chunked or 0 < length <= limit
         body = file.read(limit + 1 if chunked else length) if is_wanted else b""  # type: ignore[union-attr]
+    except HTTPError:  # of the room http, which may be an OSError, too: 400, 408 or 413
+        raise
     except (AttributeError, OSError, ValueError):
         raise HTTPError(400, "the body could not be read")
     size = max(length, len(body))
@@ -1536,6 +1536,10 @@ def unmask_in_python(data: bytes, mask: bytes) -> bytes:
 
 
 unmask: Callable[[bytes, bytes], bytes] = unmask_in_python
+_ACCELERATORS: dict[str, Callable[[Any], Any]] = {  # 64 KiB take 1.3 µs and 36 µs; in pure Python 72 µs
+    "websockets.speedups": lambda module: module.apply_mask,
+    "wsaccel.xormask": lambda module: lambda data, mask: module.XorMaskerSimple(mask).process(data),
+}
 
 
 @cache
@@ -1547,12 +1551,6 @@ def accelerate() -> None:
             unmask = find(importlib.import_module(name))
             break
     log.debug("frames are unmasked by %s", "pure Python" if unmask is unmask_in_python else name)
-
-
-_ACCELERATORS: dict[str, Callable[[Any], Any]] = {  # 64 KiB take 1.3 µs and 36 µs; in pure Python 72 µs
-    "websockets.speedups": lambda module: module.apply_mask,
-    "wsaccel.xormask": lambda module: lambda data, mask: module.XorMaskerSimple(mask).process(data),
-}
 
 
 def make_frame(opcode: int, data: bytes) -> bytes:
@@ -1736,7 +1734,7 @@ REGISTRY_KEY, UPGRADING_KEY = "nova_lite.registry", "nova_lite.upgrading"  # in 
 STARTING, OPEN, CLOSING, CLOSED = "starting", "open", "closing", "closed"
 READ_SIZE = 65536  # bytes per read or send, so that one client's flood leaves room for the others
 SMALL_READ = 4096  # bytes per read of a client whose bytes take long to parse: tiny frames, or compressed ones
-TURN_TIME = 0.01  # seconds after which a turn ends; 64 broadcasts to 1,000 take 5 ms, and are cheaper in one piece
+TURN_TIME = 0.007  # seconds after its time slice, when a turn ends: 64 broadcasts to 1,000, in one piece, take 5 ms
 REFUSALS = (1002, 1007, 1008, 1009, 1013)  # close codes for a client that breaks the protocol or exceeds a limit
 LINGER = 5.0  # seconds that a closed connection waits for the client to close as well
 CACHED_FRAMES, CACHED_BYTES = 256, 1_000_000  # of broadcasts: a flood on 64 channels still finds its frames
@@ -1871,9 +1869,9 @@ class Stream(Process):
 
     def _handle_mailbox(self) -> None:
         callback, mailbox, outgoing, shared = self.handler.websocket_info, self.mailbox, self.outgoing, self.shared
-        size, deadline = 0, monotonic() + TURN_TIME
-        for done in count(1):
-            info = mailbox.popleft()
+        size, done, deadline = 0, 0, scheduler.deadline + TURN_TIME
+        while True:
+            info, done = mailbox.popleft(), done + 1
             result = callback(info, self.state)
             # A single frame is queued here, by type and not by pattern: a flood costs a fifth less.
             is_reply = type(result) is tuple and len(result) == 3 and result[0] == "reply"
@@ -1896,7 +1894,7 @@ class Stream(Process):
         self.handled += done
 
     def _handle_inbox(self) -> None:
-        inbox, size, deadline = self.inbox, 0, monotonic() + TURN_TIME
+        inbox, size, deadline = self.inbox, 0, scheduler.deadline + TURN_TIME
         for done, frame in enumerate(inbox, 1):  # noqa: B007 -- it is used below
             if type(frame) is not tuple:
                 if frame != "$init":
@@ -1977,7 +1975,7 @@ class Stream(Process):
             self._receive_bytes(data)
             if self.wake is enqueue:
                 enqueue(self)
-            self.read_size = SMALL_READ if monotonic() - start > TIME_SLICE / 3 else self.MAX_READ
+            self.read_size = SMALL_READ if start < inf and monotonic() - start > TIME_SLICE / 3 else self.MAX_READ
         elif not data:
             self.abort()
         else:
@@ -2554,9 +2552,7 @@ class RequestHandler(UpgradeHandler):
     busy = False  # whether a response is being made; with the room http, from the request's first line on
     agreed = False  # whether the response is the one that starts a connection
     detached = False  # whether the socket belongs to a connection's process
-    client_address: Any
     response_headers: list[tuple[bytes, bytes]]
-    rfile: Any
     socket: Any
     code: Any
     logger = log  # gevent-websocket would set up one of its own
@@ -2607,8 +2603,7 @@ class RequestHandler(UpgradeHandler):
         headers = [header for header in self.response_headers if header[0] != b"Content-Length"]  # bottle's 0
         if self.code == 101:
             self.upgrade_connection()
-            # gevent-websocket's object would write a close frame when it is freed, and its cycle with this handler
-            # would hold 7 KiB until the next garbage collection.
+            # gevent-websocket's object would write a close frame when it is freed; its cycle would hold 7 KiB.
             websocket, self.websocket = self.environ.pop("wsgi.websocket"), None
             websocket.closed = True
             del websocket.handler, websocket.stream
@@ -2866,16 +2861,23 @@ rooms["server"] = SimpleNamespace(run=run)
 while_serving: list[Callable[[Callable[[], None]], Any]] = []  # called with what stops `run`; may return a closer
 
 
+def _greenlet_local(key: str) -> Any:
+    """Returns an object whose `var` is the current greenlet's own."""
+    var = property(lambda _: getattr(getcurrent(), key), lambda _, value: setattr(getcurrent(), key, value))
+    return type("GreenletLocal", (), {"key": key, "var": var})()
+
+
 def _check_patch() -> None:
     """Warns if the standard library is not patched, and makes bottle keep each request in its greenlet, not in its
     thread: otherwise one client's response could carry another's cookies."""
-    kinds = vars(bottle.LocalRequest), vars(bottle.LocalResponse)
-    kept: list[Any] = [value for kind in kinds for value in kind.values() if isinstance(value, property)]
-    cells = [value.fget.__closure__[0] for value in kept]  # each holds a threading.local
-    shared = [cell for cell in cells if not isinstance(cell.cell_contents, gevent.local.local)]
-    for cell in shared:  # bottle was imported before the patch
-        cell.cell_contents = gevent.local.local()
-    if shared or not gevent.monkey.is_module_patched("socket"):
+    kept: list[Any] = [*vars(bottle.LocalRequest).values(), *vars(bottle.LocalResponse).values()]
+    cells = [value.fget.__closure__[0] for value in kept if hasattr(value, "fget")]  # each holds a threading.local
+    is_late = False  # whether bottle was imported before the patch
+    for number, cell in enumerate(cells):
+        if not hasattr(cell.cell_contents, "key"):
+            is_late |= not isinstance(cell.cell_contents, gevent.local.local)  # which takes 4 µs in a new greenlet
+            cell.cell_contents = _greenlet_local(f"bottle_{number}")
+    if is_late or not gevent.monkey.is_module_patched("socket"):
         when = "too late" if gevent.monkey.is_module_patched("threading") else "not at all"
         log.warning(
             "the standard library is patched %s: a call that blocks will block every connection. "
@@ -4301,16 +4303,17 @@ class NovaSocket {
     if (!NovaSocket.OWN.includes(json.event)) this.emit(json.event, json.data);
   }
   lost({ code = 1006, reason = "" } = {}) {
-    const wasOpen = this.state === "open";
-    if (wasOpen && Date.now() - this.since > 5000) this.tries = 0;  // not if it is closed after opening
+    const was = this.state;
+    if (was === "refused") return;  // the browser has gone offline
+    if (was === "open" && Date.now() - this.since > 5000) this.tries = 0;  // not if it is closed after opening
     if (code === 1008) this.refuse(reason || "the server has closed the connection");
     else {
       const wait = NovaSocket.delay(this.tries++) * 1000;
       this.retryAt = Date.now() + wait;
       this.leave(navigator.onLine ? "waiting" : "offline", wait, this.connect);
-      if (!wasOpen && this.tries % 4 === 3) this.ask();
+      if (was !== "open" && this.tries % 4 === 3) this.ask();
     }
-    this.emit("closed", { code, reason });
+    if (["connecting", "open"].includes(was)) this.emit("closed", { code, reason });
   }
   async ask() {  // why handshakes fail, which browsers do not tell: an event stream is refused for the same reasons
     const { attempt } = this, end = new AbortController(), headers = { Accept: "text/event-stream" };
@@ -7553,8 +7556,8 @@ def set_cookie(
     uses https. `samesite` is "Lax", "Strict", "None" (which needs `secure`) or None, for the browser's default.
 
     Raises ValueError for what browsers would not take: control characters, more than MAX_COOKIE bytes, a `__Host-`
-    without what that demands; TypeError for a value that is no string, or not JSON; RuntimeError if it is too late: a
-    WebSocket or an event stream has its response.
+    without what that demands; TypeError for a value that is no string, or not JSON; RuntimeError if it is too late (a
+    WebSocket or an event stream has its response), or if another application than a Nova sends the response.
     """
     secure = is_https(req) if secure is None else secure
     text = _quote(value) if secret is None else _sign(name, value, secret, max_age)
@@ -7576,6 +7579,8 @@ def _cookies_to_send(req: Request) -> dict[Any, str]:
     cookies: dict[Any, str] | None = req.environ.setdefault(COOKIES_KEY, {})
     if cookies is None:
         raise RuntimeError("no cookie can be sent any more: the response to this request has been sent")
+    if not isinstance(req.environ.get("bottle.app"), Nova | None):  # it has taken over the routes
+        raise RuntimeError("no cookie can be sent: mount the application in bottle's as app.wsgi, not as app")
     return cookies
 
 
@@ -8008,8 +8013,6 @@ rooms["sessions"] = SimpleNamespace(set_cookie=set_cookie, get_cookie=_get_cooki
 # process has the fields `process`, `path` and `peer`.
 # ---------------------------------------------------------------------------------------------------------------------
 
-from datetime import timezone
-
 _ACCESS = '%(peer)s "%(request)s" %(status)03d %(bytes)d %(milliseconds).1f ms'
 _RECORD_KEYS = {*vars(logging.makeLogRecord({})), "message", "asctime"}
 
@@ -8039,10 +8042,11 @@ class JSONFormatter(logging.Formatter):
     there are any), and what a program passes to the logger as `extra`.
     """
 
+    converter = staticmethod(time.gmtime)
+
     def format(self, record: logging.LogRecord) -> str:
-        at = datetime.fromtimestamp(record.created, timezone.utc).isoformat(timespec="milliseconds")
         line = {
-            "time": at.replace("+00:00", "Z"),
+            "time": f"{self.formatTime(record, '%Y-%m-%dT%H:%M:%S')}.{int(record.msecs):03}Z",
             "level": record.levelname.lower(),
             "logger": record.name,
             "pid": record.process,
@@ -9162,9 +9166,14 @@ def demo(notes: Notes, password: str | None = None) -> Nova:
     ])  # fmt: skip
     if password:
         login = Login(password)
+        app.add({"routes": [(f"{path}/", redirect_to(path), {"methods": ["get"]}) for path in ("/login", login.home)]})
         app.add(login.routes)
         app.board(login.home, security=login.security, logout="/logout")
     return app
+
+
+def redirect_to(path: str) -> Callable[[Request], Any]:
+    return lambda _req: ("redirect", path)
 
 
 PAGE = (
@@ -9179,7 +9188,8 @@ PAGE = (
   #line, nav, small, label, .error, .plain, .row p, #typing, #news { font-size: .875rem } #line { color: var(--dim) }
   #line::before { content: ""; border: 5px solid var(--good); border-radius: 50%; margin-right: .25rem }
   #line.away::before { padding: 3px; border: 2px solid var(--warn) }
-  #wait { font-variant-numeric: tabular-nums } main { flex: 1; display: grid; gap: 1rem; min-height: 0 }
+  #wait { font-variant-numeric: tabular-nums } #wait:empty { display: none }
+  main { flex: 1; display: grid; gap: 1rem; min-height: 0 }
   section { min-width: 0; min-height: 0; max-height: 60rem; padding: 1rem; background: var(--card);
             border: 1px solid var(--line); border-radius: .75rem; position: relative }
   section > .row { min-height: 2.5rem; justify-content: space-between }
@@ -9218,7 +9228,7 @@ PAGE = (
     #comments { max-height: 60dvh } }
   @media (min-width: 40rem) and (min-height: 30rem) { body { height: 100dvh } #comments { max-height: none }
     main { align-items: stretch } section { overflow: auto } }
-  @media (max-width: 40rem) { #search { flex: 1 0 100% } #say { grid: auto auto / 1fr auto } #say > :first-child {
+  @media (max-width: 56rem) { #search { flex: 1 0 100% } #say { grid: auto auto / 1fr auto } #say > :first-child {
     grid-column: 1 / -1 } }
   @media (pointer: coarse) { main :is(input, textarea, button, summary) { min-height: 2.75rem } }
   @media (prefers-reduced-motion: no-preference) { .new { animation: arrive .3s ease-out }
@@ -9356,10 +9366,8 @@ const list = $("comments"), bubbles = new Map(), pending = new Map();  // id -> 
 let past = true;  // until "live", comments are replayed
 line.on("here", () => { past = true; });
 line.on("live", () => { past = false; pending.forEach(deliver); report(); });
-line.on("closed", () => { past = true; report(); }).on("state", ({ state }) => {
-  if (state === "refused") pending.forEach(fail);
-  report();
-});
+line.on("closed", () => { past = true; pending.forEach(deliver); report(); });
+line.on("state", ({ state }) => { if (state === "refused") pending.forEach(deliver); report(); });
 
 function bubble({ id, name, text, at }) {
   const isMine = own.has(id), who = isMine ? element("span", "seen", "You: ") : element("bdi", "name", name);
@@ -9424,7 +9432,7 @@ $("first").querySelector("button").onclick = () => { speak("Hello, world!"); tex
 // Notes: the page changes when the event arrives, in this window as in all others.
 const items = new Map(), query = $("search").elements[0];  // id -> its <li>
 const erased = new Set();  // ids of notes that this window deletes
-let loading = null, searching, passing;
+let loading = null, searching, passing, passes = 6000;  // ms
 
 async function api(method, path, data) {  // returns [ok, body]
   const options = { method, headers: { "Content-Type": "application/json" }, cache: "no-store" };
@@ -9459,10 +9467,10 @@ async function restore(note) {
   const [ok, { error }] = await api("POST", "", note);
   if (!ok) say(error, " ", button("Undo", () => restore(note)));
 }
-function say(...parts) {  // for 6 seconds
+function say(...parts) {  // until it passes
   $("news").replaceChildren(...parts);
   clearTimeout(passing);
-  passing = setTimeout(() => $("news").matches(":hover, :focus-within") ? say(...parts) : say(), 6000);
+  passing = setTimeout(() => $("news").querySelector(":is(:hover, :focus)") ? say(...parts) : say(), passes);
 }
 
 function search() {  // shows what the indexer finds, or all
@@ -9712,12 +9720,12 @@ def main() -> int:
         os.environ["NOVA_PASSWORD"] = os.environ[MADE_UP] = secrets.token_urlsafe(12)
     choose_password()  # before workers or a child are started: they must share it
     try:
-        number = 0  # of this worker
+        number = 1  # of this worker
         if args.reload:
             reload_on_change()  # before the database is opened, which only the child needs
         if args.workers > 1:
             number, _ = run_workers(args.workers, args.host, args.port, 5.0 + args.shutdown_delay)  # 5.0: of the drain
-        return serve(ready=print_welcome if number == 0 else None, **vars(args))
+        return serve(ready=print_welcome if number == 1 else None, **vars(args))
     except OSError as error:  # ssl.SSLError is one
         what = str(error.strerror).partition(":")[0]
         what += " (--port 0 takes one that is free)" if error.errno == errno.EADDRINUSE else ""

@@ -11422,6 +11422,19 @@ def test_the_page_is_there_and_asks_for_nothing_from_elsewhere(demo):
     assert not re.search(rb"""(src|href)=["']?(https?:)?//""", body)
 
 
+@pytest.mark.parametrize("path", ["/board", "/login"])
+def test_a_slash_at_the_end_of_a_pages_address_is_forgiven(demo, path):
+    status, headers, _ = http_request(demo, "GET", path + "/")
+    assert (status, urllib.parse.urlsplit(headers["Location"]).path) == (302, path)
+
+
+def test_the_page_links_to_the_board_if_there_is_one(tmp_path):
+    notes = nova_lite.Notes(str(tmp_path / "notes.db"))
+    assert b'href="/board"' in ask(nova_lite.demo(notes, "sesame"))[2]
+    assert b'href="/board"' not in ask(nova_lite.demo(notes))[2]
+    notes.close()
+
+
 def test_heartbeat_is_a_200_and_empty(demo):
     assert http_request(demo, "GET", "/heartbeat")[::2] == (200, b"")
 
@@ -12520,6 +12533,15 @@ def test_a_cookie_leaves_a_mounted_application_once():
     app = Nova()
     app.mount("/sub", one_route(with_cookie(("status", 200))).wsgi)
     assert as_sent(ask(app, path="/sub/")[1]) == "a=2; a=3"
+
+
+def test_bottle_with_the_routes_of_a_nova_sends_no_cookies_and_one_that_mounts_it_does(caplog):
+    app = bottle.Bottle()
+    app.mount("/routes/", one_route(with_cookie(("status", 200))))
+    app.mount("/mounted", one_route(with_cookie(("status", 200))).wsgi)
+    assert ask(app, path="/routes/")[0] == 500
+    assert "mount the application in bottle's as app.wsgi" in caplog.text
+    assert as_sent(ask(app, path="/mounted/")[1]) == "a=2; a=3"
 
 
 def test_no_other_client_gets_a_cookie():
@@ -15647,6 +15669,7 @@ class Stage:
 
 
 TITLES = "#notes h3"
+QUICKLY = "NovaSocket.delay = () => 0.2"
 
 
 @scene
@@ -15740,6 +15763,7 @@ def test_what_the_api_refuses_is_told_at_the_field(stage):
     stage.expect(title).to_have_accessible_description("Title is required.")
     stage.fills(page, Title="A title", Author="Ada")
     stage.expect(title).to_have_attribute("aria-invalid", "false")
+    page.evaluate(QUICKLY)
     stage.kill()
     page.get_by_role("button", name="Save").click()
     stage.sees(page, "#error", "The server cannot be reached.")
@@ -15842,6 +15866,231 @@ def test_a_window_that_comes_or_comes_back_has_what_was_said_before(stage):
 
 
 @scene
+def test_an_empty_page_invites_to_say_and_to_write_something(stage):
+    one, two = stage.open(), stage.open()
+    stage.spoken = True
+    one.get_by_role("button", name="Say “Hello, world!”").click()
+    for page in (one, two):
+        stage.sees(page, "#comments .said", ["Hello, world!"])
+        stage.expect(page.locator("#first")).to_be_hidden()
+    two.get_by_role("button", name="Write “Groceries”").click()
+    two.get_by_role("button", name="Save").click()
+    for page in (one, two):
+        stage.sees(page, "#notes :is(h3, p, small)", ["Groceries", "milk, bread, coffee", "Ada"])
+        stage.expect(page.locator("#none")).to_be_hidden()
+
+
+@scene
+def test_a_comment_said_into_a_dead_line_is_pending_and_said_once_when_it_is_back(stage):
+    one, two = stage.open(), stage.open()
+    for page in (one, two):
+        page.wait_for_function("line.answers")
+        page.evaluate(f"NovaSocket.ANSWER = 300; NovaSocket.CONNECT = 1000; {QUICKLY}")
+    stage.server.send_signal(signal.SIGSTOP)  # it gets what is said when it goes on
+    try:
+        stage.says(one, "Hello")
+        stage.sees(one, "#comments .pending", [re.compile("^You: Hello")])
+        stage.sees(one, "#state", "reconnecting")
+        stage.says(two, "Hello")  # the same text, of somebody else
+        stage.sees(one, "#comments .pending time", ["waiting for the line"])
+    finally:
+        stage.server.send_signal(signal.SIGCONT)
+    for page in (one, two):
+        stage.sees(page, "#state", "connected")
+        stage.sees(page, "#comments .said", ["Hello", "Hello"])
+        stage.sees(page, "#comments .mine:not(.pending)", [re.compile("^You: Hello")])
+    stage.says(two, "Next")
+    stage.sees(one, "#comments .said", ["Hello", "Hello", "Next"])
+
+
+@scene
+def test_a_comment_that_cannot_be_sent_says_so_and_may_be_sent_again(stage):
+    page = stage.open()
+    page.evaluate(f"{QUICKLY}; speak('x'.repeat(70_000))")  # the server closes with 1009, each time
+    stage.sees(page, "#comments .failed time", ["not sent · Retry"])
+    stage.sees(page, "#state", "connected")
+    stage.says(page, "Short")
+    stage.sees(page, "#comments .mine:not(.pending) .said", ["Short"])
+    page.evaluate("for (const node of pending.values()) node.text = 'Shorter'")
+    page.get_by_role("button", name="Retry").click()
+    stage.sees(page, "#comments .said", ["Short", "Shorter"])
+    stage.sees(page, "#comments .pending", [])
+
+
+@scene
+def test_what_people_write_from_right_to_left_moves_nothing_else(stage):
+    stage.note("שלום", "עולם", "דוד")
+    page = stage.open()
+    page.get_by_label("Your name").fill("דוד")
+    stage.says(page, "שלום 1")
+    stage.sees(page, "#comments .mine .said", ["שלום 1"])
+    box = "document.querySelector('#comments .%s').getBoundingClientRect()"
+    page.wait_for_function(f"{box % 'mine time'}.left >= {box % 'mine .said'}.right")
+    directions = "found => found.map(it => getComputedStyle(it).direction)"
+    assert page.locator("#notes :is(h3, p, bdi)").evaluate_all(directions) == ["rtl"] * 3
+
+
+@scene
+def test_neither_escape_nor_another_note_discards_what_is_not_saved_and_cancel_does(stage):
+    for title in ("First", "Second"):
+        stage.note(title)
+    page = stage.open()
+    page.get_by_text("New note").click()
+    stage.fills(page, Title="Half a note")
+    page.keyboard.press("Escape")
+    stage.expect(page.locator("#form")).to_be_hidden()
+    page.get_by_role("button", name="Edit First").click()
+    stage.sees(page, "#notes .editing h3", ["First"])
+    stage.fills(page, Text="half a change")
+    page.get_by_role("button", name="Edit Second").click()
+    stage.sees(page, "#notes .draft h3", ["First"])
+    stage.expect(page.get_by_label("Text", exact=True)).to_have_value("A text")
+    page.get_by_role("button", name="Edit First").click()
+    stage.expect(page.get_by_label("Text", exact=True)).to_have_value("half a change")
+    page.get_by_role("button", name="Cancel").click()
+    stage.sees(page, "#notes .draft h3", [])
+    page.get_by_text("New note").click()
+    stage.expect(page.get_by_label("Title", exact=True)).to_have_value("Half a note")
+
+
+@scene
+def test_a_deleted_note_can_be_brought_back_while_the_page_says_so(stage):
+    stage.note("Groceries")
+    one, two = stage.open(), stage.open()
+    one.get_by_role("button", name="Delete Groceries").click()
+    stage.sees(one, "#news", "“Groceries” was deleted. Undo")
+    stage.sees(two, "#news", "“Groceries” was deleted. ")
+    one.evaluate("passes = 500")
+    one.get_by_role("button", name="Undo").click()
+    for page in (one, two):
+        stage.sees(page, "#notes :is(h3, p, small)", ["Groceries", "A text", "Ada"])
+    stage.expect(one.locator("#news")).to_have_text("", timeout=10_000)  # what it says passes
+
+
+@scene
+def test_ctrl_enter_saves_and_says_so_while_it_does_and_a_long_text_has_a_large_field(stage):
+    page = stage.open()
+    page.route("**/api/notes", lambda route: (time.sleep(0.3), route.continue_()))
+    page.get_by_text("New note").click()
+    stage.fills(page, Title="Long", Author="Ada")
+    field = page.get_by_label("Text", exact=True)
+    field.fill("one line")
+    low = field.bounding_box()["height"]
+    field.fill("line\n" * 9 + "line")
+    assert field.bounding_box()["height"] > 2 * low
+    assert field.evaluate("it => it.scrollHeight <= it.clientHeight + 1")
+    field.press("Control+Enter")
+    stage.sees(page, "#form .main", "Saving…")
+    stage.sees(page, TITLES, ["Long"])
+    stage.expect(page.locator("#form .main")).to_have_text("Save")
+
+
+@scene
+def test_nothing_moves_while_the_page_loads_and_what_glows_changes_its_opacity_only(stage):
+    for number in range(20):
+        stage.note(f"Note {number}", "text\n" * 5)
+    page = stage.open()
+    page.evaluate("""() => new PerformanceObserver(list => {
+        window.shift = list.getEntries().reduce((sum, entry) => sum + entry.value, window.shift ?? 0);
+    }).observe({ type: "layout-shift", buffered: true })""")
+    stage.says(page, "Hello")
+    stage.sees(page, "#comments .mine:not(.pending) .said", ["Hello"])
+    moved = page.evaluate("""() => document.getAnimations().flatMap(it =>
+        it.effect.getKeyframes().flatMap(Object.keys))""")
+    assert set(moved) <= {"offset", "computedOffset", "easing", "composite", "opacity", "translate", "scale", "rotate"}
+    assert page.evaluate("window.shift ?? 0") < 0.05
+
+
+@scene
+def test_a_server_that_closes_immediately_gets_a_few_connections_and_one_that_refuses_gets_no_more(stage):
+    page, asked, closing = stage.open(), [], {"code": 1001}
+
+    def answer(socket):
+        asked.append(socket.url)
+        socket.close(**closing)
+
+    page.route_web_socket("**/chat", answer)
+    page.reload()
+    stage.sees(page, "#state", "reconnecting")
+    page.wait_for_timeout(1000)  # 80 connections, if nothing holds the page back
+    assert len(asked) <= 3
+    closing.update(code=1008, reason="log in")
+    page.evaluate(f"{QUICKLY}; line.now()")
+    stage.sees(page, "#state", "refused: log in")
+    number = len(asked)
+    page.wait_for_timeout(600)
+    assert len(asked) == number
+    page.get_by_role("button", name="Reconnect now").click()
+    page.wait_for_function("line.state === 'refused'")
+    assert len(asked) == number + 1
+
+
+@scene
+def test_the_client_gives_up_if_it_is_refused_before_the_101(stage):
+    page = stage.open()
+    page.evaluate(QUICKLY)
+    states = page.evaluate("""async () => {
+        const socket = new NovaSocket("/board/live"), states = [];  // which needs a login
+        const refused = ({ state }) => states.push(state) && state === "refused";
+        await new Promise(done => socket.on("state", socket => refused(socket) && done()));
+        return [...states, socket.refusal, socket.send("x")];
+    }""")
+    assert states[-3:] == ["refused", "status 401", False]
+    assert len(states) < 12
+
+
+@scene
+def test_the_client_says_why_a_connection_ended_takes_a_new_url_each_time_and_forgets_listeners(stage):
+    page = stage.open()
+    asked = []
+    page.on("websocket", lambda socket: asked.append(socket.url.partition("/ws")[2]))
+    page.evaluate(QUICKLY)
+    heard = page.evaluate("""async () => {
+        let number = 0;
+        const heard = [], hear = data => heard.push(data);
+        const socket = new NovaSocket(async () => `/ws?token=${++number}`).on("message", hear);
+        socket.on("closed", ({ code, reason }) => heard.push(code, reason));
+        const opened = () => new Promise(done => socket.on("open", done));
+        await opened();
+        socket.send("one");
+        await new Promise(done => socket.on("message", done));
+        socket.off("message", hear);
+        socket.socket.close(4000, "why");
+        await opened();
+        socket.send("two");
+        await new Promise(done => socket.on("message", text => text === "Echo: two" && done()));
+        socket.close();
+        return heard;
+    }""")
+    assert heard == ["Echo: one", 4000, ""]  # as the server has returned it
+    assert asked == ["?token=1", "?token=2"]
+
+
+@scene
+def test_the_client_asks_for_its_subprotocols(stage):
+    page = stage.open()
+    given = page.evaluate("""() => {
+        const given = [], Real = WebSocket;
+        window.WebSocket = class { constructor(...args) { given.push(args[1]); } close() {} };
+        new NovaSocket("/ws", ["chat", "other"]);
+        window.WebSocket = Real;
+        return given;
+    }""")
+    assert given == [["chat", "other"]]
+
+
+@scene
+def test_a_page_that_the_browser_keeps_has_no_connection_until_it_is_shown_again(stage):
+    page, other = stage.open(), stage.open()
+    stage.sees(other, "#count", "2 are here")
+    page.evaluate("dispatchEvent(new PageTransitionEvent('pagehide', { persisted: true }))")
+    stage.sees(other, "#count", "Only you are here.")
+    page.evaluate("dispatchEvent(new PageTransitionEvent('pageshow', { persisted: true }))")
+    stage.sees(other, "#count", "2 are here")
+    stage.sees(page, "#state", "connected")
+
+
+@scene
 def test_offline_is_told_and_online_reconnects_at_once(stage):
     page = stage.open()
     page.context.set_offline(True)
@@ -15908,7 +16157,8 @@ def test_on_a_phone_nothing_is_wider_than_the_screen_and_nothing_moves_for_who_w
 def test_a_line_that_is_dead_is_found_and_one_that_does_not_come_is_given_up(stage):
     page = stage.open()
     page.wait_for_function("line.answers")
-    page.evaluate("NovaSocket.BEAT = NovaSocket.ANSWER = 200; NovaSocket.CONNECT = 500; line.now()")
+    page.evaluate("NovaSocket.BEAT = NovaSocket.ANSWER = 200; NovaSocket.CONNECT = 500")
+    page.evaluate(f"{QUICKLY}; line.now()")
     stage.server.send_signal(signal.SIGSTOP)  # TCP is well; nobody answers
     try:
         stage.sees(page, "#state", "reconnecting")
