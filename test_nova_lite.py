@@ -7599,6 +7599,7 @@ def test_an_init_that_fails_and_a_full_server_reach_status_routes():
     [
         ((200, shown()), "from 400 to 599, not for 200"), ((600, shown()), "not for 600"),
         ((404, "page"), "status 404: a controller must be a function of req, got 'page'"),
+        ((404, lambda: 0), "status 404: the controller"),
         ((404, shown(), {"max_body": 1}), "the status route 404 has no option max_body"),
         ((True, shown()), "must begin with its path"),
     ],
@@ -7963,7 +7964,7 @@ def test_what_an_application_has_comes_with_it_where_bottle_mounts_it():
     assert ask(parent, "GET", "/nova/y")[0] == 404
 
 
-def test_another_nova_is_mounted_with_its_websockets_plugins_and_status_routes():
+def test_another_nova_is_mounted_with_its_websockets_plugins_and_status_routes(caplog):
     inner = Nova(
         [
             {
@@ -7988,6 +7989,9 @@ def test_another_nova_is_mounted_with_its_websockets_plugins_and_status_routes()
             client.send("hi")
             assert client.recv(PATIENCE) == "hi"
         assert http_request(server, "GET", "/middle/inner/ws")[0] == 426
+        evil = {**HANDSHAKE, "Origin": "https://evil.example"}
+        assert http_request(server, "GET", "/middle/inner/ws", headers=evil)[0] == 403
+        until(lambda: "Origin https://evil.example is not" in caplog.text)
         until(lambda: not server.registry.connections)
 
 
