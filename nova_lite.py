@@ -4917,10 +4917,13 @@ def _call_application(application: Any, depth: int, req: Request) -> HTTPRespons
 
 
 def _make_environ(req: Request, depth: int) -> dict[str, Any]:
-    own = "bottle.", "route.", "nova_lite."  # what `app` and its rooms keep there is not the other's
+    own = (
+        "bottle.",
+        "route.",
+        "nova_lite.plugins.",
+        COOKIES_KEY,
+    )  # what `app` keeps there, and the cookies that it sends
     environ = {name: value for name, value in req.environ.items() if not name.startswith(own)}
-    for name in {REGISTRY_KEY, UPGRADING_KEY} & set(req.environ):
-        environ[name] = req.environ[name]
     parts = req.environ["bottle.raw_path"].split("/", depth + 1)  # in latin-1: bottle has decoded the other one
     environ["SCRIPT_NAME"] = environ.get("SCRIPT_NAME", "") + "/".join(parts[: depth + 1])
     environ["PATH_INFO"] = "/" + "".join(parts[depth + 1 :])

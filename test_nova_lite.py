@@ -7937,6 +7937,35 @@ def test_a_bottle_application_keeps_its_hooks_errors_plugins_and_late_routes():
     assert json.loads(ask(app, "GET", "/three")[2]) == {"says": "ours"}
 
 
+def test_a_mounted_nova_has_the_session_that_security_has_begun_and_each_cookie_is_sent_once():
+    def security(req):
+        req.set_cookie("outer", "1")
+        return nova_lite.session.set(req, "user", "ann") == "ok"
+
+    def controller(req):
+        req.set_cookie("inner", "2")
+        return "json", nova_lite.session.get(req, "user")
+
+    app = Nova()
+    app.mount("/x", one_route(controller), security=security)
+    _, headers, body = ask(app, "GET", "/x")
+    names = [cookie.partition("=")[0] for cookie in headers.get_all("Set-Cookie")]
+    assert (sorted(names), body) == (["inner", "nova_session", "outer"], b'"ann"')
+
+
+def test_the_cookies_of_a_plugin_are_sent_whatever_it_answers():
+    class Cookie:
+        def pre_request(self, req, env, options, state):
+            req.set_cookie("a", "b")
+            return ("stop", ("status", 403), req, state) if options else ("ok", req, state)
+
+    for options, status in (({}, 200), ({"stop": 1}, 403)):
+        for pages in ([], [(403, saying("page"))]):
+            app = Nova([{"routes": [("/", shown()), *pages]}], plugins=[("pre_request", Cookie, options)])
+            given, headers, _ = ask(app)
+            assert (given, headers["Set-Cookie"].partition(";")[0]) == (status, "a=b")
+
+
 def test_a_body_that_ours_has_read_is_there_for_a_mounted_application():
     app = Nova()
     app.add_hook("before_request", lambda: bottle.request.body.read())
