@@ -4740,6 +4740,9 @@ def _prepare(app: Nova, group: Mapping[str, Any]) -> Mapping[str, Any]:
     inherits = not ours and (bool(plugins) or "plugins" not in group)
     if inherits and not statuses and not isinstance(app.error_handler, _Extension):
         return group
+    if "checks" in rooms:
+        for route in statuses:
+            rooms["checks"].check_route(app, group, route, str)
     extension = _extend(app)
     entries = None if inherits else [_PluginEntry(extension, *plugin) for plugin in ours]
     mark = _Group(group.get("prefix", ""), entries, dict(_status_route(app, *route) for route in statuses))
@@ -4758,8 +4761,6 @@ def _check_plugins(plugins: Any) -> None:
 def _status_route(app: Nova, status: int, controller: Any, options: Any = ()) -> tuple[int, Any]:
     if not 400 <= status <= 599:
         raise ValueError(f"a status route is for a status from 400 to 599, not for {status!r}")
-    if not callable(controller):
-        raise ValueError(f"the status route {status} needs a function of req, not {controller!r}")
     if set(options) - {"methods"}:
         raise ValueError(f"the status route {status} has no option {', '.join(set(options) - {'methods'})}")
     return status, app.endpoint(controller)
@@ -4906,6 +4907,7 @@ def _call_application(application: Any, depth: int, req: Request) -> HTTPRespons
     finally:
         bottle.request.bind(req.environ)
         saved.apply(bottle.response)
+        req.environ.update({REFUSAL_KEY: environ[REFUSAL_KEY]} if REFUSAL_KEY in environ else {})
     if not begun:
         raise RuntimeError("a mounted application has not called start_response")
     response.body = body
@@ -4915,10 +4917,13 @@ def _call_application(application: Any, depth: int, req: Request) -> HTTPRespons
 
 
 def _make_environ(req: Request, depth: int) -> dict[str, Any]:
-    own = "bottle.", "route.", "nova_lite."  # what `app` and its rooms keep there is not the other's
+    own = (
+        "bottle.",
+        "route.",
+        "nova_lite.plugins.",
+        COOKIES_KEY,
+    )  # what `app` keeps there, and the cookies that it sends
     environ = {name: value for name, value in req.environ.items() if not name.startswith(own)}
-    for name in {REGISTRY_KEY, UPGRADING_KEY} & set(req.environ):
-        environ[name] = req.environ[name]
     parts = req.environ["bottle.raw_path"].split("/", depth + 1)  # in latin-1: bottle has decoded the other one
     environ["SCRIPT_NAME"] = environ.get("SCRIPT_NAME", "") + "/".join(parts[: depth + 1])
     environ["PATH_INFO"] = "/" + "".join(parts[depth + 1 :])

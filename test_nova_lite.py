@@ -7598,9 +7598,10 @@ def test_an_init_that_fails_and_a_full_server_reach_status_routes():
     ("route", "message"),
     [
         ((200, shown()), "from 400 to 599, not for 200"), ((600, shown()), "not for 600"),
-        ((404, "page"), "needs a function of req, not 'page'"),
-        ((404, shown(), {"protocol": "ws"}), "the status route 404 has no option protocol"),
-        ((True, shown()), "not for True"),
+        ((404, "page"), "status 404: a controller must be a function of req, got 'page'"),
+        ((404, lambda: 0), "status 404: the controller"),
+        ((404, shown(), {"max_body": 1}), "the status route 404 has no option max_body"),
+        ((True, shown()), "must begin with its path"),
     ],
 )  # fmt: skip
 def test_a_status_route_that_cannot_be_is_told_when_the_application_is_made(route, message):
@@ -7936,6 +7937,35 @@ def test_a_bottle_application_keeps_its_hooks_errors_plugins_and_late_routes():
     assert json.loads(ask(app, "GET", "/three")[2]) == {"says": "ours"}
 
 
+def test_a_mounted_nova_has_the_session_that_security_has_begun_and_each_cookie_is_sent_once():
+    def security(req):
+        req.set_cookie("outer", "1")
+        return nova_lite.session.set(req, "user", "ann") == "ok"
+
+    def controller(req):
+        req.set_cookie("inner", "2")
+        return "json", nova_lite.session.get(req, "user")
+
+    app = Nova()
+    app.mount("/x", one_route(controller), security=security)
+    _, headers, body = ask(app, "GET", "/x")
+    names = [cookie.partition("=")[0] for cookie in headers.get_all("Set-Cookie")]
+    assert (sorted(names), body) == (["inner", "nova_session", "outer"], b'"ann"')
+
+
+def test_the_cookies_of_a_plugin_are_sent_whatever_it_answers():
+    class Cookie:
+        def pre_request(self, req, env, options, state):
+            req.set_cookie("a", "b")
+            return ("stop", ("status", 403), req, state) if options else ("ok", req, state)
+
+    for options, status in (({}, 200), ({"stop": 1}, 403)):
+        for pages in ([], [(403, saying("page"))]):
+            app = Nova([{"routes": [("/", shown()), *pages]}], plugins=[("pre_request", Cookie, options)])
+            given, headers, _ = ask(app)
+            assert (given, headers["Set-Cookie"].partition(";")[0]) == (status, "a=b")
+
+
 def test_a_body_that_ours_has_read_is_there_for_a_mounted_application():
     app = Nova()
     app.add_hook("before_request", lambda: bottle.request.body.read())
@@ -7963,7 +7993,7 @@ def test_what_an_application_has_comes_with_it_where_bottle_mounts_it():
     assert ask(parent, "GET", "/nova/y")[0] == 404
 
 
-def test_another_nova_is_mounted_with_its_websockets_plugins_and_status_routes():
+def test_another_nova_is_mounted_with_its_websockets_plugins_and_status_routes(caplog):
     inner = Nova(
         [
             {
@@ -7988,6 +8018,9 @@ def test_another_nova_is_mounted_with_its_websockets_plugins_and_status_routes()
             client.send("hi")
             assert client.recv(PATIENCE) == "hi"
         assert http_request(server, "GET", "/middle/inner/ws")[0] == 426
+        evil = {**HANDSHAKE, "Origin": "https://evil.example"}
+        assert http_request(server, "GET", "/middle/inner/ws", headers=evil)[0] == 403
+        until(lambda: "Origin https://evil.example is not" in caplog.text)
         until(lambda: not server.registry.connections)
 
 
@@ -8239,7 +8272,7 @@ def test_the_articles_logger_and_rate_limiter_and_the_sub_applications_websocket
         assert client.recv(PATIENCE) == "hi"
 
 
-RECIPES = """
+PLUGIN_RECIPES = """
 import hmac, re, secrets
 
 class RequestId:
@@ -8271,7 +8304,7 @@ class Csrf:
 
 
 def test_the_recipe_for_request_ids():
-    exec(RECIPES, found := {})
+    exec(PLUGIN_RECIPES, found := {})
     app = with_plugins(("pre_request", found["RequestId"], {}), controller=shown("request_id"))
     for sent, is_taken in (("abc-1", True), (None, False), ("a b", False), ("x" * 65, False), ("a\r\nb", False)):
         _, headers, body = ask(app, HTTP_X_REQUEST_ID=sent)
@@ -8290,7 +8323,7 @@ def test_the_recipe_for_request_ids():
     ],
 )  # fmt: skip
 def test_the_recipe_for_csrf(cookie, body, changes, status):
-    exec(RECIPES, found := {})
+    exec(PLUGIN_RECIPES, found := {})
     app = with_plugins(("pre_request", found["Csrf"], {}), controller=lambda req: ("json", 200, {}, req["csrf_token"]))
     _, headers, first = ask(app)
     token = json.loads(first)
