@@ -59,10 +59,16 @@ callbacks. The README lists what differs from Erlang: payloads are shared, and a
 
 from __future__ import annotations
 
-if __name__ == "__main__":  # before anything imports threading, socket or bottle: they must see the patched modules
+try:
     from gevent import monkey
 
-    monkey.patch_all()
+    if __name__ == "__main__":  # before anything imports threading, socket or bottle: they must see the patched modules
+        monkey.patch_all()
+    import bottle
+    from geventwebsocket.handler import WebSocketHandler as UpgradeHandler
+except ModuleNotFoundError as error:
+    needs = f"nova_lite needs {error.name}, which is not installed: pip install gevent gevent-websocket bottle"
+    raise SystemExit(needs) if __name__ == "__main__" else ImportError(needs, name=error.name) from None
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Prologue: imports, and the settings with their reasons.
@@ -85,7 +91,7 @@ import time
 import traceback
 import weakref
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
 from datetime import datetime
@@ -98,10 +104,9 @@ from operator import itemgetter
 from socket import IPPROTO_TCP, TCP_NODELAY, gethostname
 from time import monotonic
 from types import FunctionType, ModuleType, SimpleNamespace
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, Literal, NoReturn, TypedDict, TypeVar
 from urllib.parse import parse_qsl, unquote_to_bytes, urlencode, urlsplit
 
-import bottle
 import gevent.event
 import gevent.local
 import gevent.monkey
@@ -109,15 +114,27 @@ import gevent.pywsgi
 import gevent.socket
 from bottle import HTTPError, HTTPResponse
 from gevent.hub import Hub, Waiter, get_hub
-from geventwebsocket.handler import WebSocketHandler as UpgradeHandler
 from greenlet import getcurrent, greenlet
+
+if TYPE_CHECKING:
+    from typing_extensions import Required, Unpack
+
+    class _Tuple(Sequence[Any]):  # not a tuple: of a subclass, `case` would leave a plain one
+        def __init__(self, items: Iterable[Any], /) -> None: ...
+        def __getitem__(self, index: Any) -> Any: ...
+        def __len__(self) -> int: ...
+else:
+    _Tuple = tuple
+match sys.version_info:  # nova_lite needs Python 3.10 or later. An older one stops here, and shows this line.
+    case _:
+        pass
 
 __version__ = "0.1.0"
 __all__ = [  # the rooms after the core add their own
-    "Message", "Nova", "Pid", "ProcessExit", "Request", "Server", "Settings", "WebSocketHandler", "cancel_timer",
-    "demonitor", "exit", "heartbeat", "is_process_alive", "link", "monitor", "process_flag", "pubsub", "read_timer",
-    "receive", "register", "run", "self_pid", "send", "send_after", "send_interval", "spawn", "spawn_link",
-    "spawn_monitor", "unlink", "unregister", "whereis",
+    "ChildSpec", "ClientFrame", "Frame", "HandlerResult", "Info", "Message", "Nova", "Pid", "ProcessExit", "Request",
+    "Server", "Settings", "WebSocketHandler", "cancel_timer", "demonitor", "exit", "heartbeat", "is_process_alive",
+    "link", "monitor", "process_flag", "pubsub", "read_timer", "receive", "register", "run", "self_pid", "send",
+    "send_after", "send_interval", "spawn", "spawn_link", "spawn_monitor", "unlink", "unregister", "whereis",
 ]  # fmt: skip
 
 log = logging.getLogger("nova_lite" if __name__ == "__main__" else __name__)
@@ -169,10 +186,7 @@ class Settings:
 
 TIME_SLICE = 0.003  # seconds of turns before sockets and timers are looked at: none must wait for 5 ms
 YIELD_DELAY = 1e-6  # seconds: the shortest sleep that polls sockets; after sleep(0) gevent runs 50 callbacks first
-CALLBACKS = (  # of handlers and servers
-    "init", "terminate", "websocket_init", "websocket_handle", "websocket_info", "handle_call", "handle_cast",
-    "handle_continue", "handle_info",
-)  # fmt: skip
+_CALLBACK = re.compile("init|terminate|websocket_[a-z]+|handle_(call|cast|continue|info)")  # of handlers and servers
 HOLD_LIMIT = 0.1  # seconds of one turn; what holds the hub longer, and so keeps all others waiting, is logged
 SPARE_RUNNERS = 64  # idle runners kept: a burst of blocking callbacks must not keep as many stacks
 
@@ -921,7 +935,7 @@ def is_normal(reason: Any) -> bool:
 def failing_callback(error: BaseException) -> str:
     """Returns the name of the callback in which `error` was raised, "" if that was after it returned."""
     codes = [frame.f_code for frame, _ in traceback.walk_tb(error.__traceback__)]
-    return next((code.co_name for code in codes if code.co_filename != __file__ or code.co_name in CALLBACKS), "")
+    return next((c.co_name for c in codes if c.co_filename != __file__ or _CALLBACK.fullmatch(c.co_name)), "")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -930,7 +944,7 @@ def failing_callback(error: BaseException) -> str:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-class Message(tuple):
+class Message(_Tuple):
     """What members receive: ("nova_pubsub", channel, sender, topic, payload)."""
 
     position: str | None = None  # in the history of a kept channel, for `join(since=...)`
@@ -1503,7 +1517,9 @@ def error_body(status_line: str, text: str, accept: str) -> tuple[str, bytes]:
 
 CONTINUATION, TEXT, BINARY, CLOSE, PING, PONG = 0x0, 0x1, 0x2, 0x8, 0x9, 0xA  # §5.2
 NO_STATUS = 1005  # §7.1.5: stands for a close frame without a code; never on the wire
-Frame = tuple[Any, ...]
+ClientFrame = tuple[Literal["text"], str] | tuple[Literal["binary", "ping", "pong"], bytes]  # what a handler receives
+_Buffer = tuple[Literal["binary"], bytearray | memoryview]
+Frame = ClientFrame | _Buffer | tuple[Literal["close"], int, str] | Literal["ping", "pong", "close"]  # what it sends
 
 _NAMES = {BINARY: "binary", PING: "ping", PONG: "pong"}
 _TRANSLATE_FROM = 1_000  # bytes from which translating beats one big integer
@@ -1701,7 +1717,7 @@ class Parser:
         if b"\xed\xa0" <= self.decoder.getstate()[0] < b"\xee":
             raise protocol_error(1007, "half a surrogate pair")  # the decoder would wait for its third byte
 
-    def _decode(self, opcode: int, body: Any) -> Frame:
+    def _decode(self, opcode: int, body: Any) -> tuple[Any, ...]:
         if opcode == TEXT:
             return "text", body.decode()
         if opcode != CLOSE:
@@ -1740,6 +1756,19 @@ LINGER = 5.0  # seconds that a closed connection waits for the client to close a
 CACHED_FRAMES, CACHED_BYTES = 256, 1_000_000  # of broadcasts: a flood on 64 channels still finds its frames
 
 
+Info = Message | str  # what a process receives, for type checkers: any tuple counts as a message
+_Reply = TypeVar("_Reply")
+_Result = (
+    Literal["ok"]
+    | tuple[Literal["ok", "stop"], Any]
+    | tuple[Literal["ok", "stop"], Any, Literal["hibernate"]]
+    | tuple[Literal["reply"], _Reply, Any]
+    | tuple[Literal["reply"], _Reply, Any, Literal["hibernate"]]
+)
+HandlerResult = _Result[Frame | list[Frame]]
+_Inferred = Frame | tuple[str, Any] | tuple[str, int, str]  # what a frame seems to be in a function without annotations
+
+
 class WebSocketHandler:
     """The callbacks of a connection, one instance each (nova_websocket). All run in the connection's own process.
 
@@ -1752,25 +1781,25 @@ class WebSocketHandler:
     signal's ("shutdown" when the server drains).
     """
 
-    def init(self, state: Any) -> Any:
+    def init(self, state: Any, /) -> tuple[Literal["ok"], Any]:
         """Runs before the 101; `state` has "req" and "auth_data". Anything but ("ok", state) refuses with a 500."""
         return "ok", state
 
-    def websocket_handle(self, frame: Frame, state: Any) -> Any:
+    def websocket_handle(self, frame: ClientFrame, state: Any, /) -> _Result[_Inferred | Sequence[_Inferred]]:
         """Handles a frame from the client: text, binary, ping (already answered) or pong."""
         return "ok", state
 
-    def websocket_info(self, info: Any, state: Any) -> Any:
+    def websocket_info(self, info: Info, state: Any, /) -> _Result[_Inferred | Sequence[_Inferred]]:
         """Handles a message from another process."""
         return "ok", state
 
 
-class FrameCache(dict[Frame, bytes]):
+class FrameCache(dict[Any, bytes]):
     """The encoded frames of recent broadcasts: each is encoded, and compressed, once for all receivers."""
 
     size = 0  # bytes
 
-    def add(self, frame: Frame, data: bytes) -> None:
+    def add(self, frame: Any, data: bytes) -> None:
         if type(frame[1]) not in (str, bytes):  # a memoryview's bytes may change
             return
         if len(self) >= CACHED_FRAMES or self.size > CACHED_BYTES:
@@ -2077,8 +2106,7 @@ class Stream(Process):
             return cause
         if isinstance(error, ProcessExit):
             return Close(1001 if is_normal(cause) else 1011, "", cause)
-        callback = failing_callback(error)
-        self.log_crash(error, callback and f"{self.role()}.{callback}")
+        self.log_crash(error, f"{self.role()}.{failing_callback(error)}".rstrip("."))
         return Close(1011, "", ("crash", type(error), error))
 
     def role(self) -> str:
@@ -2253,8 +2281,35 @@ class ConnectionRegistry:
 EVENT_STREAM = {"Content-Type": "text/event-stream", "Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
 _BOTTLES_FORM = vars(bottle.BaseRequest)["POST"].getter.__code__
 _REST = "rest_of_the_path"  # bottle's name for the binding "..."
-GROUP_KEYS = {"plugins", "prefix", "routes", "security"}  # of a group of routes; rooms add theirs
-ROUTE_OPTIONS = {"methods", "protocol"}  # of a route, besides the names in `Settings`; rooms add theirs
+GROUP_KEYS, ROUTE_OPTIONS = {"plugins", "prefix", "routes", "security"}, {"methods", "protocol"}  # rooms add theirs
+
+
+class ChildSpec(TypedDict, total=False):
+    """A child (see `start_supervisor`)."""
+
+    id: Required[Any]
+    start: Required[tuple[Any, ...] | list[Any]]
+    restart: Literal["permanent", "transient", "temporary"]
+    shutdown: float | Literal["infinity", "brutal_kill"]
+    type: Literal["worker", "supervisor"]
+    scope: Literal["node", "cluster"]
+
+
+class RunOptions(TypedDict, total=False):  # of `run`, with those of `Server`
+    cluster: str | None
+    name: str | None
+    workers: int
+    drain_time: float
+    shutdown_delay: float
+    reload: bool
+    log_level: str
+    log_format: str
+    children: Iterable[ChildSpec]
+    ready: Callable[[Server], Any] | None
+    certfile: str | None
+    keyfile: str | None
+    max_connections: int | None
+    reuse_port: bool
 
 
 class Nova(bottle.Bottle):
@@ -2283,14 +2338,12 @@ class Nova(bottle.Bottle):
     def add(self, group: Mapping[str, Any]) -> None:
         """Adds a group of routes. Raises ValueError for unknown keys and options."""
         if "checks" in rooms:
-            rooms["checks"].check_group(group)
+            rooms["checks"].check_group(self, group, _rule)
         if unknown := set(group) - GROUP_KEYS:  # with a misspelt "security", the group would be open
             raise ValueError(f"a group of routes has no {', '.join(sorted(unknown))}")
         if "plugins" in rooms:
             group = rooms["plugins"].prepare(self, group)
         for route in group.get("routes", ()):
-            if "checks" in rooms:
-                rooms["checks"].check_route(self, group, route, _rule)
             self._add(group, *route)
 
     def _add(self, group: Mapping[str, Any], path: str, controller: Any, options: Any = ()) -> None:
@@ -2315,7 +2368,7 @@ class Nova(bottle.Bottle):
         else:
             super().mount(prefix, app, **options)
 
-    def run(self, host: str = "127.0.0.1", port: int = 8080, **options: Any) -> None:
+    def run(self, host: str = "127.0.0.1", port: int = 8080, **options: Unpack[RunOptions]) -> None:
         """Serves the application until SIGINT or SIGTERM; `options` are those of the function `run`."""
         try:
             room("server").run(self, host, port, **options)
@@ -2687,7 +2740,7 @@ class Server(gevent.pywsgi.WSGIServer):
         max_connections: int | None = None,
         reuse_port: bool = False,
         trust_proxy: int = 0,
-        children: Iterable[dict[str, Any]] = (),
+        children: Iterable[ChildSpec] = (),
     ) -> None:
         self.registry = ConnectionRegistry(_descriptor_limit() - 64 if max_connections is None else max_connections)
         self.handlers: set[RequestHandler] = set()
@@ -2787,7 +2840,7 @@ def run(
     reload: bool = False,
     log_level: str = "info",
     log_format: str = "plain",
-    children: Iterable[dict[str, Any]] = (),
+    children: Iterable[ChildSpec] = (),
     ready: Callable[[Server], Any] | None = None,
     **options: Any,
 ) -> None:
@@ -2879,11 +2932,8 @@ def _check_patch() -> None:
             cell.cell_contents = _greenlet_local(f"bottle_{number}")
     if is_late or not gevent.monkey.is_module_patched("socket"):
         when = "too late" if gevent.monkey.is_module_patched("threading") else "not at all"
-        log.warning(
-            "the standard library is patched %s: a call that blocks will block every connection. "
-            "Make this the first line of your program: from gevent import monkey; monkey.patch_all()",
-            when,
-        )
+        advice = "Make this the first line of your program: from gevent import monkey; monkey.patch_all()"
+        log.warning("the standard library is patched %s: what blocks will block every connection. %s", when, advice)
 
 
 def _descriptor_limit(raised: bool = False) -> int:
@@ -3641,7 +3691,8 @@ rooms["proxy"] = SimpleNamespace(
 
 # ----- cut here: without checks --------------------------------------------------------------------------------------
 # Lost: mistakes in routes, options and callbacks are found, with advice, when the application is made or a server is
-# started. The core refuses unknown keys of a group; other mistakes show at the request.
+# started. The core refuses unknown keys of a group; other mistakes show at the request. And the types of what a
+# controller and `security` return.
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -3690,10 +3741,45 @@ def _suggest(name: Any, known: Iterable[str]) -> str:
     return f"did you mean {nearest[0]!r}?" if nearest else f"known are {', '.join(sorted(known))}"
 
 
+# -- what a controller and `security` return, for type checkers; each controller's result may end with the request
+
+_Headers = Mapping[str, Any]
+_Body = str | bytes | dict[str, Any]
+_Variables = Mapping[str, Any] | list[tuple[str, Any]]
+_File = tuple[int, int | None, Any]  # offset, length, path
+Response = (
+    tuple[Literal["json"], Any]
+    | tuple[Literal["json"], int, _Headers, Any]
+    | tuple[Literal["json"], int, _Headers, Any, Request]
+    | tuple[Literal["status"], int]
+    | tuple[Literal["status"], int, _Headers]
+    | tuple[Literal["status"], int, _Headers, _Body]
+    | tuple[Literal["status"], int, _Headers, _Body, Request]
+    | tuple[Literal["ok", "view"], _Variables]
+    | tuple[Literal["ok", "view"], _Variables, _Headers]
+    | tuple[Literal["ok", "view"], _Variables, _Headers, Request]
+    | tuple[Literal["redirect"], str]
+    | tuple[Literal["redirect"], str, Request]
+    | tuple[Literal["sendfile"], int, _Headers, _File, str]
+    | tuple[Literal["sendfile"], int, _Headers, _File, str, Request]
+    | HTTPResponse
+)
+SecurityResult = (
+    bool
+    | tuple[Literal[True], Any]
+    | tuple[Literal[False], _Headers]
+    | tuple[Literal[False], int, _Headers]
+    | tuple[Literal[False], int, _Headers, _Body]
+    | tuple[Literal["redirect"], str]
+    | HTTPResponse
+)
+__all__ += ["Response", "SecurityResult"]
+
+
 # -- groups and routes
 
 
-def _check_group(group: Any) -> None:
+def _check_group(app: Nova, group: Any, make_rule: Callable[[str, str], str]) -> None:
     if not isinstance(group, Mapping):
         advice = "" if isinstance(group, str) else f': write Nova([{{"routes": [{_shown(group)}, ...]}}])'
         raise ValueError(f"Nova takes groups of routes, dicts, not {_shown(group)}{advice}")
@@ -3709,6 +3795,8 @@ def _check_group(group: Any) -> None:
     routes = group.get("routes", ())
     if isinstance(routes, str | bytes | Mapping) or not isinstance(routes, Iterable):
         raise ValueError(f"{where}: routes must be a list of (path, controller[, options]), got {_shown(routes)}")
+    for route in routes if isinstance(routes, list | tuple) else ():  # an iterator can be read once only
+        _check_route(app, group, route, make_rule)
 
 
 def _name_group(group: Mapping[Any, Any]) -> str:
@@ -3846,6 +3934,36 @@ def _check_instantiable(where: str, thing: Any, why: str) -> None:
     problem = _find_problem(thing, ())
     if problem:
         raise ValueError(f"{where} must be made without arguments, but it {problem}: {why}; or give an instance")
+
+
+def _check_spec(spec: Any, places: Iterable[str]) -> None:
+    if not isinstance(spec, dict):
+        raise ValueError(f"a child must be a dict, got {spec!r}")
+    where, start, shutdown = f"child {spec.get('id')!r}", spec.get("start"), spec.get("shutdown", "infinity")
+    known = ("id", "start", "restart", "shutdown", "type", "scope")
+    values = {"restart": ("permanent", "transient", "temporary"), "type": ("worker", "supervisor"), "scope": [*places]}
+    for key in spec:
+        if key not in known:
+            raise ValueError(f"{where}: unknown key {key!r}; {_suggest(key, known)}")
+        if key in values and spec[key] not in values[key]:
+            raise ValueError(f"{where}: {key} must be one of {values[key]}, got {spec[key]!r}")
+    if "id" not in spec:
+        raise ValueError(f"{where}: no id")
+    if not (isinstance(start, tuple | list) and start and callable(start[0])):
+        raise ValueError(f"{where}: start must be (function, *arguments), got {start!r}")
+    is_seconds = type(shutdown) in (int, float) and 0 <= shutdown < inf
+    if not is_seconds and shutdown not in ("infinity", "brutal_kill"):
+        raise ValueError(f"{where}: shutdown must be seconds, 'infinity' or 'brutal_kill', got {shutdown!r}")
+
+
+def _explain_result(server: Any, callback: str, result: Any) -> str:
+    """Returns what a server's callback should have returned, for the log."""
+    expected = {
+        "init": '("ok", state), ("stop", reason) or "ignore"',
+        "handle_call": '("reply", value, state), ("noreply", state) or ("stop", reason[, value], state)',
+    }.get(callback, '("noreply", state) or ("stop", reason, state)')
+    kind = server if isinstance(server, ModuleType) else type(server)
+    return f"; {kind.__name__}.{callback} answered {result!r}; expected {expected}"
 
 
 def _check_callbacks(where: str, thing: Any, base: type, callbacks: Mapping[str, tuple[str, ...]]) -> None:
@@ -4027,11 +4145,12 @@ def _is_scalar(value: Any) -> bool:
 
 
 rooms["checks"] = SimpleNamespace(
+    check_child=_check_spec,
     check_group=_check_group,
-    check_route=_check_route,
     check_server=_check_server,
     check_settings=_check_settings,
     explain_json=_explain_json,
+    explain_result=_explain_result,
     warn_of_answer=_warn_of_answer,
 )
 # ----- cut here: without views ---------------------------------------------------------------------------------------
@@ -5262,6 +5381,15 @@ class ServerDied(CallError):
         self.reason = reason
 
 
+_Tail = None | float | Literal["hibernate", "infinity"] | tuple[str, Any]
+InitResult = (
+    tuple[Literal["ok"], Any] | tuple[Literal["ok"], Any, _Tail] | tuple[Literal["stop"], Any] | Literal["ignore"]
+)
+CastResult = tuple[Literal["noreply"], Any] | tuple[Literal["noreply"], Any, _Tail] | tuple[Literal["stop"], Any, Any]
+_Replied = tuple[Literal["reply"], Any, Any] | tuple[Literal["reply"], Any, Any, _Tail]
+CallResult = CastResult | _Replied | tuple[Literal["stop"], Any, Any, Any]
+
+
 class GenServer:
     """The callbacks of a server (OTP's gen_server), with one instance a server. All run in the server's process.
 
@@ -5269,37 +5397,37 @@ class GenServer:
     first), or ("continue", term), with which `handle_continue` is called before the next message is handled.
     """
 
-    def init(self, args: Any) -> Any:
+    def init(self, args: Any, /) -> InitResult:
         """Returns ("ok", state), ("stop", reason) or "ignore"."""
         return "ok", args
 
-    def handle_continue(self, term: Any, state: Any) -> Any:
+    def handle_continue(self, term: Any, state: Any, /) -> CastResult:
         """Continues what `init` or another callback began, and returns as `handle_cast` does."""
         return "stop", ("bad_continue", term), state
 
-    def handle_call(self, request: Any, from_: Any, state: Any) -> Any:
+    def handle_call(self, request: Any, from_: Any, state: Any, /) -> CallResult:
         """Returns ("reply", value, state), ("noreply", state), ("stop", reason[, value], state)."""
         return "stop", ("bad_call", request), state
 
-    def handle_cast(self, request: Any, state: Any) -> Any:
+    def handle_cast(self, request: Any, state: Any, /) -> CastResult:
         """Returns ("noreply", state) or ("stop", reason, state)."""
         return "stop", ("bad_cast", request), state
 
-    def handle_info(self, info: Any, state: Any) -> Any:
+    def handle_info(self, info: Info, state: Any, /) -> CastResult:
         """Handles any other message, and returns as `handle_cast` does."""
         log.warning("%r %s: unexpected message %r", self_pid(), type(self).__name__, info)
         return "noreply", state
 
-    def terminate(self, reason: Any, state: Any) -> None:
+    def terminate(self, reason: Any, state: Any, /) -> Any:
         """Called before the server stops, crashes, raises ProcessExit, or traps its parent's exit signal."""
 
 
 class _Stop(Exception):
-    """Raised to stop the server; `final` sends what its caller waits for."""
+    """Raised to stop the server; `final` sends what its caller waits for, `hint` is for the log."""
 
-    def __init__(self, reason: Any, final: Callable[[], Any] | None = None) -> None:
+    def __init__(self, reason: Any, final: Callable[[], Any] | None = None, hint: str = "") -> None:
         super().__init__(reason)
-        self.reason, self.final = reason, final
+        self.reason, self.final, self.hint = reason, final, hint
 
 
 def _is_tail(rest: list[Any]) -> bool:
@@ -5336,7 +5464,7 @@ class ServerProcess(Process):
             tail = self._init()
         while self.exiting is None:
             if isinstance(tail, tuple):
-                tail = self._handle_result(self._optional("handle_continue")(tail[1], self.state))
+                tail = self._handle_result("handle_continue", self._optional("handle_continue")(tail[1], self.state))
             elif mailbox:
                 self.handled += 1
                 tail = self._handle(mailbox.popleft())
@@ -5371,26 +5499,26 @@ class ServerProcess(Process):
                 raise _Stop(reason)
             case "ignore":
                 raise _Stop("normal", lambda: init_waiter.send("ignore"))  # type: ignore[union-attr]
-        raise _Stop(("bad_return_value", result))
+        raise self._refusal("init", result)
 
     def _handle(self, message: Any) -> Any:
         """Handles one message. Returns what the callback's result has after the state, or None."""
         match message:
             case ("$gen_call", (_, Pid()) as from_, request):
-                return self._handle_result(self.server.handle_call(request, from_, self.state), from_)
+                return self._handle_result("handle_call", self.server.handle_call(request, from_, self.state), from_)
             case ("$gen_cast", request):
-                return self._handle_result(self.server.handle_cast(request, self.state))
+                return self._handle_result("handle_cast", self.server.handle_cast(request, self.state))
             case ("$stop", reason):
                 raise _Stop(reason)
             case ("EXIT", self.parent, reason):
                 raise _Stop(reason)
-        return self._handle_result(self._optional("handle_info")(message, self.state))
+        return self._handle_result("handle_info", self._optional("handle_info")(message, self.state))
 
     def _optional(self, callback: str) -> Callable[..., Any]:
         """Returns a callback that the server may lack: then that of GenServer."""
         return getattr(self.server, callback, None) or partial(getattr(GenServer, callback), self.server)
 
-    def _handle_result(self, result: Any, from_: Any = None) -> Any:
+    def _handle_result(self, callback: str, result: Any, from_: Any = None) -> Any:
         match result:
             case ("noreply", state, *tail) if not tail or _is_tail(tail):
                 self.state = state
@@ -5404,8 +5532,12 @@ class ServerProcess(Process):
                 self.state = state
                 raise _Stop(reason, lambda: reply(from_, value))
             case _:
-                raise _Stop(("bad_return_value", result))
+                raise self._refusal(callback, result)
         return tail[0] if tail else None
+
+    def _refusal(self, callback: str, result: Any) -> _Stop:
+        hint = rooms["checks"].explain_result(self.server, callback, result) if "checks" in rooms else ""
+        return _Stop(("bad_return_value", result), hint=hint)
 
     def handle_exit(self, error: BaseException) -> None:
         self.is_signalled = self.exiting is not None
@@ -5421,7 +5553,7 @@ class ServerProcess(Process):
         if isinstance(error, _Stop | ProcessExit):
             reason = error.reason
             if not is_normal(reason):
-                log.error("%r%s stopped: %r", self, self.title(), reason)
+                log.error("%r%s stopped: %r%s", self, self.title(), reason, getattr(error, "hint", ""))
         else:
             reason = self.log_crash(error, failing_callback(error))
         try:
@@ -5441,6 +5573,8 @@ class ServerProcess(Process):
             return self.log_crash(error, "init")
         if error.final:
             error.final()
+        elif not is_normal(error.reason) and not isinstance(getattr(self.parent, "server", None), Supervisor):
+            log.error("%r%s did not start: %r%s", self, self.title(), error.reason, error.hint)  # a supervisor logs it
         return error.reason
 
     def role(self) -> str:
@@ -5704,36 +5838,17 @@ def check_children(children: Iterable[Any]) -> list[dict[str, Any]]:
 
 
 def _check_child(spec: Any) -> dict[str, Any]:
-    if not isinstance(spec, dict):
-        raise ValueError(f"a child must be a dict, got {spec!r}")
-    start: Any = spec.get("start")
-    is_start = isinstance(start, tuple | list) and start and callable(start[0])
-    kind = spec.get("type", "supervisor" if is_start and start[0] is start_supervisor else "worker")
-    defaults = {"restart": "permanent", "shutdown": "infinity" if kind == "supervisor" else 5.0, "scope": "node"}
-    child = {**defaults, "type": kind, **spec}
-    hash(child.get("id"))  # raises TypeError here, and not in the supervisor
-    unknown, shutdown = child.keys() - defaults.keys() - {"id", "start", "type"}, child["shutdown"]
-    values = {"restart": ("permanent", "transient", "temporary"), "type": ("worker", "supervisor"), "scope": [*scopes]}
-    problems = [
-        ("id" not in child, "no id"),
-        (unknown, f"unknown keys {sorted(map(str, unknown))}"),
-        (not is_start, f"start must be (function, *arguments), got {start!r}"),
-        (not _is_shutdown(shutdown), f"shutdown must be seconds, 'infinity' or 'brutal_kill', got {shutdown!r}"),
-        *((child[key] not in some, f"{key} must be one of {some}, got {child[key]!r}") for key, some in values.items()),
-    ]
-    for is_problem, text in problems:
-        if is_problem:
-            raise ValueError(f"child {child.get('id')!r}: {text}")
-    return child
-
-
-def _is_shutdown(value: Any) -> bool:
-    return value in ("infinity", "brutal_kill") or (type(value) in (int, float) and 0 <= value < inf)
+    if "checks" in rooms:
+        rooms["checks"].check_child(spec, scopes)
+    hash(spec["id"])  # raises here, and not in the supervisor
+    kind = spec.get("type", "supervisor" if spec["start"][0] is start_supervisor else "worker")
+    shutdown = "infinity" if kind == "supervisor" else 5.0
+    return {"restart": "permanent", "shutdown": shutdown, "scope": "node", "type": kind, **spec}
 
 
 def start_supervisor(
-    children: Iterable[dict[str, Any]],
-    strategy: str = "one_for_one",
+    children: Iterable[ChildSpec],
+    strategy: Literal["one_for_one", "one_for_all", "rest_for_one"] = "one_for_one",
     intensity: int = 1,
     period: float = 5,
     name: str | None = None,
@@ -5759,7 +5874,7 @@ def start_supervisor(
     return start_link(Supervisor(strategy, intensity, period), check_children(children), name)
 
 
-def start_child(supervisor: Pid | str, spec: dict[str, Any]) -> Any:
+def start_child(supervisor: Pid | str, spec: ChildSpec) -> Any:
     """Adds a child and starts it (supervisor:start_child/2).
 
     Returns ("ok", pid), ("ok", None) if it returns "ignore", ("error", ("already_started", pid)), ("error",
@@ -5822,9 +5937,9 @@ def supervisors(limit: int = 100) -> dict[Pid, dict[str, Any]]:
 
 
 __all__ += [
-    "CallError", "CallTimeout", "GenServer", "NoProc", "ServerDied", "call", "cast", "count_children", "delete_child",
-    "reply", "restart_child", "start_child", "start_link", "start_supervisor", "stop", "terminate_child",
-    "which_children",
+    "CallError", "CallResult", "CallTimeout", "CastResult", "GenServer", "InitResult", "NoProc", "ServerDied", "call",
+    "cast", "count_children", "delete_child", "reply", "restart_child", "start_child", "start_link", "start_supervisor",
+    "stop", "terminate_child", "which_children",
 ]  # fmt: skip
 rooms["gen_server"] = SimpleNamespace(
     check_children=check_children, scopes=scopes, start_supervisor=start_supervisor, stop=stop, supervisors=supervisors
@@ -9039,7 +9154,7 @@ def tokenize(note: Mapping[str, Any]) -> str:
     return "".join(f" {word}" for word in re.findall(r"\w+", f"{note['title']} {note['body']}".lower()))
 
 
-def children_of(notes: Notes) -> list[dict[str, Any]]:
+def children_of(notes: Notes) -> list[ChildSpec]:
     """Returns the children of the application: the indexer."""
     return [{"id": "note_indexer", "start": (start_link, NoteIndexer, notes, "note_indexer")}]
 
@@ -9820,6 +9935,9 @@ def vendor(source: str, without: Iterable[str] = ()) -> str:
     text = "".join(core + [line for name in kept for line in lines[rooms[name]]])
     besides = ", ".join(kept) or "none"
     head = f"# nova_lite {__version__}, written by `nova_lite.py vendor`. Rooms besides the core: {besides}.\n"
+    # Type checkers then report nothing of the copy, and apply its types to the program. If the comment began with
+    # "type:", mypy would skip the file.
+    head += "# mypy: ignore-errors\n# For pyright: # type: ignore\n"
     return head + drop_unused_imports(text[text.index('"""') :]).rstrip() + "\n"  # without what makes it a program
 
 
