@@ -860,14 +860,15 @@ class Timer:
             self.stop()
         send(target, message)
 
-    def stop(self, *_down: Any) -> None:
+    def stop(self) -> None:
         """Stops the timer and releases the message."""
         self.watcher.close()
         if isinstance(self.target, Pid):
             self.target.unwatch(self.ref)
         self.target = self.message = None
 
-    down = stop
+    def down(self, *_down: Any) -> None:
+        self.stop()
 
 
 def send_after(seconds: float, target: Pid | str, message: Any) -> Timer:
@@ -2305,7 +2306,7 @@ class RunOptions(TypedDict, total=False):  # of `run`, with those of `Server`
     log_level: str
     log_format: str
     children: Iterable[ChildSpec]
-    ready: Callable[[Server], Any] | None
+    ready: Callable[[Any], Any] | None
     certfile: str | None
     keyfile: str | None
     max_connections: int | None
@@ -2403,7 +2404,7 @@ class Nova(bottle.Bottle):
                 room("sessions").send_cookies(bottle.request.environ)
 
     def default_error_handler(self, res: HTTPError) -> bytes:
-        accept, text = bottle.request.get_header("Accept", ""), str(res.body or res.status_line.partition(" ")[2])
+        accept, text = bottle.request.environ.get("HTTP_ACCEPT", ""), str(res.body or res.status_line.partition(" ")[2])
         bottle.response.content_type, body = error_body(res.status_line, text, accept)
         return body
 
@@ -2606,6 +2607,7 @@ class RequestHandler(UpgradeHandler):
     agreed = False  # whether the response is the one that starts a connection
     detached = False  # whether the socket belongs to a connection's process
     response_headers: list[tuple[bytes, bytes]]
+    rfile: Any
     socket: Any
     code: Any
     logger = log  # gevent-websocket would set up one of its own
@@ -4859,9 +4861,6 @@ def _prepare(app: Nova, group: Mapping[str, Any]) -> Mapping[str, Any]:
     inherits = not ours and (bool(plugins) or "plugins" not in group)
     if inherits and not statuses and not isinstance(app.error_handler, _Extension):
         return group
-    if "checks" in rooms:
-        for route in statuses:
-            rooms["checks"].check_route(app, group, route, str)
     extension = _extend(app)
     entries = None if inherits else [_PluginEntry(extension, *plugin) for plugin in ours]
     mark = _Group(group.get("prefix", ""), entries, dict(_status_route(app, *route) for route in statuses))
