@@ -6239,8 +6239,9 @@ def _find_processes(search: Any, rates: Mapping[Any, float], texts: dict[int, st
 
 
 def _describe_row(process: Process, is_ready: bool, rate: float) -> dict[str, Any]:
-    own = {"id": process.serial, "handler": _role_of(process), "rate": round(rate, 1)}
-    return {**rooms["stats"].process_info(process, is_ready), **own}
+    info = rooms["stats"].process_info(process, is_ready)
+    channels = [channel[:LENGTH] for channel in info["channels"]]
+    return {**info, "id": process.serial, "handler": _role_of(process), "rate": round(rate, 1), "channels": channels}
 
 
 def _find_channels(search: Any, rates: Mapping[str, float]) -> dict[str, Any]:
@@ -6249,8 +6250,9 @@ def _find_channels(search: Any, rates: Mapping[str, float]) -> dict[str, Any]:
     names = sorted(name for name in pubsub.which_channels() if not name.startswith("$"))  # those are this file's own
     wanted = words[:LENGTH].lower().split()
     found = [name for name in names if all(word in name.lower() for word in wanted)] if wanted else names
-    first = _first(found, _CHANNEL_ORDERS.get(order) or (lambda name: rates.get(name, 0)), is_descending)
-    rows = [{**rooms["stats"].channel_info(name), "rate": rates.get(name, 0)} for name in first]
+    first = _first(found, _CHANNEL_ORDERS.get(order) or (lambda name: rates.get(name[:LENGTH], 0)), is_descending)
+    rows = [{**rooms["stats"].channel_info(name), "channel": name[:LENGTH]} for name in first]
+    rows = [{**row, "rate": rates.get(row["channel"], 0)} for row in rows]
     return {"total": len(names), "count": len(found), "rows": rows}
 
 
@@ -6348,7 +6350,8 @@ def _kind_of(message: Any) -> str:
     """Returns the channel and the topic of a broadcast, else the tag of a tuple, else the type."""
     if type(message) is Message:
         _, channel, _, topic, _ = message
-        return f"nova_pubsub/{channel[:LENGTH]}/{topic[:LENGTH] if isinstance(topic, str) else repr(topic[:LENGTH])}"
+        topic = topic[: LENGTH // 4]
+        return f"nova_pubsub/{channel[: LENGTH // 2]}/{topic if isinstance(topic, str) else repr(topic)}"
     tag = _tag_of(message)
     return f"{tag} {_tag_of(message[-1])}" if tag in ("$gen_call", "$gen_cast") else tag
 
@@ -6380,7 +6383,7 @@ from operator import attrgetter
 
 BOARD_TIME = 1.0  # seconds between samples, and between updates of a board
 SAMPLES, EVENTS = 60, 100  # that a node keeps
-BUSIEST = 100  # channels in a sample
+BUSIEST, NAME_LENGTH = 100, 200  # channels in a sample, and characters of their names
 CHANNEL = "$board"  # of the boards, on all nodes
 SHARE, LONGEST = 0.005, 10.0  # of the processor, for the tables: what takes longer is made less often; seconds at most
 NODE_KEYS = "node", "version", "uptime_seconds", "cpu", "memory_bytes", "connections", "max_connections", "rate"
@@ -6455,7 +6458,7 @@ class Sampler:
         sample = {key: figures[key] for key in ("uptime_seconds", "memory_bytes", "connections")}
         sample |= {"cpu": 100 * rate("cpu_seconds"), "closed": rate("slow_closed"), "dropped": rate("messages_dropped")}
         sample["rate"] = round(sum(sent.values()) / seconds, 1)
-        sample["channels"] = {channel: round(sent[channel] / seconds, 1) for channel in busiest}
+        sample["channels"] = {channel[:NAME_LENGTH]: round(sent[channel] / seconds, 1) for channel in busiest}
         self.figures = figures
         self.samples.append(sample)
 
@@ -6498,7 +6501,7 @@ class BoardHandler(WebSocketHandler):
         return "ok", state
 
     def websocket_init(self, state: Any) -> Any:
-        return self.update(state, True)
+        return self.update(state, False)
 
     def websocket_handle(self, frame: Any, state: Any) -> Any:
         request: Any = None
@@ -6522,11 +6525,12 @@ class BoardHandler(WebSocketHandler):
         return "ok", state
 
     def update(self, state: Any, is_answer: bool) -> Any:
-        has_tables, updates = is_answer or sampler.may_make_tables(), sampler.updates
+        updates, is_first = sampler.updates, self.since[0] < 0  # a sample may replace `updates` meanwhile
+        has_tables = is_answer or is_first or sampler.may_make_tables()
         key = self.view, self.since, is_answer, has_tables
         if key not in updates:
             start, since = time.thread_time(), (sampler.samples[-1]["uptime_seconds"], _last_event())
-            updates[key] = since, json.dumps(_make_update(*key))  # others may have had their turns meanwhile
+            updates[key] = since, json.dumps(_make_update(*key))
             sampler.spend(time.thread_time() - start)
         self.since, text = updates[key]
         return "reply", ("text", text), state

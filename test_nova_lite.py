@@ -11364,7 +11364,7 @@ def test_a_board_may_have_any_path(path):
     with Server(app, port=0) as server:
         assert http_request(server, "GET", base)[0] == 200
         with ws(server, base.rstrip("/") + "/live") as client:
-            assert json.loads(client.recv(PATIENCE))["answer"]
+            assert json.loads(client.recv(PATIENCE))["processes"]["total"] >= 2
 
 
 def test_a_copy_without_views_has_a_board_all_the_same(monkeypatch):
@@ -11481,7 +11481,7 @@ def test_channels_are_filtered_and_ordered_by_the_server(begin):
 SECRET = "do not show this"
 MESSAGES = [  # a message, what an open row says of it
     (Message(("nova_pubsub", "comments", None, "new_comment", SECRET)), "nova_pubsub/comments/new_comment"),
-    (Message(("nova_pubsub", "c" * 1000, None, b"t", SECRET)), f"nova_pubsub/{'c' * 200}/b't'"),
+    (Message(("nova_pubsub", "c" * 1000, None, b"t", SECRET)), f"nova_pubsub/{'c' * 100}/b't'"),
     (("$gen_call", None, ("search", SECRET)), "$gen_call search"),
     (("$gen_cast", SECRET), "$gen_cast str"),
     (("DOWN", 1, "process", None, SECRET), "DOWN"),
