@@ -6525,10 +6525,9 @@ class BoardHandler(WebSocketHandler):
         return "ok", state
 
     def update(self, state: Any, is_answer: bool) -> Any:
-        updates, is_first = sampler.updates, self.since[0] < 0  # a sample may replace `updates` meanwhile
-        has_tables = is_answer or is_first or sampler.may_make_tables()
-        key = self.view, self.since, is_answer, has_tables
-        if key not in updates:
+        updates, is_own = sampler.updates, is_answer or self.since[0] < 0  # a sample may replace `updates` meanwhile
+        key = self.view, self.since, is_answer, is_own or sampler.may_make_tables()
+        if is_own or key not in updates:
             start, since = time.thread_time(), (sampler.samples[-1]["uptime_seconds"], _last_event())
             updates[key] = since, json.dumps(_make_update(*key))
             sampler.spend(time.thread_time() - start)

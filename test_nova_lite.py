@@ -11463,7 +11463,7 @@ def test_a_filter_keeps_up_with_what_changes(begin, me):
         for words in ("later", "still", "idle obedient"):
             assert [row["id"] for row in ask_board(client, words)["processes"]["rows"]] == [server_process.serial]
         pubsub.leave("later still", server_process)
-        assert ask_board(client, "still")["processes"]["rows"] == []
+        assert ask_board(client, "later still")["processes"]["rows"] == []
 
 
 def test_channels_are_filtered_and_ordered_by_the_server(begin):
@@ -11475,7 +11475,7 @@ def test_channels_are_filtered_and_ordered_by_the_server(begin):
         assert (found["rows"][0]["channel"], len(found["rows"]), found["total"]) == ("Room 7", 100, 120)
         found = ask_board(client, channels=("room 1", "channel", False))["channels"]
         assert [row["channel"] for row in found["rows"]][:3] == ["Room 1", "Room 10", "Room 11"]
-        assert found["count"] == 31
+        assert found["count"] == 39
 
 
 SECRET = "do not show this"
@@ -11602,13 +11602,12 @@ def test_events_are_warnings_and_what_concerns_clients_and_nodes(quick_boards):
             ("info", "%r%s closed: %r", "<0.1>", " /ws", ("error", "slow")),
             ("info", "%r%s closed: %r", "<0.1>", " /ws", "remote"),
             ("warning", "%d crumbs", 3),
-            ("warning", "%d bad arguments", "x"),
             ("error", "x" * 1000),
         ]:
             getattr(nova_lite.log, level)(text, *args)
         nova_lite.log.setLevel(logging.NOTSET)
         texts = events_of(look(client, lambda update: update["events"]))
-        assert texts == ["cluster: node b 12 joined", "1.2.3.4 refused: no", "<0.1> /ws closed: ('error', 'slow')",
+        assert texts == ["cluster: node b 12 joined", "1.2.3.4 refused: no", "'<0.1>' /ws closed: ('error', 'slow')",
                          "3 crumbs", "x" * 500]  # fmt: skip
 
 
@@ -11663,20 +11662,23 @@ def test_tables_that_take_long_are_made_less_often(quick_boards, monkeypatch):
 
 @pytest.mark.parametrize("order", ["rate", "title", "peer"])
 def test_the_tables_of_ten_thousand_processes_let_others_have_their_turns(begin, monkeypatch, order):
-    monkeypatch.setattr(nova_lite, "TIME_SLICE", 0.0)
-    made = [nova_lite.Connection(Channel, fake_request(), Settings(), SimpleNamespace()) for _ in range(10_000)]
+    monkeypatch.setattr(nova_lite, "TIME_SLICE", 0.0005)
+    registry = nova_lite.ConnectionRegistry(1)
+    made = [nova_lite.Connection(Channel, fake_request(), Settings(), registry) for _ in range(10_000)]
     nova_lite.sampler.start()
     turns = []
     ticking = gevent.spawn(lambda: [turns.append(gevent.sleep(0.0001)) for _ in iter(int, 1)])
     done = gevent.event.AsyncResult()
     view = ("127 channel", order, True), ("", "rate", True), None
     begin(spawn, lambda: done.set(nova_lite._make_update(view, (-1.0, 0), True, True)))
-    update = done.get(timeout=PATIENCE)
-    ticking.kill()
-    for process in made:
-        process.finish("normal")
+    try:
+        update = done.get(timeout=PATIENCE)
+    finally:
+        ticking.kill()
+        for process in made:
+            process.finish("normal")
     assert (update["processes"]["count"], len(update["processes"]["rows"])) == (10_000, 100)
-    assert len(turns) >= 10
+    assert len(turns) >= 5
 
 
 def fake_request():
@@ -11798,8 +11800,9 @@ expect(row).to_have_count(0, timeout=2000)
 """)  # fmt: skip
 
 
-def test_the_board_shows_the_tree_folded_and_keeps_what_is_unfolded(browse, begin):
-    inner = {"id": "inner", "start": (start_supervisor, [{"id": "leaf", "start": (spawn, obey)}], "one_for_all")}
+def test_the_board_shows_the_tree_and_keeps_what_is_folded(browse, begin):
+    leaf = {"id": "leaf", "start": (spawn, obey), "restart": "transient"}
+    inner = {"id": "inner", "start": (start_supervisor, [leaf], "one_for_all", 3, 60)}
     outer = begin(start_supervisor, [inner], name="outer")
     start_child(outer, {"id": "mailer", "start": (spawn, obey), "scope": "cluster"})
     with board_shown() as server:
@@ -11807,14 +11810,18 @@ def test_the_board_shows_the_tree_folded_and_keeps_what_is_unfolded(browse, begi
 page.goto(url)
 expect(page.locator("#leases tbody tr")).to_have_count(1)
 expect(page.locator("#leases tbody tr")).to_contain_text("mailer")
-leaf, tree = page.locator("#supervisors li", has_text="leaf").last, page.locator("#supervisors")
+tree = page.locator("#supervisors")
+leaf = tree.locator("li", has_text="leaf").last
+expect(tree.locator("summary").first).to_have_text("outer one_for_one, 0 of 1 restarts in 5 s")
+expect(tree.locator("summary").last).to_have_text("inner permanent, one_for_all, 0 of 3 restarts in 60 s")
+expect(leaf).to_contain_text("transient")
+leaf.get_by_role("button").click()
+expect(page.locator("#processes tbody.open")).to_contain_text("obey")
+tree.locator("summary", has_text="inner").click()
 expect(leaf).not_to_be_visible()
-tree.locator("summary", has_text="outer one_for_one, children: 2").click()
-tree.locator("summary", has_text="one_for_all, children: 1").click()
-expect(leaf).to_be_visible()
 uptime = page.evaluate("now.uptime_seconds")
-page.wait_for_function("now.uptime_seconds > " + str(uptime + 1.5))
-expect(leaf).to_be_visible()
+while not page.evaluate("now.uptime_seconds > " + str(uptime + 1.5)): page.wait_for_timeout(20)
+expect(leaf).not_to_be_visible()
 """)  # fmt: skip
         stop(outer, "shutdown")
         browse(server, "/any/board", """
@@ -11851,7 +11858,7 @@ expect(rows.filter(has_text="worker-11")).to_have_count(1)
 head.get_by_role("button").focus()
 page.keyboard.press("Enter")
 expect(head).to_have_attribute("aria-sort", "ascending")
-page.wait_for_function("document.querySelector('#processes tbody th').textContent.startsWith('<')")
+while not page.evaluate("document.querySelector('#processes tbody th').textContent.startsWith('<')"): page.wait_for_timeout(20)
 assert [name.split()[0] for name in names()] == [f"worker-{number}" for number in range(12)]
 page.keyboard.press("Enter")
 expect(head).to_have_attribute("aria-sort", "descending")
@@ -11860,7 +11867,7 @@ assert [name.split()[0] for name in names()] == [f"worker-{number}" for number i
 page.evaluate("window.row = document.querySelector('#processes tbody tr')")
 page.get_by_label("Filter processes").fill("worker-1 obedient")
 expect(rows).to_have_count(3)
-age = rows.first.locator("td").nth(4)
+age = rows.first.locator("td").last
 before = age.inner_text()
 expect(age).not_to_have_text(before, timeout=5000)
 expect(rows).to_have_count(3)
@@ -11869,6 +11876,118 @@ assert page.evaluate("row === document.querySelector('#processes tbody tr')")  #
 assert page.evaluate("document.activeElement.type") == "search"
 page.get_by_label("Filter processes").fill("no such thing")
 expect(page.locator("#processes .empty")).to_have_text("Nothing matches the filter.")
+""")  # fmt: skip
+
+
+def test_the_filter_finds_a_process_beyond_those_that_are_shown(browse, crowd):
+    with board_shown() as server:
+        browse(server, "/any/board", """
+page.goto(url)
+rows = page.locator("#processes tbody tr")
+expect(page.locator("#processes .note")).to_have_text("102 of 524")
+expect(rows.filter(has_text="quiet-2")).to_have_count(1)
+page.get_by_label("Filter processes").fill("attic")
+expect(rows).to_have_count(1)
+expect(rows).to_contain_text("The Attic")
+expect(page.locator("#processes .note")).to_have_text("1 match, 1 of 524")
+""")  # fmt: skip
+
+
+def test_a_row_opens_by_keyboard_and_shows_types_but_no_contents(browse, begin):
+    waiting = begin(spawn, receive, None, lambda message: False)
+    register("waiting", waiting)
+    for message, _ in MESSAGES[:1] * 3:
+        waiting.send(message)
+    pubsub.join("somewhere", waiting)
+    with board_shown() as server:
+        browse(server, "/any/board", f"""
+page.goto(url)
+button, details = page.get_by_role("button", name="waiting"), page.locator("#processes .more")
+expect(button).to_have_attribute("aria-expanded", "false")
+button.focus()
+page.keyboard.press("Enter")
+expect(details).to_contain_text("3 nova_pubsub/comments/new_comment")
+expect(details).to_contain_text("somewhere")
+expect(button).to_have_attribute("aria-expanded", "true")
+expect(details.get_by_role("button", name="Disconnect")).to_be_hidden()
+uptime = page.evaluate("now.uptime_seconds")
+while not page.evaluate("now.uptime_seconds > " + str(uptime + 1.5)): page.wait_for_timeout(20)
+expect(button).to_be_focused()
+assert {SECRET!r} not in page.content()
+page.keyboard.press("Escape")
+expect(details).to_have_count(0)
+expect(button).to_be_focused()
+""")  # fmt: skip
+    pubsub.leave("somewhere", waiting)
+
+
+def test_the_board_disconnects_a_client_once_that_is_confirmed(browse):
+    with board_shown() as server:
+        browse(server, "/any/board", """
+page.goto(url)
+page.evaluate("window.other = new WebSocket(location.origin.replace('http', 'ws') + '/echo');"
+              " other.onclose = event => { window.code = event.code; }")
+row, dialog = page.locator("#processes tbody", has_text="Parrot"), page.locator("dialog")
+row.locator("td").first.click()
+row.get_by_role("button", name="Disconnect").click()
+expect(dialog).to_contain_text("Parrot")
+page.keyboard.press("Escape")
+expect(dialog).to_be_hidden()
+row.get_by_role("button", name="Disconnect").click()
+dialog.get_by_role("button", name="Cancel").click()
+assert page.evaluate("other.readyState") == 1
+row.get_by_role("button", name="Disconnect").click()
+dialog.get_by_role("button", name="Disconnect").click()
+while not page.evaluate("window.code"): page.wait_for_timeout(20)
+assert page.evaluate("code") == 1008
+expect(page.locator("#events li").first).to_contain_text("disconnects")
+expect(row).to_contain_text("ended")
+""")  # fmt: skip
+
+
+def test_a_restart_and_a_slow_callback_are_shown_as_events(browse, begin, me, monkeypatch):
+    monkeypatch.setattr(nova_lite.scheduler, "next_warning", 0.0)
+    nova_lite._events.clear()
+    begin(start_supervisor, [{"id": "mailer", "start": (start_link, Obedient, me, "mailer")}], "one_for_one", 5)
+    with board_shown() as server:
+        exit(whereis("mailer"), "kill")
+        begin(spawn, hold_hub)
+        browse(server, "/any/board", """
+page.goto(url)
+expect(page.locator("#events li")).to_have_count(2)
+expect(page.locator("#events li", has_text="permanent child 'mailer'")).to_have_class("warning")
+expect(page.locator("#events li", has_text="held the hub")).to_have_count(1)
+expect(page.locator("#supervisors summary")).to_contain_text("1 of 5 restarts")
+""")  # fmt: skip
+
+
+def test_two_nodes_are_side_by_side(browse, node, shared_redis, monkeypatch):
+    monkeypatch.setattr(nova_lite, "pubsub", node())
+    with other_node(shared_redis.url(node.prefix)), board_shown() as server:
+        browse(server, "/any/board", """
+page.goto(url)
+rows = page.locator("#nodes tbody tr")
+expect(rows).to_have_count(2)
+expect(rows.first).to_contain_text("node1")
+expect(rows.last).to_contain_text("other")
+expect(rows.last.locator("td").nth(3)).to_contain_text("MB", timeout=20_000)
+""")  # fmt: skip
+
+
+def test_the_charts_are_full_after_a_reload(browse, quick_boards):
+    nova_lite.sampler.start()
+    until(lambda: len(nova_lite.sampler.samples) == nova_lite.SAMPLES)
+    with board_shown() as server:
+        browse(server, "/any/board", """
+for _ in range(2):
+    page.goto(url)
+    while not page.evaluate("document.querySelector('.tile polyline').getAttribute('points')"): page.wait_for_timeout(20)
+    points = page.locator(".tile polyline").first.get_attribute("points").split()
+    places = [float(point.split(",")[0]) for point in points]
+    assert len(places) > 50 and places == sorted(places) and places[-1] == 60, points
+    heights = [float(point.split(",")[1]) for point in points]
+    assert 0 <= min(heights) <= max(heights) <= 20, points
+    assert len(page.locator(".tile polygon").first.get_attribute("points").split()) == len(points) + 2
 """)  # fmt: skip
 
 
