@@ -6651,27 +6651,27 @@ BOARD_PAGE = """<title>Board - nova_lite</title><meta name="description" content
   nowrap; max-width: 18rem; overflow: hidden; text-overflow: ellipsis } tbody th { color: inherit } tr > :first-child
   { position: sticky; left: 0; padding-left: 1rem; background: var(--card) } thead th { position: sticky; top: 0;
   z-index: 1; background: var(--card); border-top: 0 } thead th:first-child { z-index: 2 } thead .plain { color:
-  inherit } th[aria-sort] { color: var(--ink); font-weight: 600 } thead .plain::after { content: "▼"; font-size: .6em;
-  display: inline-block; width: 1.4em; text-align: right; opacity: 0 } [aria-sort] .plain::after { opacity: 1 }
-  [aria-sort=ascending] .plain::after { content: "▲" } .right { text-align: right } .chart { min-width: 6rem; width:
-  30% } #processes tbody tr { cursor: pointer } tr:hover > :not([colspan]), .open > tr > *, .here > * { background:
-  var(--tint) !important } .more > td { max-width: none; white-space: normal; padding: 0; border: 0; cursor: auto }
-  .gone { color: var(--dim) } .more div { position: sticky; left: 0; width: 100cqw; padding: .25rem 1rem .75rem;
-  max-width: 60rem } .more dl { display: grid; grid-template-columns: auto minmax(0, 1fr); gap: .1rem 1rem;
-  margin-bottom: .5rem } .empty { padding: .5rem 1rem 1rem } .empty:empty { display: none } ul, ol { list-style: none;
-  margin: 0; padding: 0 } #supervisors .scroll { padding: 0 1rem .75rem } li ul { padding-left: 1.25rem } summary {
-  border: 0; background: none; min-height: 0; padding: .1rem 0 } li { padding-block: .1rem } #events li { padding:
-  .3rem 1rem; border-top: 1px solid var(--line) } #events time { margin-right: .75rem } .warning { color: var(--warn)
-  } .error { color: var(--bad) } dialog { background: var(--card); color: inherit; border: 1px solid var(--edge);
-  border-radius: .75rem; max-width: min(28rem, 90vw) } dialog p { margin-bottom: 1rem } dialog form { display: flex;
-  gap: .75rem; justify-content: end } ::backdrop { background: #0006 } @media (min-width: 64rem) { #tiles {
-  grid-template-columns: repeat(6, 1fr) } #columns { display: grid; grid-template: minmax(0, 1fr) / minmax(0, 5fr)
-  minmax(0, 3fr); align-items: start } } @media (min-width: 64rem) and (min-height: 40rem) { body { height: 100dvh }
-  #processes, #side { max-height: 100% } #processes .scroll, #side .scroll { max-height: none } #side { overflow: auto
-  } #side section { min-height: 9rem } #side #leases { min-height: auto; flex-shrink: 0 } } @media (max-width: 40rem)
-  { body { padding: .5rem } #tiles { grid-template-columns: 1fr 1fr; gap: .5rem } .bar input { width: 100%; font-size:
-  1rem; min-height: 2.5rem } h1 { margin-right: auto } #about, #state, #login { order: 1 } .scroll { max-height: 70vh
-  } tr > :first-child { max-width: 9rem } }
+  inherit } th[aria-sort] { color: var(--ink); font-weight: 600 } thead .plain::after { content: "▼"; content: "▼" /
+  ""; font-size: .6em; display: inline-block; width: 1.4em; text-align: right; opacity: 0 } [aria-sort] .plain::after
+  { opacity: 1 } [aria-sort=ascending] .plain::after { content: "▲"; content: "▲" / "" } .right { text-align: right }
+  .chart { min-width: 6rem; width: 30% } #processes tbody tr { cursor: pointer } tr:hover > :not([colspan]), .open >
+  tr > *, .here > * { background: var(--tint) !important } .more > td { max-width: none; white-space: normal; padding:
+  0; border: 0; cursor: auto } .gone { color: var(--dim) } .more div { position: sticky; left: 0; width: 100cqw;
+  padding: .25rem 1rem .75rem; max-width: 60rem } .more dl { display: grid; grid-template-columns: auto minmax(0,
+  1fr); gap: .1rem 1rem; margin-bottom: .5rem } .empty { padding: .5rem 1rem 1rem } .empty:empty { display: none } ul,
+  ol { list-style: none; margin: 0; padding: 0 } #supervisors .scroll { padding: 0 1rem .75rem } li ul { padding-left:
+  1.25rem } summary { border: 0; background: none; min-height: 0; padding: .1rem 0 } li { padding-block: .1rem }
+  #events li { padding: .3rem 1rem; border-top: 1px solid var(--line) } #events time { margin-right: .75rem } .warning
+  { color: var(--warn) } .error { color: var(--bad) } dialog { background: var(--card); color: inherit; border: 1px
+  solid var(--edge); border-radius: .75rem; max-width: min(28rem, 90vw) } dialog p { margin-bottom: 1rem } dialog form
+  { display: flex; gap: .75rem; justify-content: end } ::backdrop { background: #0006 } @media (min-width: 64rem) {
+  #tiles { grid-template-columns: repeat(6, 1fr) } #columns { display: grid; grid-template: minmax(0, 1fr) / minmax(0,
+  5fr) minmax(0, 3fr); align-items: start } } @media (min-width: 64rem) and (min-height: 40rem) { body { height:
+  100dvh } #processes, #side { max-height: 100% } #processes .scroll, #side .scroll { max-height: none } #side {
+  overflow: auto } #side section { min-height: 9rem } #side #leases { min-height: auto; flex-shrink: 0 } } @media
+  (max-width: 40rem) { body { padding: .5rem } #tiles { grid-template-columns: 1fr 1fr; gap: .5rem } .bar input {
+  width: 100%; font-size: 1rem; min-height: 2.5rem } h1 { margin-right: auto } #about, #state, #login { order: 1 }
+  .scroll { max-height: 70vh } tr > :first-child { max-width: 9rem } }
 </style>
 <header><h1><a class="home" href="HOME">nova_lite</a></h1>
   <p id="about"><span id="node"></span> <span id="facts"></span></p>
@@ -6942,8 +6942,10 @@ function connect() {
 const initial = JSON.stringify(view);
 connect();
 $("pause").onclick = event => event.target.ariaPressed = paused = !paused;
-$("processes").onkeydown = event => event.key === "Escape" && view.open !== null && event.target.type !== "search"
-  && open($("p" + view.open)?.focus() ?? null);
+$("processes").onkeydown = event => {
+  if (event.key === "Escape" && view.open !== null && event.target.type !== "search")
+    open($("p" + view.open)?.focus() ?? null);
+};
 </script>
 </html>
 """
