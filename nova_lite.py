@@ -2655,6 +2655,7 @@ class Server(gevent.pywsgi.WSGIServer):
 
     KEEP_ALIVE, HEAD_TIME, BODY_TIME = 75.0, 10.0, 30.0  # seconds, by the room http: next request, head (or TLS), body
     WRITE_TIME = 30.0  # seconds, by the room http, in which a client reads nothing of a response
+    max_accept = 5  # clients between two looks at the others, not gevent's 100: 100 handshakes hold the hub for 20 ms
 
     def __init__(
         self,
@@ -2714,8 +2715,7 @@ class Server(gevent.pywsgi.WSGIServer):
             log.warning("no descriptors are left (ulimit -n): new clients wait")
         self.stop_accepting()
         self._timer = self.loop.timer(0.1)
-        self._timer.start(self._start_accepting_if_started)
-        return None
+        return self._timer.start(self._start_accepting_if_started)
 
     def wrap_socket_and_handle(self, client_socket: Any, address: Any) -> None:
         try:
