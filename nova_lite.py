@@ -2729,6 +2729,7 @@ class Server(gevent.pywsgi.WSGIServer):
 
     KEEP_ALIVE, HEAD_TIME, BODY_TIME = 75.0, 10.0, 30.0  # seconds, by the room http: next request, head (or TLS), body
     WRITE_TIME = 30.0  # seconds, by the room http, in which a client reads nothing of a response
+    max_accept = 5  # clients between two looks at the others, not gevent's 100: 100 handshakes hold the hub for 20 ms
 
     def __init__(
         self,
@@ -2791,8 +2792,7 @@ class Server(gevent.pywsgi.WSGIServer):
             log.warning("no descriptors are left (ulimit -n): new clients wait")
         self.stop_accepting()
         self._timer = self.loop.timer(0.1)
-        self._timer.start(self._start_accepting_if_started)
-        return None
+        return self._timer.start(self._start_accepting_if_started)
 
     def stop(self, timeout: float | None = None) -> None:
         """Closes the listener, waits for requests, and closes WebSockets with 1001; aborts the rest after `timeout`.

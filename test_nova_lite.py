@@ -4763,6 +4763,28 @@ def test_when_descriptors_run_out_clients_wait_and_nothing_crashes(monkeypatch, 
     assert caplog.text.count("no descriptors are left") == 1
 
 
+def test_clients_that_come_together_are_accepted_a_few_at_a_time(monkeypatch):
+    """With gevent's 100 at a time, the handshakes of one look at the sockets would hold the hub for 20 ms."""
+    accepted, loop = [0], nova_lite.gevent.get_hub().loop  # how many between two looks at the sockets
+
+    def do_handle(*args):
+        accepted[-1] += 1
+        nova_lite.gevent.pywsgi.WSGIServer.do_handle(server, *args)
+
+    with serving(HELLO) as server, ExitStack() as clients:
+        server.stop_accepting()
+        for _ in range(30):  # they wait in the kernel's queue
+            clients.enter_context(socket.create_connection(("127.0.0.1", server.port)))
+        monkeypatch.setattr(server, "do_handle", do_handle)
+        look = loop.prepare()
+        look.start(lambda: accepted.append(0))
+        server.start_accepting()
+        until(lambda: len(server.handlers) == 30)
+        look.close()
+    assert (sum(accepted), max(accepted)) == (30, 5)
+
+
+
 @with_either_http
 def test_a_hook_that_replaces_the_101_ends_the_process_that_waited_for_it(recorder):
     with serving(on(recorder, lambda frame, state: ("ok", state))) as server:
