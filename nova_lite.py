@@ -59,10 +59,16 @@ callbacks. The README lists what differs from Erlang: payloads are shared, and a
 
 from __future__ import annotations
 
-if __name__ == "__main__":  # before anything imports threading, socket or bottle: they must see the patched modules
+try:
     from gevent import monkey
 
-    monkey.patch_all()
+    if __name__ == "__main__":  # before anything imports threading, socket or bottle: they must see the patched modules
+        monkey.patch_all()
+    import bottle
+    from geventwebsocket.handler import WebSocketHandler as UpgradeHandler
+except ModuleNotFoundError as error:
+    needs = f"nova_lite needs {error.name}, which is not installed: pip install gevent gevent-websocket bottle"
+    raise SystemExit(needs) if __name__ == "__main__" else ImportError(needs, name=error.name) from None
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Prologue: imports, and the settings with their reasons.
@@ -85,7 +91,7 @@ import time
 import traceback
 import weakref
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
 from datetime import datetime
@@ -98,10 +104,9 @@ from operator import itemgetter
 from socket import IPPROTO_TCP, TCP_NODELAY, gethostname
 from time import monotonic
 from types import FunctionType, ModuleType, SimpleNamespace
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, Literal, NoReturn, TypedDict, TypeVar
 from urllib.parse import parse_qsl, unquote_to_bytes, urlencode, urlsplit
 
-import bottle
 import gevent.event
 import gevent.local
 import gevent.monkey
@@ -109,15 +114,27 @@ import gevent.pywsgi
 import gevent.socket
 from bottle import HTTPError, HTTPResponse
 from gevent.hub import Hub, Waiter, get_hub
-from geventwebsocket.handler import WebSocketHandler as UpgradeHandler
 from greenlet import getcurrent, greenlet
+
+if TYPE_CHECKING:
+    from typing_extensions import Required, Unpack
+
+    class _Tuple(Sequence[Any]):  # not a tuple: of a subclass, `case` would leave a plain one
+        def __init__(self, items: Iterable[Any], /) -> None: ...
+        def __getitem__(self, index: Any) -> Any: ...
+        def __len__(self) -> int: ...
+else:
+    _Tuple = tuple
+match sys.version_info:  # nova_lite needs Python 3.10 or later. An older one stops here, and shows this line.
+    case _:
+        pass
 
 __version__ = "0.1.0"
 __all__ = [  # the rooms after the core add their own
-    "Message", "Nova", "Pid", "ProcessExit", "Request", "Server", "Settings", "WebSocketHandler", "cancel_timer",
-    "demonitor", "exit", "heartbeat", "is_process_alive", "link", "monitor", "process_flag", "pubsub", "read_timer",
-    "receive", "register", "run", "self_pid", "send", "send_after", "send_interval", "spawn", "spawn_link",
-    "spawn_monitor", "unlink", "unregister", "whereis",
+    "ChildSpec", "ClientFrame", "Frame", "HandlerResult", "Info", "Message", "Nova", "Pid", "ProcessExit", "Request",
+    "Server", "Settings", "WebSocketHandler", "cancel_timer", "demonitor", "exit", "heartbeat", "is_process_alive",
+    "link", "monitor", "process_flag", "pubsub", "read_timer", "receive", "register", "run", "self_pid", "send",
+    "send_after", "send_interval", "spawn", "spawn_link", "spawn_monitor", "unlink", "unregister", "whereis",
 ]  # fmt: skip
 
 log = logging.getLogger("nova_lite" if __name__ == "__main__" else __name__)
@@ -169,10 +186,7 @@ class Settings:
 
 TIME_SLICE = 0.003  # seconds of turns before sockets and timers are looked at: none must wait for 5 ms
 YIELD_DELAY = 1e-6  # seconds: the shortest sleep that polls sockets; after sleep(0) gevent runs 50 callbacks first
-CALLBACKS = (  # of handlers and servers
-    "init", "terminate", "websocket_init", "websocket_handle", "websocket_info", "handle_call", "handle_cast",
-    "handle_continue", "handle_info",
-)  # fmt: skip
+_CALLBACK = re.compile("init|terminate|websocket_[a-z]+|handle_(call|cast|continue|info)")  # of handlers and servers
 HOLD_LIMIT = 0.1  # seconds of one turn; what holds the hub longer, and so keeps all others waiting, is logged
 SPARE_RUNNERS = 64  # idle runners kept: a burst of blocking callbacks must not keep as many stacks
 
@@ -506,14 +520,13 @@ class Scheduler:
 
     def serve(self) -> None:
         """Resumes greenlets that yielded, and runs ready processes, until the time slice is over. The hub calls it."""
-        end = monotonic() + TIME_SLICE
+        end = self.deadline = (now := monotonic()) + TIME_SLICE
         if self.yielded:
             self.iteration, self.slice_end = self.hub.loop.iteration, end - TIME_SLICE / 2 if self.ready else end
             while self.yielded and monotonic() < self.slice_end:
                 self.yielded.popleft().switch(None)
-            end = max(end, monotonic() + TIME_SLICE / 10)
-        self.deadline, now = end, monotonic()
-        while self.ready and now < end:
+            self.deadline = max(end, (now := monotonic()) + TIME_SLICE / 10)
+        while self.ready and now < self.deadline:
             runner = self.runner = self.idle.pop() if self.idle else Runner(parent=self.hub)
             runner.switch()  # returns when the runner is idle, or when a callback blocks it
             before, now, process = now, monotonic(), runner.nova_process or self.last
@@ -847,15 +860,14 @@ class Timer:
             self.stop()
         send(target, message)
 
-    def stop(self) -> None:
+    def stop(self, *_down: Any) -> None:
         """Stops the timer and releases the message."""
         self.watcher.close()
         if isinstance(self.target, Pid):
             self.target.unwatch(self.ref)
         self.target = self.message = None
 
-    def down(self, *_down: Any) -> None:
-        self.stop()
+    down = stop
 
 
 def send_after(seconds: float, target: Pid | str, message: Any) -> Timer:
@@ -923,7 +935,7 @@ def is_normal(reason: Any) -> bool:
 def failing_callback(error: BaseException) -> str:
     """Returns the name of the callback in which `error` was raised, "" if that was after it returned."""
     codes = [frame.f_code for frame, _ in traceback.walk_tb(error.__traceback__)]
-    return next((code.co_name for code in codes if code.co_filename != __file__ or code.co_name in CALLBACKS), "")
+    return next((c.co_name for c in codes if c.co_filename != __file__ or _CALLBACK.fullmatch(c.co_name)), "")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -932,7 +944,7 @@ def failing_callback(error: BaseException) -> str:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-class Message(tuple):
+class Message(_Tuple):
     """What members receive: ("nova_pubsub", channel, sender, topic, payload)."""
 
     position: str | None = None  # in the history of a kept channel, for `join(since=...)`
@@ -1203,13 +1215,13 @@ class PubSub:
         self.deliver(message, exclude)
 
     def deliver(self, message: Message, exclude: Pid | None) -> None:
-        members = self.channels.get(message[1])
-        if members is None:
-            return
-        self.message_counts[message[1]] += 1
-        for process in members:  # does not change meanwhile: a process's `deliver` only queues
-            if process is not exclude:
-                process.deliver(message)
+        members = self.channels.get(message[1], set())
+        if members:
+            self.message_counts[message[1]] += 1
+        for process in members - {exclude} if exclude else members:  # does not change meanwhile: `wake` only queues
+            process.mailbox.append(message)  # what follows is `Process.deliver`, whose call would be 5 % of a flood
+            if process.wake is not None:
+                process.wake(process)
 
     def make_message(self, channel: str, topic: str | bytes, payload: Any) -> Message:
         if not isinstance(topic, str | bytes):
@@ -1411,6 +1423,8 @@ def read_body(environ: dict[str, Any], limit: int) -> bytes:
         length = int(environ.get("CONTENT_LENGTH") or 0)
         is_wanted = chunked or 0 < length <= limit
         body = file.read(limit + 1 if chunked else length) if is_wanted else b""  # type: ignore[union-attr]
+    except HTTPError:  # of the room http, which may be an OSError, too: 400, 408 or 413
+        raise
     except (AttributeError, OSError, ValueError):
         raise HTTPError(400, "the body could not be read")
     size = max(length, len(body))
@@ -1503,7 +1517,9 @@ def error_body(status_line: str, text: str, accept: str) -> tuple[str, bytes]:
 
 CONTINUATION, TEXT, BINARY, CLOSE, PING, PONG = 0x0, 0x1, 0x2, 0x8, 0x9, 0xA  # §5.2
 NO_STATUS = 1005  # §7.1.5: stands for a close frame without a code; never on the wire
-Frame = tuple[Any, ...]
+ClientFrame = tuple[Literal["text"], str] | tuple[Literal["binary", "ping", "pong"], bytes]  # what a handler receives
+_Buffer = tuple[Literal["binary"], bytearray | memoryview]
+Frame = ClientFrame | _Buffer | tuple[Literal["close"], int, str] | Literal["ping", "pong", "close"]  # what it sends
 
 _NAMES = {BINARY: "binary", PING: "ping", PONG: "pong"}
 _TRANSLATE_FROM = 1_000  # bytes from which translating beats one big integer
@@ -1536,6 +1552,10 @@ def unmask_in_python(data: bytes, mask: bytes) -> bytes:
 
 
 unmask: Callable[[bytes, bytes], bytes] = unmask_in_python
+_ACCELERATORS: dict[str, Callable[[Any], Any]] = {  # 64 KiB take 1.3 µs and 36 µs; in pure Python 72 µs
+    "websockets.speedups": lambda module: module.apply_mask,
+    "wsaccel.xormask": lambda module: lambda data, mask: module.XorMaskerSimple(mask).process(data),
+}
 
 
 @cache
@@ -1547,12 +1567,6 @@ def accelerate() -> None:
             unmask = find(importlib.import_module(name))
             break
     log.debug("frames are unmasked by %s", "pure Python" if unmask is unmask_in_python else name)
-
-
-_ACCELERATORS: dict[str, Callable[[Any], Any]] = {  # 64 KiB take 1.3 µs and 36 µs; in pure Python 72 µs
-    "websockets.speedups": lambda module: module.apply_mask,
-    "wsaccel.xormask": lambda module: lambda data, mask: module.XorMaskerSimple(mask).process(data),
-}
 
 
 def make_frame(opcode: int, data: bytes) -> bytes:
@@ -1703,7 +1717,7 @@ class Parser:
         if b"\xed\xa0" <= self.decoder.getstate()[0] < b"\xee":
             raise protocol_error(1007, "half a surrogate pair")  # the decoder would wait for its third byte
 
-    def _decode(self, opcode: int, body: Any) -> Frame:
+    def _decode(self, opcode: int, body: Any) -> tuple[Any, ...]:
         if opcode == TEXT:
             return "text", body.decode()
         if opcode != CLOSE:
@@ -1736,10 +1750,23 @@ REGISTRY_KEY, UPGRADING_KEY = "nova_lite.registry", "nova_lite.upgrading"  # in 
 STARTING, OPEN, CLOSING, CLOSED = "starting", "open", "closing", "closed"
 READ_SIZE = 65536  # bytes per read or send, so that one client's flood leaves room for the others
 SMALL_READ = 4096  # bytes per read of a client whose bytes take long to parse: tiny frames, or compressed ones
-TURN_TIME = 0.01  # seconds after which a turn ends; 64 broadcasts to 1,000 take 5 ms, and are cheaper in one piece
+TURN_TIME = 0.007  # seconds after its time slice, when a turn ends: 64 broadcasts to 1,000, in one piece, take 5 ms
 REFUSALS = (1002, 1007, 1008, 1009, 1013)  # close codes for a client that breaks the protocol or exceeds a limit
 LINGER = 5.0  # seconds that a closed connection waits for the client to close as well
 CACHED_FRAMES, CACHED_BYTES = 256, 1_000_000  # of broadcasts: a flood on 64 channels still finds its frames
+
+
+Info = Message | str  # what a process receives, for type checkers: any tuple counts as a message
+_Reply = TypeVar("_Reply")
+_Result = (
+    Literal["ok"]
+    | tuple[Literal["ok", "stop"], Any]
+    | tuple[Literal["ok", "stop"], Any, Literal["hibernate"]]
+    | tuple[Literal["reply"], _Reply, Any]
+    | tuple[Literal["reply"], _Reply, Any, Literal["hibernate"]]
+)
+HandlerResult = _Result[Frame | list[Frame]]
+_Inferred = Frame | tuple[str, Any] | tuple[str, int, str]  # what a frame seems to be in a function without annotations
 
 
 class WebSocketHandler:
@@ -1754,25 +1781,25 @@ class WebSocketHandler:
     signal's ("shutdown" when the server drains).
     """
 
-    def init(self, state: Any) -> Any:
+    def init(self, state: Any, /) -> tuple[Literal["ok"], Any]:
         """Runs before the 101; `state` has "req" and "auth_data". Anything but ("ok", state) refuses with a 500."""
         return "ok", state
 
-    def websocket_handle(self, frame: Frame, state: Any) -> Any:
+    def websocket_handle(self, frame: ClientFrame, state: Any, /) -> _Result[_Inferred | Sequence[_Inferred]]:
         """Handles a frame from the client: text, binary, ping (already answered) or pong."""
         return "ok", state
 
-    def websocket_info(self, info: Any, state: Any) -> Any:
+    def websocket_info(self, info: Info, state: Any, /) -> _Result[_Inferred | Sequence[_Inferred]]:
         """Handles a message from another process."""
         return "ok", state
 
 
-class FrameCache(dict[Frame, bytes]):
+class FrameCache(dict[Any, bytes]):
     """The encoded frames of recent broadcasts: each is encoded, and compressed, once for all receivers."""
 
     size = 0  # bytes
 
-    def add(self, frame: Frame, data: bytes) -> None:
+    def add(self, frame: Any, data: bytes) -> None:
         if type(frame[1]) not in (str, bytes):  # a memoryview's bytes may change
             return
         if len(self) >= CACHED_FRAMES or self.size > CACHED_BYTES:
@@ -1871,9 +1898,9 @@ class Stream(Process):
 
     def _handle_mailbox(self) -> None:
         callback, mailbox, outgoing, shared = self.handler.websocket_info, self.mailbox, self.outgoing, self.shared
-        size, deadline = 0, monotonic() + TURN_TIME
-        for done in count(1):
-            info = mailbox.popleft()
+        size, done, deadline = 0, 0, scheduler.deadline + TURN_TIME
+        while True:
+            info, done = mailbox.popleft(), done + 1
             result = callback(info, self.state)
             # A single frame is queued here, by type and not by pattern: a flood costs a fifth less.
             is_reply = type(result) is tuple and len(result) == 3 and result[0] == "reply"
@@ -1896,7 +1923,7 @@ class Stream(Process):
         self.handled += done
 
     def _handle_inbox(self) -> None:
-        inbox, size, deadline = self.inbox, 0, monotonic() + TURN_TIME
+        inbox, size, deadline = self.inbox, 0, scheduler.deadline + TURN_TIME
         for done, frame in enumerate(inbox, 1):  # noqa: B007 -- it is used below
             if type(frame) is not tuple:
                 if frame != "$init":
@@ -1977,7 +2004,7 @@ class Stream(Process):
             self._receive_bytes(data)
             if self.wake is enqueue:
                 enqueue(self)
-            self.read_size = SMALL_READ if monotonic() - start > TIME_SLICE / 3 else self.MAX_READ
+            self.read_size = SMALL_READ if start < inf and monotonic() - start > TIME_SLICE / 3 else self.MAX_READ
         elif not data:
             self.abort()
         else:
@@ -2079,8 +2106,7 @@ class Stream(Process):
             return cause
         if isinstance(error, ProcessExit):
             return Close(1001 if is_normal(cause) else 1011, "", cause)
-        callback = failing_callback(error)
-        self.log_crash(error, callback and f"{self.role()}.{callback}")
+        self.log_crash(error, f"{self.role()}.{failing_callback(error)}".rstrip("."))
         return Close(1011, "", ("crash", type(error), error))
 
     def role(self) -> str:
@@ -2255,8 +2281,35 @@ class ConnectionRegistry:
 EVENT_STREAM = {"Content-Type": "text/event-stream", "Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
 _BOTTLES_FORM = vars(bottle.BaseRequest)["POST"].getter.__code__
 _REST = "rest_of_the_path"  # bottle's name for the binding "..."
-GROUP_KEYS = {"plugins", "prefix", "routes", "security"}  # of a group of routes; rooms add theirs
-ROUTE_OPTIONS = {"methods", "protocol"}  # of a route, besides the names in `Settings`; rooms add theirs
+GROUP_KEYS, ROUTE_OPTIONS = {"plugins", "prefix", "routes", "security"}, {"methods", "protocol"}  # rooms add theirs
+
+
+class ChildSpec(TypedDict, total=False):
+    """A child (see `start_supervisor`)."""
+
+    id: Required[Any]
+    start: Required[tuple[Any, ...] | list[Any]]
+    restart: Literal["permanent", "transient", "temporary"]
+    shutdown: float | Literal["infinity", "brutal_kill"]
+    type: Literal["worker", "supervisor"]
+    scope: Literal["node", "cluster"]
+
+
+class RunOptions(TypedDict, total=False):  # of `run`, with those of `Server`
+    cluster: str | None
+    name: str | None
+    workers: int
+    drain_time: float
+    shutdown_delay: float
+    reload: bool
+    log_level: str
+    log_format: str
+    children: Iterable[ChildSpec]
+    ready: Callable[[Server], Any] | None
+    certfile: str | None
+    keyfile: str | None
+    max_connections: int | None
+    reuse_port: bool
 
 
 class Nova(bottle.Bottle):
@@ -2285,14 +2338,12 @@ class Nova(bottle.Bottle):
     def add(self, group: Mapping[str, Any]) -> None:
         """Adds a group of routes. Raises ValueError for unknown keys and options."""
         if "checks" in rooms:
-            rooms["checks"].check_group(group)
+            rooms["checks"].check_group(self, group, _rule)
         if unknown := set(group) - GROUP_KEYS:  # with a misspelt "security", the group would be open
             raise ValueError(f"a group of routes has no {', '.join(sorted(unknown))}")
         if "plugins" in rooms:
             group = rooms["plugins"].prepare(self, group)
         for route in group.get("routes", ()):
-            if "checks" in rooms:
-                rooms["checks"].check_route(self, group, route, _rule)
             self._add(group, *route)
 
     def _add(self, group: Mapping[str, Any], path: str, controller: Any, options: Any = ()) -> None:
@@ -2317,7 +2368,7 @@ class Nova(bottle.Bottle):
         else:
             super().mount(prefix, app, **options)
 
-    def run(self, host: str = "127.0.0.1", port: int = 8080, **options: Any) -> None:
+    def run(self, host: str = "127.0.0.1", port: int = 8080, **options: Unpack[RunOptions]) -> None:
         """Serves the application until SIGINT or SIGTERM; `options` are those of the function `run`."""
         try:
             room("server").run(self, host, port, **options)
@@ -2554,9 +2605,7 @@ class RequestHandler(UpgradeHandler):
     busy = False  # whether a response is being made; with the room http, from the request's first line on
     agreed = False  # whether the response is the one that starts a connection
     detached = False  # whether the socket belongs to a connection's process
-    client_address: Any
     response_headers: list[tuple[bytes, bytes]]
-    rfile: Any
     socket: Any
     code: Any
     logger = log  # gevent-websocket would set up one of its own
@@ -2607,8 +2656,7 @@ class RequestHandler(UpgradeHandler):
         headers = [header for header in self.response_headers if header[0] != b"Content-Length"]  # bottle's 0
         if self.code == 101:
             self.upgrade_connection()
-            # gevent-websocket's object would write a close frame when it is freed, and its cycle with this handler
-            # would hold 7 KiB until the next garbage collection.
+            # gevent-websocket's object would write a close frame when it is freed; its cycle would hold 7 KiB.
             websocket, self.websocket = self.environ.pop("wsgi.websocket"), None
             websocket.closed = True
             del websocket.handler, websocket.stream
@@ -2692,7 +2740,7 @@ class Server(gevent.pywsgi.WSGIServer):
         max_connections: int | None = None,
         reuse_port: bool = False,
         trust_proxy: int = 0,
-        children: Iterable[dict[str, Any]] = (),
+        children: Iterable[ChildSpec] = (),
     ) -> None:
         self.registry = ConnectionRegistry(_descriptor_limit() - 64 if max_connections is None else max_connections)
         self.handlers: set[RequestHandler] = set()
@@ -2792,7 +2840,7 @@ def run(
     reload: bool = False,
     log_level: str = "info",
     log_format: str = "plain",
-    children: Iterable[dict[str, Any]] = (),
+    children: Iterable[ChildSpec] = (),
     ready: Callable[[Server], Any] | None = None,
     **options: Any,
 ) -> None:
@@ -2866,22 +2914,26 @@ rooms["server"] = SimpleNamespace(run=run)
 while_serving: list[Callable[[Callable[[], None]], Any]] = []  # called with what stops `run`; may return a closer
 
 
+def _greenlet_local(key: str) -> Any:
+    """Returns an object whose `var` is the current greenlet's own."""
+    var = property(lambda _: getattr(getcurrent(), key), lambda _, value: setattr(getcurrent(), key, value))
+    return type("GreenletLocal", (), {"key": key, "var": var})()
+
+
 def _check_patch() -> None:
     """Warns if the standard library is not patched, and makes bottle keep each request in its greenlet, not in its
     thread: otherwise one client's response could carry another's cookies."""
-    kinds = vars(bottle.LocalRequest), vars(bottle.LocalResponse)
-    kept: list[Any] = [value for kind in kinds for value in kind.values() if isinstance(value, property)]
-    cells = [value.fget.__closure__[0] for value in kept]  # each holds a threading.local
-    shared = [cell for cell in cells if not isinstance(cell.cell_contents, gevent.local.local)]
-    for cell in shared:  # bottle was imported before the patch
-        cell.cell_contents = gevent.local.local()
-    if shared or not gevent.monkey.is_module_patched("socket"):
+    kept: list[Any] = [*vars(bottle.LocalRequest).values(), *vars(bottle.LocalResponse).values()]
+    cells = [value.fget.__closure__[0] for value in kept if hasattr(value, "fget")]  # each holds a threading.local
+    is_late = False  # whether bottle was imported before the patch
+    for number, cell in enumerate(cells):
+        if not hasattr(cell.cell_contents, "key"):
+            is_late |= not isinstance(cell.cell_contents, gevent.local.local)  # which takes 4 µs in a new greenlet
+            cell.cell_contents = _greenlet_local(f"bottle_{number}")
+    if is_late or not gevent.monkey.is_module_patched("socket"):
         when = "too late" if gevent.monkey.is_module_patched("threading") else "not at all"
-        log.warning(
-            "the standard library is patched %s: a call that blocks will block every connection. "
-            "Make this the first line of your program: from gevent import monkey; monkey.patch_all()",
-            when,
-        )
+        advice = "Make this the first line of your program: from gevent import monkey; monkey.patch_all()"
+        log.warning("the standard library is patched %s: what blocks will block every connection. %s", when, advice)
 
 
 def _descriptor_limit(raised: bool = False) -> int:
@@ -3639,7 +3691,8 @@ rooms["proxy"] = SimpleNamespace(
 
 # ----- cut here: without checks --------------------------------------------------------------------------------------
 # Lost: mistakes in routes, options and callbacks are found, with advice, when the application is made or a server is
-# started. The core refuses unknown keys of a group; other mistakes show at the request.
+# started. The core refuses unknown keys of a group; other mistakes show at the request. And the types of what a
+# controller and `security` return.
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -3688,10 +3741,45 @@ def _suggest(name: Any, known: Iterable[str]) -> str:
     return f"did you mean {nearest[0]!r}?" if nearest else f"known are {', '.join(sorted(known))}"
 
 
+# -- what a controller and `security` return, for type checkers; each controller's result may end with the request
+
+_Headers = Mapping[str, Any]
+_Body = str | bytes | dict[str, Any]
+_Variables = Mapping[str, Any] | list[tuple[str, Any]]
+_File = tuple[int, int | None, Any]  # offset, length, path
+Response = (
+    tuple[Literal["json"], Any]
+    | tuple[Literal["json"], int, _Headers, Any]
+    | tuple[Literal["json"], int, _Headers, Any, Request]
+    | tuple[Literal["status"], int]
+    | tuple[Literal["status"], int, _Headers]
+    | tuple[Literal["status"], int, _Headers, _Body]
+    | tuple[Literal["status"], int, _Headers, _Body, Request]
+    | tuple[Literal["ok", "view"], _Variables]
+    | tuple[Literal["ok", "view"], _Variables, _Headers]
+    | tuple[Literal["ok", "view"], _Variables, _Headers, Request]
+    | tuple[Literal["redirect"], str]
+    | tuple[Literal["redirect"], str, Request]
+    | tuple[Literal["sendfile"], int, _Headers, _File, str]
+    | tuple[Literal["sendfile"], int, _Headers, _File, str, Request]
+    | HTTPResponse
+)
+SecurityResult = (
+    bool
+    | tuple[Literal[True], Any]
+    | tuple[Literal[False], _Headers]
+    | tuple[Literal[False], int, _Headers]
+    | tuple[Literal[False], int, _Headers, _Body]
+    | tuple[Literal["redirect"], str]
+    | HTTPResponse
+)
+__all__ += ["Response", "SecurityResult"]
+
+
 # -- groups and routes
 
 
-def _check_group(group: Any) -> None:
+def _check_group(app: Nova, group: Any, make_rule: Callable[[str, str], str]) -> None:
     if not isinstance(group, Mapping):
         advice = "" if isinstance(group, str) else f': write Nova([{{"routes": [{_shown(group)}, ...]}}])'
         raise ValueError(f"Nova takes groups of routes, dicts, not {_shown(group)}{advice}")
@@ -3707,6 +3795,8 @@ def _check_group(group: Any) -> None:
     routes = group.get("routes", ())
     if isinstance(routes, str | bytes | Mapping) or not isinstance(routes, Iterable):
         raise ValueError(f"{where}: routes must be a list of (path, controller[, options]), got {_shown(routes)}")
+    for route in routes if isinstance(routes, list | tuple) else ():  # an iterator can be read once only
+        _check_route(app, group, route, make_rule)
 
 
 def _name_group(group: Mapping[Any, Any]) -> str:
@@ -3844,6 +3934,36 @@ def _check_instantiable(where: str, thing: Any, why: str) -> None:
     problem = _find_problem(thing, ())
     if problem:
         raise ValueError(f"{where} must be made without arguments, but it {problem}: {why}; or give an instance")
+
+
+def _check_spec(spec: Any, places: Iterable[str]) -> None:
+    if not isinstance(spec, dict):
+        raise ValueError(f"a child must be a dict, got {spec!r}")
+    where, start, shutdown = f"child {spec.get('id')!r}", spec.get("start"), spec.get("shutdown", "infinity")
+    known = ("id", "start", "restart", "shutdown", "type", "scope")
+    values = {"restart": ("permanent", "transient", "temporary"), "type": ("worker", "supervisor"), "scope": [*places]}
+    for key in spec:
+        if key not in known:
+            raise ValueError(f"{where}: unknown key {key!r}; {_suggest(key, known)}")
+        if key in values and spec[key] not in values[key]:
+            raise ValueError(f"{where}: {key} must be one of {values[key]}, got {spec[key]!r}")
+    if "id" not in spec:
+        raise ValueError(f"{where}: no id")
+    if not (isinstance(start, tuple | list) and start and callable(start[0])):
+        raise ValueError(f"{where}: start must be (function, *arguments), got {start!r}")
+    is_seconds = type(shutdown) in (int, float) and 0 <= shutdown < inf
+    if not is_seconds and shutdown not in ("infinity", "brutal_kill"):
+        raise ValueError(f"{where}: shutdown must be seconds, 'infinity' or 'brutal_kill', got {shutdown!r}")
+
+
+def _explain_result(server: Any, callback: str, result: Any) -> str:
+    """Returns what a server's callback should have returned, for the log."""
+    expected = {
+        "init": '("ok", state), ("stop", reason) or "ignore"',
+        "handle_call": '("reply", value, state), ("noreply", state) or ("stop", reason[, value], state)',
+    }.get(callback, '("noreply", state) or ("stop", reason, state)')
+    kind = server if isinstance(server, ModuleType) else type(server)
+    return f"; {kind.__name__}.{callback} answered {result!r}; expected {expected}"
 
 
 def _check_callbacks(where: str, thing: Any, base: type, callbacks: Mapping[str, tuple[str, ...]]) -> None:
@@ -4025,11 +4145,12 @@ def _is_scalar(value: Any) -> bool:
 
 
 rooms["checks"] = SimpleNamespace(
+    check_child=_check_spec,
     check_group=_check_group,
-    check_route=_check_route,
     check_server=_check_server,
     check_settings=_check_settings,
     explain_json=_explain_json,
+    explain_result=_explain_result,
     warn_of_answer=_warn_of_answer,
 )
 # ----- cut here: without views ---------------------------------------------------------------------------------------
@@ -4738,6 +4859,9 @@ def _prepare(app: Nova, group: Mapping[str, Any]) -> Mapping[str, Any]:
     inherits = not ours and (bool(plugins) or "plugins" not in group)
     if inherits and not statuses and not isinstance(app.error_handler, _Extension):
         return group
+    if "checks" in rooms:
+        for route in statuses:
+            rooms["checks"].check_route(app, group, route, str)
     extension = _extend(app)
     entries = None if inherits else [_PluginEntry(extension, *plugin) for plugin in ours]
     mark = _Group(group.get("prefix", ""), entries, dict(_status_route(app, *route) for route in statuses))
@@ -4756,8 +4880,6 @@ def _check_plugins(plugins: Any) -> None:
 def _status_route(app: Nova, status: int, controller: Any, options: Any = ()) -> tuple[int, Any]:
     if not 400 <= status <= 599:
         raise ValueError(f"a status route is for a status from 400 to 599, not for {status!r}")
-    if not callable(controller):
-        raise ValueError(f"the status route {status} needs a function of req, not {controller!r}")
     if set(options) - {"methods"}:
         raise ValueError(f"the status route {status} has no option {', '.join(set(options) - {'methods'})}")
     return status, app.endpoint(controller)
@@ -4904,6 +5026,7 @@ def _call_application(application: Any, depth: int, req: Request) -> HTTPRespons
     finally:
         bottle.request.bind(req.environ)
         saved.apply(bottle.response)
+        req.environ.update({REFUSAL_KEY: environ[REFUSAL_KEY]} if REFUSAL_KEY in environ else {})
     if not begun:
         raise RuntimeError("a mounted application has not called start_response")
     response.body = body
@@ -4913,10 +5036,13 @@ def _call_application(application: Any, depth: int, req: Request) -> HTTPRespons
 
 
 def _make_environ(req: Request, depth: int) -> dict[str, Any]:
-    own = "bottle.", "route.", "nova_lite."  # what `app` and its rooms keep there is not the other's
+    own = (
+        "bottle.",
+        "route.",
+        "nova_lite.plugins.",
+        COOKIES_KEY,
+    )  # what `app` keeps there, and the cookies that it sends
     environ = {name: value for name, value in req.environ.items() if not name.startswith(own)}
-    for name in {REGISTRY_KEY, UPGRADING_KEY} & set(req.environ):
-        environ[name] = req.environ[name]
     parts = req.environ["bottle.raw_path"].split("/", depth + 1)  # in latin-1: bottle has decoded the other one
     environ["SCRIPT_NAME"] = environ.get("SCRIPT_NAME", "") + "/".join(parts[: depth + 1])
     environ["PATH_INFO"] = "/" + "".join(parts[depth + 1 :])
@@ -5255,6 +5381,15 @@ class ServerDied(CallError):
         self.reason = reason
 
 
+_Tail = None | float | Literal["hibernate", "infinity"] | tuple[str, Any]
+InitResult = (
+    tuple[Literal["ok"], Any] | tuple[Literal["ok"], Any, _Tail] | tuple[Literal["stop"], Any] | Literal["ignore"]
+)
+CastResult = tuple[Literal["noreply"], Any] | tuple[Literal["noreply"], Any, _Tail] | tuple[Literal["stop"], Any, Any]
+_Replied = tuple[Literal["reply"], Any, Any] | tuple[Literal["reply"], Any, Any, _Tail]
+CallResult = CastResult | _Replied | tuple[Literal["stop"], Any, Any, Any]
+
+
 class GenServer:
     """The callbacks of a server (OTP's gen_server), with one instance a server. All run in the server's process.
 
@@ -5262,37 +5397,37 @@ class GenServer:
     first), or ("continue", term), with which `handle_continue` is called before the next message is handled.
     """
 
-    def init(self, args: Any) -> Any:
+    def init(self, args: Any, /) -> InitResult:
         """Returns ("ok", state), ("stop", reason) or "ignore"."""
         return "ok", args
 
-    def handle_continue(self, term: Any, state: Any) -> Any:
+    def handle_continue(self, term: Any, state: Any, /) -> CastResult:
         """Continues what `init` or another callback began, and returns as `handle_cast` does."""
         return "stop", ("bad_continue", term), state
 
-    def handle_call(self, request: Any, from_: Any, state: Any) -> Any:
+    def handle_call(self, request: Any, from_: Any, state: Any, /) -> CallResult:
         """Returns ("reply", value, state), ("noreply", state), ("stop", reason[, value], state)."""
         return "stop", ("bad_call", request), state
 
-    def handle_cast(self, request: Any, state: Any) -> Any:
+    def handle_cast(self, request: Any, state: Any, /) -> CastResult:
         """Returns ("noreply", state) or ("stop", reason, state)."""
         return "stop", ("bad_cast", request), state
 
-    def handle_info(self, info: Any, state: Any) -> Any:
+    def handle_info(self, info: Info, state: Any, /) -> CastResult:
         """Handles any other message, and returns as `handle_cast` does."""
         log.warning("%r %s: unexpected message %r", self_pid(), type(self).__name__, info)
         return "noreply", state
 
-    def terminate(self, reason: Any, state: Any) -> None:
+    def terminate(self, reason: Any, state: Any, /) -> Any:
         """Called before the server stops, crashes, raises ProcessExit, or traps its parent's exit signal."""
 
 
 class _Stop(Exception):
-    """Raised to stop the server; `final` sends what its caller waits for."""
+    """Raised to stop the server; `final` sends what its caller waits for, `hint` is for the log."""
 
-    def __init__(self, reason: Any, final: Callable[[], Any] | None = None) -> None:
+    def __init__(self, reason: Any, final: Callable[[], Any] | None = None, hint: str = "") -> None:
         super().__init__(reason)
-        self.reason, self.final = reason, final
+        self.reason, self.final, self.hint = reason, final, hint
 
 
 def _is_tail(rest: list[Any]) -> bool:
@@ -5329,7 +5464,7 @@ class ServerProcess(Process):
             tail = self._init()
         while self.exiting is None:
             if isinstance(tail, tuple):
-                tail = self._handle_result(self._optional("handle_continue")(tail[1], self.state))
+                tail = self._handle_result("handle_continue", self._optional("handle_continue")(tail[1], self.state))
             elif mailbox:
                 self.handled += 1
                 tail = self._handle(mailbox.popleft())
@@ -5364,26 +5499,26 @@ class ServerProcess(Process):
                 raise _Stop(reason)
             case "ignore":
                 raise _Stop("normal", lambda: init_waiter.send("ignore"))  # type: ignore[union-attr]
-        raise _Stop(("bad_return_value", result))
+        raise self._refusal("init", result)
 
     def _handle(self, message: Any) -> Any:
         """Handles one message. Returns what the callback's result has after the state, or None."""
         match message:
             case ("$gen_call", (_, Pid()) as from_, request):
-                return self._handle_result(self.server.handle_call(request, from_, self.state), from_)
+                return self._handle_result("handle_call", self.server.handle_call(request, from_, self.state), from_)
             case ("$gen_cast", request):
-                return self._handle_result(self.server.handle_cast(request, self.state))
+                return self._handle_result("handle_cast", self.server.handle_cast(request, self.state))
             case ("$stop", reason):
                 raise _Stop(reason)
             case ("EXIT", self.parent, reason):
                 raise _Stop(reason)
-        return self._handle_result(self._optional("handle_info")(message, self.state))
+        return self._handle_result("handle_info", self._optional("handle_info")(message, self.state))
 
     def _optional(self, callback: str) -> Callable[..., Any]:
         """Returns a callback that the server may lack: then that of GenServer."""
         return getattr(self.server, callback, None) or partial(getattr(GenServer, callback), self.server)
 
-    def _handle_result(self, result: Any, from_: Any = None) -> Any:
+    def _handle_result(self, callback: str, result: Any, from_: Any = None) -> Any:
         match result:
             case ("noreply", state, *tail) if not tail or _is_tail(tail):
                 self.state = state
@@ -5397,8 +5532,12 @@ class ServerProcess(Process):
                 self.state = state
                 raise _Stop(reason, lambda: reply(from_, value))
             case _:
-                raise _Stop(("bad_return_value", result))
+                raise self._refusal(callback, result)
         return tail[0] if tail else None
+
+    def _refusal(self, callback: str, result: Any) -> _Stop:
+        hint = rooms["checks"].explain_result(self.server, callback, result) if "checks" in rooms else ""
+        return _Stop(("bad_return_value", result), hint=hint)
 
     def handle_exit(self, error: BaseException) -> None:
         self.is_signalled = self.exiting is not None
@@ -5414,7 +5553,7 @@ class ServerProcess(Process):
         if isinstance(error, _Stop | ProcessExit):
             reason = error.reason
             if not is_normal(reason):
-                log.error("%r%s stopped: %r", self, self.title(), reason)
+                log.error("%r%s stopped: %r%s", self, self.title(), reason, getattr(error, "hint", ""))
         else:
             reason = self.log_crash(error, failing_callback(error))
         try:
@@ -5434,6 +5573,8 @@ class ServerProcess(Process):
             return self.log_crash(error, "init")
         if error.final:
             error.final()
+        elif not is_normal(error.reason) and not isinstance(getattr(self.parent, "server", None), Supervisor):
+            log.error("%r%s did not start: %r%s", self, self.title(), error.reason, error.hint)  # a supervisor logs it
         return error.reason
 
     def role(self) -> str:
@@ -5697,36 +5838,17 @@ def check_children(children: Iterable[Any]) -> list[dict[str, Any]]:
 
 
 def _check_child(spec: Any) -> dict[str, Any]:
-    if not isinstance(spec, dict):
-        raise ValueError(f"a child must be a dict, got {spec!r}")
-    start: Any = spec.get("start")
-    is_start = isinstance(start, tuple | list) and start and callable(start[0])
-    kind = spec.get("type", "supervisor" if is_start and start[0] is start_supervisor else "worker")
-    defaults = {"restart": "permanent", "shutdown": "infinity" if kind == "supervisor" else 5.0, "scope": "node"}
-    child = {**defaults, "type": kind, **spec}
-    hash(child.get("id"))  # raises TypeError here, and not in the supervisor
-    unknown, shutdown = child.keys() - defaults.keys() - {"id", "start", "type"}, child["shutdown"]
-    values = {"restart": ("permanent", "transient", "temporary"), "type": ("worker", "supervisor"), "scope": [*scopes]}
-    problems = [
-        ("id" not in child, "no id"),
-        (unknown, f"unknown keys {sorted(map(str, unknown))}"),
-        (not is_start, f"start must be (function, *arguments), got {start!r}"),
-        (not _is_shutdown(shutdown), f"shutdown must be seconds, 'infinity' or 'brutal_kill', got {shutdown!r}"),
-        *((child[key] not in some, f"{key} must be one of {some}, got {child[key]!r}") for key, some in values.items()),
-    ]
-    for is_problem, text in problems:
-        if is_problem:
-            raise ValueError(f"child {child.get('id')!r}: {text}")
-    return child
-
-
-def _is_shutdown(value: Any) -> bool:
-    return value in ("infinity", "brutal_kill") or (type(value) in (int, float) and 0 <= value < inf)
+    if "checks" in rooms:
+        rooms["checks"].check_child(spec, scopes)
+    hash(spec["id"])  # raises here, and not in the supervisor
+    kind = spec.get("type", "supervisor" if spec["start"][0] is start_supervisor else "worker")
+    shutdown = "infinity" if kind == "supervisor" else 5.0
+    return {"restart": "permanent", "shutdown": shutdown, "scope": "node", "type": kind, **spec}
 
 
 def start_supervisor(
-    children: Iterable[dict[str, Any]],
-    strategy: str = "one_for_one",
+    children: Iterable[ChildSpec],
+    strategy: Literal["one_for_one", "one_for_all", "rest_for_one"] = "one_for_one",
     intensity: int = 1,
     period: float = 5,
     name: str | None = None,
@@ -5752,7 +5874,7 @@ def start_supervisor(
     return start_link(Supervisor(strategy, intensity, period), check_children(children), name)
 
 
-def start_child(supervisor: Pid | str, spec: dict[str, Any]) -> Any:
+def start_child(supervisor: Pid | str, spec: ChildSpec) -> Any:
     """Adds a child and starts it (supervisor:start_child/2).
 
     Returns ("ok", pid), ("ok", None) if it returns "ignore", ("error", ("already_started", pid)), ("error",
@@ -5815,9 +5937,9 @@ def supervisors(limit: int = 100) -> dict[Pid, dict[str, Any]]:
 
 
 __all__ += [
-    "CallError", "CallTimeout", "GenServer", "NoProc", "ServerDied", "call", "cast", "count_children", "delete_child",
-    "reply", "restart_child", "start_child", "start_link", "start_supervisor", "stop", "terminate_child",
-    "which_children",
+    "CallError", "CallResult", "CallTimeout", "CastResult", "GenServer", "InitResult", "NoProc", "ServerDied", "call",
+    "cast", "count_children", "delete_child", "reply", "restart_child", "start_child", "start_link", "start_supervisor",
+    "stop", "terminate_child", "which_children",
 ]  # fmt: skip
 rooms["gen_server"] = SimpleNamespace(
     check_children=check_children, scopes=scopes, start_supervisor=start_supervisor, stop=stop, supervisors=supervisors
@@ -7552,8 +7674,8 @@ def set_cookie(
     uses https. `samesite` is "Lax", "Strict", "None" (which needs `secure`) or None, for the browser's default.
 
     Raises ValueError for what browsers would not take: control characters, more than MAX_COOKIE bytes, a `__Host-`
-    without what that demands; TypeError for a value that is no string, or not JSON; RuntimeError if it is too late: a
-    WebSocket or an event stream has its response.
+    without what that demands; TypeError for a value that is no string, or not JSON; RuntimeError if it is too late (a
+    WebSocket or an event stream has its response), or if another application than a Nova sends the response.
     """
     secure = is_https(req) if secure is None else secure
     text = _quote(value) if secret is None else _sign(name, value, secret, max_age)
@@ -7575,6 +7697,8 @@ def _cookies_to_send(req: Request) -> dict[Any, str]:
     cookies: dict[Any, str] | None = req.environ.setdefault(COOKIES_KEY, {})
     if cookies is None:
         raise RuntimeError("no cookie can be sent any more: the response to this request has been sent")
+    if not isinstance(req.environ.get("bottle.app"), Nova | None):  # it has taken over the routes
+        raise RuntimeError("no cookie can be sent: mount the application in bottle's as app.wsgi, not as app")
     return cookies
 
 
@@ -8007,8 +8131,6 @@ rooms["sessions"] = SimpleNamespace(set_cookie=set_cookie, get_cookie=_get_cooki
 # process has the fields `process`, `path` and `peer`.
 # ---------------------------------------------------------------------------------------------------------------------
 
-from datetime import timezone
-
 _ACCESS = '%(peer)s "%(request)s" %(status)03d %(bytes)d %(milliseconds).1f ms'
 _RECORD_KEYS = {*vars(logging.makeLogRecord({})), "message", "asctime"}
 
@@ -8038,10 +8160,11 @@ class JSONFormatter(logging.Formatter):
     there are any), and what a program passes to the logger as `extra`.
     """
 
+    converter = staticmethod(time.gmtime)
+
     def format(self, record: logging.LogRecord) -> str:
-        at = datetime.fromtimestamp(record.created, timezone.utc).isoformat(timespec="milliseconds")
         line = {
-            "time": at.replace("+00:00", "Z"),
+            "time": f"{self.formatTime(record, '%Y-%m-%dT%H:%M:%S')}.{int(record.msecs):03}Z",
             "level": record.levelname.lower(),
             "logger": record.name,
             "pid": record.process,
@@ -9031,7 +9154,7 @@ def tokenize(note: Mapping[str, Any]) -> str:
     return "".join(f" {word}" for word in re.findall(r"\w+", f"{note['title']} {note['body']}".lower()))
 
 
-def children_of(notes: Notes) -> list[dict[str, Any]]:
+def children_of(notes: Notes) -> list[ChildSpec]:
     """Returns the children of the application: the indexer."""
     return [{"id": "note_indexer", "start": (start_link, NoteIndexer, notes, "note_indexer")}]
 
@@ -9818,6 +9941,9 @@ def vendor(source: str, without: Iterable[str] = ()) -> str:
     text = "".join(core + [line for name in kept for line in lines[rooms[name]]])
     besides = ", ".join(kept) or "none"
     head = f"# nova_lite {__version__}, written by `nova_lite.py vendor`. Rooms besides the core: {besides}.\n"
+    # Type checkers then report nothing of the copy, and apply its types to the program. If the comment began with
+    # "type:", mypy would skip the file.
+    head += "# mypy: ignore-errors\n# For pyright: # type: ignore\n"
     return head + drop_unused_imports(text[text.index('"""') :]).rstrip() + "\n"  # without what makes it a program
 
 

@@ -202,6 +202,7 @@ import symtable
 import traceback
 import tracemalloc
 import types
+import typing
 import urllib.parse
 import weakref
 import wsgiref.headers
@@ -7598,9 +7599,10 @@ def test_an_init_that_fails_and_a_full_server_reach_status_routes():
     ("route", "message"),
     [
         ((200, shown()), "from 400 to 599, not for 200"), ((600, shown()), "not for 600"),
-        ((404, "page"), "needs a function of req, not 'page'"),
-        ((404, shown(), {"protocol": "ws"}), "the status route 404 has no option protocol"),
-        ((True, shown()), "not for True"),
+        ((404, "page"), "status 404: a controller must be a function of req, got 'page'"),
+        ((404, lambda: 0), "status 404: the controller"),
+        ((404, shown(), {"max_body": 1}), "the status route 404 has no option max_body"),
+        ((True, shown()), "must begin with its path"),
     ],
 )  # fmt: skip
 def test_a_status_route_that_cannot_be_is_told_when_the_application_is_made(route, message):
@@ -7936,6 +7938,35 @@ def test_a_bottle_application_keeps_its_hooks_errors_plugins_and_late_routes():
     assert json.loads(ask(app, "GET", "/three")[2]) == {"says": "ours"}
 
 
+def test_a_mounted_nova_has_the_session_that_security_has_begun_and_each_cookie_is_sent_once():
+    def security(req):
+        req.set_cookie("outer", "1")
+        return nova_lite.session.set(req, "user", "ann") == "ok"
+
+    def controller(req):
+        req.set_cookie("inner", "2")
+        return "json", nova_lite.session.get(req, "user")
+
+    app = Nova()
+    app.mount("/x", one_route(controller), security=security)
+    _, headers, body = ask(app, "GET", "/x")
+    names = [cookie.partition("=")[0] for cookie in headers.get_all("Set-Cookie")]
+    assert (sorted(names), body) == (["inner", "nova_session", "outer"], b'"ann"')
+
+
+def test_the_cookies_of_a_plugin_are_sent_whatever_it_answers():
+    class Cookie:
+        def pre_request(self, req, env, options, state):
+            req.set_cookie("a", "b")
+            return ("stop", ("status", 403), req, state) if options else ("ok", req, state)
+
+    for options, status in (({}, 200), ({"stop": 1}, 403)):
+        for pages in ([], [(403, saying("page"))]):
+            app = Nova([{"routes": [("/", shown()), *pages]}], plugins=[("pre_request", Cookie, options)])
+            given, headers, _ = ask(app)
+            assert (given, headers["Set-Cookie"].partition(";")[0]) == (status, "a=b")
+
+
 def test_a_body_that_ours_has_read_is_there_for_a_mounted_application():
     app = Nova()
     app.add_hook("before_request", lambda: bottle.request.body.read())
@@ -7963,7 +7994,7 @@ def test_what_an_application_has_comes_with_it_where_bottle_mounts_it():
     assert ask(parent, "GET", "/nova/y")[0] == 404
 
 
-def test_another_nova_is_mounted_with_its_websockets_plugins_and_status_routes():
+def test_another_nova_is_mounted_with_its_websockets_plugins_and_status_routes(caplog):
     inner = Nova(
         [
             {
@@ -7988,6 +8019,9 @@ def test_another_nova_is_mounted_with_its_websockets_plugins_and_status_routes()
             client.send("hi")
             assert client.recv(PATIENCE) == "hi"
         assert http_request(server, "GET", "/middle/inner/ws")[0] == 426
+        evil = {**HANDSHAKE, "Origin": "https://evil.example"}
+        assert http_request(server, "GET", "/middle/inner/ws", headers=evil)[0] == 403
+        until(lambda: "Origin https://evil.example is not" in caplog.text)
         until(lambda: not server.registry.connections)
 
 
@@ -8239,7 +8273,7 @@ def test_the_articles_logger_and_rate_limiter_and_the_sub_applications_websocket
         assert client.recv(PATIENCE) == "hi"
 
 
-RECIPES = """
+PLUGIN_RECIPES = """
 import hmac, re, secrets
 
 class RequestId:
@@ -8271,7 +8305,7 @@ class Csrf:
 
 
 def test_the_recipe_for_request_ids():
-    exec(RECIPES, found := {})
+    exec(PLUGIN_RECIPES, found := {})
     app = with_plugins(("pre_request", found["RequestId"], {}), controller=shown("request_id"))
     for sent, is_taken in (("abc-1", True), (None, False), ("a b", False), ("x" * 65, False), ("a\r\nb", False)):
         _, headers, body = ask(app, HTTP_X_REQUEST_ID=sent)
@@ -8290,7 +8324,7 @@ def test_the_recipe_for_request_ids():
     ],
 )  # fmt: skip
 def test_the_recipe_for_csrf(cookie, body, changes, status):
-    exec(RECIPES, found := {})
+    exec(PLUGIN_RECIPES, found := {})
     app = with_plugins(("pre_request", found["Csrf"], {}), controller=lambda req: ("json", 200, {}, req["csrf_token"]))
     _, headers, first = ask(app)
     token = json.loads(first)
@@ -11993,7 +12027,7 @@ def test_a_server_whose_tree_gives_up_drains(me, caplog, how):
 
 @pytest.mark.parametrize("options", [{}, {"workers": 2, "cluster": "redis://127.0.0.1:1"}, {"reload": True}], ids=str)
 def test_a_bad_child_is_refused_when_run_is_called(options):
-    with pytest.raises(ValueError, match=r"child 'a': unknown keys .'restrat'"):
+    with pytest.raises(ValueError, match=r"child 'a': unknown key 'restrat'; did you mean 'restart'"):
         Nova().run(port=0, children=[{"id": "a", "start": (spawn, obey), "restrat": 1}], **options)
 
 
@@ -12533,6 +12567,15 @@ def test_a_cookie_leaves_a_mounted_application_once():
     app = Nova()
     app.mount("/sub", one_route(with_cookie(("status", 200))).wsgi)
     assert as_sent(ask(app, path="/sub/")[1]) == "a=2; a=3"
+
+
+def test_bottle_with_the_routes_of_a_nova_sends_no_cookies_and_one_that_mounts_it_does(caplog):
+    app = bottle.Bottle()
+    app.mount("/routes/", one_route(with_cookie(("status", 200))))
+    app.mount("/mounted", one_route(with_cookie(("status", 200))).wsgi)
+    assert ask(app, path="/routes/")[0] == 500
+    assert "mount the application in bottle's as app.wsgi" in caplog.text
+    assert as_sent(ask(app, path="/mounted/")[1]) == "a=2; a=3"
 
 
 def test_no_other_client_gets_a_cookie():
@@ -13553,7 +13596,8 @@ def program_running(code, cwd, modules=ROOT):
 
 def test_every_public_name_is_there_and_has_a_docstring():
     for name in nova_lite.__all__:
-        assert getattr(nova_lite, name).__doc__, name
+        thing = getattr(nova_lite, name)
+        assert thing.__doc__ or typing.get_origin(thing) is not None, name  # an alias of types has none
 
 
 def test_importing_patches_nothing_opens_nothing_starts_nothing_and_logs_nothing():
@@ -14020,7 +14064,7 @@ def test_vendor_writes_a_copy_that_says_what_it_is(tmp_path):
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
     first = f"# nova_lite {nova_lite.__version__}, written by `nova_lite.py vendor`. "
     others = ", ".join(room for room in ROOMS if room not in ("cluster", "board"))
-    assert copy.read_text().startswith(f'{first}Rooms besides the core: {others}.\n"""')
+    assert copy.read_text().startswith(f"{first}Rooms besides the core: {others}.\n# mypy: ")
     assert copy.read_text() == nova_lite.vendor(PROGRAM_TEXT, ["board", "cluster"])
     assert run_program("vendor", "--without", "board, cluster").stdout == copy.read_text()
     assert "Rooms besides the core: none.\n" in nova_lite.vendor(PROGRAM_TEXT, ROOMS)
@@ -14234,21 +14278,21 @@ def test_the_readme_explains_every_option(name):
 # -- the recipes of the README
 
 
-def recipes():
+def read_recipes():
     """The files of the README's recipes, by name: each code block's first line is a comment with it."""
     section = (ROOT / "README.md").read_text().partition("## Recipes\n")[2].partition("\n## ")[0]
     blocks = re.findall(r"```\w*\n(# ([\w./-]+).*?\n)```", section, re.DOTALL)
     return {name: text for text, name in blocks}
 
 
-RECIPES = recipes()
+COOKBOOK = read_recipes()
 
 
 @pytest.fixture(scope="module")
 def kitchen(tmp_path_factory):
     """A folder with all recipes, as printed."""
     folder = tmp_path_factory.mktemp("recipes")
-    for name, text in RECIPES.items():
+    for name, text in COOKBOOK.items():
         (folder / name).write_text(text)
     return folder
 
@@ -14262,7 +14306,7 @@ def recipe_running(kitchen, *args, serving=r"serving on http://\S+:(\d+)/", **en
     process, log = subprocess.Popen([sys.executable, *args], **options), []
 
     def heard(pattern):
-        with gevent.Timeout(2 * PATIENCE, AssertionError(f"no {pattern} in {log}")):
+        with gevent.Timeout(2 * PATIENCE, AssertionError("missing in the log", pattern, log)):
             while not (found := re.search(pattern, "".join(log))):
                 log.append(process.stdout.readline())
                 assert log[-1], "".join(log)
@@ -14280,10 +14324,10 @@ def receive_json(client, count=1):
     return [json.loads(client.recv(PATIENCE)) for _ in range(count)]
 
 
-@pytest.mark.parametrize("name", RECIPES)
+@pytest.mark.parametrize("name", COOKBOOK)
 def test_a_recipe_fits_on_a_screen(name):
-    assert RECIPES[name].count("\n") <= 40
-    assert max(map(len, RECIPES[name].splitlines())) <= 120
+    assert COOKBOOK[name].count("\n") <= 40
+    assert max(map(len, COOKBOOK[name].splitlines())) <= 120
 
 
 def test_the_readmes_links_lead_to_its_headings():
@@ -14363,7 +14407,7 @@ def order_watched(kitchen, redis_url):
 def test_recipe_a_cron_job_pushes(kitchen, redis_url, tmp_path):
     for file in (PROGRAM, kitchen / "push.py"):
         (tmp_path / file.name).symlink_to(file)
-    table = RECIPES["crontab"].replace("/srv/orders", str(tmp_path)).replace(".venv/bin/python", sys.executable)
+    table = COOKBOOK["crontab"].replace("/srv/orders", str(tmp_path)).replace(".venv/bin/python", sys.executable)
     jobs = re.findall(r"^[\d*/]+ [\d*/]+ \* \* \* +(.+)$", table, re.MULTILINE)
     assert re.search(r"^REDIS=redis://\S+$", table, re.MULTILINE)
     env = {**os.environ, "REDIS": redis_url, "PYTHONPATH": str(ROOT)}
@@ -14382,7 +14426,7 @@ def other_program(kitchen, package, redis_url):
         "flask": ["-m", "flask", "--app", "shop", "run", "--port", "0"],
         "django": ["shop_django.py", "runserver", "--noreload", f"127.0.0.1:{free_port()}"],
     }[package]
-    serving = r"(?:Running on|Starting development server at) http://127\.0\.0\.1:(\d+)"
+    serving = r"(?:Running on|development server at) http://127\.0\.0\.1:(\d+)"
     with recipe_running(kitchen, *command, serving=serving, REDIS=redis_url) as server:
         until(lambda: is_served(server.port))
         yield server
@@ -14571,7 +14615,7 @@ def test_recipe_nginx_says_who_the_client_is_whatever_it_says_itself(kitchen, tm
 
 
 def test_recipe_the_unit_of_systemd_runs_workers_and_drains_them(kitchen, redis_url, tmp_path):
-    options = dict(re.findall(r"^(\w+)=(.*)$", RECIPES["rooms.service"], re.MULTILINE))
+    options = dict(re.findall(r"^(\w+)=(.*)$", COOKBOOK["rooms.service"], re.MULTILINE))
     env = dict(item.split("=", 1) for item in options["Environment"].split())
     folder = options["WorkingDirectory"]
     assert options["ExecStart"] == f"{folder}/.venv/bin/python rooms.py"
@@ -14590,17 +14634,33 @@ def test_recipe_the_unit_of_systemd_runs_workers_and_drains_them(kitchen, redis_
 def test_recipe_the_unit_is_what_systemd_accepts(tmp_path):
     if shutil.which("systemd-analyze") is None:
         pytest.skip("there is no systemd on this machine")
-    unit = RECIPES["rooms.service"].replace("/srv/rooms/.venv/bin/python", sys.executable)
+    unit = COOKBOOK["rooms.service"].replace("/srv/rooms/.venv/bin/python", sys.executable)
     (tmp_path / "rooms.service").write_text(unit)
     done = subprocess.run(["systemd-analyze", "verify", tmp_path / "rooms.service"], capture_output=True, text=True)
     assert (done.returncode, "rooms.service" in done.stderr) == (0, False), done.stderr
 
 
+def test_recipe_prometheus_scrapes_figures_that_its_rules_name(kitchen, redis_url):
+    parser = pytest.importorskip("prometheus_client.parser")
+    path = re.search(r"metrics_path: (\S+)", COOKBOOK["prometheus.yml"])[1]
+    assert "rules.yml" in re.search(r"rule_files: \[(.+)\]", COOKBOOK["prometheus.yml"])[1]
+    with recipe_running(kitchen, "watched.py", REDIS=redis_url, METRICS_TOKEN="secret") as server:
+        scheme = re.search(r"authorization: {type: (\w+),", COOKBOOK["prometheus.yml"])[1]
+        assert http_request(server, "GET", path)[0] == 401
+        status, _, text = http_request(server, "GET", path, headers={"Authorization": f"{scheme} secret"})
+        assert status == 200
+    samples = [sample for family in parser.text_string_to_metric_families(text.decode()) for sample in family.samples]
+    assert all(sample.labels["node"] for sample in samples)
+    watched = set(re.findall(r"\bnova_lite_\w+", COOKBOOK["rules.yml"]))
+    assert len(watched) >= 4
+    assert watched <= {sample.name for sample in samples}
+
+
 def test_recipe_the_dockerfile_names_files_packages_and_a_command_that_are_there(kitchen):
-    lines = dict(line.split(" ", 1) for line in RECIPES["Dockerfile"].splitlines()[1:])
+    lines = dict(line.split(" ", 1) for line in COOKBOOK["Dockerfile"].splitlines()[1:])
     assert list(lines) == ["FROM", "RUN", "COPY", "USER", "CMD"]
     *files, folder = lines["COPY"].split()
-    assert all((ROOT / file).exists() or file in RECIPES for file in files)
+    assert all((ROOT / file).exists() or file in COOKBOOK for file in files)
     assert set(files) == {"nova_lite.py", "rooms.py"}
     packages = set(re.findall(r"\"?([a-z][\w-]+)(?:[<>=][^\"]*\")?", lines["RUN"].partition("--no-cache-dir ")[2]))
     required = {re.split("[<>=]", line)[0] for line in (ROOT / "requirements.txt").read_text().split()}
