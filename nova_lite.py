@@ -9352,7 +9352,7 @@ PAGE = (
     grid-column: 1 / -1 } }
   @media (pointer: coarse) { main :is(input, textarea, button, summary) { min-height: 2.75rem } }
   @media (prefers-reduced-motion: no-preference) { .new { animation: arrive .3s ease-out }
-    .new::after { animation: flare 1.5s ease-out } .home.new { animation: none }
+    .new::after { animation: flare 1.5s ease-out } .home.new, .home.new::after { animation: none }
     .home.new::before { animation: star .8s ease-out } @keyframes flare { from { opacity: 1 } }
     @keyframes arrive { from { opacity: 0; translate: 0 .6rem } }
     @keyframes star { 30% { scale: 1.4; rotate: 45deg } } }
