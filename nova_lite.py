@@ -9753,7 +9753,7 @@ PAGE = (
   #line, nav, small, label, .error, .plain, .row p, #typing, #news { font-size: .875rem } #line { color: var(--dim) }
   #line::before { content: ""; border: 5px solid var(--good); border-radius: 50%; margin-right: .25rem }
   #line.away::before { padding: 3px; border: 2px solid var(--warn) }
-  #wait { font-variant-numeric: tabular-nums } #wait:empty { display: none }
+  #here { visibility: hidden } #wait { font-variant-numeric: tabular-nums } #wait:empty { display: none }
   main { flex: 1; display: grid; gap: 1rem; min-height: 0 }
   section { min-width: 0; min-height: 0; max-height: 60rem; padding: 1rem; background: var(--card);
             border: 1px solid var(--line); border-radius: .75rem; position: relative }
@@ -9761,7 +9761,9 @@ PAGE = (
   .list { flex: 1; list-style: none; overflow: auto; min-height: 6rem; margin: 0 -.5rem; padding: .25rem .5rem;
           scrollbar-width: thin } .new { position: relative; isolation: isolate }
   .new::after { content: ""; position: absolute; inset: 0; z-index: -1; border-radius: inherit; opacity: 0;
-          background: var(--flare) } #comments { align-items: flex-start; gap: .4rem; max-height: 45dvh }
+          background: var(--flare) } #comments { align-items: flex-start; gap: .4rem; margin: 0 }
+  #chat { flex: none; height: 45dvh; min-height: 11rem; display: grid; grid: minmax(0, 1fr) / minmax(0, 1fr);
+          margin: 0 -.5rem } #chat > * { grid-area: 1 / 1 } #first { align-self: end; margin: 0 .5rem }
   #comments > :first-child { margin-top: auto }
   #comments p { max-width: 88%; padding: .35rem .8rem; border: 1px solid var(--line); border-radius: .3rem 1rem 1rem }
   #comments .mine { align-self: flex-end; background: var(--tint); border-radius: 1rem .3rem 1rem 1rem }
@@ -9790,14 +9792,14 @@ PAGE = (
   [open] > summary { border-color: transparent; padding: .4rem 0; justify-content: start; background: none }
   [open] ~ #none { display: none }
   @media (min-width: 40rem) { main { grid-template: minmax(0, 1fr) / 1fr 1fr; align-items: start }
-    #comments { max-height: 60dvh } }
-  @media (min-width: 40rem) and (min-height: 30rem) { body { height: 100dvh } #comments { max-height: none }
+    #chat { height: 60dvh } }
+  @media (min-width: 40rem) and (min-height: 30rem) { body { height: 100dvh } #chat { flex: 1; height: auto }
     main { align-items: stretch } section { overflow: auto } }
   @media (max-width: 56rem) { #search { flex: 1 0 100% } #say { grid: auto auto / 1fr auto } #say > :first-child {
     grid-column: 1 / -1 } }
   @media (pointer: coarse) { main :is(input, textarea, button, summary) { min-height: 2.75rem } }
   @media (prefers-reduced-motion: no-preference) { .new { animation: arrive .3s ease-out }
-    .new::after { animation: flare 2.5s ease-out } .home.new { animation: none }
+    .new::after { animation: flare 1.5s ease-out } .home.new, .home.new::after { animation: none }
     .home.new::before { animation: star .8s ease-out } @keyframes flare { from { opacity: 1 } }
     @keyframes arrive { from { opacity: 0; translate: 0 .6rem } }
     @keyframes star { 30% { scale: 1.4; rotate: 45deg } } }
@@ -9810,11 +9812,12 @@ PAGE = (
 <main>
   <section aria-labelledby="comments-title">
     <div class="row"><h2 id="comments-title">Live comments</h2>
-      <p id="here" hidden><span id="count"></span>
+      <p id="here"><span id="count">Only you are here.</span>
         <a id="second" href="/" target="_blank">Open a second window</a></p></div>
-    <div id="comments" class="list" role="log" aria-live="polite" aria-labelledby="comments-title" tabindex="0"></div>
-    <div id="first" class="hint" hidden><p>Nothing has been said yet. What you say appears in every window.</p>
-      <button>Say “Hello, world!”</button></div>
+    <div id="chat">
+      <div id="comments" class="list" role="log" aria-live="polite" aria-labelledby="comments-title" tabindex="0"></div>
+      <div id="first" class="hint" hidden><p>Nothing has been said yet. What you say appears in every window.</p>
+        <button>Say “Hello, world!”</button></div></div>
     <button id="more" hidden>New comments below</button>
     <p id="typing" class="dim"></p>
     <form id="say">
@@ -9858,7 +9861,10 @@ function element(tag, className, ...children) {  // children are text: user inpu
 
 function button(text, fn) { return Object.assign(element("button", "plain", text), { type: "button", onclick: fn }); }
 
-function arrived(node) {  // highlights the node and the star
+let latest = -1000;  // when something arrived
+function arrived(node) {  // highlights the node and the star, except in a stream of them: to animate costs CPU
+  const before = latest;
+  if ((latest = performance.now()) - before < 1000) return;
   for (const it of [node, document.querySelector(".home")]) {
     it.classList.remove("new");
     void it.clientTop;  // restarts the animation
@@ -9879,7 +9885,7 @@ function report() {
   if ($("state").textContent !== word) $("state").textContent = word;  // a screen reader reads changes only
   $("wait").textContent = word !== "offline" && wait ? `in ${Math.max(1, Math.ceil(wait / 1000))} s` : "";
   $("now").hidden = isOpen || word === "connecting";
-  $("here").hidden = !isOpen;
+  $("here").style.visibility = isOpen ? "visible" : "hidden";  // what is hidden keeps its space: nothing moves
   $("line").className = isOpen ? "" : "away";
   $("first").hidden = past || $("comments").childElementCount > 0;
   clearTimeout(ticking);

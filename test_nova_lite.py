@@ -16540,7 +16540,7 @@ def test_ctrl_enter_saves_and_says_so_while_it_does_and_a_long_text_has_a_large_
 def test_nothing_moves_while_the_page_loads_and_what_glows_changes_its_opacity_only(stage):
     for number in range(20):
         stage.note(f"Note {number}", "text\n" * 5)
-    page = stage.open()
+    page = stage.open(viewport={"width": 412, "height": 823})
     page.evaluate("""() => new PerformanceObserver(list => {
         window.shift = list.getEntries().reduce((sum, entry) => sum + entry.value, window.shift ?? 0);
     }).observe({ type: "layout-shift", buffered: true })""")
