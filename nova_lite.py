@@ -6324,6 +6324,8 @@ def _describe(process: Process) -> dict[str, Any]:
     state = getattr(process, "state", None)
     size = f" of {len(state)}" if isinstance(state, dict | list | tuple | set) else ""
     return {
+        "id": process.serial,
+        "client": isinstance(process, Stream),
         "state": "none" if state is None else type(state).__name__ + size,
         "links": _name_all(process.links),
         "monitors": _name_all([thing for thing in (process.owned or {}).values() if isinstance(thing, Pid)]),
@@ -6361,7 +6363,9 @@ def _tag_of(value: Any) -> str:
     return value[0] if is_tagged else type(value).__name__
 
 
-rooms["inspect"] = SimpleNamespace(find_processes=_find_processes, find_channels=_find_channels, describe=_describe)
+rooms["inspect"] = SimpleNamespace(
+    find_processes=_find_processes, find_channels=_find_channels, describe_process=_describe
+)
 
 
 # ----- cut here: without board ---------------------------------------------------------------------------------------
@@ -6549,22 +6553,22 @@ def _last_event() -> int:
 
 def _make_update(view: Any, since: tuple[float, int], is_answer: bool, has_tables: bool) -> dict[str, Any]:
     """Returns what a board with this view gets, if it has the samples and events up to `since`."""
-    stats, inspect, opened = rooms["stats"], rooms["inspect"], processes.get(view[2])
+    own, finder, opened = rooms["stats"], rooms["inspect"], processes.get(view[2])
     update = {
-        **stats.summary(),
+        **own.summary(),
         "answer": is_answer,
         "samples": [sample for sample in sampler.samples if sample["uptime_seconds"] > since[0]],
         "events": [event for event in _events if event["number"] > since[1]],
         "nodes": _list_nodes(),
-        "row": opened and {"id": opened.serial, "client": isinstance(opened, Stream), **inspect.describe(opened)},
+        "row": opened and finder.describe_process(opened),
     }
     if has_tables:
         sampler.count_handled()
         buffers = map(attrgetter("write_buffer"), chain(*[registry.connections for registry in registries]))
         update["slow"] = sum(map(bool, buffers))
-        update["supervisors"], update["leases"] = stats.list_supervisors() or [], stats.list_leases() or []
-        update["channels"] = inspect.find_channels(view[1], sampler.samples[-1]["channels"])
-        update["processes"] = inspect.find_processes(view[0], sampler.rates, sampler.texts, opened)
+        update["supervisors"], update["leases"] = own.list_supervisors() or [], own.list_leases() or []
+        update["channels"] = finder.find_channels(view[1], sampler.samples[-1]["channels"])
+        update["processes"] = finder.find_processes(view[0], sampler.rates, sampler.texts, opened)
     return update
 
 
