@@ -8667,6 +8667,8 @@ def _describe(process: Process) -> dict[str, Any]:
     state = getattr(process, "state", None)
     size = f" of {len(state)}" if isinstance(state, dict | list | tuple | set) else ""
     return {
+        "id": process.serial,
+        "client": isinstance(process, Stream),
         "state": "none" if state is None else type(state).__name__ + size,
         "links": _name_all(process.links),
         "monitors": _name_all([thing for thing in (process.owned or {}).values() if isinstance(thing, Pid)]),
@@ -8704,7 +8706,9 @@ def _tag_of(value: Any) -> str:
     return value[0] if is_tagged else type(value).__name__
 
 
-rooms["inspect"] = SimpleNamespace(find_processes=_find_processes, find_channels=_find_channels, describe=_describe)
+rooms["inspect"] = SimpleNamespace(
+    find_processes=_find_processes, find_channels=_find_channels, describe_process=_describe
+)
 
 
 # ----- cut here: without board ---------------------------------------------------------------------------------------
@@ -8720,7 +8724,6 @@ rooms["inspect"] = SimpleNamespace(find_processes=_find_processes, find_channels
 # runs from `run` on, else from the first open board on. Tables are made only while a board is open here, and only with
 # the rows that its view selects. Boards with the same view share them.
 # ---------------------------------------------------------------------------------------------------------------------
-
 
 BOARD_TIME = 1.0  # seconds between samples, and between updates of a board
 SAMPLES, EVENTS = 60, 100  # that a node keeps
@@ -8739,8 +8742,7 @@ _NOTABLE = re.compile("refused|^cluster: node ")  # lines of the log below WARNI
 def _record_event(record: logging.LogRecord) -> bool:
     """Keeps a line of the log that is an event. It is a filter: with a handler, logging would drop its default one."""
     with suppress(Exception):  # of a value's own __repr__: logging itself reports it
-        is_slow = isinstance(record.args, tuple) and record.args[-1:] == (SLOW.reason,)
-        if record.levelno >= logging.WARNING or is_slow or _NOTABLE.search(str(record.msg)):
+        if record.levelno >= logging.WARNING or _NOTABLE.search(str(record.msg)):
             error = f": {record.exc_info[1]!r}" if record.exc_info and record.exc_info[1] else ""
             event = {"number": next(_event_numbers), "time": record.created, "level": record.levelname.lower()}
             _events.append({**event, "text": f"{record.getMessage()}{error}"[:500]})
@@ -8890,22 +8892,22 @@ def _last_event() -> int:
 
 def _make_update(view: Any, since: tuple[float, int], is_answer: bool, has_tables: bool) -> dict[str, Any]:
     """Returns what a board with this view gets, if it has the samples and events up to `since`."""
-    stats, inspect, opened = rooms["stats"], rooms["inspect"], processes.get(view[2])
+    own, finder, opened = rooms["stats"], rooms["inspect"], processes.get(view[2])
     update = {
-        **stats.summary(),
+        **own.summary(),
         "answer": is_answer,
         "samples": [sample for sample in sampler.samples if sample["uptime_seconds"] > since[0]],
         "events": [event for event in _events if event["number"] > since[1]],
         "nodes": _list_nodes(),
-        "row": opened and {"id": opened.serial, "client": isinstance(opened, Stream), **inspect.describe(opened)},
+        "row": opened and finder.describe_process(opened),
     }
     if has_tables:
         sampler.count_handled()
         buffers = map(attrgetter("write_buffer"), chain(*[registry.connections for registry in registries]))
         update["slow"] = sum(map(bool, buffers))
-        update["supervisors"], update["leases"] = stats.list_supervisors() or [], stats.list_leases() or []
-        update["channels"] = inspect.find_channels(view[1], sampler.samples[-1]["channels"])
-        update["processes"] = inspect.find_processes(view[0], sampler.rates, sampler.texts, opened)
+        update["supervisors"], update["leases"] = own.list_supervisors() or [], own.list_leases() or []
+        update["channels"] = finder.find_channels(view[1], sampler.samples[-1]["channels"])
+        update["processes"] = finder.find_processes(view[0], sampler.rates, sampler.texts, opened)
     return update
 
 
@@ -8920,8 +8922,8 @@ def board(app: Nova, path: str = "/board", security: Any = False, logout: str = 
     """Adds the board, a page and its WebSocket, to an application; `security` as in a group of routes.
 
     With `logout`, a path for POST, the page has a button for it. Events are lines of the log: those of WARNING and
-    above and, if the level is INFO, as `run` sets it, clients that are refused or closed as slow, and nodes that join
-    and leave. A client that is disconnected here gets the close code 1008.
+    above and, if the level is INFO, as `run` sets it, requests that are refused, and nodes that join and leave. A
+    client that is disconnected here gets the close code 1008.
     """
     room("stats"), room("inspect")  # raise here, and not at the first client, if they were cut off
     log.addFilter(_record_event)
