@@ -14546,10 +14546,12 @@ def test_recipe_flask_and_nova_share_a_process(kitchen):
         assert [http_request(server, "GET", path)[0] for path in ("/live/none", "/none")] == [404, 404]
 
 
-def test_recipe_a_flask_application_is_mounted_in_a_nova(kitchen):
+@pytest.mark.parametrize("prefix", ["/shop/", "/"])
+def test_recipe_a_flask_application_is_mounted_in_a_nova(kitchen, prefix):
     pytest.importorskip("flask")
-    with recipe_running(kitchen, "flask_in_nova.py") as server:
-        assert get_json(server, "/shop/items/7") == (200, {"item": 7, "next": "/shop/items/8"})
+    program = COOKBOOK["flask_in_nova.py"].replace('mount("/shop/"', f'mount("{prefix}"')
+    with recipe_running(kitchen, "-c", program) as server:
+        assert get_json(server, f"{prefix}items/7") == (200, {"item": 7, "next": f"{prefix}items/8"})
         assert http_request(server, "GET", "/heartbeat")[0] == 200
 
 
