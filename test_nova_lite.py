@@ -8646,11 +8646,10 @@ def test_a_flood_closes_with_1008_where_that_is_told_and_is_one_line(recorder, c
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        *[({"rate": rate}, f"such as (50, 1), not {rate!r}") for rate in (
+        *[({"rate": rate}, f"rate must be (messages, seconds), such as (50, 1), got {rate!r}") for rate in (
             50, "50/s", (50,), (0, 1), (1, 0), (-1, 1), (1.5, 1), (1, float("nan")), (1, float("inf")), (1, "1"),
         )],
-        ({"on_flood": "drop"}, "on_flood is 'wait' or 'close', not 'drop'"),
-        ({"rate": (1, 1), "on_flood": 1}, "on_flood is 'wait' or 'close', not 1"),
+        *[({"on_flood": it}, f"on_flood must be 'wait' or 'close', got {it!r}") for it in ("drop", 1, None)],
     ],
 )  # fmt: skip
 def test_a_rate_that_is_none_is_told_when_the_application_is_made(options, words):
