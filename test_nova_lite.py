@@ -13343,7 +13343,7 @@ def workers_of(demo):
     """{number: pid} of the workers that serve."""
     log = "".join(demo.log)
     pids = {number: int(pid) for number, pid in re.findall(r"worker (\d+) is process (\d+)", log)}
-    return {number: pid for number, pid in pids.items() if re.search(rf"{pid} INFO nova_lite: serving on", log)}
+    return {number: pid for number, pid in pids.items() if re.search(rf"{pid} INFO serving on", log)}
 
 
 @pytest.fixture
@@ -13364,7 +13364,7 @@ def test_workers_share_a_port_and_what_one_broadcasts_reaches_the_clients_of_all
         for client in clients:
             event = json.loads(client.recv(PATIENCE))
             assert (event["event"], event["data"]) == ("note_created", note)
-    indexed = re.compile(r"(\d+) INFO nova_lite: indexing note 1")
+    indexed = re.compile(r"(\d+) INFO indexing note 1")
     until(lambda: set(indexed.findall("".join(team.log))) == set(map(str, workers_of(team).values())))
 
 
