@@ -9741,7 +9741,7 @@ def demo(notes: Notes, password: str | None = None) -> Nova:
     ])  # fmt: skip
     if password:
         login = Login(password)
-        app.add({"routes": [(f"{path}/", redirect_to(path), {"methods": ["get"]}) for path in ("/login", login.home)]})
+        app.add({"routes": [("/login/", redirect_to("/login"), {"methods": ["get"]})]})
         app.add(login.routes)
         app.board(login.home, security=login.security, logout="/logout")
     return app
