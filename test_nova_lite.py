@@ -8606,6 +8606,14 @@ def test_a_flood_is_held_back_by_tcp_and_holds_little_memory(recorder):
         assert (connection.pause, len(connection.held)) == (None, 0)
 
 
+def test_a_client_whose_messages_wait_is_not_silent(recorder):
+    with serving(rated(recorder, rate=(1, 0.5)), idle_timeout=0.2, ping_interval=60.0) as server:
+        with upgraded(server) as sock:
+            in_one_packet(sock, 3)
+            assert 0.5 < texts(3) < PATIENCE
+            ended("timeout")
+
+
 def test_a_client_that_is_silent_is_disconnected_with_a_rate_as_without(recorder):
     with serving(rated(recorder), idle_timeout=0.2, ping_interval=60.0) as server, upgraded(server):
         ended("timeout")
