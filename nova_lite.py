@@ -34,8 +34,10 @@ The map. A room uses the rooms above it, others only through `rooms`. Those afte
     tls                     https and wss
     proxy                   what a proxy in front says of the client
     checks                  mistakes in routes and options, as errors that say what to do
-    views                   templates and files, the look of pages
+    views                   templates and files; the look of pages, and their client, NovaSocket
+    plugins                 before and after controllers; cors; pages for statuses; mounted applications
     deflate                 compression (permessage-deflate)
+    rate                    clients that may say so much a time
     gen_server              servers with calls; supervisors
     presence                who is in a channel, by name
     replay                  channels that keep their last messages
@@ -43,7 +45,10 @@ The map. A room uses the rooms above it, others only through `rooms`. Those afte
     codec                   what crosses to another node
     cluster                 other nodes, through Redis
     leases                  a child that runs on one node of the cluster
+    sessions                cookies; what the server remembers of a browser between requests
+    logs                    the access log; lines in JSON
     stats                   figures of this node and of all nodes
+    metrics                 figures of all nodes, for Prometheus
     board                   a page that shows them
     demo, main              Nova's tutorial; the command line
 
@@ -86,19 +91,20 @@ import time
 import traceback
 import weakref
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
 from datetime import datetime
 from functools import cache, lru_cache, partial
 from io import BytesIO
+from ipaddress import ip_address
 from itertools import count, islice
 from math import inf, isnan
 from operator import itemgetter
 from socket import IPPROTO_TCP, TCP_NODELAY, gethostname
 from time import monotonic
 from types import FunctionType, ModuleType, SimpleNamespace
-from typing import TYPE_CHECKING, Any, Literal, NoReturn, TypedDict, TypeVar
+from typing import TYPE_CHECKING, Any, NoReturn
 from urllib.parse import parse_qsl, unquote_to_bytes, urlencode, urlsplit
 
 import gevent.event
@@ -111,12 +117,7 @@ from gevent.hub import Hub, Waiter, get_hub
 from greenlet import getcurrent, greenlet
 
 if TYPE_CHECKING:
-    from typing_extensions import Required, Unpack
-
-    class _Tuple(Sequence[Any]):  # not a tuple: of a subclass, `case` would leave a plain one
-        def __init__(self, items: Iterable[Any], /) -> None: ...
-        def __getitem__(self, index: Any) -> Any: ...
-        def __len__(self) -> int: ...
+    from collections import UserList as _Tuple  # of a subclass of tuple, `case` would leave a plain one
 else:
     _Tuple = tuple
 match sys.version_info:  # nova_lite needs Python 3.10 or later. An older one stops here, and shows this line.
@@ -125,10 +126,10 @@ match sys.version_info:  # nova_lite needs Python 3.10 or later. An older one st
 
 __version__ = "0.1.0"
 __all__ = [  # the rooms after the core add their own
-    "ChildSpec", "ClientFrame", "Frame", "HandlerResult", "Info", "Message", "Nova", "Pid", "ProcessExit", "Request",
-    "Server", "Settings", "WebSocketHandler", "cancel_timer", "demonitor", "exit", "heartbeat", "is_process_alive",
-    "link", "monitor", "process_flag", "pubsub", "read_timer", "receive", "register", "run", "self_pid", "send",
-    "send_after", "send_interval", "spawn", "spawn_link", "spawn_monitor", "unlink", "unregister", "whereis",
+    "Message", "Nova", "Pid", "ProcessExit", "PubSub", "Request", "Server", "Settings", "WebSocketHandler",
+    "cancel_timer", "demonitor", "exit", "heartbeat", "is_process_alive", "link", "monitor", "process_flag", "pubsub",
+    "read_timer", "receive", "register", "run", "self_pid", "send", "send_after", "send_interval", "spawn",
+    "spawn_link", "spawn_monitor", "unlink", "unregister", "whereis",
 ]  # fmt: skip
 
 log = logging.getLogger("nova_lite" if __name__ == "__main__" else __name__)
@@ -158,6 +159,8 @@ class Settings:
     trust_proxy: int = 0  # proxies in front, True is 1; of each X-Forwarded- list, the farthest one's entry counts
     subprotocols: Any = ()  # the handler's; the first of the client's that is among them is chosen
     compress: bool = False  # permessage-deflate (RFC 7692) with clients that offer it; costs CPU
+    rate: Any = None  # (messages, seconds) of a client of a WebSocket; None: no limit
+    on_flood: str = "wait"  # beyond `rate`: reading pauses; or "close", with 1008
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -512,14 +515,13 @@ class Scheduler:
 
     def serve(self) -> None:
         """Resumes greenlets that yielded, and runs ready processes, until the time slice is over. The hub calls it."""
-        end = monotonic() + TIME_SLICE
+        end = self.deadline = (now := monotonic()) + TIME_SLICE
         if self.yielded:
             self.iteration, self.slice_end = self.hub.loop.iteration, end - TIME_SLICE / 2 if self.ready else end
             while self.yielded and monotonic() < self.slice_end:
                 self.yielded.popleft().switch(None)
-            end = max(end, monotonic() + TIME_SLICE / 10)
-        self.deadline, now = end, monotonic()
-        while self.ready and now < end:
+            self.deadline = max(end, (now := monotonic()) + TIME_SLICE / 10)
+        while self.ready and now < self.deadline:
             runner = self.runner = self.idle.pop() if self.idle else Runner(parent=self.hub)
             runner.switch()  # returns when the runner is idle, or when a callback blocks it
             before, now, process = now, monotonic(), runner.nova_process or self.last
@@ -853,15 +855,14 @@ class Timer:
             self.stop()
         send(target, message)
 
-    def stop(self) -> None:
+    def stop(self, *_down: Any) -> None:
         """Stops the timer and releases the message."""
         self.watcher.close()
         if isinstance(self.target, Pid):
             self.target.unwatch(self.ref)
         self.target = self.message = None
 
-    def down(self, *_down: Any) -> None:
-        self.stop()
+    down = stop
 
 
 def send_after(seconds: float, target: Pid | str, message: Any) -> Timer:
@@ -1209,13 +1210,13 @@ class PubSub:
         self.deliver(message, exclude)
 
     def deliver(self, message: Message, exclude: Pid | None) -> None:
-        members = self.channels.get(message[1])
-        if members is None:
-            return
-        self.message_counts[message[1]] += 1
-        for process in members:  # does not change meanwhile: a process's `deliver` only queues
-            if process is not exclude:
-                process.deliver(message)
+        members = self.channels.get(message[1], set())
+        if members:
+            self.message_counts[message[1]] += 1
+        for process in members - {exclude} if exclude else members:  # does not change meanwhile: `wake` only queues
+            process.mailbox.append(message)  # what follows is `Process.deliver`, whose call would be 5 % of a flood
+            if process.wake is not None:
+                process.wake(process)
 
     def make_message(self, channel: str, topic: str | bytes, payload: Any) -> Message:
         if not isinstance(topic, str | bytes):
@@ -1247,7 +1248,9 @@ pubsub = PubSub()
 # Invariant: no sockets. WSGI's environ comes in, a bottle response goes out.
 # ---------------------------------------------------------------------------------------------------------------------
 
+REFUSAL_KEY = "nova_lite.refusal"  # in WSGI's environ: why the request was refused, for the server's log
 MAX_FIELDS = 10_000  # of a form
+COOKIES_KEY = "nova_lite.cookies"  # in WSGI's environ: those to send, by the room sessions; None: it is too late
 _ESCAPE = re.compile(r"\\(?:([0-3][0-7]{2})|(.))")  # in a cookie's value between quotes
 _ORIGIN = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://([A-Za-z0-9._~-]+|\[[0-9A-Fa-f:.]+\])(?::([0-9]{1,5}))?")
 _SUSPECT = re.compile(r"\\u|[0-9][eE]|[0-9]{300}|NaN|Infinity")  # a lone surrogate, or a number that JSON lacks?
@@ -1288,22 +1291,39 @@ class Request(Mapping[str, Any]):
         return f"<Request {self['method']} {printable(self['path'])}>"
 
     def set(self, key: str, value: Any) -> None:
-        """Sets what only the handshake or `security` can determine."""
+        """Sets a key: what the handshake or `security` determines, or what a plugin has for the controller."""
         self._known[key] = value
 
     def detach(self) -> None:
         """Drops the server's buffers, for a request that outlives its HTTP connection."""
-        self.environ = {key: value for key, value in self.environ.items() if type(value) is str}
+        self.environ = {key: value for key, value in self.environ.items() if type(value) is str} | {COOKIES_KEY: None}
+
+    def set_cookie(self, name: str, value: Any, **options: Any) -> None:
+        """Sends a cookie with the response; `options` are those of the function `set_cookie`."""
+        room("sessions").set_cookie(self, name, value, **options)
+
+    def get_cookie(self, name: str, secret: str | bytes | None = None) -> Any:
+        """Returns a cookie's value, with `secret` that of a signed one; None if it is missing or forged."""
+        return room("sessions").get_cookie(self, name, secret)
+
+    def delete_cookie(self, name: str, **options: Any) -> None:
+        """Makes the client forget a cookie, for which `path` and `domain` must be those that it was set with."""
+        room("sessions").set_cookie(self, name, "", **{**options, "max_age": 0})
 
     def is_own_origin(self) -> bool:
         """Returns whether the Origin, if any, is allowed. Only browsers have to send one (RFC 6455 §10.2)."""
         origin, allowed = self.environ.get("HTTP_ORIGIN"), self.settings.origins
         if origin is None or allowed == "*":
             return True
+        own = f"{self.environ['wsgi.url_scheme']}://{self.environ.get('HTTP_HOST', '')}"
+        why = f"in origins={allowed}"
         if allowed is None:
-            own = f"{self.environ['wsgi.url_scheme']}://{self.environ.get('HTTP_HOST', '')}"
+            why = f"{printable(own)}, this host; behind a proxy see trust_proxy, else origins=[…]"
             allowed = rooms["proxy"].list_origins(own, self.environ) if "proxy" in rooms else [own]
-        return parse_origin(origin) in {parse_origin(text) for text in allowed} - {None}
+        if parse_origin(origin) in {parse_origin(text) for text in allowed} - {None}:
+            return True
+        self.environ[REFUSAL_KEY] = f"Origin {printable(origin)} is not {why}"
+        return False
 
     def content_type(self) -> str:
         return self.environ.get("CONTENT_TYPE", "").partition(";")[0].strip().lower()
@@ -1322,14 +1342,6 @@ def printable(text: Any) -> str:
     return repr(str(text))[1:-1].replace('"', '\\"')
 
 
-class _SlicedBytes(BytesIO):
-    """Yields to other greenlets while bottle parses a form: 1 MB may take 0.8 s."""
-
-    def read(self, size: int | None = -1) -> bytes:
-        scheduler.yield_after_slice()
-        return super().read(min(size, 4096) if size and size > 0 else size)
-
-
 def _json(req: Request) -> Any:
     is_json = req.content_type() == "application/json" or req.content_type().endswith("+json")
     return parse_json(req["body"]) if is_json and req["body"] else None
@@ -1343,7 +1355,7 @@ def _params(req: Request) -> Mapping[str, Any]:
             text = req["body"].decode("utf-8", "replace")
             return dict(parse_qsl(text, keep_blank_values=True, max_num_fields=MAX_FIELDS))
         if req.content_type() == "multipart/form-data":
-            body = _SlicedBytes(req["body"])  # first, since it changes what the environ says of the body
+            body = getattr(rooms.get("http"), "SlicedBytes", BytesIO)(req["body"])  # first: it changes the environ
             own = {key: value for key, value in req.environ.items() if not key.startswith("bottle.")}
             form = dict(bottle.BaseRequest({**own, "wsgi.input": body}).forms.decode())
             "".join([*form, *form.values()]).encode()  # some charsets make lone surrogates
@@ -1406,7 +1418,7 @@ def read_body(environ: dict[str, Any], limit: int) -> bytes:
         length = int(environ.get("CONTENT_LENGTH") or 0)
         is_wanted = chunked or 0 < length <= limit
         body = file.read(limit + 1 if chunked else length) if is_wanted else b""  # type: ignore[union-attr]
-    except HTTPError:  # of the room http: 400, 408 or 413
+    except HTTPError:  # of the room http, which may be an OSError, too: 400, 408 or 413
         raise
     except (AttributeError, OSError, ValueError):
         raise HTTPError(400, "the body could not be read")
@@ -1475,10 +1487,9 @@ def make_response(status: Any, headers: Any, body: Any = None) -> HTTPResponse:
 
 def json_response(status: Any, headers: Any, data: Any) -> HTTPResponse:
     try:
-        body = _json_encoder.encode(data).encode()
+        response = make_response(status, headers, _json_encoder.encode(data).encode())
     except (RecursionError, TypeError, ValueError) as error:
-        raise ValueError(rooms["checks"].explain_json(data) if "checks" in rooms else error) from None
-    response = make_response(status, headers, body)
+        raise ValueError((rooms["checks"].explain_json(data) if "checks" in rooms else "") or error) from None
     response.headers.setdefault("Content-Type", "application/json")
     return response
 
@@ -1500,9 +1511,6 @@ def error_body(status_line: str, text: str, accept: str) -> tuple[str, bytes]:
 
 CONTINUATION, TEXT, BINARY, CLOSE, PING, PONG = 0x0, 0x1, 0x2, 0x8, 0x9, 0xA  # §5.2
 NO_STATUS = 1005  # §7.1.5: stands for a close frame without a code; never on the wire
-ClientFrame = tuple[Literal["text"], str] | tuple[Literal["binary", "ping", "pong"], bytes]  # what a handler receives
-_Buffer = tuple[Literal["binary"], bytearray | memoryview]
-Frame = ClientFrame | _Buffer | tuple[Literal["close"], int, str] | Literal["ping", "pong", "close"]  # what it sends
 
 _NAMES = {BINARY: "binary", PING: "ping", PONG: "pong"}
 _TRANSLATE_FROM = 1_000  # bytes from which translating beats one big integer
@@ -1535,6 +1543,10 @@ def unmask_in_python(data: bytes, mask: bytes) -> bytes:
 
 
 unmask: Callable[[bytes, bytes], bytes] = unmask_in_python
+_ACCELERATORS: dict[str, Callable[[Any], Any]] = {  # 64 KiB take 1.3 µs and 36 µs; in pure Python 72 µs
+    "websockets.speedups": lambda module: module.apply_mask,
+    "wsaccel.xormask": lambda module: lambda data, mask: module.XorMaskerSimple(mask).process(data),
+}
 
 
 @cache
@@ -1546,12 +1558,6 @@ def accelerate() -> None:
             unmask = find(importlib.import_module(name))
             break
     log.debug("frames are unmasked by %s", "pure Python" if unmask is unmask_in_python else name)
-
-
-_ACCELERATORS: dict[str, Callable[[Any], Any]] = {  # 64 KiB take 1.3 µs and 36 µs; in pure Python 72 µs
-    "websockets.speedups": lambda module: module.apply_mask,
-    "wsaccel.xormask": lambda module: lambda data, mask: module.XorMaskerSimple(mask).process(data),
-}
 
 
 def make_frame(opcode: int, data: bytes) -> bytes:
@@ -1735,22 +1741,10 @@ REGISTRY_KEY, UPGRADING_KEY = "nova_lite.registry", "nova_lite.upgrading"  # in 
 STARTING, OPEN, CLOSING, CLOSED = "starting", "open", "closing", "closed"
 READ_SIZE = 65536  # bytes per read or send, so that one client's flood leaves room for the others
 SMALL_READ = 4096  # bytes per read of a client whose bytes take long to parse: tiny frames, or compressed ones
-TURN_TIME = 0.01  # seconds after which a turn ends; 64 broadcasts to 1,000 take 5 ms, and are cheaper in one piece
+TURN_TIME = 0.007  # seconds after its time slice, when a turn ends: 64 broadcasts to 1,000, in one piece, take 5 ms
+REFUSALS = (1002, 1007, 1008, 1009, 1013)  # close codes for a client that breaks the protocol or exceeds a limit
 LINGER = 5.0  # seconds that a closed connection waits for the client to close as well
 CACHED_FRAMES, CACHED_BYTES = 256, 1_000_000  # of broadcasts: a flood on 64 channels still finds its frames
-
-
-Info = Message | str  # what a process receives, for type checkers: any tuple counts as a message
-_Reply = TypeVar("_Reply")
-_Result = (
-    Literal["ok"]
-    | tuple[Literal["ok", "stop"], Any]
-    | tuple[Literal["ok", "stop"], Any, Literal["hibernate"]]
-    | tuple[Literal["reply"], _Reply, Any]
-    | tuple[Literal["reply"], _Reply, Any, Literal["hibernate"]]
-)
-HandlerResult = _Result[Frame | list[Frame]]
-_Inferred = Frame | tuple[str, Any] | tuple[str, int, str]  # what a frame seems to be in a function without annotations
 
 
 class WebSocketHandler:
@@ -1765,15 +1759,15 @@ class WebSocketHandler:
     signal's ("shutdown" when the server drains).
     """
 
-    def init(self, state: Any, /) -> tuple[Literal["ok"], Any]:
+    def init(self, state: Any, /) -> tuple[str, Any]:
         """Runs before the 101; `state` has "req" and "auth_data". Anything but ("ok", state) refuses with a 500."""
         return "ok", state
 
-    def websocket_handle(self, frame: ClientFrame, state: Any, /) -> _Result[_Inferred | Sequence[_Inferred]]:
+    def websocket_handle(self, frame: "ClientFrame", state: Any, /) -> "InferredResult":  # noqa: UP037
         """Handles a frame from the client: text, binary, ping (already answered) or pong."""
         return "ok", state
 
-    def websocket_info(self, info: Info, state: Any, /) -> _Result[_Inferred | Sequence[_Inferred]]:
+    def websocket_info(self, info: Any, state: Any, /) -> "InferredResult":  # noqa: UP037
         """Handles a message from another process."""
         return "ok", state
 
@@ -1882,9 +1876,9 @@ class Stream(Process):
 
     def _handle_mailbox(self) -> None:
         callback, mailbox, outgoing, shared = self.handler.websocket_info, self.mailbox, self.outgoing, self.shared
-        size, deadline = 0, monotonic() + TURN_TIME
-        for done in count(1):
-            info = mailbox.popleft()
+        size, done, deadline = 0, 0, scheduler.deadline + TURN_TIME
+        while True:
+            info, done = mailbox.popleft(), done + 1
             result = callback(info, self.state)
             # A single frame is queued here, by type and not by pattern: a flood costs a fifth less.
             is_reply = type(result) is tuple and len(result) == 3 and result[0] == "reply"
@@ -1907,7 +1901,7 @@ class Stream(Process):
         self.handled += done
 
     def _handle_inbox(self) -> None:
-        inbox, size, deadline = self.inbox, 0, monotonic() + TURN_TIME
+        inbox, size, deadline = self.inbox, 0, scheduler.deadline + TURN_TIME
         for done, frame in enumerate(inbox, 1):  # noqa: B007 -- it is used below
             if type(frame) is not tuple:
                 if frame != "$init":
@@ -1927,7 +1921,7 @@ class Stream(Process):
         del inbox[:done]
         if not inbox:
             self.inbox_bytes = 0
-        if not self.reader.active and not self._should_pause():
+        if not self.reader.active and not self.should_pause():
             self.reader.start(self.readable)
 
     def handle_result(self, result: Any, _info: Any = None, callback: str = "websocket_handle") -> int:
@@ -1988,7 +1982,7 @@ class Stream(Process):
             self._receive_bytes(data)
             if self.wake is enqueue:
                 enqueue(self)
-            self.read_size = SMALL_READ if monotonic() - start > TIME_SLICE / 3 else self.MAX_READ
+            self.read_size = SMALL_READ if start < inf and monotonic() - start > TIME_SLICE / 3 else self.MAX_READ
         elif not data:
             self.abort()
         else:
@@ -2000,10 +1994,10 @@ class Stream(Process):
         if not data:
             self.input_over = True
             self.inbox.append(Close(None, "", ("error", "closed")))
-        if self._should_pause():
+        if self.should_pause():
             self.reader.stop()
 
-    def _should_pause(self) -> bool:
+    def should_pause(self) -> bool:
         """Returns whether the client has to wait for the handler, or has no more to say."""
         inbox, settings = self.inbox, self.settings
         too_much = self.inbox_bytes > settings.max_message_size and inbox
@@ -2074,7 +2068,9 @@ class Stream(Process):
         close.__traceback__ = None  # its frames hold it: 3 KiB a connection until the next garbage collection
         if self.phase is OPEN:
             self._start_close(close)
-        log.info("%r%s closed: %r", self, self.title(), close.reason)
+        text = f" ({close.code} {close.text})" if close.text else ""
+        level = logging.WARNING if close.code in REFUSALS else logging.INFO
+        log.log(level, "%r%s closed: %r%s", self, self.title(), close.reason, text)
         if hasattr(self.handler, "terminate"):
             self.handler.terminate(close.reason, self.req, self.state)
         if isinstance(error, ProcessExit) and not isinstance(error.reason, Close):
@@ -2224,7 +2220,6 @@ class ConnectionRegistry:
         self.limit = limit  # connections
         self.leaving = False  # whether the server is asked to stop, but still serves for SHUTDOWN_DELAY
         self.draining = False
-        self.host = ""  # the address that the server listens on; "" before it does
         self.slow_closed = 0  # connections whose client did not read
         self.dropped = 0  # messages, for clients that did not read
         self.logged, self.logged_drops = -60.0, 0  # when drops were logged last, and how many there were then
@@ -2267,32 +2262,6 @@ _REST = "rest_of_the_path"  # bottle's name for the binding "..."
 GROUP_KEYS, ROUTE_OPTIONS = {"plugins", "prefix", "routes", "security"}, {"methods", "protocol"}  # rooms add theirs
 
 
-class ChildSpec(TypedDict, total=False):
-    """A child (see `start_supervisor`)."""
-
-    id: Required[Any]
-    start: Required[tuple[Any, ...] | list[Any]]
-    restart: Literal["permanent", "transient", "temporary"]
-    shutdown: float | Literal["infinity", "brutal_kill"]
-    type: Literal["worker", "supervisor"]
-    scope: Literal["node", "cluster"]
-
-
-class RunOptions(TypedDict, total=False):  # of `run`, with those of `Server`
-    cluster: str | None
-    name: str | None
-    workers: int
-    drain_time: float
-    shutdown_delay: float
-    reload: bool
-    log_level: str
-    children: Iterable[ChildSpec]
-    certfile: str | None
-    keyfile: str | None
-    max_connections: int | None
-    reuse_port: bool
-
-
 class Nova(bottle.Bottle):
     """An application made of groups of routes. It is a `bottle.Bottle` and can do what that can.
 
@@ -2300,12 +2269,19 @@ class Nova(bottle.Bottle):
     of `req`, or, with {"protocol": "ws"}, a handler: a class, a module or any object with the callbacks. Options are
     "methods" (a list; "_" is any), "protocol" ("http" or "ws"), and the names in `Settings`, which `Nova` takes for all
     routes. Raises ValueError for unknown keys and options.
+
+    A route (404, controller) makes the page for that status, from 400 to 599. `plugins` are bottle's, or Nova's: tuples
+    ("pre_request" or "post_request", plugin, options). A group with Nova's does not have those for all.
     """
 
-    def __init__(self, groups: Iterable[Mapping[str, Any]] = (), **settings: Any) -> None:
+    def __init__(
+        self, groups: Iterable[Mapping[str, Any]] = (), *, plugins: Iterable[Any] = (), **settings: Any
+    ) -> None:
         super().__init__()
         self.settings = _settings("Nova", Settings(), settings)
         self.plugins.insert(0, SimpleNamespace(apply=lambda *args: partial(_call_outermost, *args)))
+        if plugins:
+            room("plugins").install(self, plugins)
         for group in [groups] if isinstance(groups, Mapping) else groups:
             self.add(group)
 
@@ -2315,10 +2291,14 @@ class Nova(bottle.Bottle):
             rooms["checks"].check_group(self, group, _rule)
         if unknown := set(group) - GROUP_KEYS:  # with a misspelt "security", the group would be open
             raise ValueError(f"a group of routes has no {', '.join(sorted(unknown))}")
+        if "plugins" in rooms:
+            group = rooms["plugins"].prepare(self, group)
         for route in group.get("routes", ()):
             self._add(group, *route)
 
     def _add(self, group: Mapping[str, Any], path: str, controller: Any, options: Any = ()) -> None:
+        if isinstance(path, int) or any(isinstance(plugin, tuple) for plugin in bottle.makelist(group.get("plugins"))):
+            room("plugins")  # which would have taken these; raises if it was cut off
         rule, options = _rule(group.get("prefix", ""), path), dict(options)
         settings = {key: value for key, value in options.items() if key not in ROUTE_OPTIONS}
         methods = ["get"] if options.get("protocol") == "ws" else options.get("methods") or ["_"]
@@ -2327,17 +2307,35 @@ class Nova(bottle.Bottle):
         names = ["ANY" if method == "_" else method.upper() for method in methods]
         self.route(rule, names, endpoint, apply=group.get("plugins", []))
 
-    def run(self, host: str = "127.0.0.1", port: int = 8080, **options: Unpack[RunOptions]) -> None:
+    def endpoint(self, controller: Callable[[Request], Any], security: Any = False) -> Any:
+        """Returns a controller in the form that bottle calls."""
+        return _Endpoint(controller, security, self.settings)
+
+    def mount(self, prefix: str, app: Any, *, security: Any = False, **options: Any) -> None:
+        """Serves a WSGI application below `prefix` (see the room plugins); `options` are those of bottle's `route`."""
+        if "plugins" in rooms or security is not False:
+            room("plugins").mount(self, prefix, app, security, options)
+        else:
+            super().mount(prefix, app, **options)
+
+    def run(self, host: str = "127.0.0.1", port: int = 8080, **options: "extensions.Unpack[RunOptions]") -> None:  # noqa: UP037
         """Serves the application until SIGINT or SIGTERM; `options` are those of the function `run`."""
-        room("server").run(self, host, port, **options)
+        try:
+            room("server").run(self, host, port, **options)
+        finally:
+            self.close()  # its plugins
 
     def stats(self) -> dict[str, Any]:
         """Returns figures of this node (see the function `stats`)."""
         return room("stats").stats()
 
-    def board(self, path: str = "/board", security: Any = False, logout: str = "") -> None:
-        """Adds the board, a page that shows what this node is doing (see the function `board`)."""
-        room("board").board(self, path, security, logout)
+    def board(self, path: str = "/board", security: Any = None, logout: str = "") -> None:
+        """Adds the board, a page that shows what this node is doing; without `security`, to this machine only."""
+        room("board").board(self, path, room("proxy").is_local if security is None else security, logout)
+
+    def metrics(self, path: str = "/metrics", security: Any = False) -> None:
+        """Adds figures of all nodes for Prometheus (see the function `metrics`)."""
+        room("metrics").metrics(self, path, security)
 
     def _cast(self, out: Any, peek: Any = None) -> Any:
         """Logs what bottle turns into a 500 without a word: a generator's first step, a body that cannot be encoded."""
@@ -2350,10 +2348,12 @@ class Nova(bottle.Bottle):
             where = bottle.request.method, printable(bottle.request.path)
             log.error("the response to %s %s crashed", *where, exc_info=error)
             return super()._cast(HTTPError(500, exception=error), peek)
+        finally:
+            if COOKIES_KEY in bottle.request.environ:
+                room("sessions").send_cookies(bottle.request.environ)
 
     def default_error_handler(self, res: HTTPError) -> bytes:
-        accept = bottle.request.environ.get("HTTP_ACCEPT", "")
-        text = str(res.body or res.status_line.partition(" ")[2])
+        accept, text = bottle.request.get_header("Accept", ""), str(res.body or res.status_line.partition(" ")[2])
         bottle.response.content_type, body = error_body(res.status_line, text, accept)
         return body
 
@@ -2361,8 +2361,9 @@ class Nova(bottle.Bottle):
 def _settings(where: str, settings: Settings, options: Mapping[str, Any]) -> Settings:
     if "checks" in rooms:
         rooms["checks"].check_settings(where, options)
-    if options.get("trust_proxy"):
-        room("proxy").check_hops(options["trust_proxy"])
+    for name, needed in {"compress": "deflate", "trust_proxy": "proxy", "rate": "rate", "on_flood": "rate"}.items():
+        if options.get(name):
+            room(needed).check(options)  # raises here, and not at the first client, if it was cut off
     return replace(settings, **options)
 
 
@@ -2434,8 +2435,9 @@ class _Endpoint:
             return fn(req)
         except HTTPResponse as response:
             return response
-        except Exception:
+        except Exception as error:
             log.exception("%s crashed at %s %s", name_of(fn), req["method"], printable(req["path"]))
+            req.set("crash_info", {"status_code": 500, "class": type(error).__name__, "reason": error})
             return HTTPError(500)
 
 
@@ -2457,8 +2459,6 @@ class _WebSocketEndpoint(_Endpoint):
 
     def __init__(self, handler: Any, security: Any, settings: Settings) -> None:
         super().__init__(handler, security, settings)
-        if settings.compress:
-            room("deflate")  # raises here, and not at the first client, if it was cut off
 
     def __call__(self, **bindings: Any) -> HTTPResponse:
         req = self.make_request(bindings)
@@ -2483,12 +2483,15 @@ class _WebSocketEndpoint(_Endpoint):
         if self.settings.compress:
             kind, extension = room("deflate").negotiate(environ.get("HTTP_SEC_WEBSOCKET_EXTENSIONS", ""))
             headers.update(extension)
+        if self.settings.rate:
+            kind = room("rate").limit(kind)
         return self.accept_connection(kind, req, headers)
 
     def accept_connection(self, kind: Any, req: Request, headers: dict[str, str]) -> HTTPResponse:
         """Runs `init`. If it accepts, the server sends this response and detaches the socket."""
         registry: ConnectionRegistry = req.environ[REGISTRY_KEY]
         if len(registry.connections) >= registry.limit:
+            req.environ[REFUSAL_KEY] = f"{registry.limit} connections are the limit"
             return HTTPError(503, "there are too many connections", Retry_After="5")
         connection = kind(self.controller, req, self.settings, registry)
         if not connection.start():
@@ -2552,9 +2555,7 @@ class RequestHandler(UpgradeHandler):
     busy = False  # whether a response is being made; with the room http, from the request's first line on
     agreed = False  # whether the response is the one that starts a connection
     detached = False  # whether the socket belongs to a connection's process
-    client_address: Any
     response_headers: list[tuple[bytes, bytes]]
-    rfile: Any
     socket: Any
     code: Any
     logger = log  # gevent-websocket would set up one of its own
@@ -2605,8 +2606,7 @@ class RequestHandler(UpgradeHandler):
         headers = [header for header in self.response_headers if header[0] != b"Content-Length"]  # bottle's 0
         if self.code == 101:
             self.upgrade_connection()
-            # gevent-websocket's object would write a close frame when it is freed, and its cycle with this handler
-            # would hold 7 KiB until the next garbage collection.
+            # gevent-websocket's object would write a close frame when it is freed; its cycle would hold 7 KiB.
             websocket, self.websocket = self.environ.pop("wsgi.websocket"), None
             websocket.closed = True
             del websocket.handler, websocket.stream
@@ -2649,8 +2649,7 @@ class RequestHandler(UpgradeHandler):
         self.rfile.close()
         raw: Any
         if self.server.ssl_enabled:
-            raw, rest = room("tls").detach(sock)
-            early += rest
+            raw, early = room("tls").detach(sock, early)
         else:
             raw = _socket.socket(sock.family, sock.type, sock.proto, sock.detach())
             raw.setblocking(False)  # whatever socket.setdefaulttimeout says
@@ -2661,14 +2660,8 @@ class RequestHandler(UpgradeHandler):
             connection.interrupt("shutdown")
 
     def log_request(self) -> None:
-        if log.isEnabledFor(logging.INFO):
-            milliseconds = (self.time_finish - self.time_start) * 1000
-            status = (self._orig_status or "000").split()[0]
-            line = printable(self.requestline or ""), status, self.response_length, milliseconds
-            log.info('%s "%s" %s %d %.1f ms', self.peer(), *line)
-
-    def peer(self) -> str:
-        return "{REMOTE_ADDR}:{REMOTE_PORT}".format_map(self.environ)  # the client's, if a proxy is trusted
+        if "logs" in rooms:
+            rooms["logs"].log_request(self)
 
 
 class Server(gevent.pywsgi.WSGIServer):
@@ -2679,7 +2672,7 @@ class Server(gevent.pywsgi.WSGIServer):
     `reuse_port`, other processes may serve the same port. `trust_proxy` is the number of proxies in front, for an
     application that is no `Nova` with that setting. `children` are the application's, as `run` has them: if their
     supervisor ends, `failed` is set and the server stops. Raises OSError if the address is in use or a file cannot be
-    read, RuntimeError if a child cannot be started.
+    read, RuntimeError if a child cannot be started, ValueError if other machines would reach a board without security.
     """
 
     KEEP_ALIVE, HEAD_TIME, BODY_TIME = 75.0, 10.0, 30.0  # seconds, by the room http: next request, head (or TLS), body
@@ -2697,7 +2690,7 @@ class Server(gevent.pywsgi.WSGIServer):
         max_connections: int | None = None,
         reuse_port: bool = False,
         trust_proxy: int = 0,
-        children: Iterable[ChildSpec] = (),
+        children: "Iterable[ChildSpec]" = (),  # noqa: UP037
     ) -> None:
         self.registry = ConnectionRegistry(_descriptor_limit() - 64 if max_connections is None else max_connections)
         self.handlers: set[RequestHandler] = set()
@@ -2706,12 +2699,12 @@ class Server(gevent.pywsgi.WSGIServer):
         self.tree = room("launch").ApplicationTree(children, self) if children else None
         self.failed = False  # the tree's supervisor has ended
         self.on_failure: Callable[[], Any] = partial(gevent.spawn, self.stop)
-        tls = {"ssl_context": room("tls").make_context(certfile, keyfile)} if certfile else {}
+        tls = room("tls").set_up(self, certfile, keyfile) if certfile else {}
         if reuse_port:
             self.get_listener = lambda _address, backlog, _family: room("launch").bound_socket(host, port, backlog)
         handler = rooms["http"].handler if "http" in rooms else RequestHandler
-        if hops := trust_proxy or getattr(getattr(app, "settings", None), "trust_proxy", 0):
-            handler = room("proxy").handler_behind(hops, handler)
+        if trust_proxy or "proxy" in rooms:
+            handler = room("proxy").set_up(self, app, host, trust_proxy, handler)
         super().__init__((host, port), app, BACKLOG, log=None, error_log=log, handler_class=handler, **tls)
 
     def __enter__(self) -> Server:
@@ -2732,7 +2725,6 @@ class Server(gevent.pywsgi.WSGIServer):
         _check_patch()
         scheduler.bind_thread()
         super().init_socket()
-        self.registry.host = self.address[0]
         self.socket.setsockopt(IPPROTO_TCP, TCP_NODELAY, 1)  # accepted sockets inherit it
 
     def do_read(self) -> Any:
@@ -2749,9 +2741,6 @@ class Server(gevent.pywsgi.WSGIServer):
         self._timer = self.loop.timer(0.1)
         self._timer.start(self._start_accepting_if_started)
         return None
-
-    def wrap_socket_and_handle(self, client_socket: Any, address: Any) -> None:
-        room("tls").handle_client(self, client_socket, address)
 
     def stop(self, timeout: float | None = None) -> None:
         """Closes the listener, waits for requests, and closes WebSockets with 1001; aborts the rest after `timeout`.
@@ -2800,7 +2789,9 @@ def run(
     shutdown_delay: float = SHUTDOWN_DELAY,
     reload: bool = False,
     log_level: str = "info",
-    children: Iterable[ChildSpec] = (),
+    log_format: str = "plain",
+    children: "Iterable[ChildSpec]" = (),  # noqa: UP037
+    ready: Callable[[Server], Any] | None = None,
     **options: Any,
 ) -> None:
     """Serves `app` until SIGINT or SIGTERM, then drains for at most `drain_time` seconds and returns.
@@ -2809,11 +2800,14 @@ def run(
     load balancer can notice. A second signal ends the process immediately. `cluster` is the URL of a Redis (see
     `pubsub.connect`), and `name` is this node's name there. `workers` is the number of processes on the port (see
     `run_workers`); more than one need a cluster. `reload` restarts the program when one of its files changes.
+    With `log_format="json"`, a line of the log is a JSON object. `ready` is called with the server once it serves.
     `children` (see `start_supervisor`) are started in each process that serves, before it does, and stopped after the
     drain, also if a signal comes while they start; if their supervisor ends, the server drains and the exit code is 1.
     `options` are `Server`'s. Raises OSError if the address is in use, ValueError for a bad child and for workers
     without a cluster, RuntimeError for a child that cannot be started and for a room that this copy lacks.
     """
+    if log_format != "plain":
+        logging.basicConfig(level=log_level.upper(), handlers=[room("logs").log_handler(log_format)])
     process = "%(process)d " if workers > 1 else ""
     logging.basicConfig(level=log_level.upper(), format=f"%(asctime)s {process}%(levelname)s %(name)s: %(message)s")
     options["children"] = room("gen_server").check_children(children) if children else ()  # before there are workers
@@ -2826,18 +2820,12 @@ def run(
         number, port = room("launch").run_workers(workers, host, port, drain_time + shutdown_delay)
         options["reuse_port"], name = True, f"{name or scheduler.node}-{number}"
     _descriptor_limit(raised=True)
-    try:
-        _serve(Server(app, host, port, drain_time=drain_time, **options), shutdown_delay, cluster, name)
-    finally:
-        if cluster is not None:
-            pubsub.disconnect()
+    _serve(Server(app, host, port, drain_time=drain_time, **options), shutdown_delay, cluster, name, ready)
 
 
-def _serve(server: Server, shutdown_delay: float, cluster: str | None, name: str | None) -> None:
+def _serve(server: Server, shutdown_delay: float, cluster: str | None, name: str | None, ready: Any) -> None:
     asked_to_stop = gevent.event.Event()
     server.on_failure = asked_to_stop.set
-    if cluster is not None:
-        pubsub.connect(cluster, name)
     signals = count()
 
     def on_signal() -> None:
@@ -2846,15 +2834,20 @@ def _serve(server: Server, shutdown_delay: float, cluster: str | None, name: str
         asked_to_stop.set()
 
     with ExitStack() as closers:
+        if cluster is not None:
+            closers.callback(pubsub.disconnect)
+            pubsub.connect(cluster, name)
         for sign in (signal.SIGINT, signal.SIGTERM):  # before the server: children may take long to start
             closers.callback(gevent.signal_handler(sign, on_signal).cancel)
         for close in filter(None, [hook(asked_to_stop.set) for hook in while_serving]):
             closers.callback(close)
         closers.enter_context(server)
+        if ready is not None:
+            ready(server)
         host = server.address[0]
         scheme, shown = "https" if server.ssl_enabled else "http", f"[{host}]" if ":" in host else host
         log.info("serving on %s://%s:%d/ (Ctrl-C stops)", scheme, shown, server.port)
-        log.info("the descriptor limit allows %d WebSockets", server.registry.limit)
+        log.debug("the descriptor limit allows %d WebSockets", server.registry.limit)
         gc.collect()
         gc.freeze()  # a full collection then takes 3 ms, not 15
         asked_to_stop.wait()
@@ -2871,16 +2864,23 @@ rooms["server"] = SimpleNamespace(run=run)
 while_serving: list[Callable[[Callable[[], None]], Any]] = []  # called with what stops `run`; may return a closer
 
 
+def _greenlet_local(key: str) -> Any:
+    """Returns an object whose `var` is the current greenlet's own."""
+    var = property(lambda _: getattr(getcurrent(), key), lambda _, value: setattr(getcurrent(), key, value))
+    return type("GreenletLocal", (), {"key": key, "var": var})()
+
+
 def _check_patch() -> None:
     """Warns if the standard library is not patched, and makes bottle keep each request in its greenlet, not in its
     thread: otherwise one client's response could carry another's cookies."""
-    kinds = vars(bottle.LocalRequest), vars(bottle.LocalResponse)
-    kept: list[Any] = [value for kind in kinds for value in kind.values() if isinstance(value, property)]
-    cells = [value.fget.__closure__[0] for value in kept]  # each holds a threading.local
-    shared = [cell for cell in cells if not isinstance(cell.cell_contents, gevent.local.local)]
-    for cell in shared:  # bottle was imported before the patch
-        cell.cell_contents = gevent.local.local()
-    if shared or not gevent.monkey.is_module_patched("socket"):
+    kept: list[Any] = [*vars(bottle.LocalRequest).values(), *vars(bottle.LocalResponse).values()]
+    cells = [value.fget.__closure__[0] for value in kept if hasattr(value, "fget")]  # each holds a threading.local
+    is_late = False  # whether bottle was imported before the patch
+    for number, cell in enumerate(cells):
+        if not hasattr(cell.cell_contents, "key"):
+            is_late |= not isinstance(cell.cell_contents, gevent.local.local)  # which takes 4 µs in a new greenlet
+            cell.cell_contents = _greenlet_local(f"bottle_{number}")
+    if is_late or not gevent.monkey.is_module_patched("socket"):
         when = "too late" if gevent.monkey.is_module_patched("threading") else "not at all"
         advice = "Make this the first line of your program: from gevent import monkey; monkey.patch_all()"
         log.warning("the standard library is patched %s: what blocks will block every connection. %s", when, advice)
@@ -3198,8 +3198,9 @@ class StrictRequestHandler(RequestHandler):
         """Refuses a request that cannot be read, and closes: the start of the next one is unknown."""
         late = "408 Request Timeout" if isinstance(ex, TimeoutError) else "400 Bad Request"
         status, reason = getattr(ex, "status_line", late), printable(getattr(ex, "body", None) or ex)
-        line = printable(self.requestline or "")
-        log.info('%s:%d "%s" refused: %s (%s)', *self.client_address[:2], line, status, reason)
+        peer, line = "{}:{}".format(*self.client_address[:2]), printable(self.requestline or "")
+        fields = {"peer": peer, "request": line, "status": int(status[:3]), "phrase": status[4:], "reason": reason}
+        log.info('%(peer)s "%(request)s" refused: %(status)d %(phrase)s (%(reason)s)', fields)
         self._orig_status = status
         kind, body = error_body(status, status[4:], "")
         head = f"HTTP/1.1 {status}\r\nContent-Type: {kind}\r\nContent-Length: {len(body)}\r\nConnection: close\r\n\r\n"
@@ -3260,7 +3261,8 @@ class StrictRequestHandler(RequestHandler):
         else:
             if not isinstance(error, gevent.GreenletExit):
                 line = printable(self.requestline or "")
-                log.error('%s "%s" crashed', self.peer(), line, exc_info=(kind, error, tb))
+                fields = {"peer": "{REMOTE_ADDR}:{REMOTE_PORT}".format_map(self.environ), "request": line}
+                log.error('%(peer)s "%(request)s" crashed', fields, exc_info=(kind, error, tb))
             self._refuse(500)
 
     def _refuse(self, status: int, text: str = "") -> None:
@@ -3394,7 +3396,15 @@ def _tokens(value: str) -> list[str]:
     return [token for token in re.split(r"[ \t,]+", value.lower()) if token]
 
 
-rooms["http"] = SimpleNamespace(handler=StrictRequestHandler)
+class _SlicedBytes(BytesIO):
+    """Yields to other greenlets while bottle parses a form: 1 MB may take 0.8 s."""
+
+    def read(self, size: int | None = -1) -> bytes:
+        scheduler.yield_after_slice()
+        return super().read(min(size, 4096) if size and size > 0 else size)
+
+
+rooms["http"] = SimpleNamespace(handler=StrictRequestHandler, SlicedBytes=_SlicedBytes)
 # ----- cut here: without tls -----------------------------------------------------------------------------------------
 # Lost: certfile and keyfile: https and wss without a proxy.
 
@@ -3407,8 +3417,8 @@ rooms["http"] = SimpleNamespace(handler=StrictRequestHandler)
 from ssl import SSLEOFError, SSLWantReadError, SSLWantWriteError, SSLZeroReturnError
 
 
-def _make_context(certfile: str, keyfile: str | None) -> Any:
-    """Returns a server's context. Raises OSError if a file cannot be read, or has no certificate or no key."""
+def _set_up_tls(server: Any, certfile: str, keyfile: str | None) -> dict[str, Any]:
+    """Returns gevent's arguments for a server that speaks TLS. Raises OSError if a file cannot be used."""
     from gevent import ssl
 
     context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
@@ -3417,7 +3427,8 @@ def _make_context(certfile: str, keyfile: str | None) -> Any:
         context.load_cert_chain(certfile, keyfile)
     except OSError as error:  # OpenSSL's message does not name the file
         raise OSError(error.errno, f"the certificate {certfile} cannot be used: {error.strerror}") from error
-    return context
+    server.wrap_socket_and_handle = partial(_handle_client, server)
+    return {"ssl_context": context}
 
 
 class TLS:
@@ -3458,7 +3469,7 @@ def _handle_client(server: Server, client_socket: Any, address: Any) -> None:
         with gevent.Timeout(server.HEAD_TIME, TimeoutError("no TLS handshake in time")):
             sock = server.wrap_socket(client_socket, server_side=True)
     except OSError as error:
-        log.info("%s:%d refused: %s", *address[:2], error)
+        log.info("%(peer)s refused: %(reason)s", {"peer": "{}:{}".format(*address[:2]), "reason": error})
         client_socket.close()
         return
     handler = server.handler_class(sock, address, server)
@@ -3467,11 +3478,10 @@ def _handle_client(server: Server, client_socket: Any, address: Any) -> None:
         sock.close()
 
 
-def _detach(sock: Any) -> tuple[TLS, bytes]:
-    """Returns the socket for a connection's process, and the bytes that TLS has read ahead."""
-    early = b""
+def _detach(sock: Any, early: bytes) -> tuple[TLS, bytes]:
+    """Returns the socket for a connection's process, and `early` with the bytes that TLS has read ahead."""
     with suppress(OSError):
-        early = sock.recv(sock.pending()) if sock.pending() else b""
+        early += sock.recv(sock.pending()) if sock.pending() else b""
     return TLS(sock), early
 
 
@@ -3482,15 +3492,15 @@ def _send_close_notify(sock: Any) -> None:
 
 
 rooms["tls"] = SimpleNamespace(
-    make_context=_make_context,
-    handle_client=_handle_client,
+    set_up=_set_up_tls,
     detach=_detach,
     send_close_notify=_send_close_notify,
 )
 
 
 # ----- cut here: without proxy ---------------------------------------------------------------------------------------
-# Lost: trust_proxy; and localhost, 127.0.0.1 and [::1] are then different hosts for an Origin.
+# Lost: trust_proxy; localhost, 127.0.0.1 and [::1] as one host for an Origin; the check that a board without security
+# is for this machine only.
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -3498,8 +3508,7 @@ rooms["tls"] = SimpleNamespace(
 # Invariant: without `trust_proxy`, nothing that a client writes in an X-Forwarded header counts.
 # ---------------------------------------------------------------------------------------------------------------------
 
-from ipaddress import ip_address
-
+local_registries: weakref.WeakSet[Any] = weakref.WeakSet()  # of servers that only this machine reaches
 LOOPBACK_NAMES = ("localhost", "127.0.0.1", "[::1]")
 _REWRITTEN = "nova_lite.rewritten"  # in WSGI's environ: nothing is rewritten twice
 _SCHEMES = {"http": "http", "https": "https", "ws": "http", "wss": "https"}  # some proxies forward wss
@@ -3518,15 +3527,20 @@ class ProxiedHandler(RequestHandler):
         return environ
 
 
-def _handler_behind(hops: Any, handler: type[RequestHandler]) -> Any:
-    """Returns the class of handlers for a server behind so many proxies."""
-    _check_hops(hops)
-    return type(handler.__name__, (ProxiedHandler, handler), {"hops": hops})
+def _set_up_proxy(server: Any, app: Any, host: str, hops: Any, handler: type[RequestHandler]) -> Any:
+    """Prepares a server, and returns the class of its handlers. Raises ValueError, see `Server`."""
+    hops = hops or getattr(getattr(app, "settings", None), "trust_proxy", 0)
+    _check_hops({"trust_proxy": hops})
+    if is_loopback(host):
+        local_registries.add(server.registry)
+    if not is_loopback(host) or hops:
+        _check_exposure(app, host)
+    return type(handler.__name__, (ProxiedHandler, handler), {"hops": hops}) if hops else handler
 
 
-def _check_hops(hops: Any) -> None:
-    if not isinstance(hops, int) or hops < 0:
-        raise ValueError(f"trust_proxy is a number of proxies, or True for one, not {hops!r}")
+def _check_hops(options: Mapping[str, Any]) -> None:
+    if not isinstance(options["trust_proxy"], int) or options["trust_proxy"] < 0:
+        raise ValueError(f"trust_proxy is a number of proxies, or True for one, not {options['trust_proxy']!r}")
 
 
 def _rewrite(environ: dict[str, Any], hops: int) -> None:
@@ -3582,7 +3596,7 @@ def _list_origins(own: str, environ: Mapping[str, Any]) -> list[str]:
     origins, port = [own], f":{match[2]}" if match[2] else ""
     if _REWRITTEN in environ and not port and origin is not None:
         origins.append(f"{own}:{origin[2]}")
-    if match[1].lower() in LOOPBACK_NAMES and REGISTRY_KEY in environ and is_loopback(environ[REGISTRY_KEY].host):
+    if match[1].lower() in LOOPBACK_NAMES and environ.get(REGISTRY_KEY) in local_registries:
         origins += [f"{scheme}://{name}{port}" for name in LOOPBACK_NAMES]
     return origins
 
@@ -3595,11 +3609,33 @@ def is_loopback(host: str) -> bool:
     return False
 
 
+def _is_local(req: Request) -> bool:
+    """The `security` of what is for this machine only."""
+    return is_loopback(req["peer"][0])
+
+
+def _check_exposure(app: Any, host: str) -> None:
+    """Raises ValueError if what is for this machine only would be served to others."""
+    route = next(_list_local_routes(app), None)
+    if route is not None:
+        why = "trust_proxy says that there is a proxy in front" if is_loopback(host) else f"others may reach {host!r}"
+        advice = "give app.board a security, or security=False if everyone may see it"
+        raise ValueError(f"the board at {route.rule.rstrip('/')} is for this machine only, but {why}: {advice}")
+
+
+def _list_local_routes(app: Any) -> Iterator[Any]:
+    for route in app.routes if isinstance(app, bottle.Bottle) else ():
+        if getattr(route.callback, "security", None) is _is_local:
+            yield route
+        yield from _list_local_routes(route.config.get("mountpoint.target"))
+
+
 rooms["proxy"] = SimpleNamespace(
-    check_hops=_check_hops,
-    handler_behind=_handler_behind,
+    check=_check_hops,
+    is_local=_is_local,
     list_origins=_list_origins,
     rewrite=_rewrite,
+    set_up=_set_up_proxy,
 )
 
 
@@ -3617,9 +3653,10 @@ rooms["proxy"] = SimpleNamespace(
 
 import difflib
 import inspect
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import fields
 from types import MethodType
+from typing import Literal, Protocol, TypedDict, TypeVar
 
 WEBSOCKET_CALLBACKS = {  # with the arguments of each
     "init": ("state",),
@@ -3655,7 +3692,35 @@ def _suggest(name: Any, known: Iterable[str]) -> str:
     return f"did you mean {nearest[0]!r}?" if nearest else f"known are {', '.join(sorted(known))}"
 
 
-# -- what a controller and `security` return, for type checkers; each controller's result may end with the request
+# -- types, for editors and checkers
+
+if TYPE_CHECKING:
+    import typing_extensions as extensions
+
+ClientFrame = tuple[Literal["text"], str] | tuple[Literal["binary", "ping", "pong"], bytes]  # what a handler receives
+_Buffer = tuple[Literal["binary"], bytearray | memoryview]
+Frame = ClientFrame | _Buffer | tuple[Literal["close"], int, str] | Literal["ping", "pong", "close"]  # what it sends
+Info = Message | str  # what a process receives: any tuple counts as a message, and a string has no `once`
+_Reply = TypeVar("_Reply")
+_Result = (
+    Literal["ok"]
+    | tuple[Literal["ok", "stop"], Any]
+    | tuple[Literal["ok", "stop"], Any, Literal["hibernate"]]
+    | tuple[Literal["reply"], _Reply, Any]
+    | tuple[Literal["reply"], _Reply, Any, Literal["hibernate"]]
+)
+HandlerResult = _Result[Frame | list[Frame]]
+_Inferred = Frame | tuple[str, Any] | tuple[str, int, str]  # what a frame seems to be in a function without annotations
+InferredResult = _Result[_Inferred | Sequence[_Inferred]]
+
+
+# What a controller and `security` return. Each controller's result may end with the request.
+class _Bottles(Protocol):
+    """A response of bottle's. By its own name, which mypy does not know, anything would be a response."""
+
+    @property
+    def status_code(self) -> int: ...
+
 
 _Headers = Mapping[str, Any]
 _Body = str | bytes | dict[str, Any]
@@ -3676,7 +3741,7 @@ Response = (
     | tuple[Literal["redirect"], str, Request]
     | tuple[Literal["sendfile"], int, _Headers, _File, str]
     | tuple[Literal["sendfile"], int, _Headers, _File, str, Request]
-    | HTTPResponse
+    | _Bottles
 )
 SecurityResult = (
     bool
@@ -3685,9 +3750,40 @@ SecurityResult = (
     | tuple[Literal[False], int, _Headers]
     | tuple[Literal[False], int, _Headers, _Body]
     | tuple[Literal["redirect"], str]
-    | HTTPResponse
+    | _Bottles
 )
-__all__ += ["Response", "SecurityResult"]
+
+
+class ChildSpec(TypedDict, total=False):
+    """A child (see `start_supervisor`)."""
+
+    id: extensions.Required[Any]
+    start: extensions.Required[tuple[Any, ...] | list[Any]]
+    restart: Literal["permanent", "transient", "temporary"]
+    shutdown: float | Literal["infinity", "brutal_kill"]
+    type: Literal["worker", "supervisor"]
+    scope: Literal["node", "cluster"]
+
+
+class RunOptions(TypedDict, total=False):  # of `run`, with those of `Server`
+    cluster: str | None
+    name: str | None
+    workers: int
+    drain_time: float
+    shutdown_delay: float
+    reload: bool
+    log_level: str
+    log_format: str
+    ready: Callable[[Server], Any] | None
+    children: Iterable[ChildSpec]
+    certfile: str | None
+    keyfile: str | None
+    max_connections: int | None
+    reuse_port: bool
+    trust_proxy: int
+
+
+__all__ += ["ChildSpec", "ClientFrame", "Frame", "HandlerResult", "Info", "Response", "SecurityResult"]
 
 
 # -- groups and routes
@@ -4028,9 +4124,9 @@ def _warn_of_answer(endpoint: Any, answer: Any, req: Request) -> None:
 
 
 def _explain_json(data: Any) -> str:
-    """Returns what in `data` cannot be encoded as JSON, and where."""
+    """Returns what in `data` cannot be encoded as JSON, and where; "" if nothing is found."""
     try:
-        return _find_unencodable(data, "data", ()) or "data is not JSON"
+        return _find_unencodable(data, "data", ())
     except RecursionError:
         return "data is nested too deep for JSON"
 
@@ -4068,11 +4164,11 @@ rooms["checks"] = SimpleNamespace(
     warn_of_answer=_warn_of_answer,
 )
 # ----- cut here: without views ---------------------------------------------------------------------------------------
-# Lost: templates and files: ("ok", variables), ("view", variables), ("sendfile", ...), static. Pages look plain.
+# Lost: templates and files: ("ok", variables), ("view", variables), ("sendfile", ...), static; the look of pages.
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Views: templates and files, which bottle renders and sends, and the look that the pages of this file share.
+# Views: templates and files, which bottle renders and sends; the look of this file's pages, and NovaSocket for yours.
 # Invariant: as in requests and responses, no sockets; a bottle response goes out. No path leads out of a static folder.
 # ---------------------------------------------------------------------------------------------------------------------
 
@@ -4220,12 +4316,760 @@ def _error_page(title: str, text: str) -> str:
     return f"{HEAD}<title>{title}</title>{look}<main><h1>{title}</h1><p>{text}</p>{home}</main></html>\n"
 
 
+# The client for pages, JavaScript that depends on nothing: serve it, or copy it.
+CLIENT = """/* A WebSocket that reconnects. Copy it.
+
+     const notes = new NovaSocket("/notifications?since=");  // replays what was missed, if the server keeps it
+     notes.on("open", load).on("nova_resync", load);  // at first, and whenever messages may be missing
+     notes.on("note_created", note => ...);           // {"event": "note_created", "data": ...}
+     notes.on("message", text => ...);                // any message, as received
+     notes.on("closed", ({ code, reason }) => ...);   // why the connection ended; 1006: without a close frame
+     notes.on("state", socket => ...);                // connecting, open, waiting (until `retryAt`), offline, closed,
+                                                      // refused (`refusal` says why): only now() tries again
+     notes.off("message", fn).send("text");           // false if it can neither be sent nor queued
+
+   The URL may be a function, called for each connection: new NovaSocket(async () => `/live?token=${await fresh()}`).
+   The second argument is a subprotocol, or a list of them. A server refuses by the close code 1008, or by a 401, 403 or
+   redirect before the 101. A message sent while the connection breaks may be lost. The heartbeat is an empty binary
+   message that the server returns (`case ("binary", b""): return "reply", frame, state`); it follows each message, so
+   that a dead connection shows within 5 s. If the server does not return it, only the browser detects those. */
+"use strict";
+class NovaSocket {
+  static OWN = ["open", "message", "state", "closed"];  // the server cannot send events of these names
+  static LIMIT = 100;  // messages queued while disconnected
+  static BEAT = 20000; static ANSWER = 5000; static CONNECT = 10000;  // ms: silence before a heartbeat; timeouts
+  static delay(tries, random = Math.random()) {  // seconds: 0.5 to 4, so that many clients do not come back together,
+    const least = Math.min(15, 0.5 * 2 ** tries), most = Math.min(30, 4 * 2 ** tries);  // doubled up to 15 to 30
+    return least + (most - least) * random;
+  }
+
+  constructor(url, protocols = []) {
+    const { signal } = this.end = new AbortController();
+    Object.assign(this, { url, protocols, listeners: new Map(), queue: [], tries: 0, position: null, answers: false });
+    addEventListener("online", () => this.now(), { signal });
+    addEventListener("offline", () => this.lost(), { signal });
+    addEventListener("pagehide", () => this.leave("offline"), { signal });  // the browser may keep the page
+    addEventListener("pageshow", event => event.persisted && this.now(), { signal });
+    document.addEventListener("visibilitychange", () => document.hidden || this.now(), { signal });
+    this.connect();
+  }
+  on(event, fn) {
+    this.listeners.set(event, [...this.listeners.get(event) ?? [], fn]);
+    return this;
+  }
+  off(event, fn) {
+    this.listeners.set(event, (this.listeners.get(event) ?? []).filter(other => other !== fn));
+    return this;
+  }
+  send(data) {
+    if (this.state === "open") {
+      this.socket.send(data);
+      if (!this.beating) this.beat();
+    } else if (["closed", "refused"].includes(this.state) || this.queue.length >= NovaSocket.LIMIT) return false;
+    else this.queue.push(data);
+    return true;
+  }
+  close() { this.end.abort(); this.leave("closed"); }
+  now() {  // connects, or checks the connection, immediately
+    if (this.state === "open") this.beat();
+    else if (["waiting", "offline", "refused"].includes(this.state)) this.connect();
+  }
+
+  // The rest is private. There is one timer: for the next step, unless something else happens first.
+  emit(event, data) {
+    for (const fn of this.listeners.get(event) ?? []) try { fn(data); } catch (error) { console.error(error); }
+  }
+  become(state, ms, next) {
+    this.after(ms, next);
+    this.state = state;
+    this.emit("state", this);
+  }
+  after(ms, next) {
+    clearTimeout(this.timer);
+    if (next) this.timer = setTimeout(() => next.call(this), ms);
+  }
+  async connect() {
+    const attempt = this.attempt = {};
+    this.beating = false;
+    this.become("connecting", NovaSocket.CONNECT, this.lost);
+    try {
+      const given = typeof this.url === "function" ? await this.url() : this.url;
+      if (this.attempt !== attempt) return;  // lost or closed meanwhile
+      this.address = new URL(given, location.href);
+      if (this.position !== null) this.address.searchParams.set("since", this.position);
+      const socket = this.socket = new WebSocket(this.address.href.replace(/^http/, "ws"), this.protocols);
+      socket.binaryType = "arraybuffer";
+      socket.onopen = () => this.opened();
+      socket.onmessage = ({ data }) => this.received(data);
+      socket.onclose = event => this.lost(event);
+    } catch (error) {
+      console.error(error);
+      if (this.attempt === attempt) this.lost();
+    }
+  }
+  opened() {
+    this.since = Date.now();
+    this.become("open", 0, this.beat);
+    this.emit("open", this);
+    while (this.queue.length && this.state === "open") this.socket.send(this.queue.shift());
+  }
+  beat() {
+    this.beating = true;
+    this.socket.send(new Uint8Array());
+    this.after(NovaSocket.ANSWER, () => this.answers ? this.lost() : this.rest());
+  }
+  rest() {  // until the next heartbeat
+    this.beating = false;
+    this.after(NovaSocket.BEAT, this.beat);
+  }
+  received(data) {
+    this.rest();  // the connection is alive
+    if (data.byteLength === 0) return void (this.answers = true);
+    this.emit("message", data);
+    let json = {};
+    if (data[0] === "{") try { json = JSON.parse(data); } catch { /* not JSON */ }
+    if (json.position !== undefined) this.position = json.position;
+    if (!NovaSocket.OWN.includes(json.event)) this.emit(json.event, json.data);
+  }
+  lost({ code = 1006, reason = "" } = {}) {
+    const was = this.state;
+    if (was === "refused") return;  // the browser has gone offline
+    if (was === "open" && Date.now() - this.since > 5000) this.tries = 0;  // not if it is closed after opening
+    if (code === 1008) this.refuse(reason || "the server has closed the connection");
+    else {
+      const wait = NovaSocket.delay(this.tries++) * 1000;
+      this.retryAt = Date.now() + wait;
+      this.leave(navigator.onLine ? "waiting" : "offline", wait, this.connect);
+      if (was !== "open" && this.tries % 4 === 3) this.ask();
+    }
+    if (["connecting", "open"].includes(was)) this.emit("closed", { code, reason });
+  }
+  async ask() {  // why handshakes fail, which browsers do not tell: an event stream is refused for the same reasons
+    const { attempt } = this, end = new AbortController(), headers = { Accept: "text/event-stream" };
+    const url = this.address?.href.replace(/^ws/, "http");
+    try {
+      const answer = await fetch(url, { headers, redirect: "manual", cache: "no-store", signal: end.signal });
+      const refused = answer.type === "opaqueredirect" || [401, 403].includes(answer.status);
+      end.abort();
+      if (refused && this.attempt === attempt) this.refuse(answer.status ? `status ${answer.status}` : "log in first");
+    } catch { /* the server cannot be reached */ }
+  }
+  refuse(why) {
+    this.tries = 2;  // so that the next failure asks again
+    this.refusal = why;
+    this.leave("refused");
+  }
+  leave(...next) {
+    this.attempt = null;
+    if (this.socket) this.socket.onopen = this.socket.onmessage = this.socket.onclose = null;
+    this.socket?.close();
+    this.become(...next);
+  }
+}
+"""
+
 rooms["views"] = SimpleNamespace(
     to_response=_to_response,
     error_page=_error_page,
+    CLIENT=CLIENT,
     STYLE=STYLE,
     HEAD=HEAD + f'<link rel="icon" href="{STAR}">\n',  # of the pages of this file; an error's has the site's icon
 )
+# ----- cut here: without plugins -------------------------------------------------------------------------------------
+# Lost: plugins in Nova's form, cors, status routes. app.mount is bottle's, and has no security.
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Plugins: what runs before and after controllers, pages for statuses, and other applications below a prefix.
+# Invariant: a request to an application that uses none of these runs no code of this room.
+#
+# A plugin is a class, a module or any object with pre_request(req, env, options, state), post_request (the same), or
+# both. Optional are init() or init(options), whose result is the first state, and stop(state), which app.close() calls.
+# The state belongs to the application: all entries of a plugin share it. `env` is a dict of the request: app, callback,
+# secure, plugin_state, and what plugins keep there. Headers for the response are set in req["resp_headers"], before and
+# after. After, req["resp_status_code"] is the status. A callback returns, as in nova_plugin_handler,
+#
+#   ("ok", req, state)                the next plugin, or the controller
+#   ("break", req, state)             skips the other plugins of this kind
+#   ("stop", answer, req, state)      answers as a controller does, or ("reply"[, status[, headers]], body); this skips
+#                                     security, the controller and post_request. Without an answer it is a 204
+#   ("error", reason)                 a 500, as are a crash and any other value
+#
+# and "ok" or "break" with an answer: before the controller its headers count, after it the answer is the response.
+# ---------------------------------------------------------------------------------------------------------------------
+
+from copy import copy
+from inspect import signature
+from itertools import chain
+
+__all__ += ["cors"]
+
+PHASES = ("pre_request", "post_request")
+_REQUEST, _HEADERS, _PAGE = (f"nova_lite.plugins.{name}" for name in ("request", "headers", "page"))  # in the environ
+CORS_OPTIONS: dict[str, Any] = {  # and their defaults
+    "origins": None, "headers": "*", "methods": "*", "expose": [], "credentials": False, "max_age": None,
+}  # fmt: skip
+_ENTITY = re.compile("Content-(?!Security)|Etag|Last-Modified|Accept-Ranges", re.IGNORECASE)  # of one body only
+_PLUGIN_RESULTS = 'expected ("ok" | "break" | "stop"[, answer], req, state) or ("error", reason)'
+
+
+class _Plugin:
+    """A plugin of one application: its only instance, and its state, which all its callbacks share."""
+
+    def __init__(self, plugin: Any, options: Any) -> None:
+        self.name = plugin.__name__ if isinstance(plugin, ModuleType) else name_of(plugin)
+        self.instance = plugin() if isinstance(plugin, type) else plugin
+        init = getattr(self.instance, "init", dict)
+        wants_options = init is not dict and bool(signature(init).parameters)
+        self.state = init(options) if wants_options else init()
+
+    def stop(self) -> None:
+        if hasattr(self.instance, "stop"):
+            self.instance.stop(self.state)
+
+
+class _PluginEntry:
+    """A plugin at one of its places, before or after the controllers of a group."""
+
+    def __init__(self, extension: _Extension, phase: str, plugin: Any, options: Any = None, priority: int = 0) -> None:
+        options = {} if options is None else options
+        if phase not in PHASES:
+            raise ValueError(f"a plugin runs at {' or '.join(PHASES)}, not at {phase!r}")
+        if id(plugin) not in extension.plugins:
+            extension.plugins[id(plugin)] = _Plugin(plugin, options)
+        self.plugin, self.phase, self.priority = extension.plugins[id(plugin)], phase, priority
+        try:
+            self.callback = getattr(self.plugin.instance, phase)
+            signature(self.callback).bind(None, None, None, None)
+        except (AttributeError, TypeError, ValueError):
+            raise ValueError(f"the plugin {self.plugin.name} needs {phase}(req, env, options, state)") from None
+        check = getattr(self.plugin.instance, "check_options", None)
+        self.options = options if check is None else check(options)
+
+    def run(self, req: Request, env: dict[str, Any]) -> tuple[str, Any, Request]:
+        """Returns ("ok", "break" or "stop"; an answer or None; the request). What goes wrong is a 500 that stops."""
+        env["plugin_state"] = self.phase
+        try:
+            result = self.callback(req, env, self.options, self.plugin.state)
+        except HTTPResponse as response:
+            return "stop", response, req
+        except Exception as error:
+            where = self.plugin.name, self.phase, req["method"], printable(req["path"])
+            log.exception("the plugin %s crashed in %s at %s %s", *where)
+            req.set("crash_info", {"status_code": 500, "class": type(error).__name__, "reason": error})
+            return "stop", HTTPError(500), req
+        match result:
+            case ("ok" | "break" | "stop" as verdict, *answer, Request() as changed, state) if len(answer) < 2:
+                self.plugin.state = state
+                changed.set("resp_headers", req["resp_headers"])
+                return verdict, answer[0] if answer else None, changed
+            case ("error", reason):
+                path = printable(req["path"])
+                log.error("%s.%s: %r at %s %s", self.plugin.name, self.phase, reason, req["method"], path)
+            case reason:
+                log.error("%s.%s answered %.500r; %s", self.plugin.name, self.phase, reason, _PLUGIN_RESULTS)
+        req.set("crash_info", {"status_code": 500, "class": "error", "reason": reason})
+        return "stop", HTTPError(500), req
+
+    def convert(self, answer: Any, req: Request) -> HTTPResponse:
+        """Returns an answer as a response: what a controller may return, Nova's ("reply", ...), or None, a 204."""
+        form: Any = answer
+        try:
+            match answer:
+                case None:
+                    form = ("status", 204)
+                case ("reply", *given, str() | bytes() as body) if len(given) < 3:
+                    form = "status", given[0] if given else 200, dict(given[1]) if given[1:] else {}, body
+            return to_response(form, req["method"], self.plugin.name)
+        except HTTPResponse as response:
+            return response
+        except Exception:
+            log.exception("%s.%s answered with %r, which is no response", self.plugin.name, self.phase, answer)
+            return HTTPError(500)
+
+
+class _Group:
+    """What the routes of a group have of this room. It stands among a route's plugins, as a mark that does nothing."""
+
+    def __init__(self, prefix: str, entries: Iterable[_PluginEntry] | None, statuses: Mapping[int, Any]) -> None:
+        segments = [part for part in prefix.split("/") if part]
+        pattern = ["[^/]+" if part[0] == ":" or "<" in part else re.escape(part) for part in segments]
+        self.pattern = re.compile("".join(f"/{part}" for part in pattern) + "(/|$)")
+        self.length = len(segments)
+        self.statuses = statuses
+        self.inherits = entries is None  # whether it has the plugins for all
+        # cors is the first: its headers are on what another plugin answers too, and a preflight has no cookies.
+        ordered = sorted(entries or (), key=lambda entry: (entry.plugin.instance is not cors, entry.priority))
+        self.before = [entry for entry in ordered if entry.phase == "pre_request"]
+        self.after = [entry for entry in ordered if entry.phase == "post_request"]
+
+    def apply(self, callback: Any, _route: bottle.Route) -> Any:
+        return callback
+
+    def run_before(self, req: Request, env: dict[str, Any]) -> tuple[HTTPResponse | None, Request]:
+        """Returns the response, if a plugin has stopped the request, and the request."""
+        for entry in self.before:
+            verdict, answer, req = entry.run(req, env)
+            if verdict == "stop":
+                return entry.convert(answer, req), req
+            if answer is not None:  # as in Nova: the controller's status and body replace these
+                req["resp_headers"].dict.update(entry.convert(answer, req).headers.dict)
+            if verdict == "break":
+                break
+        return None, req
+
+    def run_after(self, req: Request, env: dict[str, Any], response: HTTPResponse) -> HTTPResponse:
+        for entry in self.after:
+            req.set("resp_headers", response.headers)
+            req.set("resp_status_code", response.status_code)
+            verdict, answer, req = entry.run(req, env)
+            if answer is not None:
+                response.close()
+                headers = {name: values for name, values in response.headers.dict.items() if not _ENTITY.match(name)}
+                response = _isolate(entry.convert(answer, req))
+                _add_headers(response, headers)
+            if verdict != "ok":
+                break
+        return response
+
+
+class _Extension(dict[int, Any]):
+    """What this room adds to an application: its outermost plugin of bottle's, and its error handlers.
+
+    bottle's handlers of errors, `app.error(404)`, remain those of the statuses for which no group has a route.
+    """
+
+    def __init__(self, app: Nova) -> None:
+        super().__init__(app.error_handler)
+        self.app = app
+        self.plugins: dict[int, _Plugin] = {}  # by the id of what the application has named
+        self.for_all = _Group("", (), {})
+        self.groups: list[_Group] = []  # those with longer prefixes first, then those added last
+        app.__dict__["error_handler"] = self  # bottle takes an attribute that is set again for a mistake
+        app.plugins.insert(0, SimpleNamespace(name="nova", apply=self.apply, close=self.close))
+        app.reset()
+
+    def add(self, group: _Group) -> None:
+        self.groups = sorted([group, *self.groups], key=lambda group: -group.length)
+
+    def close(self) -> None:
+        for plugin in self.plugins.values():
+            plugin.stop()
+
+    def find_group(self, route: bottle.Route | None) -> _Group:
+        """Returns the group of a route, or what is for all."""
+        marks = [mark for mark in route.plugins if isinstance(mark, _Group)] if route is not None else []
+        return marks[0] if marks else self.for_all
+
+    def find_plugins(self, route: bottle.Route) -> _Group:
+        group = self.find_group(route)
+        return self.for_all if group.inherits else group
+
+    # -- around a controller
+
+    def apply(self, callback: Any, route: bottle.Route) -> Any:
+        endpoint, make_request, group = route.callback, self.make_request, self.find_plugins(route)
+        if hasattr(endpoint, "make_request"):
+            make_request = partial(type(endpoint).make_request, endpoint)
+            endpoint.make_request = partial(_find_request, make_request)
+            env = {"app": self.app, "callback": endpoint.controller, "secure": endpoint.security}
+        else:  # a route of bottle's own
+            env = {"app": self.app, "callback": endpoint, "secure": False}
+        return partial(self.call, callback, route, group, make_request, env)
+
+    def make_request(self, bindings: dict[str, Any]) -> Request:
+        return Request(bottle.request.environ, bindings, self.app.settings)
+
+    def call(
+        self, callback: Any, route: bottle.Route, group: _Group, make_request: Any, env: Any, **bindings: Any
+    ) -> HTTPResponse:
+        environ, env = bottle.request.environ, dict(env)
+        req = environ[_REQUEST] = make_request(dict(bindings))
+        req.set("resp_headers", bottle.HeaderDict())
+        response, req = group.run_before(req, env)
+        environ[_REQUEST], headers = req, req["resp_headers"].dict
+        if response is not None:
+            response = _isolate(getattr(route.callback, "answer", lambda response, _req: response)(response, req))
+            _add_headers(response, headers)
+        else:
+            response = _isolate(_call_route(callback, route, bindings))
+            _add_headers(response, headers)
+            response = group.run_after(req, env, response)
+        environ[_HEADERS] = headers
+        if not isinstance(response, HTTPError):
+            del environ[_REQUEST]  # a cycle, which would be there until the next garbage collection
+        elif environ.get("bottle.app") is not self.app:  # merged into another one
+            response = self.make_page(response, req)
+        return response
+
+    # -- errors
+
+    def get(self, status: Any, _default: Any = None) -> Any:
+        """Returns bottle's handler of a status: it gets an error, sets bottle's response, and returns the body."""
+        return self.handle_error
+
+    def handle_error(self, error: HTTPError) -> Any:
+        environ = bottle.request.environ
+        response: HTTPResponse = error
+        req = _find_request(self.make_request, {})
+        if _HEADERS not in environ:
+            req.set("resp_headers", bottle.HeaderDict())
+            environ[_HEADERS] = req["resp_headers"].dict
+            response, req = self.handle_unmatched(error, req)
+        if isinstance(response, HTTPError):
+            response = self.make_page(response, req)
+        _add_headers(response, environ[_HEADERS])
+        response.apply(bottle.response)
+        if isinstance(response, HTTPError):
+            return super().get(response.status_code, self.app.default_error_handler)(response)
+        return response.body
+
+    def handle_unmatched(self, error: HTTPError, req: Request) -> tuple[HTTPResponse, Request]:
+        """Returns the response to a request without a route, and the request.
+
+        If its path has a route for another method, pre_request runs: it may be a preflight. An unknown path is a 404.
+        """
+        if error.status_code == 404:
+            for group in self.list_groups(req):
+                for entry in (self.for_all if group.inherits else group).before:
+                    if entry.plugin.instance is cors:
+                        cors.add_headers(req, entry.options)
+                        return error, req
+        allowed = error.headers.get("Allow", "").split(",") if error.status_code == 405 else []
+        route = self.find_route(req, allowed)
+        if route is None or True in route.skiplist:
+            return error, req
+        env = {"app": self.app, "callback": None, "secure": False, "allowed": allowed}
+        response, req = self.find_plugins(route).run_before(req, env)
+        return response or error, req
+
+    def find_route(self, req: Request, allowed: list[str]) -> bottle.Route | None:
+        """Returns the route of the path for the method that a preflight names, or for another one."""
+        asked = req.environ.get("HTTP_ACCESS_CONTROL_REQUEST_METHOD", "")
+        for method in sorted(allowed, key=lambda method: method != asked):
+            with suppress(HTTPError):
+                return self.app.match({"REQUEST_METHOD": method, "PATH_INFO": req.environ["PATH_INFO"]})[0]
+        return None
+
+    def list_groups(self, req: Request) -> list[_Group]:
+        """Returns the groups with a prefix of the request's path, those with longer ones first."""
+        path = "/" + req.environ["PATH_INFO"].removeprefix(self.app.config.get("_mount.prefix", "")).lstrip("/")
+        return [group for group in self.groups if group.pattern.match(path)] + [self.for_all]
+
+    def make_page(self, error: HTTPError, req: Request) -> HTTPResponse:
+        """Returns the response of the status route of an error, with the error's headers, or the error."""
+        environ, status = bottle.request.environ, error.status_code
+        groups = [self.find_group(environ.get("bottle.route")), *self.list_groups(req)]
+        endpoint = next((group.statuses[status] for group in groups if status in group.statuses), None)
+        if endpoint is None or _PAGE in environ:  # the page itself is an error: that one is bottle's
+            return error
+        environ[_PAGE] = True
+        req.set("resp_status_code", status)
+        req.set("reason", str(error.body or error.status_line[4:]))
+        if error.exception is not None:  # a route of bottle's own
+            reason = {"class": type(error.exception).__name__, "reason": error.exception}
+            req.set("crash_info", {"status_code": status, **reason})
+        result = _with_status(endpoint.guarded_call(endpoint.controller, req), status)
+        response = _isolate(endpoint.answer(result, req))
+        _add_headers(response, error.headers.dict)
+        return response
+
+
+def _find_request(make_request: Callable[[dict[str, Any]], Request], bindings: dict[str, Any]) -> Request:
+    """Returns the request that the plugins have seen, or a new one."""
+    req = bottle.request.environ.get(_REQUEST)
+    return make_request(bindings) if req is None else req
+
+
+def _isolate(response: HTTPResponse) -> HTTPResponse:
+    """Returns a copy with headers of its own: a controller may return the same response each time."""
+    copied = copy(response)
+    copied._headers = {name: list(values) for name, values in response._headers.items()}
+    return copied
+
+
+def _call_route(callback: Any, route: bottle.Route, bindings: dict[str, Any]) -> HTTPResponse:
+    """Returns the response of a route. A crash in one of bottle's own is the error that bottle makes of it."""
+    try:
+        result = callback(**bindings)
+    except HTTPResponse as raised:
+        return raised
+    except Exception as error:
+        if not route.app.catchall or isinstance(error, bottle.RouteReset):
+            raise
+        environ, text = bottle.request.environ, traceback.format_exc()
+        environ["wsgi.errors"].write(text)
+        environ["bottle.exc_info"] = sys.exc_info()
+        return HTTPError(500, "Internal Server Error", error, text)
+    if isinstance(result, HTTPResponse):
+        return result
+    response = bottle.response.copy(HTTPResponse)
+    response.body = result
+    return response
+
+
+def _with_status(result: Any, status: int) -> Any:
+    """Returns a controller's result with the status, if it has none of its own."""
+    match result:
+        case (*form, Request()):
+            return _with_status(tuple(form), status)
+        case ("json", data):
+            return "json", status, {}, data
+        case ("ok" | "view" as kind, variables):
+            return kind, variables, {"status_code": status}
+        case ("ok" | "view" as kind, variables, Mapping() as options):
+            return kind, variables, {"status_code": status, **options}
+    return result
+
+
+def _add_headers(response: HTTPResponse, headers: Mapping[str, list[str]]) -> None:
+    """Adds the headers that a response has not. `Vary` and `Set-Cookie` are merged."""
+    for name, values in headers.items():
+        if name == "Vary":
+            _add_vary(response.headers, ", ".join(values))
+        elif name == "Set-Cookie":
+            known = response.headers.dict.setdefault(name, [])
+            known.extend(value for value in values if value not in known)
+        else:
+            response.headers.dict.setdefault(name, list(values))
+
+
+def _add_vary(headers: Any, names: str) -> None:
+    known = [name.strip() for name in ", ".join(headers.getall("Vary")).split(",") if name.strip()]
+    lower = [name.lower() for name in known]
+    known += [name for name in map(str.strip, names.split(",")) if name.lower() not in lower]
+    headers["Vary"] = "*" if "*" in known else ", ".join(known)
+
+
+def _extend(app: Nova) -> _Extension:
+    handlers = app.error_handler
+    return handlers if isinstance(handlers, _Extension) else _Extension(app)
+
+
+def _install(app: Nova, plugins: Any) -> None:
+    """Adds the plugins for all routes: bottle's, and those in Nova's form, which are tuples."""
+    plugins = list(plugins)
+    _check_plugins(plugins)
+    for plugin in plugins:
+        if not isinstance(plugin, tuple):
+            app.install(plugin)
+    extension = _extend(app)
+    extension.for_all = _Group("", [_PluginEntry(extension, *item) for item in plugins if isinstance(item, tuple)], {})
+
+
+def _prepare(app: Nova, group: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Returns a group as the core takes it: without status routes, and with bottle's plugins only."""
+    routes, plugins = group.get("routes", ()), bottle.makelist(group.get("plugins"))
+    if isinstance(routes, Iterator):
+        routes = list(routes)
+        group = {**group, "routes": routes}
+    _check_plugins(plugins)
+    ours = [plugin for plugin in plugins if isinstance(plugin, tuple)]
+    statuses = [route for route in routes if isinstance(route, tuple | list) and route and isinstance(route[0], int)]
+    inherits = not ours and (bool(plugins) or "plugins" not in group)
+    if inherits and not statuses and not isinstance(app.error_handler, _Extension):
+        return group
+    extension = _extend(app)
+    entries = None if inherits else [_PluginEntry(extension, *plugin) for plugin in ours]
+    mark = _Group(group.get("prefix", ""), entries, dict(_status_route(app, *route) for route in statuses))
+    extension.add(mark)
+    routes = [route for route in routes if not any(route is other for other in statuses)]
+    return {**group, "routes": routes, "plugins": [*(item for item in plugins if not isinstance(item, tuple)), mark]}
+
+
+def _check_plugins(plugins: Any) -> None:
+    for plugin in plugins:
+        if isinstance(plugin, str) or (isinstance(plugin, tuple) and not 2 <= len(plugin) <= 4):
+            form = '("pre_request" | "post_request", plugin, options[, priority])'
+            raise ValueError(f"plugins is a list of bottle's plugins and of {form}; it has {plugin!r}")
+
+
+def _status_route(app: Nova, status: int, controller: Any, options: Any = ()) -> tuple[int, Any]:
+    if not 400 <= status <= 599:
+        raise ValueError(f"a status route is for a status from 400 to 599, not for {status!r}")
+    if not callable(controller):
+        raise ValueError(f"the status route {status} needs a function of req, not {controller!r}")
+    if set(options) - {"methods"}:
+        raise ValueError(f"the status route {status} has no option {', '.join(set(options) - {'methods'})}")
+    return status, app.endpoint(controller)
+
+
+class Cors:
+    """A plugin, `("pre_request", cors, {"origins": ["https://example.org"]})`: scripts of other origins use a group.
+
+    Options: "origins" (a list, or "*"), "headers" and "methods" that they may send (lists; without them, those that the
+    browser asks for), "expose" (a list: response headers that they may read), "credentials" (whether browsers send
+    cookies), "max_age" (seconds for which a browser keeps the answer). It runs before other plugins. A preflight is a
+    204, before `security`. Raises ValueError, when the application is made, for another option, and for "*" together
+    with credentials.
+    """
+
+    def check_options(self, options: Mapping[str, Any]) -> SimpleNamespace:
+        unknown = set(options) - set(CORS_OPTIONS)
+        if unknown:
+            raise ValueError(f"cors has no option {', '.join(sorted(unknown))}; it has {', '.join(CORS_OPTIONS)}")
+        rules = SimpleNamespace(**{**CORS_OPTIONS, **options})
+        for name in ("origins", "headers", "methods", "expose"):
+            value = getattr(rules, name)
+            is_list = isinstance(value, list | tuple | set | frozenset) and all(isinstance(item, str) for item in value)
+            if value != "*" and not is_list:
+                raise ValueError(f'cors: {name} is a list of strings, or "*", not {value!r}')
+        for origin in () if rules.origins == "*" else rules.origins:
+            if parse_origin(origin) is None:
+                raise ValueError(f"cors: expected an origin such as 'https://example.org', got {origin!r}")
+        if rules.origins == "*" and rules.credentials:
+            raise ValueError('cors: with credentials, origins is a list: "*" would open the session to all pages')
+        if rules.max_age is not None and (type(rules.max_age) is not int or rules.max_age < 0):
+            raise ValueError(f"cors: max_age is a number of seconds, not {rules.max_age!r}")
+        if rules.origins != "*":
+            rules.origins = {parse_origin(origin) for origin in rules.origins}
+        return rules
+
+    def add_headers(self, req: Request, rules: SimpleNamespace) -> bool:
+        """Returns whether the origin is allowed."""
+        headers, origin = req["resp_headers"], req.environ.get("HTTP_ORIGIN")
+        if rules.origins == "*":
+            headers["Access-Control-Allow-Origin"] = "*"
+        else:
+            _add_vary(headers, "Origin")  # also without an Origin: a cache must not give this response to another one
+            if origin is None or parse_origin(origin) not in rules.origins:
+                return False
+            headers["Access-Control-Allow-Origin"] = origin
+        if rules.credentials:
+            headers["Access-Control-Allow-Credentials"] = "true"
+        if rules.expose:
+            headers["Access-Control-Expose-Headers"] = ", ".join(rules.expose)
+        return True
+
+    def pre_request(self, req: Request, env: Any, rules: SimpleNamespace, state: Any) -> Any:
+        asked, names = (req.environ.get(f"HTTP_ACCESS_CONTROL_REQUEST_{part}") for part in ("METHOD", "HEADERS"))
+        is_allowed = self.add_headers(req, rules)
+        if req["method"] != "OPTIONS" or "HTTP_ORIGIN" not in req.environ or asked is None:
+            return "ok", req, state
+        headers = req["resp_headers"]
+        if is_allowed:
+            served = {*env.get("allowed", [asked])}
+            served |= {"HEAD"} if "GET" in served else set()
+            methods = sorted(served) if rules.methods == "*" else [method.upper() for method in rules.methods]
+            headers["Access-Control-Allow-Methods"] = ", ".join(methods)
+            allowed = names if rules.headers == "*" else ", ".join(rules.headers)
+            if allowed:
+                headers["Access-Control-Allow-Headers"] = allowed
+            if rules.max_age is not None:
+                headers["Access-Control-Max-Age"] = str(rules.max_age)
+        if rules.headers == "*":
+            _add_vary(headers, "Access-Control-Request-Headers")
+        return "stop", ("status", 204), req, state
+
+
+cors = Cors()
+
+
+# -- other applications
+
+
+def _mount(app: Nova, prefix: str, other: Any, security: Any, options: dict[str, Any]) -> None:
+    """Serves a WSGI application, bottle's and Nova's included, below `prefix`, with or without the slash behind it.
+
+    At "/" it gets what no route of `app` is for. `security` is as in a group, for WebSockets too; the application finds
+    what it returns in `environ["nova_lite.auth_data"]`. Plugins and hooks of `app` are not those of the other, as in
+    bottle; its errors are its own. Raises ValueError for a prefix without a slash.
+    """
+    if not prefix.startswith("/") or not callable(other):
+        raise ValueError(f'expected a prefix such as "/admin" and a WSGI application, got {prefix!r} and {other!r}')
+    if security is not False and not callable(security):
+        raise ValueError(f"security is False or a function of req, not {security!r}")
+    path = re.sub(r"(?<=/):(\w+)", r"<\1>", "/" + "/".join(part for part in prefix.split("/") if part))
+
+    def controller(req: Request) -> HTTPResponse:
+        segments = (app.config.get("_mount.prefix", "") + path).split("/")  # `app` may be mounted in bottle's way
+        return _call_application(other, len([*filter(None, segments)]), req)
+
+    controller.__qualname__ = f"mount({prefix!r})"
+    endpoint = app.endpoint(controller, security)
+    options = {"skip": True, "method": "PROXY", "mountpoint": {"prefix": prefix, "target": other}, **options}
+    if path == "/":
+        if "match" in vars(app.router):
+            raise ValueError('there is an application at "/" already')
+        route = bottle.Route(app, "/<:re:.*>", "PROXY", endpoint, skiplist=[True])
+        app.router.match = partial(_match, app.router.match, route)
+    else:
+        for rule in (path, f"{path}/<:re:.*>"):
+            app.route(rule, callback=endpoint, **options)
+
+
+def _match(match: Any, rest: bottle.Route, environ: dict[str, Any]) -> Any:
+    """Does what the method of bottle's router does, but returns `rest` instead of a 404."""
+    try:
+        return match(environ)
+    except HTTPError as error:
+        if error.status_code != 404:
+            raise
+        return rest, {}
+
+
+def _call_application(application: Any, depth: int, req: Request) -> HTTPResponse:
+    """Calls a WSGI application, mounted below `depth` segments of the path, and returns its response (PEP 3333)."""
+    environ, response = _make_environ(req, depth), HTTPResponse()
+    begun: list[bool] = []
+    written: list[bytes] = []
+
+    def start_response(status: str, headers: list[tuple[str, str]], exc_info: Any = None) -> Any:
+        if begun and exc_info is None:
+            raise AssertionError("start_response was called twice")
+        begun[:] = [True]
+        response.status = _decode(status)
+        response.headers.dict.clear()
+        for name, value in headers:
+            response.add_header(name, _decode(value))
+        return written.append
+
+    saved = bottle.response.copy(HTTPResponse)  # another bottle's application begins with a new one
+    try:
+        body = application(environ, start_response)
+        first, iterator = [], iter(body)
+        for chunk in iterator if not begun else ():  # a generator starts its response when it is asked for the first
+            first.append(chunk)
+            if begun:
+                break
+    finally:
+        bottle.request.bind(req.environ)
+        saved.apply(bottle.response)
+    if not begun:
+        raise RuntimeError("a mounted application has not called start_response")
+    response.body = body
+    if written or first:
+        response.body = bottle._closeiter(chain(written, first, iterator), getattr(body, "close", None))
+    return response
+
+
+def _make_environ(req: Request, depth: int) -> dict[str, Any]:
+    own = "bottle.", "route.", "nova_lite."  # what `app` and its rooms keep there is not the other's
+    environ = {name: value for name, value in req.environ.items() if not name.startswith(own)}
+    for name in {REGISTRY_KEY, UPGRADING_KEY} & set(req.environ):
+        environ[name] = req.environ[name]
+    parts = req.environ["bottle.raw_path"].split("/", depth + 1)  # in latin-1: bottle has decoded the other one
+    environ["SCRIPT_NAME"] = environ.get("SCRIPT_NAME", "") + "/".join(parts[: depth + 1])
+    environ["PATH_INFO"] = "/" + "".join(parts[depth + 1 :])
+    environ["nova_lite.auth_data"] = req["auth_data"]
+    body = req.environ.get("bottle.request.body")
+    if body is not None:
+        environ["bottle.request.body"] = body
+        if not getattr(body, "is_unread", False):  # a hook has read it
+            body.seek(0)
+            environ["wsgi.input"] = body
+    return environ
+
+
+def _decode(text: str) -> str:
+    """Returns a header of WSGI as the text of which bottle makes one again."""
+    try:
+        return text.encode("latin-1").decode()
+    except UnicodeError:
+        return text
+
+
+rooms["plugins"] = SimpleNamespace(install=_install, prepare=_prepare, mount=_mount)
 # ----- cut here: without deflate -------------------------------------------------------------------------------------
 # Lost: compression (permessage-deflate).
 
@@ -4348,7 +5192,168 @@ def negotiate(offered: str) -> tuple[Any, dict[str, str]]:
     return partial(DeflateConnection, window_bits=bits), headers
 
 
-rooms["deflate"] = SimpleNamespace(negotiate=negotiate)
+rooms["deflate"] = SimpleNamespace(negotiate=negotiate, check=lambda _options: None)
+
+
+# ----- cut here: without rate ----------------------------------------------------------------------------------------
+# Lost: rate=(messages, seconds), on_flood.
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Rate: WebSockets whose clients may send so many messages a time.
+# Invariant: a client that sends more waits, or is disconnected. No message is lost, and they stay in order.
+#
+# A client has `messages` tokens, which it gets back evenly in `seconds`. A message takes one. Without one it is held,
+# as is all that follows: messages, the client's close, the end of its bytes. Of the pings and pongs that find no token,
+# the last one of each read is handled immediately (RFC 6455 §5.5.3); so reading goes on until `backlog` messages, or
+# `max_message_size` bytes, are held. Beyond that, TCP holds the client back, and its pings with it.
+# ---------------------------------------------------------------------------------------------------------------------
+
+SHORTEST_PAUSE = 0.02  # seconds: what is held comes in portions, not with a timer for each message
+
+
+class TokenBucket:
+    """So many tokens, which come back evenly in so many seconds."""
+
+    __slots__ = ("changed_at", "per_second", "size", "tokens")
+
+    def __init__(self, size: int, seconds: float) -> None:
+        self.size, self.per_second = size, size / seconds
+        self.tokens, self.changed_at = float(size), monotonic()
+
+    def take(self, wanted: int) -> int:
+        """Takes as many tokens as there are, `wanted` at most. Returns how many."""
+        now = monotonic()
+        self.tokens = min(self.size, self.tokens + (now - self.changed_at) * self.per_second)
+        self.changed_at = now
+        taken = min(wanted, int(self.tokens))
+        self.tokens -= taken
+        return taken
+
+    def wait_time(self) -> float:
+        """Returns the seconds until there is a token."""
+        return max(0.0, (1 - self.tokens) / self.per_second)
+
+
+class RatedConnection(Connection):
+    """A WebSocket whose client has a limited rate. It has no slots, so that it combines with other kinds."""
+
+    MAX_READ = SMALL_READ  # bytes per read: what one read brings may have to be held
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.bucket = TokenBucket(*self.settings.rate)
+        self.held: deque[Any] = deque()  # what the client has sent too early
+        self.held_bytes = 0  # about
+        self.pause: Any = None  # timer; None while nothing is held
+
+    def parse(self, data: bytes) -> list[Any]:
+        frames = super().parse(data)
+        if self.phase is not OPEN:
+            return frames
+        ready, late_controls = [], {}
+        tokens = 0 if self.held else self.bucket.take(sum(map(_takes_token, frames)))
+        for frame in frames:
+            if not self.held and (tokens > 0 or not _takes_token(frame)):
+                ready.append(frame)
+                tokens -= _takes_token(frame)
+            elif type(frame) is tuple and frame[0] in ("ping", "pong"):
+                late_controls[frame[0]] = frame
+            elif self.settings.on_flood == "close":
+                return [*ready, self._refuse()]
+            else:
+                self._hold(frame)
+        return [*ready, *late_controls.values()]
+
+    def _refuse(self) -> Close:
+        self.parser.done = self.input_over = True  # the rest is ignored, as after a violation of the protocol
+        self.parser.reset()
+        messages, seconds = self.settings.rate
+        return Close(1008, f"more than {messages} messages in {seconds} s", ("error", "flood"))
+
+    def _hold(self, frame: Any) -> None:
+        self.held.append(frame)
+        self.held_bytes += len(frame[-1]) if type(frame) is tuple else 0
+        if self.pause is None:
+            self._begin_pause()
+
+    def _begin_pause(self) -> None:
+        self.pause = scheduler.hub.loop.timer(max(SHORTEST_PAUSE, self.bucket.wait_time()))
+        self.pause.start(self._end_pause)
+
+    def _end_pause(self) -> None:
+        """Hub callback: puts what has a token now into the inbox."""
+        self._drop_pause()
+        if self.phase is not OPEN:
+            return
+        while self.held and len(self.inbox) < self.settings.backlog:
+            if _takes_token(self.held[0]) and not self.bucket.take(1):
+                break
+            self.inbox.append(self.held.popleft())
+        if self.held:
+            self._begin_pause()
+        else:
+            self.held_bytes = 0
+        if not self.reader.active and not self.should_pause():
+            self.reader.start(self.readable)
+        if self.inbox and self.wake is enqueue:
+            enqueue(self)
+
+    def _drop_pause(self) -> None:
+        if self.pause is not None:
+            self.pause.close()
+            self.pause = None
+
+    def should_pause(self) -> bool:
+        settings = self.settings
+        is_full = len(self.held) >= settings.backlog or self.held_bytes > settings.max_message_size
+        return is_full or super().should_pause()
+
+    def step(self) -> None:
+        if self.held and self.inbox and isinstance(self.inbox[-1], Close):
+            self.held.append(self.inbox.pop())  # the client is gone: what it has sent comes first
+        super().step()
+
+    def check_timeouts(self, seconds: float) -> None:
+        if self.held:
+            self.idle_for = 0.0  # the pause is ours
+        super().check_timeouts(seconds)
+
+    def abort(self) -> None:
+        super().abort()
+        self._drop_pause()
+        self.held.clear()
+
+
+def _takes_token(frame: Any) -> bool:
+    return type(frame) is tuple and frame[0] != "close"
+
+
+@cache
+def _rated(kind: type[Connection]) -> Any:
+    return type(f"Rated{kind.__name__}", (RatedConnection, kind), {})
+
+
+def _limit(kind: Any) -> Any:
+    """Returns a kind of connection with a limited rate."""
+    if isinstance(kind, partial):
+        return partial(_rated(kind.func), *kind.args, **kind.keywords)
+    return _rated(kind)
+
+
+def _check_rate(options: Mapping[str, Any]) -> None:
+    match options.get("rate"):
+        case None:
+            pass
+        case (int(messages), int() | float() as seconds) if messages > 0 and 0 < seconds < inf:
+            pass
+        case rate:
+            raise ValueError(f"rate is (messages, seconds), such as (50, 1), not {rate!r}")
+    if options.get("on_flood", "wait") not in ("wait", "close"):
+        raise ValueError(f"on_flood is 'wait' or 'close', not {options['on_flood']!r}")
+
+
+rooms["rate"] = SimpleNamespace(limit=_limit, check=_check_rate)
 
 
 # ----- cut here: without gen_server ----------------------------------------------------------------------------------
@@ -4380,6 +5385,8 @@ class ServerDied(CallError):
         super().__init__(reason)
         self.reason = reason
 
+
+from typing import Literal
 
 _Tail = None | float | Literal["hibernate", "infinity"] | tuple[str, Any]
 InitResult = (
@@ -4413,7 +5420,7 @@ class GenServer:
         """Returns ("noreply", state) or ("stop", reason, state)."""
         return "stop", ("bad_cast", request), state
 
-    def handle_info(self, info: Info, state: Any, /) -> CastResult:
+    def handle_info(self, info: Any, state: Any, /) -> CastResult:
         """Handles any other message, and returns as `handle_cast` does."""
         log.warning("%r %s: unexpected message %r", self_pid(), type(self).__name__, info)
         return "noreply", state
@@ -4847,7 +5854,7 @@ def _check_child(spec: Any) -> dict[str, Any]:
 
 
 def start_supervisor(
-    children: Iterable[ChildSpec],
+    children: "Iterable[ChildSpec]",  # noqa: UP037
     strategy: Literal["one_for_one", "one_for_all", "rest_for_one"] = "one_for_one",
     intensity: int = 1,
     period: float = 5,
@@ -4874,7 +5881,7 @@ def start_supervisor(
     return start_link(Supervisor(strategy, intensity, period), check_children(children), name)
 
 
-def start_child(supervisor: Pid | str, spec: ChildSpec) -> Any:
+def start_child(supervisor: Pid | str, spec: "ChildSpec") -> Any:  # noqa: UP037
     """Adds a child and starts it (supervisor:start_child/2).
 
     Returns ("ok", pid), ("ok", None) if it returns "ignore", ("error", ("already_started", pid)), ("error",
@@ -5215,11 +6222,15 @@ class History(Recorder):
             self.begin(epoch, offset)
         self.offset = offset
         self.messages.append((monotonic() if at is None else at, message))
+        self._drop_old()
+
+    def _drop_old(self) -> None:
+        while self.messages and monotonic() - self.messages[0][0] > self.seconds:
+            self.messages.popleft()
 
     def since(self, position: Any) -> list[Message] | None:
         """Returns the messages after `position`, all for "first"; None if it is too old or from another epoch."""
-        while self.messages and monotonic() - self.messages[0][0] > self.seconds:
-            self.messages.popleft()
+        self._drop_old()
         if position == "first":
             return [message for _, message in self.messages]
         epoch, offset = self._parse(position)
@@ -5632,7 +6643,7 @@ TRANSPORT_TIMEOUT = 4.0  # seconds without the node's own beat until it reconnec
 TICK = 0.5  # seconds
 FIRST_DELAY, LAST_DELAY = 0.1, 5.0  # seconds before reconnecting, doubled each time, with jitter
 MAX_OUTBOX = 64 * 1024 * 1024  # bytes that may wait for Redis; beyond, broadcasts are lost, which is announced
-JOIN_TIME = 5.0  # seconds that `join` waits for its subscription at most, and `connect` for Redis
+JOIN_TIME = 5.0  # seconds that `join` waits for its subscription at most, `connect` and `publish` for Redis
 MAX_CHANGES = 500  # in one delta: with the largest metas of presence, it is half of what a message may have
 MAX_NAMES = 1000  # names of nodes that have left; a pid of an earlier one prints the node's id
 MAX_LOST = 10_000  # channels announced one by one; beyond, all channels are
@@ -5680,14 +6691,14 @@ class RemotePid(Pid):
 class Redis:
     """Opens connections to the Redis of a URL, and names its keys and channels."""
 
-    def __init__(self, url: str) -> None:
+    def __init__(self, url: str, timeout: float | None = None) -> None:
         self.module = room("codec").import_package("redis")
         parts = urlsplit(url)
         query = dict(parse_qsl(parts.query, keep_blank_values=True))
         self.prefix = query.pop("prefix", "nova") + ":"
         location = url.partition("://")[2].rpartition("@")[2].partition("?")[0]
         self.label = f"{parts.scheme}://{location}"  # for the log: no password, not even one with a slash
-        options = {"protocol": 2, "socket_timeout": None, "socket_connect_timeout": 5, "socket_keepalive": True}
+        options = {"protocol": 2, "socket_timeout": timeout, "socket_connect_timeout": 5, "socket_keepalive": True}
         options |= {"decode_responses": False, "health_check_interval": 0}
         query = {name: value for name, value in query.items() if name not in options}
         try:
@@ -6372,9 +7383,9 @@ def _find_redis() -> Any:
 def publish(url: str, channel: str, topic: str | bytes, payload: Any) -> int:
     """Broadcasts without being a node. Returns how many nodes have members in the channel.
 
-    Raises OSError or redis.RedisError if Redis cannot be reached, and the errors of `connect` and `broadcast`.
+    Raises OSError or redis.RedisError if Redis does not respond within 5 seconds, and what `broadcast` raises.
     """
-    redis, message = Redis(url), pubsub.make_message(channel, topic, payload)
+    redis, message = Redis(url, JOIN_TIME), pubsub.make_message(channel, topic, payload)
     data = room("codec").Codec(None, os.urandom(8)).encode([*message[2:], None])
     with redis.client:
         return redis.client.publish(redis.key("channel:", channel), data)
@@ -6615,6 +7626,609 @@ __all__ += ["lease_number"]
 rooms["leases"] = SimpleNamespace(resolve=_resolve, list_leases=_list_leases)
 
 
+# ----- cut here: without sessions ------------------------------------------------------------------------------------
+# Lost: session, req.set_cookie, req.get_cookie, req.delete_cookie. bottle.response.set_cookie remains.
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Sessions: cookies, and what the server remembers of a browser between its requests.
+# Invariant: only an id that was made here is a session's. Its hash is stored, the id itself is not, nor is it logged.
+#
+# A session is some JSON texts, by key. They are in memory, or, on a node of a cluster, in Redis, where one script makes
+# each operation atomic. A session exists from the first `set`, or from `renew`, which marks it as a login. Two tables
+# hold the logins and the others, in the order of their last use. When there are too many sessions, the others go first.
+# A session that is over is removed when it is looked up, or when new ones are made: each of them removes a few.
+# ---------------------------------------------------------------------------------------------------------------------
+
+import hmac
+from base64 import urlsafe_b64decode, urlsafe_b64encode
+from collections import OrderedDict
+from hashlib import sha256
+from secrets import token_urlsafe
+
+from gevent.queue import LifoQueue
+
+MAX_COOKIE = 4096  # bytes of a name and its value: browsers ignore a larger cookie (RFC 6265bis §5.6)
+MAX_SWEEP = 100  # sessions that are over, removed when one is made: it makes one, so they never become more
+MAX_LIFE = 1e9  # seconds
+REDIS_TIME = 1.0  # seconds until an operation fails, and between two tries while Redis is away
+REDIS_CONNECTIONS = 16  # of a node, at most; each operation has one for itself
+SESSION_KEY = "nova_lite.session"  # in WSGI's environ: the hash of the id that the response sends; "" if it deletes it
+_COOKIE_NAME = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")  # RFC 6265 §4.1.1, as are the next two
+_COOKIE_OCTETS = re.compile(r"[!#-+\--:<-\[\]-~]*")
+_COOKIE_PATH = re.compile(r"/[ -:<-~]*")
+_SESSION_ID = re.compile(r"[A-Za-z0-9_-]{22}")
+
+
+def set_cookie(
+    req: Request,
+    name: str,
+    value: Any,
+    *,
+    secret: str | bytes | None = None,
+    max_age: int | None = None,
+    path: str = "/",
+    domain: str | None = None,
+    secure: bool | None = None,
+    httponly: bool = True,
+    samesite: str | None = "Lax",
+) -> None:
+    """Sends a cookie with the response to `req`, whatever that is: a redirect, an error, a WebSocket's 101.
+
+    `value` is a string. With `secret` it is anything that JSON can hold, and signed, so that `get_cookie` does not take
+    another one for it, nor that of another name; the client can read it. `max_age` is in seconds, None: until the
+    browser ends; a signed cookie is not accepted for longer. `secure` (https only) is by default whether the client
+    uses https. `samesite` is "Lax", "Strict", "None" (which needs `secure`) or None, for the browser's default.
+
+    Raises ValueError for what browsers would not take: control characters, more than MAX_COOKIE bytes, a `__Host-`
+    without what that demands; TypeError for a value that is no string, or not JSON; RuntimeError if it is too late (a
+    WebSocket or an event stream has its response), or if another application than a Nova sends the response.
+    """
+    secure = is_https(req) if secure is None else secure
+    text = _quote(value) if secret is None else _sign(name, value, secret, max_age)
+    _check_attributes(name, path, domain, secure, samesite)
+    if len(name) + len(text) > MAX_COOKIE:
+        raise ValueError(f"the cookie {name!r} has {len(name) + len(text)} bytes; a browser takes {MAX_COOKIE}")
+    given = {"Max-Age": None if max_age is None else int(max_age), "Path": path, "Domain": domain, "SameSite": samesite}
+    parts = [f"{name}={text}", *(f"{key}={value}" for key, value in given.items() if value is not None)]
+    parts += ["HttpOnly"] * httponly + ["Secure"] * secure
+    _cookies_to_send(req)[name, path, domain] = "; ".join(parts)
+
+
+def is_https(req: Request) -> bool:
+    """Returns whether the client uses https; behind a proxy, `trust_proxy` must say that there is one."""
+    return bool(req.environ.get("wsgi.url_scheme") == "https")
+
+
+def _cookies_to_send(req: Request) -> dict[Any, str]:
+    cookies: dict[Any, str] | None = req.environ.setdefault(COOKIES_KEY, {})
+    if cookies is None:
+        raise RuntimeError("no cookie can be sent any more: the response to this request has been sent")
+    if not isinstance(req.environ.get("bottle.app"), Nova | None):  # it has taken over the routes
+        raise RuntimeError("no cookie can be sent: mount the application in bottle's as app.wsgi, not as app")
+    return cookies
+
+
+def _check_attributes(name: str, path: str, domain: str | None, secure: bool, samesite: str | None) -> None:
+    if not _COOKIE_NAME.fullmatch(name):
+        raise ValueError(f"{name!r} is not the name of a cookie")
+    if not _COOKIE_PATH.fullmatch(path) or not re.fullmatch(r"[A-Za-z0-9.-]+", domain or "-"):
+        raise ValueError(f"the cookie {name!r} has no such path or domain: {path!r}, {domain!r}")
+    if samesite not in ("Lax", "Strict", "None", None) or (samesite == "None" and not secure):
+        raise ValueError(f"samesite is 'Lax', 'Strict', None, or, with secure=True, 'None', not {samesite!r}")
+    prefix = name.lower().partition("-")[0]
+    if prefix in ("__host", "__secure") and not (secure and (prefix == "__secure" or (path, domain) == ("/", None))):
+        raise ValueError(f"browsers ignore {name!r}: it needs https, and with __Host- the path '/' and no domain")
+
+
+def _quote(value: str) -> str:
+    """Returns a string as a cookie's value, between quotes if it must be: `req["cookies"]` reads it (http.cookies)."""
+    if not isinstance(value, str):
+        raise TypeError(f"a cookie's value is a string, or with a secret what JSON can hold, not {value!r}")
+    if re.search(r"[\x00-\x1f\x7f]", value):
+        raise ValueError(f"a cookie cannot hold control characters: {value!r}")
+    if _COOKIE_OCTETS.fullmatch(value):
+        return value
+    octets = (chr(octet) for octet in value.encode())
+    return '"' + "".join(it if it == " " or _COOKIE_OCTETS.fullmatch(it) else f"\\{ord(it):03o}" for it in octets) + '"'
+
+
+def _sign(name: str, value: Any, secret: str | bytes, max_age: int | None) -> str:
+    """Returns base64(JSON of [value, time of its end or None]), a dot, and the signature of that for this name."""
+    end = None if max_age is None else int(time.time()) + max_age
+    text = json.dumps([value, end], allow_nan=False, separators=(",", ":"))
+    payload = urlsafe_b64encode(text.encode()).rstrip(b"=").decode()
+    return f"{payload}.{_signature(name, payload, secret)}"
+
+
+def _signature(name: str, payload: str, secret: str | bytes) -> str:
+    key = secret.encode() if isinstance(secret, str) else secret
+    if not key:
+        raise ValueError("the secret is empty")
+    digest = hmac.digest(key, f"nova_lite cookie {name}={payload}".encode(), "sha256")
+    return urlsafe_b64encode(digest).rstrip(b"=").decode()
+
+
+def _get_cookie(req: Request, name: str, secret: str | bytes | None = None) -> Any:
+    if secret is None:
+        return req["cookies"].get(name)
+    for text in _values(req, name):
+        payload, _, signature = text.rpartition(".")
+        if hmac.compare_digest(signature.encode(), _signature(name, payload, secret).encode()):
+            value, end = json.loads(urlsafe_b64decode(payload + "=" * (-len(payload) % 4)))
+            if end is None or time.time() < end:
+                return value
+    return None
+
+
+def _values(req: Request, name: str) -> list[str]:
+    """Returns the values of all cookies of this name: a page of a parent domain may have set another one."""
+    pairs = (pair.partition("=") for pair in req.environ.get("HTTP_COOKIE", "").split(";"))
+    return [value.strip(" \t") for key, _, value in pairs if key.strip(" \t") == name]
+
+
+def _send_cookies(environ: dict[str, Any]) -> None:
+    """Adds the cookies to bottle's response, in place of its headers: a program may return one response many times."""
+    lines = environ.pop(COOKIES_KEY) or {}
+    headers = bottle.response._headers
+    cookies = [*headers.get("Set-Cookie", []), *lines.values()]
+    bottle.response._headers = {"Cache-Control": ["private"], **headers, "Set-Cookie": cookies}
+
+
+class Session:
+    """What the server remembers of a browser, by key. The one instance is `session`.
+
+    A value is anything that JSON can hold. A key's value is replaced as a whole, and requests that set different keys
+    at the same time do not lose any. The functions take the request, in a controller, in `security` and in a WebSocket
+    handler. On a node of a cluster the sessions are in Redis; while that is away, they raise an HTTPError (503).
+    """
+
+    def __init__(self) -> None:
+        self.configure()
+        self.memory = _Memory(self)
+        self.redis: _RedisSessions | None = None  # of the adapter below; None before it is used
+        self.adapter: Any = None
+
+    def configure(
+        self,
+        *,
+        idle: float = 12 * 3600.0,
+        absolute: float = 7 * 86400.0,
+        cookie: str = "nova_session",
+        secure: bool | None = None,
+        limit: int = 100_000,
+        max_size: int = 16_384,
+    ) -> None:
+        """Sets the limits; those left out get their defaults. Raises ValueError for limits that admit no session.
+
+        A session is over `idle` seconds after its last use, and `absolute` seconds after it was made or renewed.
+        `cookie` is its cookie's name; over https it has the prefix `__Host-`. `secure` is whether clients use https, by
+        default what the request says (see `trust_proxy`). There are at most `limit` sessions, and one has at most
+        `max_size` bytes of keys and JSON.
+        """
+        is_possible = 0 < idle < MAX_LIFE and 0 < absolute < MAX_LIFE and limit > 0 and max_size > 0
+        if not (is_possible and _COOKIE_NAME.fullmatch(cookie)):
+            raise ValueError(f"no session is possible with {idle=}, {absolute=}, {limit=}, {max_size=}, {cookie=}")
+        self.idle, self.absolute, self.cookie, self.secure = idle, absolute, cookie, secure
+        self.limit, self.max_size = limit, max_size
+
+    def get(self, req: Request, key: str, default: Any = None) -> Any:
+        """Returns the value of `key`, or `default` without a session or without that key. Makes no session."""
+        name = self._find(req)
+        text = self._store().get(name, key) if name else None
+        return default if text is None else json.loads(text)
+
+    def set(self, req: Request, key: str, value: Any) -> str:
+        """Sets the value of `key`, in a new session if there is none, whose cookie goes out with the response.
+
+        Returns "ok". Raises TypeError for what JSON cannot hold, ValueError over `max_size`, RuntimeError if there is
+        no session and the response has been sent (a WebSocket's), HTTPError (503) if there are too many sessions.
+        """
+        if not isinstance(key, str):
+            raise TypeError(f"a session's key is a string, not {key!r}")
+        text = json.dumps(value, allow_nan=False, separators=(",", ":"))
+        if len(key.encode()) + len(text) > self.max_size:
+            raise ValueError(f"{key!r} has {len(text)} bytes; a session may have {self.max_size}")
+        name = self._find(req)
+        if not name or not self._store().set(name, key, text):
+            self._start(req, lambda new: self._store().create(new, key, text))
+        return "ok"
+
+    def delete(self, req: Request, key: str | None = None) -> str:
+        """Deletes a key, or, without one, the session: a logout, on all nodes. Returns "ok", also if there is none."""
+        name = self._find(req)
+        if name:
+            self._store().delete(name, key)
+        if key is None:
+            if req.environ.get(COOKIES_KEY, {}) is not None and (name or _values(req, self._cookie_name(req))):
+                req.set_cookie(self._cookie_name(req), "", max_age=0, secure=self._is_secure(req))
+            req.environ[SESSION_KEY] = ""
+        return "ok"
+
+    def renew(self, req: Request) -> str:
+        """Gives the session a new id, at a login: who knew the old one, or chose it, has no session. Returns "ok".
+
+        Makes a session if there is none. A renewed session is not pushed out by others. Raises RuntimeError if the
+        response has been sent (a WebSocket's).
+        """
+        old = self._find(req)
+        self._start(req, lambda new: self._store().renew(old or "", new))
+        return "ok"
+
+    def _start(self, req: Request, make: Callable[[str], None]) -> None:
+        """Calls `make` with the name of a new session, and sends its id. The id is nowhere else."""
+        _cookies_to_send(req)  # raises if it is too late
+        session_id = token_urlsafe(16)
+        name = _hash(session_id)
+        make(name)
+        max_age = max(1, int(self.absolute))
+        req.set_cookie(self._cookie_name(req), session_id, max_age=max_age, secure=self._is_secure(req))
+        req.environ[SESSION_KEY] = name
+
+    def _find(self, req: Request) -> str | None:
+        """Returns the name of the session that the request may have, or None.
+
+        Of several cookies, one of which another site of the domain may have set, that of a session counts. Should more
+        than one have a session, or should they be many, none counts.
+        """
+        known: str | None = req.environ.get(SESSION_KEY)
+        if known is not None:
+            return known
+        ids = {text for text in _values(req, self._cookie_name(req)) if _SESSION_ID.fullmatch(text)}
+        names = [_hash(text) for text in ids]
+        if 1 < len(names) < 5:
+            names = [name for name in names if self._store().is_live(name)]
+        return names[0] if len(names) == 1 else None
+
+    def _is_secure(self, req: Request) -> bool:
+        return is_https(req) if self.secure is None else self.secure
+
+    def _cookie_name(self, req: Request) -> str:
+        # With the prefix, no page over http, and none of another host of the domain, can have set it (RFC 6265bis).
+        return f"__Host-{self.cookie}" if self._is_secure(req) else self.cookie
+
+    def _store(self) -> _Memory | _RedisSessions:
+        if self.adapter is not pubsub.adapter:
+            self.adapter = pubsub.adapter
+            redis = rooms["cluster"].find_redis if "cluster" in rooms else lambda: None
+            self.redis = _RedisSessions(self, redis) if redis() else None
+        return self.redis or self.memory
+
+
+def _hash(session_id: str) -> str:
+    return sha256(session_id.encode()).hexdigest()
+
+
+def _error_503(text: str) -> HTTPError:
+    return HTTPError(503, text, Retry_After="1")
+
+
+@dataclass(eq=False)
+class _Entry:
+    """A session in memory."""
+
+    values: dict[str, str]  # key -> JSON
+    begun: float
+    used: float
+
+    __slots__ = ("begun", "used", "values")
+
+
+class _Memory:
+    """The sessions of a node alone, by the hashes of their ids. Nothing here blocks: each operation is atomic."""
+
+    def __init__(self, options: Session) -> None:
+        self.options = options
+        self.others: OrderedDict[str, _Entry] = OrderedDict()  # not renewed; here and below, the longest unused first
+        self.renewed: OrderedDict[str, _Entry] = OrderedDict()
+
+    def is_live(self, name: str) -> bool:
+        return self._use(name) is not None
+
+    def get(self, name: str, key: str) -> str | None:
+        entry = self._use(name)
+        return entry.values.get(key) if entry else None
+
+    def set(self, name: str, key: str, text: str) -> bool:
+        entry = self._use(name)
+        if entry:
+            size = sum(len(it.encode()) for pair in {**entry.values, key: text}.items() for it in pair)
+            if size > self.options.max_size:
+                raise ValueError(f"a session may have {self.options.max_size} bytes; with {key!r} it has {size}")
+            entry.values[key] = text
+        return entry is not None
+
+    def create(self, name: str, key: str, text: str) -> None:
+        self._make_room(is_renewed=False)
+        self.others[name] = _Entry({key: text}, monotonic(), monotonic())
+
+    def delete(self, name: str, key: str | None) -> None:
+        entry = self._use(name)
+        if entry and key is not None:
+            entry.values.pop(key, None)
+        elif entry:
+            self._drop(name)
+
+    def renew(self, old: str, new: str) -> None:
+        entry = self._use(old)
+        self._drop(old)
+        self._make_room(is_renewed=True)
+        self.renewed[new] = _Entry(entry.values if entry else {}, monotonic(), monotonic())
+
+    def _use(self, name: str) -> _Entry | None:
+        """Returns a session that is not over, and counts that as a use."""
+        table = self.renewed if name in self.renewed else self.others
+        entry, now = table.get(name), monotonic()
+        if entry is None or self._is_over(entry, now):
+            self._drop(name)
+            return None
+        entry.used = now
+        table.move_to_end(name)
+        return entry
+
+    def _is_over(self, entry: _Entry, now: float) -> bool:
+        return now - entry.used >= self.options.idle or now - entry.begun >= self.options.absolute
+
+    def _drop(self, name: str) -> None:
+        self.renewed.pop(name, None)
+        self.others.pop(name, None)
+
+    def _make_room(self, is_renewed: bool) -> None:
+        for table in (self.others, self.renewed):
+            for _ in range(MAX_SWEEP):
+                if not table or not self._is_over(next(iter(table.values())), monotonic()):
+                    break
+                table.popitem(last=False)
+        while len(self.others) + len(self.renewed) >= self.options.limit:
+            if not self.others and not is_renewed:
+                raise _error_503("there are too many sessions")
+            (self.others or self.renewed).popitem(last=False)
+
+
+# KEYS: a session, the others, the renewed, the new session. ARGV: the operation, milliseconds idle and absolute, the
+# limits of number and size, key, value. A session is a hash; the tables are sorted by the time of the last use. Returns
+# {status, value}: 0 no session, 1 done, 2 too large, 3 too many.
+_SESSION_SCRIPT = f"""
+local op, idle, absolute, limit, size, field, value = unpack(ARGV)
+local time, tables = redis.call('TIME'), {{KEYS[2], KEYS[3]}}
+local now = time[1] * 1000 + math.floor(time[2] / 1000)
+local function drop(key)
+  redis.call('DEL', key)
+  for _, table in ipairs(tables) do redis.call('ZREM', table, key) end
+end
+local function make_room(is_renewed)
+  for _, table in ipairs(tables) do
+    local over = redis.call('ZRANGEBYSCORE', table, '-inf', now - idle, 'LIMIT', 0, {MAX_SWEEP})
+    for _, key in ipairs(over) do drop(key) end
+  end
+  while redis.call('ZCARD', tables[1]) + redis.call('ZCARD', tables[2]) >= tonumber(limit) do
+    local oldest = redis.call('ZRANGE', tables[1], 0, 0)[1] or is_renewed and redis.call('ZRANGE', tables[2], 0, 0)[1]
+    if not oldest then return false end
+    drop(oldest)
+  end
+  return true
+end
+local function use(key, table, is_new)
+  local created = redis.call('HGET', key, 'created')
+  local left = created and math.min(idle, created + absolute - now) or 0
+  if left <= 0 then return drop(key) end
+  redis.call('PEXPIRE', key, left)
+  redis.call('ZADD', table or redis.call('ZSCORE', tables[2], key) and tables[2] or tables[1], now, key)
+  return true
+end
+if op == 'create' then
+  if not make_room(false) then return {{3}} end
+  redis.call('HSET', KEYS[1], 'created', now, field, value)
+  use(KEYS[1], tables[1])
+  return {{1}}
+elseif op == 'renew' then
+  if redis.call('EXISTS', KEYS[4]) == 1 then return {{1}} end
+  if use(KEYS[1]) then redis.call('RENAME', KEYS[1], KEYS[4]) end
+  drop(KEYS[1])
+  make_room(true)
+  redis.call('HSET', KEYS[4], 'created', now)
+  use(KEYS[4], tables[2])
+  return {{1}}
+end
+if not use(KEYS[1]) then return {{0}} end
+if op == 'get' then return {{1, redis.call('HGET', KEYS[1], field)}} end
+if op == 'delete' then redis.call('HDEL', KEYS[1], field) end
+if op == 'end' then drop(KEYS[1]) end
+if op == 'set' then
+  local all, sum = redis.call('HGETALL', KEYS[1]), #field + #value - 1
+  for at = 1, #all, 2 do
+    if all[at] ~= 'created' and all[at] ~= field then sum = sum + #all[at] + #all[at + 1] - 1 end
+  end
+  if sum > tonumber(size) then return {{2, sum}} end
+  redis.call('HSET', KEYS[1], field, value)
+end
+return {{1}}
+"""
+
+
+class _RedisSessions:
+    """The sessions of a cluster. No operation waits for longer than REDIS_TIME, nor while Redis is known to be away."""
+
+    def __init__(self, options: Session, find_redis: Callable[[], Any]) -> None:
+        self.options = options
+        self.connections: Any = LifoQueue()  # those that no operation is using; they connect by themselves
+        for _ in range(REDIS_CONNECTIONS):
+            connection, self.key = find_redis()
+            self.connections.put(connection)
+        self.is_away, self.retry_at = False, 0.0  # the last operation failed; when the next one may try again
+
+    def is_live(self, name: str) -> bool:
+        return bool(self._ask("live", name)[0] == 1)
+
+    def get(self, name: str, key: str) -> str | None:
+        _, *values = self._ask("get", name, key)
+        return values[0].decode() if values and values[0] is not None else None
+
+    def set(self, name: str, key: str, text: str) -> bool:
+        status, *sizes = self._ask("set", name, key, text)
+        if status == 2:
+            raise ValueError(f"a session may have {self.options.max_size} bytes; with {key!r} it has {sizes[0]}")
+        return bool(status == 1)
+
+    def create(self, name: str, key: str, text: str) -> None:
+        if self._ask("create", name, key, text)[0] == 3:
+            raise _error_503("there are too many sessions")
+
+    def delete(self, name: str, key: str | None) -> None:
+        self._ask("end", name) if key is None else self._ask("delete", name, key)
+
+    def renew(self, old: str, new: str) -> None:
+        self._ask("renew", old, new=new)
+
+    def _ask(self, op: str, name: str, key: str = "", text: str = "", new: str = "") -> list[Any]:
+        options = self.options
+        limits = int(options.idle * 1000), int(options.absolute * 1000), options.limit, options.max_size
+        keys = [self.key("session:", name), self.key("sessions"), self.key("logins"), self.key("session:", new)]
+        response: list[Any] | None = None
+        failure = f"no response in {REDIS_TIME:.1f} s"
+        if self.is_away and monotonic() < self.retry_at:
+            raise _error_503("the sessions cannot be reached")
+        self.retry_at = monotonic() + 2 * REDIS_TIME  # while Redis is away, one request a time tries
+        try:
+            with gevent.Timeout(REDIS_TIME, False):
+                response = self._request(*keys, op, *limits, f":{key}", text)
+        except Exception as error:
+            failure = str(error)
+        if self.is_away != (response is None):
+            self.is_away = response is None
+            refusing = f"requests that need them are refused: {failure}"
+            log.warning("sessions: %s", refusing if self.is_away else "Redis responds again")
+        self.retry_at = monotonic() + REDIS_TIME
+        if response is None:
+            raise _error_503("the sessions cannot be reached")
+        return response
+
+    def _request(self, *arguments: Any) -> Any:
+        connection = self.connections.get()
+        try:
+            with suppress(Exception):  # Redis may have closed the connection, as it does when it restarts
+                return self._evaluate(connection, arguments)
+            connection.disconnect()
+            return self._evaluate(connection, arguments)
+        except BaseException:
+            connection.disconnect()  # a late response must not be taken for the next one
+            raise
+        finally:
+            self.connections.put(connection)
+
+    def _evaluate(self, connection: Any, arguments: Any) -> Any:
+        connection.send_command("EVAL", _SESSION_SCRIPT, 4, *arguments)
+        return connection.read_response()
+
+
+session = Session()
+__all__ += ["session"]
+rooms["sessions"] = SimpleNamespace(set_cookie=set_cookie, get_cookie=_get_cookie, send_cookies=_send_cookies)
+
+
+# ----- cut here: without logs ----------------------------------------------------------------------------------------
+# Lost: the access log, with the reasons of refusals; log_format="json".
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Logs: the access log, and lines that programs read.
+# Invariant: a record is one line, whatever a client has sent.
+#
+# A record's arguments may be one dict: its items are the fields of the line in JSON. One that mentions a connection's
+# process has the fields `process`, `path` and `peer`.
+# ---------------------------------------------------------------------------------------------------------------------
+
+_ACCESS = '%(peer)s "%(request)s" %(status)03d %(bytes)d %(milliseconds).1f ms'
+_RECORD_KEYS = {*vars(logging.makeLogRecord({})), "message", "asctime"}
+
+
+def _log_request(handler: Any) -> None:
+    """Logs a response. A refusal that an operator may want to change is a warning, with its reason."""
+    environ = handler.environ
+    reason = environ.get(REFUSAL_KEY)
+    level = logging.WARNING if reason else logging.INFO
+    if log.isEnabledFor(level):
+        fields = {
+            "peer": f"{environ.get('REMOTE_ADDR')}:{environ.get('REMOTE_PORT')}",
+            "request": printable(handler.requestline or ""),
+            "status": int((handler._orig_status or "000").split()[0]),
+            "bytes": handler.response_length,
+            "milliseconds": round((handler.time_finish - handler.time_start) * 1000, 3),
+        }
+        if reason:
+            fields["reason"] = reason
+        log.log(level, f"{_ACCESS}: %(reason)s" if reason else _ACCESS, fields)
+
+
+class JSONFormatter(logging.Formatter):
+    """Formats a record as one JSON object: time (UTC), level, logger, pid, message; fields; traceback.
+
+    The fields are those of an event of this module (peer, path, method, status, milliseconds, reason, ... as far as
+    there are any), and what a program passes to the logger as `extra`.
+    """
+
+    converter = staticmethod(time.gmtime)
+
+    def format(self, record: logging.LogRecord) -> str:
+        line = {
+            "time": f"{self.formatTime(record, '%Y-%m-%dT%H:%M:%S')}.{int(record.msecs):03}Z",
+            "level": record.levelname.lower(),
+            "logger": record.name,
+            "pid": record.process,
+            "message": record.getMessage(),
+        }
+        for name, value in {**_list_fields(record), **_list_extra(record)}.items():
+            line.setdefault(str(name), _simplify(value))
+        trace = [self.formatException(record.exc_info)] if record.exc_info else []
+        if record.stack_info:
+            trace.append(record.stack_info)
+        if trace:
+            line["traceback"] = "\n".join(trace)
+        return json.dumps(line)
+
+
+def _list_fields(record: logging.LogRecord) -> dict[str, Any]:
+    if isinstance(record.args, Mapping):
+        fields = dict(record.args)
+        method, _, rest = str(fields.pop("request", "")).partition(" ")
+        return {"method": method, "path": rest.partition(" ")[0], **fields} if rest else fields
+    for process in record.args or ():
+        if isinstance(process, Stream):
+            peer = "{}:{}".format(*process.req["peer"])
+            return {"process": process, "path": process.req["path"], "peer": peer}
+    return {}
+
+
+def _list_extra(record: logging.LogRecord) -> dict[str, Any]:
+    return {name: value for name, value in vars(record).items() if name not in _RECORD_KEYS}
+
+
+def _simplify(value: Any) -> Any:
+    """Returns what JSON has for a value: numbers, strings and None as they are, anything else as text."""
+    if value is None or isinstance(value, bool | int | str) or (isinstance(value, float) and abs(value) < inf):
+        return value
+    return str(value)
+
+
+def log_handler(log_format: str = "plain", shows_process: bool = False) -> logging.Handler:
+    """Returns a handler that writes to the standard error, for `logging.basicConfig(handlers=[...])`.
+
+    The format is "plain" (the id of the OS process is shown if asked for) or "json". Raises ValueError for another one.
+    """
+    process = "%(process)d " if shows_process else ""
+    plain = logging.Formatter(f"%(asctime)s {process}%(levelname)s %(name)s: %(message)s")
+    formatters = {"plain": plain, "json": JSONFormatter()}
+    if log_format not in formatters:
+        raise ValueError(f"log_format is 'plain' or 'json', not {log_format!r}")
+    handler = logging.StreamHandler()
+    handler.setFormatter(formatters[log_format])
+    return handler
+
+
+__all__ += ["JSONFormatter", "log_handler"]
+rooms["logs"] = SimpleNamespace(log_request=_log_request, log_handler=log_handler)
+
+
 # ----- cut here: without stats ---------------------------------------------------------------------------------------
 # Lost: app.stats, and with it app.board.
 
@@ -6805,6 +8419,103 @@ vars(rooms["stats"]).update(  # for the board, which asks for what it shows only
     list_supervisors=_list_supervisors,
     list_leases=_leases,
 )
+
+
+# ----- cut here: without metrics -------------------------------------------------------------------------------------
+# Lost: app.metrics.
+# Needs: the room stats.
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Metrics: figures of all nodes in Prometheus' text format, 0.0.4.
+# Invariant: the number of series depends on the number of nodes alone. So no label is a process, a channel or a path:
+# clients name channels, and Prometheus would keep each name for weeks. The board and `stats` have them.
+# ---------------------------------------------------------------------------------------------------------------------
+
+METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+LABEL_LENGTH = 200  # characters of a node's name
+
+
+def _longest_mailbox(figures: Mapping[str, Any]) -> int:
+    return max((process["mailbox"] for process in figures["processes"]), default=0)
+
+
+_METRICS: tuple[tuple[str, str, str, Any], ...] = (  # name, type, help; the figure in `stats`, or a function of them
+    ("uptime_seconds", "gauge", "Seconds since the node was started.", "uptime_seconds"),
+    ("cpu_seconds_total", "counter", "CPU time of the OS process.", "cpu_seconds"),
+    ("memory_bytes", "gauge", "Resident memory of the OS process.", "memory_bytes"),
+    ("connections", "gauge", "WebSockets and event streams.", "connections"),
+    ("max_connections", "gauge", "Connections that the node accepts at most.", "max_connections"),
+    ("draining", "gauge", "1 while the node is stopping, else 0.", "draining"),
+    ("slow_closed_total", "counter", "Connections closed since their clients did not read.", "slow_closed"),
+    ("messages_dropped_total", "counter", "Messages dropped for clients that did not read.", "messages_dropped"),
+    ("processes", "gauge", "Processes, connections included.", "process_count"),
+    ("longest_mailbox_messages", "gauge", "Messages in the longest mailbox.", _longest_mailbox),
+    ("channels", "gauge", "Channels that have members on any node.", "channel_count"),
+    ("cluster_up", "gauge", "1 while connected to the cluster, else 0.", lambda it: it["cluster"]["up"]),
+    ("cluster_nodes", "gauge", "Nodes known here, with this one.", lambda it: len(it["cluster"]["nodes"]) + 1),
+    ("cluster_dropped_total", "counter", "Messages that were unreadable.", lambda it: it["cluster"]["dropped"]),
+)
+
+
+def metrics(app: Nova, path: str = "/metrics", security: Any = False) -> None:
+    """Adds figures of all nodes, workers included, to an application, for Prometheus; `security` as in a group.
+
+    Each has the label `node`. They are numbers only, without a name that a client has chosen: unlike the board, they
+    may be served without security, since few scrapers log in. A node that does not answer within a second is missing.
+    """
+    room("stats")  # raises here, and not at the first client, if it was cut off
+    app.add({"security": security, "routes": [(path, _show_metrics, {"methods": ["get"]})]})
+
+
+def _show_metrics(_req: Request) -> Any:
+    text = format_metrics(room("stats").cluster_stats())
+    return "status", 200, {"Content-Type": METRICS_TYPE, "Cache-Control": "no-store"}, text.encode("utf-8", "replace")
+
+
+def format_metrics(nodes: Iterable[Mapping[str, Any]]) -> str:
+    """Returns the `stats` of nodes in Prometheus' text format."""
+    named = _name_nodes(nodes)
+    info = [f'{{node="{name}",version="{_escape(figures.get("version"))}"}} 1' for name, figures in named.items()]
+    lines = _family("info", "gauge", "The version of nova_lite.", info)
+    for metric, kind, text, figure in _METRICS:
+        values = {name: _read_figure(figure, figures) for name, figures in named.items()}
+        samples = [f'{{node="{name}"}} {value}' for name, value in values.items() if value is not None]
+        lines += _family(metric, kind, text, samples)
+    return "".join(f"{line}\n" for line in lines)
+
+
+def _family(name: str, kind: str, text: str, samples: list[str]) -> list[str]:
+    head = [f"# HELP nova_lite_{name} {text}", f"# TYPE nova_lite_{name} {kind}"] if samples else []
+    return head + [f"nova_lite_{name}{sample}" for sample in samples]
+
+
+def _name_nodes(nodes: Iterable[Mapping[str, Any]]) -> dict[str, Mapping[str, Any]]:
+    """Returns the nodes by their labels. Of nodes with one name, those that started later get a number."""
+    named: dict[str, Mapping[str, Any]] = {}
+    for figures in sorted(nodes, key=lambda figures: -(_read_figure("uptime_seconds", figures) or 0)):
+        label, numbers = _escape(figures.get("node")), count(2)
+        name = label
+        while name in named:
+            name = f"{label} {next(numbers)}"
+        named[name] = figures
+    return named
+
+
+def _read_figure(figure: Any, figures: Mapping[str, Any]) -> Any:
+    """Returns a number, or None if the node has none: it is alone, or of another version."""
+    try:
+        value = figure(figures) if callable(figure) else figures[figure]
+    except (KeyError, TypeError):
+        return None
+    return value + 0 if isinstance(value, int | float) and abs(value) < inf else None
+
+
+def _escape(value: Any) -> str:
+    return str(value)[:LABEL_LENGTH].replace("\\", r"\\").replace('"', r"\"").replace("\n", r"\n")
+
+
+rooms["metrics"] = SimpleNamespace(metrics=metrics)
 
 
 # ----- cut here: without board ---------------------------------------------------------------------------------------
@@ -7138,11 +8849,11 @@ $("pause").onclick = event => event.target.ariaPressed = paused = !paused;
 import argparse
 import ast
 import hashlib
-import hmac
 import secrets
 import sqlite3
 from contextlib import closing
 from itertools import pairwise, takewhile
+from socket import AF_INET, AF_INET6, SOCK_DGRAM, socket
 
 from gevent.threadpool import ThreadPool
 
@@ -7283,7 +8994,7 @@ class NotesController:
 
 
 def is_text(*fields: str) -> bool:
-    return all(field and "\0" not in field for field in fields)  # PostgreSQL stores no NUL
+    return all(field.strip() and "\0" not in field for field in fields)  # PostgreSQL stores no NUL
 
 
 def unprocessable(req: Request, *names: str) -> Any:
@@ -7300,7 +9011,7 @@ def id_in_path(req: Request) -> int:
 
 
 class EchoHandler(WebSocketHandler):
-    def websocket_handle(self, frame: Any, state: Any) -> Any:
+    def websocket_handle(self, frame: ClientFrame, state: Any) -> HandlerResult:
         match frame:
             case ("text", text):
                 return "reply", ("text", "Echo: " + text), state
@@ -7312,7 +9023,7 @@ class CommentsHandler(WebSocketHandler):
         pubsub.join("comments")
         return "ok", state
 
-    def websocket_handle(self, frame: Any, state: Any) -> Any:
+    def websocket_handle(self, frame: ClientFrame, state: Any) -> HandlerResult:
         match frame:
             case ("text", text):
                 pubsub.broadcast("comments", "new_comment", text)
@@ -7320,29 +9031,38 @@ class CommentsHandler(WebSocketHandler):
                 return "reply", frame, state
         return "ok", state
 
-    def websocket_info(self, info: Any, state: Any) -> Any:
+    def websocket_info(self, info: Message, state: Any) -> HandlerResult:
         match info:
-            case ("nova_pubsub", "comments", _sender, "new_comment", text) if isinstance(text, str):
+            case ("nova_pubsub", "comments", _sender, "new_comment", {"name": name, "text": text}):  # of the page
+                return "reply", ("text", f"{name}: {text}"), state
+            case ("nova_pubsub", "comments", _sender, "new_comment", str(text)):
                 return "reply", ("text", text), state
         return "ok", state
 
 
 class ChatHandler(WebSocketHandler):
-    """Sends who is here, the comments that are kept, "live", then changes. Receives "say TEXT", "here|typing NAME"."""
+    """Serves the page: sends who is here, the comments that are kept, "live", then comments, visitors and notes.
 
+    It receives "say ID TEXT", "here NAME" and "typing NAME". The ID is the client's: a comment that it sends again, as
+    the connection broke before it came back, is not said twice.
+    """
+
+    said: deque[str] = deque(maxlen=1000)  # the ids of comments, of all clients
     name = last = ""  # the visitor's name, and the message that set it
 
     def websocket_init(self, state: Any) -> Any:
+        pubsub.join("notes")
         pubsub.join("comments", since="first")
         self_pid().send("live")  # after what is kept
         return "reply", ("text", json.dumps({"event": "here", "data": presence.list("comments")})), state
 
-    def websocket_handle(self, frame: Any, state: Any) -> Any:
+    def websocket_handle(self, frame: ClientFrame, state: Any) -> HandlerResult:
         match frame:
             case ("binary", b""):
                 return "reply", frame, state
             case ("text", text) if text.startswith("say "):
-                pubsub.broadcast("comments", "new_comment", text[4:])
+                id, _, said = text[4:].partition(" ")
+                return self.say(id[:100], said, state)
             case ("text", text) if len(text) <= 100 and text != self.last:  # each key that is pressed repeats it
                 doing, _, name = re.sub("[\0-\x1f\u202a-\u202e\u2066-\u2069]", "", text).partition(" ")  # reversal
                 presence.untrack("comments", self.name)
@@ -7350,15 +9070,27 @@ class ChatHandler(WebSocketHandler):
                 presence.track("comments", self.name, {"typing": doing == "typing"})  # both changes are one event
         return "ok", state
 
-    def websocket_info(self, info: Any, state: Any) -> Any:
+    def say(self, id: str, text: str, state: Any) -> Any:
+        comment = {"id": id, "name": self.name, "text": text, "at": time.time()}
+        if id in self.said:  # the client may have missed it
+            return "reply", ("text", json.dumps({"event": "new_comment", "data": comment})), state
+        self.said.append(id)
+        pubsub.broadcast("comments", "new_comment", comment)
+        return "ok", state
+
+    def websocket_info(self, info: Message, state: Any) -> HandlerResult:
         match info:
-            case ("nova_pubsub", "comments", _sender, "new_comment", str()):
+            case ("nova_pubsub", "comments", _, "new_comment", str() | {"id": str(), "name": str(), "text": str()}):
+                return "reply", ("text", info.once(as_json)), state
+            case ("nova_pubsub", "notes", _, _, _):
                 return "reply", ("text", info.once(as_json)), state
             case ("nova_presence", "comments", _joins, _leaves):
                 return "reply", ("text", info.once(lambda it: json.dumps({"event": "moved", "data": it[2:]}))), state
             case ("nova_resync", "comments"):  # some may be missing; the page skips those that it has
                 pubsub.leave("comments")
                 return self.websocket_init(state)
+            case ("nova_resync", "notes"):  # the page loads all notes again
+                return "reply", ("text", '{"event": "nova_resync", "data": null}'), state
             case "live":
                 return "reply", ("text", '{"event": "live"}'), state
         return "ok", state
@@ -7371,7 +9103,7 @@ class NotificationsHandler(WebSocketHandler):
         pubsub.join("notes", since=state["req"]["since"] or None)
         return "ok", state
 
-    def websocket_handle(self, frame: Any, state: Any) -> Any:
+    def websocket_handle(self, frame: ClientFrame, state: Any) -> HandlerResult:
         match frame:
             case ("text", "ping"):
                 return "reply", ("text", "pong"), state
@@ -7379,7 +9111,7 @@ class NotificationsHandler(WebSocketHandler):
                 return "reply", frame, state
         return "ok", state
 
-    def websocket_info(self, info: Any, state: Any) -> Any:
+    def websocket_info(self, info: Message, state: Any) -> HandlerResult:
         match info:
             case ("nova_pubsub", "notes", _sender, _topic, _payload):
                 return "reply", ("text", info.once(as_json)), state
@@ -7437,30 +9169,22 @@ def children_of(notes: Notes) -> list[ChildSpec]:
 class Login:
     """Protects pages by one password: `routes` is the group with /login and /logout, `security` is for other groups.
 
-    No session is stored. The cookie holds its expiry time and a signature, whose key is derived from the password: all
-    workers accept it, it survives a restart, and a new password ends every login.
+    A session that is logged in holds what proves its password. So it ends when the password changes, on any node.
     """
 
-    LIFE = 12 * 3600  # seconds until a login expires
     TRIES, TRIES_OF_ALL = 5, 30  # wrong passwords a minute, from one address and from all
 
     def __init__(self, password: str, home: str = "/board") -> None:
-        self.home = home
-        # Slow by intention: with a stolen cookie, passwords must not be guessed by the million.
-        self.key = hashlib.scrypt(password.encode(), salt=b"nova_lite login", n=2**14, r=8, p=1)
-        self.proof = self.sign("password", password)
+        self.home, self.password = home, password
+        # Slow by intention: what is stored must not help to guess passwords by the million.
+        self.proof = hashlib.scrypt(password.encode(), salt=b"nova_lite login", n=2**14, r=8, p=1).hex()
         self.wrong: deque[tuple[float, str]] = deque()  # time, address; at most TRIES_OF_ALL
         post = {"methods": ["post"], "max_body": 4096}
         show = ("/login", self.show, {"methods": ["get"]})
         self.routes = {"routes": [show, ("/login", self.log_in, post), ("/logout", self.log_out, post)]}
 
-    def sign(self, kind: str, text: str) -> str:
-        return hmac.new(self.key, f"{kind}:{text}".encode(), "sha256").hexdigest()
-
     def is_logged_in(self, req: Request) -> bool:
-        session, _, signature = req["cookies"].get("nova_login", "").rpartition(".")
-        is_ours = hmac.compare_digest(signature.encode(), self.sign("session", session).encode())
-        return is_ours and int(session.partition(".")[0]) > time.time()
+        return session.get(req, "login") == self.proof
 
     def security(self, req: Request) -> Any:
         if self.is_logged_in(req):
@@ -7479,15 +9203,19 @@ class Login:
         if wait > 0:
             return self.page(429, f"Too many wrong passwords. Wait {wait} seconds.", {"Retry-After": str(wait)})
         given = password if isinstance(password, str) else ""
-        if not hmac.compare_digest(self.sign("password", given), self.proof):
+        if not hmac.compare_digest(given.encode(), self.password.encode()):
             self.wrong.append((monotonic(), address))
             log.warning("wrong password at /login from %s", address)
             return self.page(401, "That is not the password.")
-        session = f"{int(time.time()) + self.LIFE}.{secrets.token_urlsafe(16)}"
-        return self.redirect(req, self.home, f"{session}.{self.sign('session', session)}", self.LIFE)
+        session.renew(req)
+        session.set(req, "login", self.proof)
+        return "status", 303, {"Location": self.home}
 
     def log_out(self, req: Request) -> Any:
-        return self.redirect(req, "/login", "", 0) if req.is_own_origin() else ("status", 403)
+        if not req.is_own_origin():
+            return "status", 403
+        session.delete(req)
+        return "status", 303, {"Location": "/login"}
 
     def wait(self, address: str) -> int:
         """Returns the seconds until this address may try again."""
@@ -7497,12 +9225,6 @@ class Login:
         of_all, own = [at for at, _ in self.wrong], [at for at, other in self.wrong if other == address]
         ends = [*own[-self.TRIES :][: len(own) >= self.TRIES], *of_all[: len(of_all) >= self.TRIES_OF_ALL]]
         return int(max(ends) + 60 - now) + 1 if ends else 0
-
-    def redirect(self, req: Request, path: str, cookie: str, seconds: int) -> Any:
-        # Behind a proxy the request may be plain HTTP; the form's Origin has the scheme that the browser uses.
-        https = req.environ["wsgi.url_scheme"] == "https" or req["headers"].get("Origin", "").startswith("https:")
-        options = f"Max-Age={seconds}; Path=/; HttpOnly; SameSite=Strict{'; Secure' if https else ''}"
-        return "status", 303, {"Location": path, "Set-Cookie": f"nova_login={cookie}; {options}"}
 
     def page(self, status: int, error: str = "", headers: Mapping[str, str] | None = None) -> Any:
         policy = "default-src 'none'; style-src 'unsafe-inline'; img-src data:; frame-ancestors 'none'"
@@ -7543,14 +9265,15 @@ def demo(notes: Notes, password: str | None = None) -> Nova:
     """Returns the tutorial's application; with a password, the board too."""
     pubsub.keep("notes")
     pubsub.keep("comments", seconds=24 * 3600)
-    small = {"protocol": "ws", "max_message_size": 65_536}  # bytes of a comment that is kept
+    small = {"protocol": "ws", "max_message_size": 65_536, "rate": (50, 1)}  # bytes of a comment that is kept
     api = NotesController(notes)
     page = {"Content-Type": "text/html; charset=utf-8", "Cache-Control": "no-cache"}
+    text = PAGE if password else PAGE.replace('<nav><a href="/board">Board</a></nav>', "")
     script = {"Content-Type": "text/javascript; charset=utf-8", "Cache-Control": "no-cache"}
     app = Nova([
         {"routes": [
-            ("/", lambda _req: ("status", 200, page, PAGE), {"methods": ["get"]}),
-            ("/nova.js", lambda _req: ("status", 200, script, CLIENT), {"methods": ["get"]}),
+            ("/", lambda _req: ("status", 200, page, text), {"methods": ["get"]}),
+            ("/nova.js", lambda _req: ("status", 200, script, room("views").CLIENT), {"methods": ["get"]}),
             ("/heartbeat", heartbeat, {"methods": ["get"]}),
             ("/ws", EchoHandler, {"protocol": "ws"}),
             ("/comments", CommentsHandler, small),
@@ -7568,9 +9291,14 @@ def demo(notes: Notes, password: str | None = None) -> Nova:
     ])  # fmt: skip
     if password:
         login = Login(password)
+        app.add({"routes": [(f"{path}/", redirect_to(path), {"methods": ["get"]}) for path in ("/login", login.home)]})
         app.add(login.routes)
         app.board(login.home, security=login.security, logout="/logout")
     return app
+
+
+def redirect_to(path: str) -> Callable[[Request], Any]:
+    return lambda _req: ("redirect", path)
 
 
 PAGE = (
@@ -7578,44 +9306,64 @@ PAGE = (
     + """<title>nova_lite</title>
 <meta name="description" content="Live comments and notes: what one window does, every window shows.">
 <style>
-  body, section, form, #comments { display: flex; flex-direction: column; gap: .75rem }
+  body { min-height: 100dvh } body, section, form, #comments { display: flex; flex-direction: column; gap: .75rem }
   header, .row, #line { display: flex; flex-flow: row wrap; gap: .25rem .75rem; align-items: center }
-  h3 { font-size: 1rem; line-height: 1.35 } header { min-height: 2.25rem } #line { color: var(--dim) }
-  #line { margin-left: auto; gap: .3rem; padding: 0 .6rem; border: 1px solid transparent; border-radius: 2rem }
-  #line, small, label, .error, .plain, .row p { font-size: .875rem } .dim:empty { display: none }
-  #line::before { content: ""; display: inline-block; width: 10px; height: 10px; border: 2px solid; border-radius: 50%;
-                  color: var(--good); margin-right: .25rem } #line:not(.away)::before { background: currentColor }
-  #line.away, .away::before { color: var(--warn) !important; border-color: currentColor }
-  #wait { font-variant-numeric: tabular-nums } main { flex: 1; display: grid; gap: 1rem; min-height: 0 }
-  section { min-width: 0; min-height: 0; overflow: auto; padding: 1rem 1rem 0; background: var(--card);
-            border: 1px solid var(--line); border-radius: .75rem }
+  header { min-height: 2.25rem; column-gap: 1.25rem } h3 { font-size: 1.0625rem; line-height: 1.35 }
+  #line { margin-left: auto; gap: .3rem } .dim:empty { display: none } form { margin: 0 }
+  #line, nav, small, label, .error, .plain, .row p, #typing, #news { font-size: .875rem } #line { color: var(--dim) }
+  #line::before { content: ""; border: 5px solid var(--good); border-radius: 50%; margin-right: .25rem }
+  #line.away::before { padding: 3px; border: 2px solid var(--warn) }
+  #wait { font-variant-numeric: tabular-nums } #wait:empty { display: none }
+  main { flex: 1; display: grid; gap: 1rem; min-height: 0 }
+  section { min-width: 0; min-height: 0; max-height: 60rem; padding: 1rem; background: var(--card);
+            border: 1px solid var(--line); border-radius: .75rem; position: relative }
   section > .row { min-height: 2.5rem; justify-content: space-between }
-  .list { flex: 1; list-style: none; overflow: auto; min-height: 6rem; margin: 0 -.5rem; padding: .25rem .5rem 1.5rem;
-          scrollbar-width: thin; mask: linear-gradient(#000 calc(100% - 1.5rem), transparent) }
-  #comments { align-items: flex-start; gap: .4rem; max-height: 40dvh }
-  #comments p { max-width: 88%; padding: .35rem .8rem; border: 1px solid var(--line); border-radius: 0 1rem 1rem }
-  #comments .mine { align-self: flex-end; background: var(--tint); border-radius: 1rem 0 1rem 1rem }
+  .list { flex: 1; list-style: none; overflow: auto; min-height: 6rem; margin: 0 -.5rem; padding: .25rem .5rem;
+          scrollbar-width: thin } .new { position: relative; isolation: isolate }
+  .new::after { content: ""; position: absolute; inset: 0; z-index: -1; border-radius: inherit; opacity: 0;
+          background: var(--flare) } #comments { align-items: flex-start; gap: .4rem; max-height: 45dvh }
+  #comments > :first-child { margin-top: auto }
+  #comments p { max-width: 88%; padding: .35rem .8rem; border: 1px solid var(--line); border-radius: .3rem 1rem 1rem }
+  #comments .mine { align-self: flex-end; background: var(--tint); border-radius: 1rem .3rem 1rem 1rem }
+  #comments .pending { background: none; border: 1px dashed var(--edge) } #comments .failed { border-color: var(--bad) }
+  #comments .name { display: block; font-size: .8125rem; font-weight: 600; color: var(--accent) }
   time { margin-left: .6rem; font-size: .75rem; white-space: nowrap } .seen { position: absolute; opacity: 0 }
-  li { padding: .75rem .2rem .75rem .5rem; margin: 0 -.5rem; border-top: 1px solid var(--line) }
-  li .row { margin-top: .2rem } #say [name=nick] { flex: 0 1 27% } label { font-weight: 600 }
-  li p { white-space: pre-wrap; max-height: 18rem; overflow: auto } li small { flex: 1 }
-  form.row { flex-wrap: nowrap } .row input { flex: 1 } #search { max-width: 15rem }
-  input, textarea { display: block; width: 100%; min-width: 0; font-size: 1rem; font-weight: 400; resize: vertical }
+  #typing { display: block; min-height: 1.3125rem; margin: -.4rem 0 } #more { align-self: center; margin-top: -3.25rem;
+          border-radius: 2rem } .hint { padding: 1.25rem 1rem; border: 1px dashed var(--edge); border-radius: .75rem;
+          display: grid; gap: .75rem; justify-items: center; text-align: center; text-wrap: balance;
+          color: var(--dim) } .hint button { color: var(--accent); font-weight: 600 }
+  #say { display: grid; grid: auto / minmax(7rem, 27%) 1fr auto }
+  #notes { padding: 0 } li:first-child { border: 0 !important } li { padding: .75rem .5rem .5rem;
+          border-top: 1px solid var(--line) } li .row { margin-top: .2rem } li .erase { padding-right: 0 }
+  li small { flex: 1 } label { font-weight: 600 }
+  li p { white-space: pre-wrap; max-height: 18rem; overflow: auto; font-size: .9375rem } h3 + p { margin-top: .15rem }
+  li.editing { background: var(--tint); box-shadow: inset 3px 0 var(--accent) }
+  li.draft small::after { content: " · not saved yet"; color: var(--warn) }
+  #search { flex: 0 1 15rem } input, textarea { display: block; width: 100%; min-width: 0; font-size: 1rem;
+          font-weight: 400 } textarea { resize: none; max-height: 45dvh } label > * { margin-block: .2rem }
   .plain, summary { color: var(--accent) } .plain { min-height: 1.75rem; padding: 0 .3rem; border: 0;
-         background: none; text-decoration: underline } label > * { margin-block: .2rem }
+          background: none; text-decoration: underline } .plain:hover { background: none }
+  @media (hover: hover) { li .plain:not(:hover, :focus-visible) { color: var(--dim); text-decoration: none } }
+  .erase:is(:hover, :focus-visible) { color: var(--bad) } #form .row { gap: .5rem }
   details:not([open]) > summary::before { content: "+"; margin-right: .4em }
   summary { display: flex; align-items: center; justify-content: center; border-style: dashed; font-weight: 600 }
   [open] > summary { border-color: transparent; padding: .4rem 0; justify-content: start; background: none }
-  @media (min-width: 40rem) and (min-height: 30rem) { #comments { max-height: none }
-    body { height: 100dvh } main { grid-template: minmax(0, 1fr) / 1fr 1fr } }
+  [open] ~ #none { display: none }
+  @media (min-width: 40rem) { main { grid-template: minmax(0, 1fr) / 1fr 1fr; align-items: start }
+    #comments { max-height: 60dvh } }
+  @media (min-width: 40rem) and (min-height: 30rem) { body { height: 100dvh } #comments { max-height: none }
+    main { align-items: stretch } section { overflow: auto } }
+  @media (max-width: 56rem) { #search { flex: 1 0 100% } #say { grid: auto auto / 1fr auto } #say > :first-child {
+    grid-column: 1 / -1 } }
   @media (pointer: coarse) { main :is(input, textarea, button, summary) { min-height: 2.75rem } }
-  @media (prefers-reduced-motion: no-preference) { .new { animation: arrive .3s ease-out, flare 2.5s ease-out }
-    .home.new { animation: none } .home.new::before { animation: star .8s ease-out }
-    @keyframes arrive { from { opacity: 0; translate: 0 -.6rem } }
-    @keyframes flare { from { background: var(--flare) } } @keyframes star { 30% { scale: 1.4; rotate: 45deg } } }
+  @media (prefers-reduced-motion: no-preference) { .new { animation: arrive .3s ease-out }
+    .new::after { animation: flare 2.5s ease-out } .home.new { animation: none }
+    .home.new::before { animation: star .8s ease-out } @keyframes flare { from { opacity: 1 } }
+    @keyframes arrive { from { opacity: 0; translate: 0 .6rem } }
+    @keyframes star { 30% { scale: 1.4; rotate: 45deg } } }
 </style>
 <header>
-  <h1><a class="home" href="/">nova_lite</a></h1>
+  <h1><a class="home" href="/">nova_lite</a></h1><nav><a href="/board">Board</a></nav>
   <div id="line" class="away"><span id="state" role="status">connecting</span><span id="wait" aria-hidden="true"></span
     ><button id="now" class="plain" aria-label="Reconnect now" hidden>now</button></div>
 </header>
@@ -7624,31 +9372,39 @@ PAGE = (
     <div class="row"><h2 id="comments-title">Live comments</h2>
       <p id="here" hidden><span id="count"></span>
         <a id="second" href="/" target="_blank">Open a second window</a></p></div>
-    <form id="say" class="row">
-      <input name="nick" aria-label="Your name" placeholder="Your name" autocomplete="nickname" maxlength="40">
-      <input name="text" aria-label="Your comment" placeholder="Say something" autocomplete="off" maxlength="2000">
-      <button class="main">Send</button></form>
-    <p id="hush" class="dim" role="status">No comments yet. The first appears in every window.</p>
     <div id="comments" class="list" role="log" aria-live="polite" aria-labelledby="comments-title" tabindex="0"></div>
+    <div id="first" class="hint" hidden><p>Nothing has been said yet. What you say appears in every window.</p>
+      <button>Say “Hello, world!”</button></div>
+    <button id="more" hidden>New comments below</button>
+    <p id="typing" class="dim"></p>
+    <form id="say">
+      <input name="nick" dir="auto" aria-label="Your name" placeholder="Your name" autocomplete="nickname"
+        maxlength="40"><input name="text" dir="auto" aria-label="Your comment" placeholder="Say something"
+        autocomplete="off" maxlength="2000"><button class="main">Send</button></form>
   </section>
   <section aria-labelledby="notes-title">
     <div class="row"><h2 id="notes-title">Notes</h2>
       <form id="search" role="search"><input type="search" aria-label="Search" placeholder="Search notes"></form></div>
     <details id="add"><summary>New note</summary><form id="form" autocomplete="off" novalidate>
-      <div><label>Title <input name="title" aria-describedby="e1" required></label><p id="e1" class="error"></p></div>
-      <div><label>Text <textarea name="body" aria-describedby="e2" rows="3" required></textarea></label>
+      <div><label>Title <input name="title" dir="auto" aria-describedby="e1" required></label>
+        <p id="e1" class="error"></p></div>
+      <div><label>Text <textarea name="body" dir="auto" aria-describedby="e2" rows="3" required></textarea></label>
         <p id="e2" class="error"></p></div>
-      <div><label>Author <input name="author" aria-describedby="e3" required></label><p id="e3" class="error"></p></div>
+      <div><label>Author <input name="author" dir="auto" aria-describedby="e3" required></label>
+        <p id="e3" class="error"></p></div>
       <p id="error" class="error" role="alert"></p>
-      <div class="row"><button class="main">Save</button><button type="button" name="cancel">Cancel</button></div>
+      <div class="row"><button class="main" title="Ctrl+Enter">Save</button
+        ><button type="button" name="cancel">Cancel</button></div>
     </form></details>
     <p id="news" class="dim" role="status"></p>
     <p id="found" class="dim" role="status"></p>
+    <div id="none" class="hint" hidden><p>There are no notes yet. What you write appears in every window.</p>
+      <button>Write “Groceries”</button></div>
     <ul id="notes" class="list" role="list" aria-labelledby="notes-title"></ul>
   </section>
 </main>
-<template id="card"><li><div><h3></h3><p></p><div class="row"><small></small><button class="plain">Edit</button>
-  <button class="plain">Delete</button></div></div></li></template>
+<template id="card"><li><div><h3 dir="auto"></h3><p dir="auto"></p><div class="row"><small><bdi></bdi></small>
+  <button class="plain">Edit</button><button class="plain erase">Delete</button></div></div></li></template>
 <script src="/nova.js"></script>
 <script>
 "use strict";
@@ -7660,6 +9416,8 @@ function element(tag, className, ...children) {  // children are text: user inpu
   return node;
 }
 
+function button(text, fn) { return Object.assign(element("button", "plain", text), { type: "button", onclick: fn }); }
+
 function arrived(node) {  // highlights the node and the star
   for (const it of [node, document.querySelector(".home")]) {
     it.classList.remove("new");
@@ -7668,30 +9426,31 @@ function arrived(node) {  // highlights the node and the star
   }
 }
 
-// The connections.
-const comments = new NovaSocket("/chat"), events = new NovaSocket("/notifications?since="), lines = [comments, events];
+function join(names) { return names.flatMap((name, at) => [at ? ", " : "", element("bdi", "", name)]); }
+
+// The connection.
+const line = new NovaSocket("/chat");
 let word = "connecting", ticking;
 function report() {
-  const away = lines.filter(line => line.state !== "open"), kept = comments.queue.length;
-  const wait = Math.min(...away.filter(line => line.state !== "connecting").map(line => line.retryAt - Date.now()));
-  if (!away.length) word = "connected";
-  else if (word !== "connecting") word = navigator.onLine ? "reconnecting" : "offline";
+  const isOpen = line.state === "open", wait = line.state === "waiting" ? line.retryAt - Date.now() : 0;
+  if (isOpen) word = "connected";
+  else if (line.state === "refused") word = `refused: ${line.refusal}`;
+  else if (word !== "connecting" || wait) word = navigator.onLine ? "reconnecting" : "offline";
   if ($("state").textContent !== word) $("state").textContent = word;  // a screen reader reads changes only
-  $("wait").textContent = word !== "offline" && wait < Infinity ? `in ${Math.max(1, Math.ceil(wait / 1000))} s` : "";
-  $("now").hidden = !away.length || (word === "connecting" && wait === Infinity);
-  $("here").hidden = comments.state !== "open";
-  $("line").className = away.length ? "away" : "";
-  if (kept) $("hush").textContent = `${kept} comment${kept > 1 ? "s" : ""} will be sent when the line is back.`;
-  else if (!away.length && $("comments").children.length) $("hush").textContent = "";
+  $("wait").textContent = word !== "offline" && wait ? `in ${Math.max(1, Math.ceil(wait / 1000))} s` : "";
+  $("now").hidden = isOpen || word === "connecting";
+  $("here").hidden = !isOpen;
+  $("line").className = isOpen ? "" : "away";
+  $("first").hidden = past || $("comments").childElementCount > 0;
   clearTimeout(ticking);
-  if (away.length) ticking = setTimeout(report, 250);
+  if (!isOpen) ticking = setTimeout(report, 250);
 }
-const now = $("now").onclick = () => lines.forEach(line => line.now());
-for (const line of lines) line.on("state", report).on("open", now);  // when one connects, all try again
+$("now").onclick = () => line.now();
 
 // Visitors: who is here, and who is typing.
-const storage = (() => { try { return localStorage; } catch { return {}; } })();  // the browser may refuse it
-const { nick, text } = $("say").elements, here = new Map();  // JSON of [name, typing] -> how many windows
+const store = kind => { try { return window[kind]; } catch { return {}; } };  // the browser may refuse it
+const storage = store("localStorage"), { nick, text } = $("say").elements;
+const here = new Map();  // JSON of [name, typing] -> how many windows
 let typing = false, quiet;
 nick.value = storage.nova_name ?? "";
 nick.onchange = () => { storage.nova_name = nick.value; tell(false); };
@@ -7700,55 +9459,105 @@ function tell(now) {  // the others; until nothing has been typed for some secon
   quiet = clearTimeout(quiet);
   typing = now;
   if (typing) quiet = setTimeout(() => tell(false), 4000);
-  if (comments.state === "open") comments.send(`${typing ? "typing" : "here"} ${nick.value}`);
+  if (line.state === "open") line.send(`${typing ? "typing" : "here"} ${nick.value}`);
 }
-comments.on("open", () => tell(false)).on("here", people => { here.clear(); count(people, 1); });
-comments.on("moved", ([joins, leaves]) => { count(leaves, -1); count(joins, 1); });
+line.on("open", () => tell(false)).on("here", people => { here.clear(); count(people, 1); });
+line.on("moved", ([joins, leaves]) => { count(leaves, -1); count(joins, 1); });
 
 function count(people, step) {
   for (const [name, metas] of Object.entries(people)) for (const { typing } of metas) {
     const who = JSON.stringify([name, typing]), windows = (here.get(who) ?? 0) + step;
     if (windows) here.set(who, windows); else here.delete(who);
   }
-  const names = new Map(), own = nick.value.trim() || "Someone";
+  const names = new Set(), typers = new Set(), own = nick.value.trim() || "Someone";
   let total = 0;
   for (const [who, windows] of here) {
     const [name, busy] = JSON.parse(who);
     total += windows;
-    if (busy && windows > (typing && name === own)) names.set(name, `${name} is typing`);
-    else if (name !== "Someone" && !names.has(name)) names.set(name, name);
+    if (name !== "Someone") names.add(name);
+    if (busy && windows > (typing && name === own)) typers.add(name);
   }
-  const some = [...names.values()].sort().slice(0, 12).join(", "), more = names.size > 12 ? ", …" : "";
-  $("count").textContent = total > 1 ? `${total} are here${some && ": "}${some}${more}` : "Only you are here.";
+  const some = join([...names].sort().slice(0, 12)), more = names.size > 12 ? ", …" : "";
+  $("count").replaceChildren(total > 1 ? `${total} are here${some.length ? ": " : ""}` : "Only you are here.",
+    ...total > 1 ? [...some, more] : []);
   $("second").hidden = total > 1;
+  $("typing").replaceChildren(...typers.size > 3 ? ["Several people are typing…"] : join([...typers].sort()),
+    typers.size > 3 || !typers.size ? "" : typers.size > 1 ? " are typing…" : " is typing…");
 }
 
-// Comments: first those that are kept. A replay may repeat some: they are known by their position.
-const mine = [];  // sent, and not received yet
+// Comments. One of this window is shown as pending until it comes back; its id tells it from others with the same text.
+const session = store("sessionStorage"), own = new Set(JSON.parse(session.nova_comments ?? "[]"));
+const list = $("comments"), bubbles = new Map(), pending = new Map();  // id -> <p>; of those not confirmed
 let past = true;  // until "live", comments are replayed
-for (const event of ["here", "live"]) comments.on(event, () => { past = event === "here"; });
-comments.on("new_comment", said => {
-  const { position } = comments, own = mine.indexOf(said), { children } = $("comments");
-  if (position && [...children].some(other => other.position === position)) return;
-  const time = past ? "earlier" : new Date().toLocaleTimeString([], { timeStyle: "short" });
-  const comment = Object.assign(element("p", own < 0 ? "" : "mine", said, element("time", "", time)), { position });
-  if (own >= 0) mine.splice(own, 1), comment.prepend(element("span", "seen", "You: "));
-  $("comments").prepend(comment);
-  if (children.length > 200) $("comments").lastChild.remove();
-  if (!past) arrived(comment);
+line.on("here", () => { past = true; });
+line.on("live", () => { past = false; pending.forEach(deliver); report(); });
+line.on("closed", () => { past = true; pending.forEach(deliver); report(); });
+line.on("state", ({ state }) => { if (state === "refused") pending.forEach(deliver); report(); });
+
+function bubble({ id, name, text, at }) {
+  const isMine = own.has(id), who = isMine ? element("span", "seen", "You: ") : element("bdi", "name", name);
+  const shown = at ? new Date(at * 1000).toLocaleTimeString([], { timeStyle: "short" }) : "earlier";
+  const node = element("p", isMine ? "mine" : "", name && name !== "Someone" || isMine ? who : "",
+    element("bdi", "said", text), element("time", "", shown));
+  bubbles.set(id, Object.assign(node, { key: id }));
+  return node;
+}
+
+function show(node, before = null) {
+  const isLast = list.scrollHeight - list.scrollTop - list.clientHeight < 50;
+  list.insertBefore(node, before);
+  if (list.childElementCount > 200) bubbles.delete(list.firstChild.key), list.firstChild.remove();
+  if (isLast || !before && own.has(node.key)) list.scrollTop = list.scrollHeight;
+  $("more").hidden = isLast || past || own.has(node.key);
   report();
+}
+$("more").onclick = () => { list.scrollTop = list.scrollHeight; };
+list.onscroll = () => { if (list.scrollHeight - list.scrollTop - list.clientHeight < 50) $("more").hidden = true; };
+
+line.on("new_comment", said => {
+  const now = past ? 0 : Date.now() / 1000;  // a client of /comments sends text: its position is its id
+  const comment = typeof said === "string" ? { id: line.position, text: said, at: now } : said, { id } = comment;
+  if (bubbles.has(id) && !pending.has(id)) return;
+  bubbles.get(id)?.remove();
+  pending.delete(id);
+  const node = bubble(comment);
+  show(node, pending.values().next().value);
+  if (!past) arrived(node);
 });
+
+function mark(node, className, ...label) {
+  node.className = `mine pending ${className}`;
+  node.querySelector("time").replaceChildren(...label);
+}
+function deliver(node, id) {  // again after a reconnect; not for ever: it may be the reason why the line breaks
+  if (line.state === "refused" || node.tries === 2) fail(node, id);
+  else if (past) mark(node, "", "waiting for the line");
+  else if (line.send(`say ${id} ${node.text}`)) mark(node, "", "sending…"), node.tries++;
+}
+function fail(node, id) {
+  mark(node, "failed", "not sent · ", button("Retry", () => { node.tries = 0; line.now(); deliver(node, id); }));
+}
+function speak(said) {
+  const id = crypto.getRandomValues(new Uint32Array(4)).join("-");
+  session.nova_comments = JSON.stringify([...own.add(id)].slice(-200));
+  const node = Object.assign(bubble({ id, text: said }), { text: said, tries: 0 });
+  pending.set(id, node);
+  show(node);
+  deliver(node, id);
+  report();
+}
 $("say").onsubmit = event => {
   event.preventDefault();
-  const name = nick.value.trim(), said = text.value.trim(), line = name ? `${name}: ${said}` : said;
-  if (said && comments.send(`say ${line}`)) mine.push(line), text.value = "";
+  if (text.value.trim()) speak(text.value.trim());
+  text.value = "";
   if (typing) tell(false);
-  report();
 };
+$("first").querySelector("button").onclick = () => { speak("Hello, world!"); text.focus(); };
 
 // Notes: the page changes when the event arrives, in this window as in all others.
 const items = new Map(), query = $("search").elements[0];  // id -> its <li>
-let loading = null, searching;
+const erased = new Set();  // ids of notes that this window deletes
+let loading = null, searching, passing, passes = 6000;  // ms
 
 async function api(method, path, data) {  // returns [ok, body]
   const options = { method, headers: { "Content-Type": "application/json" }, cache: "no-store" };
@@ -7768,44 +9577,54 @@ async function load() {  // all notes; changes that arrive meanwhile are applied
   for (const change of changes) change();
   search();
 }
-events.on("open", load).on("nova_resync", load);
+line.on("open", load).on("nova_resync", load);
 
 for (const [change, word] of [[put, "created"], [put, "updated"], [drop, "deleted"]])
-  events.on("note_" + word, note => {
-    const title = note.title ?? items.get(note.id)?.note.title;
-    loading?.push(() => change(note));
-    change(note, true);
-    if (title) say(`“${title}” was ${word}.`);
+  line.on("note_" + word, event => {
+    const note = event.title ? event : items.get(event.id)?.note;
+    loading?.push(() => change(event));
+    change(event, true);
+    const undo = erased.delete(event.id) ? button("Undo", () => restore(note)) : "";
+    if (note) say("“", element("bdi", "", note.title), `” was ${word}. `, undo);
     search();
   });
-const say = text => { $("news").textContent = text; };
+async function restore(note) {
+  const [ok, { error }] = await api("POST", "", note);
+  if (!ok) say(error, " ", button("Undo", () => restore(note)));
+}
+function say(...parts) {  // until it passes
+  $("news").replaceChildren(...parts);
+  clearTimeout(passing);
+  passing = setTimeout(() => $("news").querySelector(":is(:hover, :focus)") ? say(...parts) : say(), passes);
+}
 
 function search() {  // shows what the indexer finds, or all
   const q = encodeURIComponent(query.value.trim());
   searching = clearTimeout(searching);
-  if (!q) return show(null);
+  if (!q) return filter(null);
   const mine = searching = setTimeout(async () => {
     const [ok, { notes, error }] = await api("GET", `/search?q=${q}`);
-    if (searching === mine) ok ? show(notes.map(note => note.id)) : say(error);
+    if (searching === mine) ok ? filter(notes.map(note => note.id)) : say(error);
   }, 150);
 }
-query.oninput = () => { say(""); search(); };
+query.oninput = () => { say(); search(); };
 $("search").onsubmit = event => event.preventDefault();
 
-function show(ids) {
+function filter(ids) {
   for (const [id, item] of items) item.hidden = ids !== null && !ids.includes(id);
-  const count = ids ? ids.length : items.size, all = count ? "" : "No notes yet. The first appears in every window.";
-  $("found").textContent = ids ? `${count || "No"} note${count === 1 ? "" : "s"} found.` : all;
+  const count = ids ? ids.length : items.size;
+  $("found").textContent = ids ? `${count || "No"} note${count === 1 ? "" : "s"} found.` : "";
+  $("none").hidden = ids !== null || count > 0;
 }
 
 function put(note, glow) {
   const item = items.get(note.id) ?? card(note);
   if (JSON.stringify(item.note) === JSON.stringify(note)) return;
   item.note = note;
-  for (const [tag, key] of [["h3", "title"], ["p", "body"], ["small", "author"]])
+  for (const [tag, key] of [["h3", "title"], ["p", "body"], ["bdi", "author"]])
     item.querySelector(tag).textContent = note[key];
   for (const it of item.querySelectorAll("button")) it.setAttribute("aria-label", `${it.textContent} ${note.title}`);
-  if (item === editing && !busy) $("error").textContent = "It has been changed elsewhere. Saving replaces that.";
+  if (item === editing && !busy) $("error").textContent = CHANGED;
   if (glow) arrived(item);
 }
 
@@ -7814,8 +9633,9 @@ function card({ id }) {
   item.hidden = query.value.trim() !== "";  // until the search has found it
   edit.onclick = () => fill(item);
   erase.onclick = async () => {
+    erased.add(id);
     const [ok, { error }] = await api("DELETE", `/${id}`);
-    if (!ok) say(error);
+    if (!ok && erased.delete(id)) say(error);
   };
   $("notes").insertBefore(item, [...$("notes").children].find(other => other.note.id < id) ?? null);
   items.set(id, item);
@@ -7832,45 +9652,76 @@ function drop({ id }) {
 }
 
 // The form: for a new note, or for a change to that of an item.
-const add = $("add"), form = $("form"), { title, body, author, cancel } = form.elements;
-let editing = null, draft = ["", ""], busy = false;
+const add = $("add"), form = $("form"), { title, body, author, cancel } = form.elements, drafts = new Map();
+const CHANGED = "It has been changed elsewhere. Saving replaces that.";
+let editing = null, busy = false;  // a draft: of an id, or of null for a new note, what is not saved, and its base
 
 function fill(item) {
-  if (!editing) draft = [title.value, body.value];
-  editing = item;
-  [title.value, body.value] = item ? [item.note.title, item.note.body] : draft;
+  keep();
+  editing?.classList.remove("editing");
+  item?.classList.add("editing");
+  const draft = drafts.get((editing = item)?.note.id ?? null), { note } = item ?? { note: { title: "", body: "" } };
+  [title.value, body.value] = draft ?? [note.title, note.body];
   author.closest("div").hidden = item !== null;  // the author cannot be changed
-  add.firstElementChild.textContent = item ? `Edit “${item.note.title}”` : "New note";
+  add.firstElementChild.replaceChildren(...item ? ["Edit “", element("bdi", "", note.title), "”"] : ["New note"]);
   for (const field of [title, body, author]) fault(field);
-  $("error").textContent = "";
+  $("error").textContent = draft && item && draft[2] !== JSON.stringify(note) ? CHANGED : "";
   add.open = item !== null;
-  if (item) title.focus();
+  if (item) grow(), title.focus();
+}
+
+function keep() {  // what is in the form, until it is saved or cancelled
+  const { note } = editing ?? { note: { id: null, title: "", body: "" } };
+  const differs = title.value !== note.title || body.value !== note.body;
+  if (differs) drafts.set(note.id, [title.value, body.value, JSON.stringify(note)]); else drafts.delete(note.id);
+  editing?.classList.toggle("draft", differs);
 }
 
 function leave() {
   const item = editing;
-  if (!item) title.value = body.value = "";
   fill(null);
+  add.open = false;
   (item?.isConnected ? item : add).querySelector("button, summary").focus();
+}
+
+function discard() {
+  [title.value, body.value] = editing ? [editing.note.title, editing.note.body] : ["", ""];
+  leave();
+}
+
+function grow() {
+  body.style.height = "auto";
+  body.style.height = `${body.scrollHeight + 2}px`;
 }
 
 form.onsubmit = async event => {
   event.preventDefault();
   if (busy) return;
-  const item = editing, note = { author: author.value.trim(), ...item?.note };
-  [note.title, note.body, busy] = [title.value.trim(), body.value.trim(), true];
+  const item = editing, note = { author: author.value.trim(), ...item?.note }, save = form.querySelector(".main");
+  [note.title, note.body, busy, save.textContent] = [title.value.trim(), body.value.trim(), true, "Saving…"];
   const [ok, { fields, error }] = await (items.has(note.id) ? api("PUT", `/${note.id}`, note) : api("POST", "", note));
-  busy = false;
-  if (editing !== item) return;  // it has been cancelled
-  if (ok) return leave();
+  [busy, save.textContent] = [false, "Save"];
+  if (editing !== item) return void (ok && drafts.delete(item?.note.id ?? null));  // another one was opened meanwhile
+  if (ok) return discard();
   for (const field of [title, body, author]) fault(field, fields?.[field.name]);
   $("error").textContent = fields ? "" : error;
   form.querySelector("[aria-invalid=true]")?.focus();
 };
-form.oninput = event => fault(event.target);
-form.onkeydown = event => { if (event.key === "Escape") leave(); };
-cancel.onclick = leave;
-add.ontoggle = () => add.open ? title.focus() : editing && fill(null);
+form.oninput = event => { fault(event.target); grow(); };
+form.onkeydown = event => {
+  if (event.key === "Escape") leave();
+  if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) form.requestSubmit();
+};
+cancel.onclick = discard;
+add.ontoggle = () => {
+  if (!add.open) return void (editing && fill(null));
+  author.value ||= nick.value;
+  title.focus();
+};
+$("none").querySelector("button").onclick = () => {
+  [title.value, body.value, author.value] = ["Groceries", "milk, bread, coffee", author.value || nick.value || "Ada"];
+  add.open = true;
+};
 
 function fault(field, text) {
   field.setAttribute("aria-invalid", !!text);
@@ -7882,124 +9733,37 @@ function fault(field, text) {
 )
 
 
-CLIENT = """/* A WebSocket that reconnects. Copy it.
-
-     const notes = new NovaSocket("/notifications?since=");  // replays what was missed, if the server keeps it
-     notes.on("open", load).on("nova_resync", load);  // at first, and whenever messages may be missing
-     notes.on("note_created", note => ...);           // {"event": "note_created", "data": ...}
-     notes.on("message", text => ...);                // any message, as received
-     notes.on("state", socket => ...);                // connecting, open, waiting (until `retryAt`), offline or closed
-     notes.send("text");                              // false if it can neither be sent nor queued
-
-   A message sent while the connection breaks may be lost. The heartbeat is an empty binary message that the server
-   returns (`case ("binary", b""): return "reply", frame, state`). If not, only the browser detects dead connections. */
-"use strict";
-class NovaSocket {
-  static OWN = ["open", "message", "state"];  // the server cannot send events of these names
-  static LIMIT = 100;  // messages queued while disconnected
-  static BEAT = 20000; static ANSWER = 5000; static CONNECT = 10000;  // ms: silence before a heartbeat; timeouts
-  static delay(tries, random = Math.random()) {  // seconds: 0.5 to 1, doubled each time, at most 15 to 30
-    return Math.min(30, 2 ** tries) * (1 + random) / 2;
-  }
-
-  constructor(path) {
-    const end = this.end = new AbortController(), { signal } = end;
-    Object.assign(this, { path, listeners: new Map(), queue: [], tries: 0, position: null, answers: false });
-    addEventListener("online", () => this.now(), { signal });
-    addEventListener("offline", () => this.lost(), { signal });
-    document.addEventListener("visibilitychange", () => document.hidden || this.now(), { signal });
-    this.connect();
-  }
-  on(event, fn) {
-    this.listeners.set(event, [...this.listeners.get(event) ?? [], fn]);
-    return this;
-  }
-  send(data) {
-    if (this.socket.readyState === WebSocket.OPEN) this.socket.send(data);
-    else if (this.state === "closed" || this.queue.length >= NovaSocket.LIMIT) return false;
-    else this.queue.push(data);
-    return true;
-  }
-  close() { this.end.abort(); this.leave("closed"); }
-  now() {  // connects, or checks the connection, immediately
-    if (this.state === "open") this.beat();
-    else if (["waiting", "offline"].includes(this.state)) this.connect();
-  }
-
-  // The rest is private. There is one timer: for the next step, unless something else happens first.
-  emit(event, data) {
-    for (const fn of this.listeners.get(event) ?? []) try { fn(data); } catch (error) { console.error(error); }
-  }
-  become(state, ms, next) {
-    this.after(ms, next);
-    this.state = state;
-    this.emit("state", this);
-  }
-  after(ms, next) {
-    clearTimeout(this.timer);
-    if (next) this.timer = setTimeout(() => next.call(this), ms);
-  }
-  connect() {
-    const url = new URL(this.path, location.href);
-    url.protocol = url.protocol.replace("http", "ws");
-    if (this.position !== null) url.searchParams.set("since", this.position);
-    const socket = this.socket = new WebSocket(url);
-    socket.binaryType = "arraybuffer";
-    socket.onopen = () => this.opened();
-    socket.onmessage = ({ data }) => this.received(data);
-    socket.onclose = () => this.lost();
-    this.become("connecting", NovaSocket.CONNECT, this.lost);
-  }
-  opened() {
-    this.since = Date.now();
-    this.become("open", 0, this.beat);
-    this.emit("open", this);
-    while (this.queue.length && this.socket.readyState === WebSocket.OPEN) this.socket.send(this.queue.shift());
-  }
-  beat() {
-    this.socket.send(new Uint8Array());
-    this.after(NovaSocket.ANSWER, () => this.answers ? this.lost() : this.after(NovaSocket.BEAT, this.beat));
-  }
-  received(data) {
-    this.after(NovaSocket.BEAT, this.beat);  // the connection is alive
-    if (data.byteLength === 0) return void (this.answers = true);
-    this.emit("message", data);
-    let json = {};
-    if (data[0] === "{") try { json = JSON.parse(data); } catch { /* not JSON */ }
-    if (json.position !== undefined) this.position = json.position;
-    if (!NovaSocket.OWN.includes(json.event)) this.emit(json.event, json.data);
-  }
-  lost() {
-    if (this.state === "open" && Date.now() - this.since > 5000) this.tries = 0;  // not if it is closed after opening
-    const wait = NovaSocket.delay(this.tries++) * 1000;
-    this.retryAt = Date.now() + wait;
-    this.leave(navigator.onLine ? "waiting" : "offline", wait, this.connect);
-  }
-  leave(...next) {
-    this.socket.onopen = this.socket.onmessage = this.socket.onclose = null;
-    this.socket.close();
-    this.become(...next);
-  }
-}
-"""
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Main: the command line: the demo, broadcast, vendor.
 # ---------------------------------------------------------------------------------------------------------------------
+
+
+MADE_UP = "NOVA_LITE_PASSWORD"  # in the environment of workers and reloads: the password, if nobody has chosen it
+HELP = """\
+your own program:
+  nova_lite.py vendor -o FILE     write the copy for your project, without the demo (vendor --help: which rooms)
+  The top of nova_lite.py has a live application in 15 lines. The demo, near its end, is one in full.
+
+a running cluster:
+  nova_lite.py broadcast --help   send a message into it, from a shell or a cron job
+
+environment:
+  HOST and PORT are the defaults of --host and --port. NOVA_PASSWORD is the password of /board; if it is not set, one
+  is made up and printed. NO_COLOR prints without colours.
+"""
 
 
 def parse_options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="nova_lite.py",
         description="Serves the demo: live comments, notes and their notifications. Open the URL in two windows.",
-        epilog="HOST and PORT in the environment are the defaults for --host and --port. "
-        "`nova_lite.py broadcast --help`: send a message into a running cluster, from a shell or a cron job. "
-        "`nova_lite.py vendor --help`: write the copy for your project, without the demo.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog=HELP,
     )
     env, add = os.environ, parser.add_argument
     add("--host", default=env.get("HOST", "127.0.0.1"), help="address to listen on (%(default)s)")
-    add("--port", type=between(int, 0, 65535), default=env.get("PORT", "8080"), help="port; 0: any (%(default)s)")
+    port = between(int, 0, 65535, "a port, a number")
+    add("--port", type=port, default=env.get("PORT", "8080"), help="TCP port; 0: any that is free (%(default)s)")
     add("--db", default="notes.db", help='the notes: a SQLite file, ":memory:", or postgresql://... (%(default)s)')
     add("--cluster", metavar="URL", help="redis://...: broadcasts reach all nodes that share this Redis")
     add("--name", metavar="NODE", help="this node's name in the cluster and in pids")
@@ -8009,8 +9773,8 @@ def parse_options() -> argparse.Namespace:
     add("--certfile", metavar="FILE", help="certificate (PEM): serve https and wss")
     add("--keyfile", metavar="FILE", help="private key of the certificate, if it is in another file")
     add("--reload", action="store_true", help="restart whenever a file of the program changes")
-    levels = ["debug", "info", "warning", "error"]
-    add("--log-level", choices=levels, default="info", help="lowest level to log (%(default)s)")
+    add("--log-level", choices=["debug", "info", "warning", "error"], default="info", help="lowest level (%(default)s)")
+    add("--log-format", choices=["plain", "json"], default="plain", help="json: each line is an object (%(default)s)")
     add("--version", action="version", version=f"nova_lite {__version__}")
     args = parser.parse_args()
     if args.workers > 1 and args.cluster is None:
@@ -8020,15 +9784,53 @@ def parse_options() -> argparse.Namespace:
     return args
 
 
-def between(kind: type, low: int, high: int) -> Callable[[str], Any]:
+def between(kind: type, low: int, high: int, what: str = "a number") -> Callable[[str], Any]:
     """Returns a function that parses a number from `low` to `high`, for argparse."""
 
     def number(text: str) -> Any:
-        if not low <= kind(text) <= high:
-            raise argparse.ArgumentTypeError(f"expected {low} to {high}, got {text}")
-        return kind(text)
+        with suppress(ValueError):
+            if low <= kind(text) <= high:
+                return kind(text)
+        raise argparse.ArgumentTypeError(f"expected {what} from {low} to {high}, got {text!r}")
 
     return number
+
+
+def print_welcome(server: Server) -> None:
+    """Says where the demo is: on a terminal for people, in colour unless NO_COLOR is set; else whom it is open to."""
+    host, is_terminal = server.address[0], sys.stdout.isatty()
+    mark, plain = ("\033[1;36m", "\033[0m") if is_terminal and not os.environ.get("NO_COLOR") else ("", "")
+    scheme = "https" if server.ssl_enabled else "http"
+    home, *others = [f"{scheme}://{f'[{it}]' if ':' in it else it}:{server.port}/" for it in find_addresses(host)]
+    password = os.environ.get(MADE_UP) or "as in NOVA_PASSWORD"
+    lines = [
+        f"nova_lite {__version__}",
+        "",
+        f"  Page   {mark}{home}{plain}   (open it in two windows)",
+        f"  Board  {mark}{home}board{plain}   (password: {password})",
+        *[f"  Also   {mark}{other}{plain}" for other in others],
+        "",
+        "Ctrl-C stops.",
+    ]
+    if not ip_address(host).is_loopback:
+        open_to = f"Whoever reaches {' or '.join(others) or home} can read and write comments and notes."
+        lines[-1:-1] = [open_to]
+        if not is_terminal:
+            log.warning(open_to)
+    if is_terminal:
+        print("", *lines, "", sep="\n", flush=True)
+
+
+def find_addresses(host: str) -> list[str]:
+    """Returns addresses that a browser can open: `host`, or for all addresses this machine's, the loopback first."""
+    if not ip_address(host).is_unspecified:
+        return [host]
+    found = ["127.0.0.1"]
+    for family, other in [(AF_INET, "192.0.2.1"), (AF_INET6, "2001:db8::1")][: 1 + (":" in host)]:
+        with suppress(OSError), socket(family, SOCK_DGRAM) as probe:
+            probe.connect((other, 9))  # sends nothing: it only chooses the address to send from
+            found.append(probe.getsockname()[0])
+    return found
 
 
 def main() -> int:
@@ -8037,17 +9839,21 @@ def main() -> int:
         if sys.argv[1:2] == [name]:
             return subcommand(sys.argv[2:])
     args = parse_options()
-    process = "%(process)d " if args.workers > 1 else ""
-    logging.basicConfig(level=args.log_level.upper(), format=f"%(asctime)s {process}%(levelname)s %(message)s")
+    handler = log_handler(args.log_format, args.workers > 1)
+    logging.basicConfig(level=args.log_level.upper(), handlers=[handler])
+    if sys.stdout.isatty() and not os.environ.get("NOVA_PASSWORD"):  # printed once the demo is served
+        os.environ["NOVA_PASSWORD"] = os.environ[MADE_UP] = secrets.token_urlsafe(12)
     choose_password()  # before workers or a child are started: they must share it
     try:
+        number = 1  # of this worker
         if args.reload:
             reload_on_change()  # before the database is opened, which only the child needs
         if args.workers > 1:
-            run_workers(args.workers, args.host, args.port, 5.0 + args.shutdown_delay)  # 5.0: how long a server drains
-        return serve(**vars(args))
+            number, _ = run_workers(args.workers, args.host, args.port, 5.0 + args.shutdown_delay)  # 5.0: of the drain
+        return serve(ready=print_welcome if number == 1 else None, **vars(args))
     except OSError as error:  # ssl.SSLError is one
         what = str(error.strerror).partition(":")[0]
+        what += " (--port 0 takes one that is free)" if error.errno == errno.EADDRINUSE else ""
         print(f"nova_lite: cannot serve {error.filename or f'{args.host}:{args.port}'}: {what}", file=sys.stderr)
     except (ImportError, RuntimeError, ValueError) as error:  # of pubsub.connect, and of a child that does not start
         print(f"nova_lite: {error}", file=sys.stderr)
