@@ -22,8 +22,8 @@ NOTES = [
 ]
 SAID = [
     ("Ada", "Is the new site up?"),
-    ("Grace", "Since noon, and calm."),
-    ("Ada", "Then let us tell them!"),
+    ("Grace", "Since noon."),
+    ("Ada", "Let us tell them!"),
 ]
 SHEET = """<body style="margin: 0; padding: 20px; background: #d8d6cd; display: flex; gap: 20px; width: max-content">
 <style>img { width: 660px; display: block; border-radius: 12px; box-shadow: 0 6px 24px #0003 }</style>%s</body>"""
