@@ -6705,7 +6705,7 @@ class Redis:
             self.client = self.module.Redis.from_url(parts._replace(query=urlencode(query)).geturl(), **options)
             self.client.connection_pool.make_connection()  # does not connect, but raises for an unknown option
         except (ValueError, TypeError) as error:
-            raise ValueError(f"{self.label} is not the URL of a Redis: {error}") from None
+            raise ValueError(f"{self.label} is not the URL of a Redis, as redis://host:6379/0 is: {error}") from None
 
     def connect(self) -> Any:
         connection = self.client.connection_pool.make_connection()
