@@ -93,7 +93,7 @@ import time
 import traceback
 import weakref
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
 from datetime import datetime
@@ -106,7 +106,7 @@ from operator import attrgetter, itemgetter
 from socket import IPPROTO_TCP, TCP_NODELAY, gethostname
 from time import monotonic
 from types import FunctionType, ModuleType, SimpleNamespace
-from typing import TYPE_CHECKING, Any, Literal, NoReturn, TypedDict, TypeVar
+from typing import TYPE_CHECKING, Any, NoReturn
 from urllib.parse import parse_qsl, unquote_to_bytes, urlencode, urlsplit
 
 import gevent.event
@@ -119,24 +119,15 @@ from gevent.hub import Hub, Waiter, get_hub
 from greenlet import getcurrent, greenlet
 
 if TYPE_CHECKING:
-    from typing_extensions import Required, Unpack
-
-    class _Tuple(Sequence[Any]):  # not a tuple: of a subclass, `case` would leave a plain one
-        def __init__(self, items: Iterable[Any], /) -> None: ...
-        def __getitem__(self, index: Any) -> Any: ...
-        def __len__(self) -> int: ...
+    from collections import UserList as _Tuple  # of a subclass of tuple, `case` would leave a plain one
 else:
     _Tuple = tuple
-match sys.version_info:  # nova_lite needs Python 3.10 or later. An older one stops here, and shows this line.
-    case _:
-        pass
 
 __version__ = "0.1.0"
 __all__ = [  # the rooms after the core add their own
-    "ChildSpec", "ClientFrame", "Frame", "HandlerResult", "Info", "Message", "Nova", "Pid", "ProcessExit", "Request",
-    "Server", "Settings", "WebSocketHandler", "demonitor", "exit", "heartbeat", "is_process_alive", "link", "monitor",
-    "process_flag", "pubsub", "receive", "register", "run", "self_pid", "send", "spawn", "spawn_link", "spawn_monitor",
-    "unlink", "unregister", "whereis",
+    "Message", "Nova", "Pid", "ProcessExit", "PubSub", "Request", "Server", "Settings", "WebSocketHandler", "demonitor",
+    "exit", "heartbeat", "is_process_alive", "link", "monitor", "process_flag", "pubsub", "receive", "register", "run",
+    "self_pid", "send", "spawn", "spawn_link", "spawn_monitor", "unlink", "unregister", "whereis",
 ]  # fmt: skip
 
 log = logging.getLogger("nova_lite" if __name__ == "__main__" else __name__)
@@ -1399,7 +1390,7 @@ def to_response(result: Any, method: str = "GET", name: str = "") -> HTTPRespons
 
     A trailing request is accepted, as in Nova. The room `views` makes responses of templates and files.
     """
-    match result:
+    match result:  # nova_lite needs Python 3.10 or later: an older one stops here, and shows this line
         case HTTPResponse():
             return result
         case (*form, Request()):
@@ -1433,10 +1424,9 @@ def make_response(status: Any, headers: Any, body: Any = None) -> HTTPResponse:
 
 def json_response(status: Any, headers: Any, data: Any) -> HTTPResponse:
     try:
-        body = _json_encoder.encode(data).encode()
+        response = make_response(status, headers, _json_encoder.encode(data).encode())
     except (RecursionError, TypeError, ValueError) as error:
-        raise ValueError(rooms["checks"].explain_json(data) if "checks" in rooms else error) from None
-    response = make_response(status, headers, body)
+        raise ValueError((rooms["checks"].explain_json(data) if "checks" in rooms else "") or error) from None
     response.headers.setdefault("Content-Type", "application/json")
     return response
 
@@ -1458,9 +1448,6 @@ def error_body(status_line: str, text: str, accept: str) -> tuple[str, bytes]:
 
 CONTINUATION, TEXT, BINARY, CLOSE, PING, PONG = 0x0, 0x1, 0x2, 0x8, 0x9, 0xA  # §5.2
 NO_STATUS = 1005  # §7.1.5: stands for a close frame without a code; never on the wire
-ClientFrame = tuple[Literal["text"], str] | tuple[Literal["binary", "ping", "pong"], bytes]  # what a handler receives
-_Buffer = tuple[Literal["binary"], bytearray | memoryview]
-Frame = ClientFrame | _Buffer | tuple[Literal["close"], int, str] | Literal["ping", "pong", "close"]  # what it sends
 
 _NAMES = {BINARY: "binary", PING: "ping", PONG: "pong"}
 _TRANSLATE_FROM = 1_000  # bytes from which translating beats one big integer
@@ -1697,19 +1684,6 @@ LINGER = 5.0  # seconds that a closed connection waits for the client to close a
 CACHED_FRAMES, CACHED_BYTES = 256, 1_000_000  # of broadcasts: a flood on 64 channels still finds its frames
 
 
-Info = Message | str  # what a process receives, for type checkers: any tuple counts as a message
-_Reply = TypeVar("_Reply")
-_Result = (
-    Literal["ok"]
-    | tuple[Literal["ok", "stop"], Any]
-    | tuple[Literal["ok", "stop"], Any, Literal["hibernate"]]
-    | tuple[Literal["reply"], _Reply, Any]
-    | tuple[Literal["reply"], _Reply, Any, Literal["hibernate"]]
-)
-HandlerResult = _Result[Frame | list[Frame]]
-_Inferred = Frame | tuple[str, Any] | tuple[str, int, str]  # what a frame seems to be in a function without annotations
-
-
 class WebSocketHandler:
     """The callbacks of a connection, one instance each (nova_websocket). All run in the connection's own process.
 
@@ -1722,15 +1696,15 @@ class WebSocketHandler:
     signal's ("shutdown" when the server drains).
     """
 
-    def init(self, state: Any, /) -> tuple[Literal["ok"], Any]:
+    def init(self, state: Any, /) -> tuple[str, Any]:
         """Runs before the 101; `state` has "req" and "auth_data". Anything but ("ok", state) refuses with a 500."""
         return "ok", state
 
-    def websocket_handle(self, frame: ClientFrame, state: Any, /) -> _Result[_Inferred | Sequence[_Inferred]]:
+    def websocket_handle(self, frame: "ClientFrame", state: Any, /) -> "InferredResult":
         """Handles a frame from the client: text, binary, ping (already answered) or pong."""
         return "ok", state
 
-    def websocket_info(self, info: Info, state: Any, /) -> _Result[_Inferred | Sequence[_Inferred]]:
+    def websocket_info(self, info: Any, state: Any, /) -> "InferredResult":
         """Handles a message from another process."""
         return "ok", state
 
@@ -2225,34 +2199,6 @@ _REST = "rest_of_the_path"  # bottle's name for the binding "..."
 GROUP_KEYS, ROUTE_OPTIONS = {"plugins", "prefix", "routes", "security"}, {"methods", "protocol"}  # rooms add theirs
 
 
-class ChildSpec(TypedDict, total=False):
-    """A child (see `start_supervisor`)."""
-
-    id: Required[Any]
-    start: Required[tuple[Any, ...] | list[Any]]
-    restart: Literal["permanent", "transient", "temporary"]
-    shutdown: float | Literal["infinity", "brutal_kill"]
-    type: Literal["worker", "supervisor"]
-    scope: Literal["node", "cluster"]
-
-
-class RunOptions(TypedDict, total=False):  # of `run`, with those of `Server`
-    cluster: str | None
-    name: str | None
-    workers: int
-    drain_time: float
-    shutdown_delay: float
-    reload: bool
-    log_level: str
-    log_format: str
-    children: Iterable[ChildSpec]
-    ready: Callable[[Any], Any] | None
-    certfile: str | None
-    keyfile: str | None
-    max_connections: int | None
-    reuse_port: bool
-
-
 class Nova(bottle.Bottle):
     """An application made of groups of routes. It is a `bottle.Bottle` and can do what that can.
 
@@ -2309,7 +2255,7 @@ class Nova(bottle.Bottle):
         else:
             super().mount(prefix, app, **options)
 
-    def run(self, host: str = "127.0.0.1", port: int = 8080, **options: Unpack[RunOptions]) -> None:
+    def run(self, host: str = "127.0.0.1", port: int = 8080, **options: "ext.Unpack[RunOptions]") -> None:
         """Serves the application until SIGINT or SIGTERM; `options` are those of the function `run`."""
         try:
             room("server").run(self, host, port, **options)
@@ -2680,7 +2626,7 @@ class Server(gevent.pywsgi.WSGIServer):
         max_connections: int | None = None,
         reuse_port: bool = False,
         trust_proxy: int = 0,
-        children: Iterable[ChildSpec] = (),
+        children: "Iterable[ChildSpec]" = (),
     ) -> None:
         self.registry = ConnectionRegistry(_descriptor_limit() - 64 if max_connections is None else max_connections)
         self.handlers: set[RequestHandler] = set()
@@ -2779,7 +2725,7 @@ def run(
     reload: bool = False,
     log_level: str = "info",
     log_format: str = "plain",
-    children: Iterable[ChildSpec] = (),
+    children: "Iterable[ChildSpec]" = (),
     ready: Callable[[Server], Any] | None = None,
     **options: Any,
 ) -> None:
@@ -3642,9 +3588,10 @@ rooms["proxy"] = SimpleNamespace(
 
 import difflib
 import inspect
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import fields
 from types import MethodType
+from typing import Literal, Protocol, TypedDict, TypeVar
 
 WEBSOCKET_CALLBACKS = {  # with the arguments of each
     "init": ("state",),
@@ -3680,7 +3627,35 @@ def _suggest(name: Any, known: Iterable[str]) -> str:
     return f"did you mean {nearest[0]!r}?" if nearest else f"known are {', '.join(sorted(known))}"
 
 
-# -- what a controller and `security` return, for type checkers; each controller's result may end with the request
+# -- types, for editors and checkers
+
+if TYPE_CHECKING:
+    import typing_extensions as ext
+
+ClientFrame = tuple[Literal["text"], str] | tuple[Literal["binary", "ping", "pong"], bytes]  # what a handler receives
+_Buffer = tuple[Literal["binary"], bytearray | memoryview]
+Frame = ClientFrame | _Buffer | tuple[Literal["close"], int, str] | Literal["ping", "pong", "close"]  # what it sends
+Info = Message | str  # what a process receives: any tuple counts as a message, and a string has no `once`
+_Reply = TypeVar("_Reply")
+_Result = (
+    Literal["ok"]
+    | tuple[Literal["ok", "stop"], Any]
+    | tuple[Literal["ok", "stop"], Any, Literal["hibernate"]]
+    | tuple[Literal["reply"], _Reply, Any]
+    | tuple[Literal["reply"], _Reply, Any, Literal["hibernate"]]
+)
+HandlerResult = _Result[Frame | list[Frame]]
+_Inferred = Frame | tuple[str, Any] | tuple[str, int, str]  # what a frame seems to be in a function without annotations
+InferredResult = _Result[_Inferred | Sequence[_Inferred]]
+
+
+# What a controller and `security` return. Each controller's result may end with the request.
+class _Bottles(Protocol):
+    """A response of bottle's. By its own name, which mypy does not know, anything would be a response."""
+
+    @property
+    def status_code(self) -> int: ...
+
 
 _Headers = Mapping[str, Any]
 _Body = str | bytes | dict[str, Any]
@@ -3701,7 +3676,7 @@ Response = (
     | tuple[Literal["redirect"], str, Request]
     | tuple[Literal["sendfile"], int, _Headers, _File, str]
     | tuple[Literal["sendfile"], int, _Headers, _File, str, Request]
-    | HTTPResponse
+    | _Bottles
 )
 SecurityResult = (
     bool
@@ -3710,9 +3685,40 @@ SecurityResult = (
     | tuple[Literal[False], int, _Headers]
     | tuple[Literal[False], int, _Headers, _Body]
     | tuple[Literal["redirect"], str]
-    | HTTPResponse
+    | _Bottles
 )
-__all__ += ["Response", "SecurityResult"]
+
+
+class ChildSpec(TypedDict, total=False):
+    """A child (see `start_supervisor`)."""
+
+    id: ext.Required[Any]
+    start: ext.Required[tuple[Any, ...] | list[Any]]
+    restart: Literal["permanent", "transient", "temporary"]
+    shutdown: float | Literal["infinity", "brutal_kill"]
+    type: Literal["worker", "supervisor"]
+    scope: Literal["node", "cluster"]
+
+
+class RunOptions(TypedDict, total=False):  # of `run`, with those of `Server`
+    cluster: str | None
+    name: str | None
+    workers: int
+    drain_time: float
+    shutdown_delay: float
+    reload: bool
+    log_level: str
+    log_format: str
+    ready: Callable[[Server], Any] | None
+    children: Iterable[ChildSpec]
+    certfile: str | None
+    keyfile: str | None
+    max_connections: int | None
+    reuse_port: bool
+    trust_proxy: int
+
+
+__all__ += ["ChildSpec", "ClientFrame", "Frame", "HandlerResult", "Info", "Response", "SecurityResult"]
 
 
 # -- groups and routes
@@ -4062,9 +4068,9 @@ def _warn_of_answer(endpoint: Any, answer: Any, req: Request) -> None:
 
 
 def _explain_json(data: Any) -> str:
-    """Returns what in `data` cannot be encoded as JSON, and where."""
+    """Returns what in `data` cannot be encoded as JSON, and where; "" if nothing is found."""
     try:
-        return _find_unencodable(data, "data", ()) or "data is not JSON"
+        return _find_unencodable(data, "data", ())
     except RecursionError:
         return "data is nested too deep for JSON"
 
@@ -5387,6 +5393,8 @@ class ServerDied(CallError):
         self.reason = reason
 
 
+from typing import Literal
+
 _Tail = None | float | Literal["hibernate", "infinity"] | tuple[str, Any]
 InitResult = (
     tuple[Literal["ok"], Any] | tuple[Literal["ok"], Any, _Tail] | tuple[Literal["stop"], Any] | Literal["ignore"]
@@ -5419,7 +5427,7 @@ class GenServer:
         """Returns ("noreply", state) or ("stop", reason, state)."""
         return "stop", ("bad_cast", request), state
 
-    def handle_info(self, info: Info, state: Any, /) -> CastResult:
+    def handle_info(self, info: Any, state: Any, /) -> CastResult:
         """Handles any other message, and returns as `handle_cast` does."""
         log.warning("%r %s: unexpected message %r", self_pid(), type(self).__name__, info)
         return "noreply", state
@@ -5853,7 +5861,7 @@ def _check_child(spec: Any) -> dict[str, Any]:
 
 
 def start_supervisor(
-    children: Iterable[ChildSpec],
+    children: "Iterable[ChildSpec]",
     strategy: Literal["one_for_one", "one_for_all", "rest_for_one"] = "one_for_one",
     intensity: int = 1,
     period: float = 5,
@@ -5880,7 +5888,7 @@ def start_supervisor(
     return start_link(Supervisor(strategy, intensity, period), check_children(children), name)
 
 
-def start_child(supervisor: Pid | str, spec: ChildSpec) -> Any:
+def start_child(supervisor: Pid | str, spec: "ChildSpec") -> Any:
     """Adds a child and starts it (supervisor:start_child/2).
 
     Returns ("ok", pid), ("ok", None) if it returns "ignore", ("error", ("already_started", pid)), ("error",
@@ -6704,7 +6712,7 @@ class Redis:
             self.client = self.module.Redis.from_url(parts._replace(query=urlencode(query)).geturl(), **options)
             self.client.connection_pool.make_connection()  # does not connect, but raises for an unknown option
         except (ValueError, TypeError) as error:
-            raise ValueError(f"{self.label} is not the URL of a Redis: {error}") from None
+            raise ValueError(f"{self.label} is not the URL of a Redis, as redis://host:6379/0 is: {error}") from None
 
     def connect(self) -> Any:
         connection = self.client.connection_pool.make_connection()
@@ -9461,7 +9469,7 @@ def id_in_path(req: Request) -> int:
 
 
 class EchoHandler(WebSocketHandler):
-    def websocket_handle(self, frame: Any, state: Any) -> Any:
+    def websocket_handle(self, frame: ClientFrame, state: Any) -> HandlerResult:
         match frame:
             case ("text", text):
                 return "reply", ("text", "Echo: " + text), state
@@ -9473,7 +9481,7 @@ class CommentsHandler(WebSocketHandler):
         pubsub.join("comments")
         return "ok", state
 
-    def websocket_handle(self, frame: Any, state: Any) -> Any:
+    def websocket_handle(self, frame: ClientFrame, state: Any) -> HandlerResult:
         match frame:
             case ("text", text):
                 pubsub.broadcast("comments", "new_comment", text)
@@ -9481,7 +9489,7 @@ class CommentsHandler(WebSocketHandler):
                 return "reply", frame, state
         return "ok", state
 
-    def websocket_info(self, info: Any, state: Any) -> Any:
+    def websocket_info(self, info: Message, state: Any) -> HandlerResult:
         match info:
             case ("nova_pubsub", "comments", _sender, "new_comment", {"name": name, "text": text}):  # of the page
                 return "reply", ("text", f"{name}: {text}"), state
@@ -9506,7 +9514,7 @@ class ChatHandler(WebSocketHandler):
         self_pid().send("live")  # after what is kept
         return "reply", ("text", json.dumps({"event": "here", "data": presence.list("comments")})), state
 
-    def websocket_handle(self, frame: Any, state: Any) -> Any:
+    def websocket_handle(self, frame: ClientFrame, state: Any) -> HandlerResult:
         match frame:
             case ("binary", b""):
                 return "reply", frame, state
@@ -9528,7 +9536,7 @@ class ChatHandler(WebSocketHandler):
         pubsub.broadcast("comments", "new_comment", comment)
         return "ok", state
 
-    def websocket_info(self, info: Any, state: Any) -> Any:
+    def websocket_info(self, info: Message, state: Any) -> HandlerResult:
         match info:
             case ("nova_pubsub", "comments", _, "new_comment", str() | {"id": str(), "name": str(), "text": str()}):
                 return "reply", ("text", info.once(as_json)), state
@@ -9553,7 +9561,7 @@ class NotificationsHandler(WebSocketHandler):
         pubsub.join("notes", since=state["req"]["since"] or None)
         return "ok", state
 
-    def websocket_handle(self, frame: Any, state: Any) -> Any:
+    def websocket_handle(self, frame: ClientFrame, state: Any) -> HandlerResult:
         match frame:
             case ("text", "ping"):
                 return "reply", ("text", "pong"), state
@@ -9561,7 +9569,7 @@ class NotificationsHandler(WebSocketHandler):
                 return "reply", frame, state
         return "ok", state
 
-    def websocket_info(self, info: Any, state: Any) -> Any:
+    def websocket_info(self, info: Message, state: Any) -> HandlerResult:
         match info:
             case ("nova_pubsub", "notes", _sender, _topic, _payload):
                 return "reply", ("text", info.once(as_json)), state

@@ -193,8 +193,10 @@ import dataclasses
 import functools
 import hashlib
 import http.client
+import importlib.util
 import inspect
 import logging
+import pydoc
 import random
 import shutil
 import ssl
@@ -6559,7 +6561,7 @@ def test_an_unusual_setting_is_no_mistake(settings):
 
 def test_each_setting_is_checked():
     for field in dataclasses.fields(Settings):
-        with pytest.raises(ValueError, match=f"Nova: {field.name} must be"):
+        with pytest.raises(ValueError, match=rf"\b{field.name} (must be|is) "):
             Nova(**{field.name: object()})
 
 
@@ -6719,6 +6721,79 @@ def test_a_servers_mistake_is_told_when_it_is_started(me, server, message):
 def test_an_unusual_server_is_no_mistake(me, attributes):
     server = start_link(type("Unusual", (GenServer,), attributes))
     assert stop(server) == "ok"
+
+
+@pytest.mark.parametrize(
+    ("callbacks", "message"),
+    [
+        ({"websocket_handle": lambda *_: None},
+         'Mine.websocket_handle answered None; expected ("ok", state), ("reply", frame, state) or ("stop", state)'),
+        ({"websocket_handle": lambda *_: ("reply", "hi", 1)}, "websocket_handle replied with what is not a frame"),
+        ({"websocket_info": lambda *_: ("replay", 1)}, "Mine.websocket_info answered ('replay', 1); expected"),
+        ({"websocket_info": lambda *_: ("reply", ("txt", ""), 1)}, "Mine.websocket_info replied with what is not a"),
+        ({"websocket_init": lambda *_: 5}, "Mine.websocket_init answered 5; expected"),
+        ({"init": lambda *_: None}, 'Mine.init answered None; expected ("ok", state)'),
+    ],
+)  # fmt: skip
+def test_a_wrong_result_names_the_callback(caplog, callbacks, message):
+    class Joined(Fine):
+        def init(self, state):
+            self_pid().send("an info")
+            return "ok", state
+
+    with serving(("/ws", type("Mine", (Joined,), callbacks), {"protocol": "ws"})) as server:
+        with suppress(ConnectionClosed, InvalidStatus), ws(server, "/ws") as client:
+            client.send("hello")
+            client.recv(PATIENCE)
+        until(lambda: message in caplog.text)
+
+
+@pytest.mark.parametrize(
+    ("data", "where"),
+    [
+        ({"items": [1, 2, 3, {"when": datetime(2026, 1, 1)}]}, "at data['items'][3]['when']: datetime is not JSON"),
+        ([float("nan")], "at data[0]: nan is not JSON"), ({"a": {(1,): 3}}, "at data['a']: the key (1,) is not JSON"),
+        ({"a": "\ud800"}, "at data['a']: '\\ud800' is not JSON"), (object, "at data: type is not JSON"),
+    ],
+)  # fmt: skip
+def test_json_that_cannot_be_encoded_says_where(caplog, data, where):
+    assert ask(one_route(lambda req: ("json", data)))[0] == 500
+    assert where in caplog.text
+
+
+def test_security_that_is_neither_yes_nor_no_is_logged_once_a_route(caplog):
+    app = Nova([{"security": lambda req: "yes", "routes": [("/a", show), ("/b", show)]}])
+    assert [ask(app, "GET", path)[0] for path in ("/a", "/a", "/b")] == [401, 401, 401]
+    assert caplog.text.count("answered 'yes' at /a, which is neither yes nor no") == 1
+    assert caplog.text.count("answered 'yes' at /b, which is neither yes nor no") == 1
+
+
+def test_a_servers_wrong_result_and_a_start_that_fails_are_logged(me, caplog):
+    server = start_link(type("Mine", (GenServer,), {"handle_cast": lambda *_: None}))
+    process_flag("trap_exit", True)
+    cast(server, "a")
+    assert receive(PATIENCE) == ("EXIT", server, ("bad_return_value", None))
+    assert 'Mine.handle_cast answered None; expected ("noreply", state) or ("stop", reason, state)' in caplog.text
+    assert start_link(type("Lazy", (GenServer,), {"init": lambda *_: ("stop", "no file")})) == ("error", "no file")
+    assert "Lazy did not start: 'no file'" in caplog.text
+
+
+@pytest.mark.parametrize("package", ["gevent", "geventwebsocket", "bottle"])
+def test_a_missing_package_is_told_in_one_line(tmp_path, package):
+    (tmp_path / f"{package}.py").write_text(f"raise ModuleNotFoundError('no', name={package!r})")
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    line = f"nova_lite needs {package}, which is not installed: pip install gevent gevent-websocket bottle\n"
+    program = "import runpy, sys; sys.argv = ['nova_lite.py']; runpy.run_path(sys.orig_argv[-1], run_name='__main__')"
+    for code, expected in ((program, line), ("import nova_lite", "ImportError: " + line)):
+        command = [sys.executable, "-c", code, str(PROGRAM)]
+        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=60)
+        assert (done.returncode, done.stderr.endswith(expected)) == (1, True)
+        assert ("Traceback" in done.stderr) == (code != program)
+
+
+def test_an_older_python_shows_the_line_that_says_which_it_needs():
+    first = min(node.lineno for node in ast.walk(ast.parse(PROGRAM_TEXT)) if isinstance(node, ast.Match))
+    assert "nova_lite needs Python 3.10" in PROGRAM_TEXT.splitlines()[first - 1]
 
 
 def test_without_the_room_an_unknown_key_is_refused_and_other_mistakes_wait_for_the_request(tmp_path):
@@ -14883,6 +14958,210 @@ def test_a_log_format_that_does_not_exist_is_an_error():
         Nova().run(log_format="xml")
 
 
+# -- types ------------------------------------------------------------------------------------------------------------
+#
+# mypy --strict and pyright, over programs beside a vendored copy. The README's programs have no annotations, which
+# --strict refuses: they are checked without that; programs with annotations below are checked with all of it.
+
+CHECKERS = {
+    name: shutil.which(name) or shutil.which(name, path=str(Path(sys.executable).parent))
+    for name in ("mypy", "pyright")
+}
+FRAGMENTS = """
+import json, logging
+from typing import Any
+from nova_lite import *
+fetch: Any = None
+url = ""
+outbox: Any = None
+app = Nova()
+"""
+ANNOTATED = """
+from __future__ import annotations
+import json
+from typing import Any, Literal
+from nova_lite import (
+    CallResult, CastResult, ChildSpec, ClientFrame, Frame, GenServer, HandlerResult, Info, InitResult, Message, Nova,
+    Pid, Request, Response, SecurityResult, Server, WebSocketHandler, call, pubsub, start_link, start_supervisor,
+)
+State = dict[str, Any]
+
+def as_json(message: Message) -> str:
+    return json.dumps(message[4])
+
+class Chat(WebSocketHandler):
+    def init(self, state: State) -> tuple[Literal["ok"], State]:
+        pubsub.join("chat")
+        return "ok", {"name": state["req"]["qs"]["name"]}
+    def websocket_init(self, state: State) -> HandlerResult:
+        return "reply", [("text", "a"), ("binary", b""), ("close", 1000, "bye")], state, "hibernate"
+    def websocket_handle(self, frame: ClientFrame, state: State) -> HandlerResult:
+        match frame:
+            case ("text", text):
+                pubsub.broadcast("chat", "said", text.upper())
+            case ("binary", data):
+                return "reply", ("binary", data.lower()), state
+        return "ok"
+    def websocket_info(self, info: Info, state: State) -> HandlerResult:
+        match info:
+            case ("nova_pubsub", "chat", _sender, "said", _):
+                return "reply", ("text", info.once(as_json)), state
+            case ("nova_presence", "chat", joins, leaves):
+                return "reply", ("text", json.dumps([joins, leaves])), state
+            case "tick":
+                return "reply", "ping", state
+        return "stop", state
+    def terminate(self, reason: Any, req: Request, state: State) -> None:
+        print(reason, req["path"])
+
+class OnlyMessages(WebSocketHandler):
+    def websocket_info(self, message: Message, name: str) -> HandlerResult:
+        return "reply", self.frame(message), name
+    def frame(self, message: Message) -> Frame:
+        return "text", message.once(as_json)
+
+class Counter(GenServer):
+    def init(self, start: int) -> InitResult:
+        return "ok", start, ("continue", "more")
+    def handle_call(self, request: Any, from_: tuple[Pid, Pid], state: int) -> CallResult:
+        return ("reply", state, state + 1) if request == "next" else ("stop", "bad", state)
+    def handle_cast(self, request: Any, state: int) -> CastResult:
+        return "noreply", 0, 5.0
+
+def create(req: Request) -> Response:
+    match req:
+        case {"params": {"title": str(title)}}:
+            return "json", 201, {}, title
+        case {"qs": {"old": _}}:
+            return "redirect", "/new"
+    return "status", 422, {"X-Why": "no title"}, {"error": "no title"}
+
+def page(req: Request) -> Response:
+    return "ok", [("message", "hi")], {"view": "login"}
+
+def auth(req: Request) -> SecurityResult:
+    return (True, {"name": "ann"}) if req["cookies"] else (False, 401, {})
+
+counter: ChildSpec = {"id": "counter", "start": (start_link, Counter, 1), "restart": "transient", "shutdown": 2}
+app = Nova([{"security": auth, "routes": [("/chat", Chat, {"protocol": "ws"}), ("/", create), ("/page", page)]}])
+assert Chat().websocket_info(Message(("nova_pubsub", "chat", None, "said", "hi")), {})
+with Server(app, port=0, children=[counter]) as server:
+    print(server.port, call("counter", "next"), app.stats()["processes"])
+start_supervisor([counter], "rest_for_one")
+app.board("/board", security=auth)
+app.run(port=8080, workers=2, cluster="redis://localhost", children=[counter, {"id": 2, "start": (print, 1)}])
+"""
+# What to put below the imports of the program above, each a mistake that both checkers must report.
+WRONG = {
+    "a frame that is a string": "return 'reply', 'hello', state",
+    "a frame of an unknown kind": "return 'reply', ('txt', 'hello'), state",
+    "a text that is bytes": "return 'reply', ('text', b'hello'), state",
+    "a close code that is a string": "return 'reply', ('close', '1000', ''), state",
+    "a misspelt result": "return 'replay', ('text', 'hello'), state",
+    "a result without its state": "return 'reply', ('text', 'hello')",
+    "no result": "pass",
+    "once of anything": "return 'reply', ('text', info.once(as_json)), state",
+    "a tuple of frames": "return 'reply', (('text', 'a'), ('text', 'b')), state",
+    "an option of run": "app.run(port=8080, cluter='redis://localhost'); return 'ok'",
+    "a string for a number": "app.run(port='8080'); return 'ok'",
+    "a key of a child": "start_supervisor([{'id': 1, 'start': (print,), 'restrat': 'permanent'}]); return 'ok'",
+    "a value of a child": "start_supervisor([{'id': 1, 'start': (print,), 'restart': 'always'}]); return 'ok'",
+    "a child without a start": "start_supervisor([{'id': 1}]); return 'ok'",
+    "a strategy": "start_supervisor([], 'one_for_everyone'); return 'ok'",
+    "a payload forgotten": "pubsub.broadcast('chat', 'said'); return 'ok'",
+    "a status that is a string": "answer: Response = 'json', '201', {}, 5; return 'ok'",
+    "a misspelt answer": "answer: Response = 'jsn', 5; return 'ok'",
+    "security without yes or no": "answer: SecurityResult = 'yes'; return 'ok'",
+    "a server's misspelt result": "answer: CallResult = 'replied', 1, 2; return 'ok'",
+}  # fmt: skip
+
+
+def programs_of_the_readme():
+    """Yields (name of a file, text) of all blocks of Python. What is no whole program gets names that it lacks."""
+    for number, text in enumerate(re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)):
+        name = re.match(r"# (\w+)\.py\n", text)
+        yield name[1] if name else f"readme_{number}", text if "nova_lite import" in text else FRAGMENTS + text
+
+
+def demo_beside_a_copy():
+    imports = re.findall(r"^(?:import|from) (?!__future__).*$", ABOVE, re.MULTILINE)
+    own = ["from nova_lite import *", "from nova_lite import __version__, log, room"]
+    return "\n".join(["from __future__ import annotations", *imports, *own, BELOW_CODE])
+
+
+@pytest.fixture(scope="module")
+def typed(tmp_path_factory):
+    """A folder with a vendored copy, and the configuration that it takes to leave other packages out of it."""
+    folder = tmp_path_factory.mktemp("typed")
+    vendored(folder, [])
+    (folder / "pyrightconfig.json").write_text('{"reportMissingImports": false, "reportMissingModuleSource": false}')
+    return folder
+
+
+def reported(checker, folder, names, *options):
+    """The lines in which a checker reports an error, by file."""
+    if CHECKERS[checker] is None:
+        pytest.skip(f"{checker} is not installed")
+    files = [f"{name}.py" for name in names]
+    strict = ["--strict", "--ignore-missing-imports", "--no-warn-return-any", *options]
+    command = [CHECKERS[checker], *(strict if checker == "mypy" else ["--pythonpath", sys.executable])]
+    done = subprocess.run([*command, *files], cwd=folder, capture_output=True, text=True, timeout=600)
+    assert done.returncode in (0, 1), done.stdout + done.stderr
+    found = re.findall(r"^\s*(?:\S*/)?(\w+)\.py:(\d+):(?:\d+ -)? error: (.*)$", done.stdout, re.MULTILINE)
+    assert bool(found) == (done.returncode == 1), done.stdout
+    return [(name, int(line), message) for name, line, message in found]
+
+
+@pytest.mark.parametrize("checker", ["mypy", "pyright"])
+def test_checkers_report_nothing_of_the_readmes_programs_and_the_demo(typed, checker):
+    programs = {**dict(programs_of_the_readme()), "demo": demo_beside_a_copy()}
+    for name, text in programs.items():
+        (typed / f"{name}.py").write_text(text)
+    untyped = ["--allow-untyped-defs", "--allow-untyped-calls", "--allow-incomplete-defs"]
+    assert reported(checker, typed, programs, *untyped) == []
+
+
+@pytest.mark.parametrize("checker", ["mypy", "pyright"])
+def test_checkers_report_nothing_of_a_program_with_annotations(typed, checker):
+    (typed / "annotated.py").write_text(ANNOTATED)
+    assert reported(checker, typed, ["annotated"]) == []
+
+
+@pytest.mark.parametrize("checker", ["mypy", "pyright"])
+def test_checkers_report_each_mistake(typed, checker):
+    head = (
+        "\nclass Wrong(WebSocketHandler):\n    def websocket_info(self, info: Info, state: State) -> HandlerResult:\n"
+    )
+    for number, mistake in enumerate(WRONG.values()):
+        (typed / f"wrong_{number}.py").write_text(f"{ANNOTATED}{head}        {mistake}\n")
+    found = reported(checker, typed, [f"wrong_{number}" for number in range(len(WRONG))])
+    missed = [what for number, what in enumerate(WRONG) if f"wrong_{number}" not in {name for name, *_ in found}]
+    assert missed == []
+
+
+def test_run_has_the_options_that_its_type_names():
+    own = inspect.signature(nova_lite.run).parameters
+    servers = inspect.signature(Server).parameters
+    options = {name for name, kind in {**own, **servers}.items() if kind.kind is kind.KEYWORD_ONLY}
+    assert set(nova_lite.RunOptions.__annotations__) == options
+
+
+def test_help_shows_the_api():
+    pages = {thing: pydoc.plain(pydoc.render_doc(thing)) for thing in (pubsub, WebSocketHandler, nova_lite)}
+    for method in ("join", "leave", "broadcast", "broadcast_from", "get_members", "monitor", "keep"):
+        assert f"{method}(" in pages[pubsub]
+        assert f"{method}(" in pages[nova_lite]
+    words = (
+        "websocket_init(state)",
+        "terminate(reason, req, state)",
+        'A frame is ("text", str)',
+        "websocket_info(self,",
+    )
+    for word in words:
+        assert word in pages[WebSocketHandler]
+        assert word in pages[nova_lite]
+
+
 # -- the board --------------------------------------------------------------------------------------------------------
 
 
@@ -16970,7 +17249,6 @@ def test_the_benchmark_measures_a_cluster_and_notices_what_is_out_of_order_there
 
 import _thread
 import argparse
-import importlib.util
 import platform
 import resource
 import selectors
