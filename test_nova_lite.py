@@ -15812,7 +15812,8 @@ expect(row).to_contain_text("ended")
 def test_a_restart_and_a_slow_callback_are_shown_as_events(browse, begin, me, monkeypatch):
     monkeypatch.setattr(nova_lite.scheduler, "next_warning", 0.0)
     nova_lite._events.clear()
-    begin(start_supervisor, [{"id": "mailer", "start": (start_link, Obedient, me, "mailer")}], "one_for_one", 5)
+    mailer = {"id": "mailer", "start": (start_link, Obedient, me, "mailer")}
+    begin(start_supervisor, [mailer], "one_for_one", 5, 600)
     with board_shown() as server:
         exit(whereis("mailer"), "kill")
         begin(spawn, hold_hub)
