@@ -38,6 +38,7 @@ The map. A room uses the rooms above it, others only through `rooms`. Those afte
     plugins                 before and after controllers; cors; pages for statuses; mounted applications
     deflate                 compression (permessage-deflate)
     rate                    clients that may say so much a time
+    timers                  messages that are sent later
     gen_server              servers with calls; supervisors
     presence                who is in a channel, by name
     replay                  channels that keep their last messages
@@ -49,7 +50,8 @@ The map. A room uses the rooms above it, others only through `rooms`. Those afte
     logs                    the access log; lines in JSON
     stats                   figures of this node and of all nodes
     metrics                 figures of all nodes, for Prometheus
-    board                   a page that shows them
+    inspect                 processes and channels, found and described
+    board                   a page that shows all that
     demo, main              Nova's tutorial; the command line
 
 Erlang's terms, here. An atom is a string, a tuple a tuple, a pid a `Pid`; `Pid ! Msg` is `pid.send(msg)`, `self()` is
@@ -132,9 +134,9 @@ match sys.version_info:  # nova_lite needs Python 3.10 or later. An older one st
 __version__ = "0.1.0"
 __all__ = [  # the rooms after the core add their own
     "ChildSpec", "ClientFrame", "Frame", "HandlerResult", "Info", "Message", "Nova", "Pid", "ProcessExit", "Request",
-    "Server", "Settings", "WebSocketHandler", "cancel_timer", "demonitor", "exit", "heartbeat", "is_process_alive",
-    "link", "monitor", "process_flag", "pubsub", "read_timer", "receive", "register", "run", "self_pid", "send",
-    "send_after", "send_interval", "spawn", "spawn_link", "spawn_monitor", "unlink", "unregister", "whereis",
+    "Server", "Settings", "WebSocketHandler", "demonitor", "exit", "heartbeat", "is_process_alive", "link", "monitor",
+    "process_flag", "pubsub", "receive", "register", "run", "self_pid", "send", "spawn", "spawn_link", "spawn_monitor",
+    "unlink", "unregister", "whereis",
 ]  # fmt: skip
 
 log = logging.getLogger("nova_lite" if __name__ == "__main__" else __name__)
@@ -837,68 +839,6 @@ def process_flag(flag: str, value: bool) -> bool:
     me = calling_process()
     old, me.trapping = me.trapping, bool(value)
     return old
-
-
-class Timer:
-    """What `send_after` and `send_interval` return; for `cancel_timer` and `read_timer`."""
-
-    def __init__(self, target: Any, message: Any, seconds: float, interval: float = 0.0) -> None:
-        calling_process(), resolve(target)  # for what they raise
-        if isnan(seconds):
-            raise ValueError("expected seconds, got NaN")
-        self.target, self.message, self.interval = target, message, interval
-        self.due, self.ref = monotonic() + seconds, next(refs)
-        self.watcher = scheduler.hub.loop.timer(max(seconds, 0), interval)
-        self.watcher.start(self._fire, update=True)
-        if isinstance(target, Process) or (interval and isinstance(target, Pid)):
-            target.watch(self.ref, self)
-
-    def _fire(self) -> None:
-        target, message = self.target, self.message
-        self.due = max(self.due + self.interval, monotonic())  # as libev, which does not let intervals drift
-        if not self.interval:
-            self.stop()
-        send(target, message)
-
-    def stop(self) -> None:
-        """Stops the timer and releases the message."""
-        self.watcher.close()
-        if isinstance(self.target, Pid):
-            self.target.unwatch(self.ref)
-        self.target = self.message = None
-
-    def down(self, *_down: Any) -> None:
-        self.stop()
-
-
-def send_after(seconds: float, target: Pid | str, message: Any) -> Timer:
-    """Sends `message` after so many seconds, unless the process has ended by then (erlang:send_after/3).
-
-    A timer to a name is not cancelled. Raises TypeError if `target` is not a pid or a name, ValueError for NaN.
-    """
-    return Timer(target, message, seconds)
-
-
-def send_interval(seconds: float, target: Pid | str, message: Any) -> Timer:
-    """Sends `message` every so many seconds, until the process ends or the timer is cancelled (timer:send_interval/3).
-
-    Raises what `send_after` does, and ValueError for an interval that is not above 0 seconds.
-    """
-    if not seconds > 0:
-        raise ValueError(f"expected an interval above 0 seconds, got {seconds!r}")
-    return Timer(target, message, seconds, seconds)
-
-
-def read_timer(timer: Timer) -> float | bool:
-    """Returns the seconds until a timer fires, or False if it has fired or was cancelled (erlang:read_timer/1)."""
-    return max(timer.due - monotonic(), 0.0) if timer.target is not None else False
-
-
-def cancel_timer(timer: Timer) -> float | bool:
-    """Cancels a timer; returns what `read_timer` would have returned (erlang:cancel_timer/1)."""
-    left = read_timer(timer)
-    timer.stop()
-    return left
 
 
 class Alias(Pid):
@@ -2508,9 +2448,6 @@ def _call_outermost(callback: Any, route: bottle.Route, **bindings: Any) -> Any:
 class _WebSocketEndpoint(_Endpoint):
     """The gate before the 101: every refusal is plain HTTP."""
 
-    def __init__(self, handler: Any, security: Any, settings: Settings) -> None:
-        super().__init__(handler, security, settings)
-
     def __call__(self, **bindings: Any) -> HTTPResponse:
         req = self.make_request(bindings)
         if REGISTRY_KEY not in req.environ:
@@ -4068,12 +4005,21 @@ def _is_names(value: Any) -> bool:
     return isinstance(value, Collection) and not isinstance(value, str | bytes)
 
 
+def _is_rate(value: Any) -> bool:
+    match value:
+        case (int(messages), int() | float() as seconds):
+            return messages > 0 and 0 < seconds < inf
+    return value is None
+
+
 _EXPECTED: dict[str, tuple[Callable[[Any], bool], str]] = {  # by a setting's name, or by its type
     "max_body": (_is_count, "a number of bytes"),
     "max_message_size": (_is_count, "a number of bytes"),
     "trust_proxy": (lambda value: isinstance(value, int) and value >= 0, "a number of proxies, or True for one"),
     "subprotocols": (_is_names, "a list of names"),
     "on_slow": (lambda value: value in ("close", "drop_oldest", "drop_new"), "'close', 'drop_oldest' or 'drop_new'"),
+    "rate": (_is_rate, "(messages, seconds), such as (50, 1)"),
+    "on_flood": (lambda value: value in ("wait", "close"), "'wait' or 'close'"),
     "origins": (lambda value: value in (None, "*") or _is_names(value), "a list of origins, or '*'"),
     "int": (_is_count, "a whole number of 0 or more"),
     "float": (_is_seconds, "a number of seconds above 0"),
@@ -5334,19 +5280,81 @@ def _limit(kind: Any) -> Any:
     return _rated(kind)
 
 
-def _check_rate(options: Mapping[str, Any]) -> None:
-    match options.get("rate"):
-        case None:
-            pass
-        case (int(messages), int() | float() as seconds) if messages > 0 and 0 < seconds < inf:
-            pass
-        case rate:
-            raise ValueError(f"rate is (messages, seconds), such as (50, 1), not {rate!r}")
-    if options.get("on_flood", "wait") not in ("wait", "close"):
-        raise ValueError(f"on_flood is 'wait' or 'close', not {options['on_flood']!r}")
+rooms["rate"] = SimpleNamespace(limit=_limit, check=lambda _options: None)
 
 
-rooms["rate"] = SimpleNamespace(limit=_limit, check=_check_rate)
+# ----- cut here: without timers --------------------------------------------------------------------------------------
+# Lost: send_after, send_interval, read_timer, cancel_timer.
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Timers: messages that are sent later.
+# Invariant: a timer to a pid goes with its process, and keeps nothing of it.
+# ---------------------------------------------------------------------------------------------------------------------
+
+__all__ += ["cancel_timer", "read_timer", "send_after", "send_interval"]
+
+
+class Timer:
+    """What `send_after` and `send_interval` return; for `cancel_timer` and `read_timer`."""
+
+    def __init__(self, target: Any, message: Any, seconds: float, interval: float = 0.0) -> None:
+        calling_process(), resolve(target)  # for what they raise
+        if isnan(seconds):
+            raise ValueError("expected seconds, got NaN")
+        self.target, self.message, self.interval = target, message, interval
+        self.due, self.ref = monotonic() + seconds, next(refs)
+        self.watcher = scheduler.hub.loop.timer(max(seconds, 0), interval)
+        self.watcher.start(self._fire, update=True)
+        if isinstance(target, Process) or (interval and isinstance(target, Pid)):
+            target.watch(self.ref, self)
+
+    def _fire(self) -> None:
+        target, message = self.target, self.message
+        self.due = max(self.due + self.interval, monotonic())  # as libev, which does not let intervals drift
+        if not self.interval:
+            self.stop()
+        send(target, message)
+
+    def stop(self) -> None:
+        """Stops the timer and releases the message."""
+        self.watcher.close()
+        if isinstance(self.target, Pid):
+            self.target.unwatch(self.ref)
+        self.target = self.message = None
+
+    def down(self, *_down: Any) -> None:
+        self.stop()
+
+
+def send_after(seconds: float, target: Pid | str, message: Any) -> Timer:
+    """Sends `message` after so many seconds, unless the process has ended by then (erlang:send_after/3).
+
+    A timer to a name is not cancelled. Raises TypeError if `target` is not a pid or a name, ValueError for NaN.
+    """
+    return Timer(target, message, seconds)
+
+
+def send_interval(seconds: float, target: Pid | str, message: Any) -> Timer:
+    """Sends `message` every so many seconds, until the process ends or the timer is cancelled (timer:send_interval/3).
+
+    Raises what `send_after` does, and ValueError for an interval that is not above 0 seconds.
+    """
+    if not seconds > 0:
+        raise ValueError(f"expected an interval above 0 seconds, got {seconds!r}")
+    return Timer(target, message, seconds, seconds)
+
+
+def read_timer(timer: Timer) -> float | bool:
+    """Returns the seconds until a timer fires, or False if it has fired or was cancelled (erlang:read_timer/1)."""
+    return max(timer.due - monotonic(), 0.0) if timer.target is not None else False
+
+
+def cancel_timer(timer: Timer) -> float | bool:
+    """Cancels a timer; returns what `read_timer` would have returned (erlang:cancel_timer/1)."""
+    left = read_timer(timer)
+    timer.stop()
+    return left
 
 
 # ----- cut here: without gen_server ----------------------------------------------------------------------------------
@@ -8207,7 +8215,7 @@ def log_handler(log_format: str = "plain", shows_process: bool = False) -> loggi
     The format is "plain" (the id of the OS process is shown if asked for) or "json". Raises ValueError for another one.
     """
     process = "%(process)d " if shows_process else ""
-    plain = logging.Formatter(f"%(asctime)s {process}%(levelname)s %(name)s: %(message)s")
+    plain = logging.Formatter(f"%(asctime)s {process}%(levelname)s %(message)s")
     formatters = {"plain": plain, "json": JSONFormatter()}
     if log_format not in formatters:
         raise ValueError(f"log_format is 'plain' or 'json', not {log_format!r}")

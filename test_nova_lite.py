@@ -4784,7 +4784,6 @@ def test_clients_that_come_together_are_accepted_a_few_at_a_time(monkeypatch):
     assert (sum(accepted), max(accepted)) == (30, 5)
 
 
-
 @with_either_http
 def test_a_hook_that_replaces_the_101_ends_the_process_that_waited_for_it(recorder):
     with serving(on(recorder, lambda frame, state: ("ok", state))) as server:
@@ -8647,11 +8646,10 @@ def test_a_flood_closes_with_1008_where_that_is_told_and_is_one_line(recorder, c
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        *[({"rate": rate}, f"such as (50, 1), not {rate!r}") for rate in (
+        *[({"rate": rate}, f"rate must be (messages, seconds), such as (50, 1), got {rate!r}") for rate in (
             50, "50/s", (50,), (0, 1), (1, 0), (-1, 1), (1.5, 1), (1, float("nan")), (1, float("inf")), (1, "1"),
         )],
-        ({"on_flood": "drop"}, "on_flood is 'wait' or 'close', not 'drop'"),
-        ({"rate": (1, 1), "on_flood": 1}, "on_flood is 'wait' or 'close', not 1"),
+        *[({"on_flood": it}, f"on_flood must be 'wait' or 'close', got {it!r}") for it in ("drop", 1, None)],
     ],
 )  # fmt: skip
 def test_a_rate_that_is_none_is_told_when_the_application_is_made(options, words):
@@ -13345,7 +13343,7 @@ def workers_of(demo):
     """{number: pid} of the workers that serve."""
     log = "".join(demo.log)
     pids = {number: int(pid) for number, pid in re.findall(r"worker (\d+) is process (\d+)", log)}
-    return {number: pid for number, pid in pids.items() if re.search(rf"{pid} INFO nova_lite: serving on", log)}
+    return {number: pid for number, pid in pids.items() if re.search(rf"{pid} INFO serving on", log)}
 
 
 @pytest.fixture
@@ -13366,7 +13364,7 @@ def test_workers_share_a_port_and_what_one_broadcasts_reaches_the_clients_of_all
         for client in clients:
             event = json.loads(client.recv(PATIENCE))
             assert (event["event"], event["data"]) == ("note_created", note)
-    indexed = re.compile(r"(\d+) INFO nova_lite: indexing note 1")
+    indexed = re.compile(r"(\d+) INFO indexing note 1")
     until(lambda: set(indexed.findall("".join(team.log))) == set(map(str, workers_of(team).values())))
 
 
@@ -14546,10 +14544,12 @@ def test_recipe_flask_and_nova_share_a_process(kitchen):
         assert [http_request(server, "GET", path)[0] for path in ("/live/none", "/none")] == [404, 404]
 
 
-def test_recipe_a_flask_application_is_mounted_in_a_nova(kitchen):
+@pytest.mark.parametrize("prefix", ["/shop/", "/"])
+def test_recipe_a_flask_application_is_mounted_in_a_nova(kitchen, prefix):
     pytest.importorskip("flask")
-    with recipe_running(kitchen, "flask_in_nova.py") as server:
-        assert get_json(server, "/shop/items/7") == (200, {"item": 7, "next": "/shop/items/8"})
+    program = COOKBOOK["flask_in_nova.py"].replace('mount("/shop/"', f'mount("{prefix}"')
+    with recipe_running(kitchen, "-c", program) as server:
+        assert get_json(server, f"{prefix}items/7") == (200, {"item": 7, "next": f"{prefix}items/8"})
         assert http_request(server, "GET", "/heartbeat")[0] == 200
 
 
@@ -16798,13 +16798,39 @@ def test_the_benchmark_prints_a_table_of_what_it_measures():
 
 
 def test_the_benchmark_prints_json_and_nothing_else():
-    done = bench_command("--quick", "--json", "small")
+    done = bench_command("--quick", "--json", "-", "small")
     assert done.returncode == 0, done.stderr
     (case,) = map(json.loads, done.stdout.splitlines())
     assert (case["case"], case["clients"], case["messages"]) == ("small", 100, 200)
     assert list(case["servers"]) == ["nova_lite", "plain", "websockets"]
     for seen in case["servers"].values():
         assert 0 < seen["p50_ms"] <= seen["p99_ms"] <= seen["p999_ms"] <= seen["max_ms"]
+
+
+def test_the_benchmark_compares_with_the_figures_of_an_earlier_run(tmp_path, monkeypatch, capsys):
+    """The peers tell what is the machine's doing: here it is twice as slow as it was."""
+    file = tmp_path / "figures"
+    then = {"nova_lite": {"cpu_us": 10.0}, "plain": {"cpu_us": 20.0}}  # and no websockets
+    now = {"nova_lite": {"cpu_us": 26.0}, "plain": {"cpu_us": 40.0}, "websockets": {"cpu_us": 1.0}}
+    monkeypatch.setitem(globals(), "run_case", lambda *_: then)
+    assert run_bench(["--quick", "small", "--json", str(file)]) == 0
+    assert [json.loads(line)["servers"] for line in file.read_text().splitlines()] == [then]
+    monkeypatch.setitem(globals(), "run_case", lambda *_: now)
+    for margin, code in [([], 0), (["--margin", "1.4"], 0), (["--margin", "1.2"], 1)]:
+        assert run_bench(["--quick", "small", "--against", str(file), *margin]) == code
+        seen = capsys.readouterr()
+        assert f"small against {file}: nova_lite 2.60, plain 2.00; adjusted 1.30" in seen.out
+        assert ("slower by more than 1.2: small" in seen.err) == bool(code)
+    assert run_bench(["--quick", "small", "--json", str(file), "--against", str(file)]) == 0  # it is read first
+    assert read_figures(file)["small"] == now
+
+
+def test_the_benchmark_refuses_a_file_without_figures_before_it_measures(tmp_path, capsys):
+    (tmp_path / "other").write_text("[]\n")
+    for options in (["--against", "other"], ["--against", "missing"], ["--json", "missing/file"]):
+        with pytest.raises(SystemExit, match="2"):
+            run_bench(["--quick", options[0], str(tmp_path / options[1])])
+    assert capsys.readouterr().err.count("no figures of an earlier --json, or no file to write to") == 3
 
 
 @pytest.mark.parametrize(
@@ -16893,7 +16919,8 @@ def test_the_benchmark_ends_with_an_exit_code_and_a_clear_line_where_connections
         fake = nullcontext(lambda: here)
         monkeypatch.setitem(globals(), "worker", lambda role, *args: fake if role == "serve" else own(role, *args))
         monkeypatch.setitem(CASES, "echo", {**CASES["echo"], "peers": [], "clients": 100})
-        monkeypatch.delitem(CASES, "echo x16")
+        for other in ("echo x16", "echo 64K"):
+            monkeypatch.delitem(CASES, other)
         assert run_bench(["--quick", "echo"]) == 1
         until(lambda: not server.registry.connections)
     assert "echo: nova_lite FAILED: 3 of 100 connections have been closed before the end" in capsys.readouterr().err
@@ -16963,6 +16990,7 @@ class Closed(Exception):
 
 def case(what, peers=("plain", "websockets"), mode="broadcast", path="/comments", **job):
     defaults = {"clients": 1000, "channels": 1, "messages": 0, "size": 64, "window": 1, "patience": 20, "flags": []}
+    defaults["at_once"] = 128  # handshakes under way
     return {"what": what, "peers": peers, "mode": mode, "path": path, **defaults, **job}
 
 
@@ -16978,7 +17006,12 @@ CASES = {
     "big": case("4 broadcasts of 16 KiB under way to 200 clients", clients=200, messages=200, size=16384, window=4),
     "echo": case("100 clients, each with one message under way", mode="echo", path="/ws", clients=100, messages=40_000),
     "echo x16": case("the same, 16 each", mode="echo", path="/ws", clients=100, messages=80_000, window=16),
+    "echo 64K": case(
+        "10 clients, 2 of 64 KiB under way each; pure: nova_lite without a routine in C that unmasks",
+        ["pure", "websockets"], "echo", "/ws", clients=10, messages=500, size=65_500, window=2,
+    ),
     "idle": case("4,000 clients connect; a message is a connection", clients=4000),
+    "connect": case("1,000 clients connect together; a message is a connection", at_once=1000, flags=["watch"]),
     **{
         f"http {name}": case(f"32 kept-alive connections: GET {path}", ["bottle"], "http", path, clients=32, messages=n)
         for name, path, n in [("heartbeat", "/heartbeat", 20_000), ("note", "/api/notes/1", 5000)]
@@ -17042,6 +17075,12 @@ def serve_nova_lite(watch=None):
         _watchers = watch and watch_hub()  # they end with the last reference
         answer_questions(server.port)
         server.serve_forever()
+
+
+def serve_without_accelerator():
+    for module in ("websockets.speedups", "wsaccel.xormask"):
+        sys.modules[module] = None
+    serve_nova_lite()
 
 
 def serve_plain(with_websockets=True):
@@ -17201,7 +17240,7 @@ def serve_node(name, job, *url):
 
 
 SERVERS = {
-    "nova_lite": serve_nova_lite, "alone": serve_nova_lite, "node": serve_node,
+    "nova_lite": serve_nova_lite, "alone": serve_nova_lite, "pure": serve_without_accelerator, "node": serve_node,
     "plain": serve_plain, "bottle": lambda: serve_plain(False), "websockets": serve_websockets,
 }  # fmt: skip
 HELD = array("d")  # how long each turn of the hub was, in seconds
@@ -17258,7 +17297,6 @@ MASK = b"\x12\x34\x56\x78"
 PINGED, OUR_PONG, OUR_PING, PONGED = b"\x89\x00", b"\x8a\x80" + MASK, b"\x89\x80" + MASK, b"\x8a\x00"
 CLOSING = b"\x88"  # how a close frame begins
 KEY, ACCEPT = "dGhlIHNhbXBsZSBub25jZQ==", b"s3pPLMBiTxaQ9kYGzzhZRbK+xOo="  # RFC 6455 §1.3
-AT_ONCE = 128  # handshakes under way
 CALM = 0.5  # seconds without an event, after which no more connections are thought to be closed
 
 
@@ -17436,7 +17474,7 @@ class Load:
                 self.clients.append(kind(self, path))
             except (Closed, ConnectionError):
                 self.closed += 1
-            self.wait(total - number - 1 + AT_ONCE)
+            self.wait(total - number - 1 + self.job.at_once)
         self.wait()
 
     def bind_thread(self):
@@ -17621,7 +17659,7 @@ def measure(name, job):
             return CLUSTERED[job["mode"]]([stack.enter_context(worker(*role)) for role in roles], job)
     if name == "alone":
         job = {**job, "clients": -(-job["clients"] // job["channels"]), "channels": 1}
-    with worker("serve", name, *job["flags"]) as server:
+    with worker("serve", name, *(job["flags"] if name == "nova_lite" else [])) as server:
         fresh = server()
         with worker("load", json.dumps({**job, "port": fresh["port"]})) as load:
             seen, connected = load(), server()
@@ -17707,8 +17745,22 @@ In a cluster a message is a broadcast or a join, and CPU is that of all nodes to
     )
     parser.add_argument("cases", nargs="*", metavar="CASE", help=f"first word of a case (all): {', '.join(groups)}")
     parser.add_argument("--quick", action="store_true", help="a tenth of the messages, and one round: about a minute")
-    parser.add_argument("--json", action="store_true", help="on stdout a JSON object for each case, and nothing else")
+    parser.add_argument(
+        "--json", metavar="FILE", help='writes a JSON object a line for each case; "-": to stdout, and nothing else'
+    )
+    parser.add_argument(
+        "--against", metavar="FILE", help="compares with what an earlier --json wrote: CPU per message over what it was"
+    )
+    parser.add_argument(
+        "--margin", type=float, metavar="RATIO", default=inf,
+        help="with --against: exit code 1 if a case, adjusted by its peers, is above this (default: never)",
+    )  # fmt: skip
     options = parser.parse_args(args)
+    try:  # both before anything is measured, the old figures first: it may be the same file
+        options.earlier = read_figures(options.against) if options.against else {}
+        options.output = open(options.json, "w", encoding="utf-8") if options.json not in (None, "-") else None  # noqa: SIM115
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        parser.error(f"{error!r}: no figures of an earlier --json, or no file to write to")
     if unknown := set(options.cases) - set(groups):
         parser.error(f"no case is called {', '.join(sorted(unknown))}")
     return options
@@ -17735,6 +17787,23 @@ def chosen_cases(options):
     return chosen
 
 
+def read_figures(path):
+    """{case: {server: figures}}, as --json has written them."""
+    lines = map(json.loads, Path(path).read_text(encoding="utf-8").splitlines())
+    return {line["case"]: dict(line["servers"]) for line in lines}
+
+
+def compare(earlier, results):
+    """What nova_lite and its peers cost now over what they cost then, and the first over the median of the others.
+
+    The peers are the same program then and now: what has changed for them is the machine.
+    """
+    both = [name for name in results if "cpu_us" in results[name] and earlier.get(name, {}).get("cpu_us")]
+    ratios = {name: results[name]["cpu_us"] / earlier[name]["cpu_us"] for name in both}
+    peers = [ratio for name, ratio in ratios.items() if name not in ("nova_lite", "alone", "pure")]
+    return ratios, ratios.get("nova_lite", 0.0) / (median(peers) if peers else 1.0)
+
+
 def show_progress(text):
     """A line on stderr; on a terminal the next one takes its place."""
     if sys.stderr.isatty():
@@ -17745,8 +17814,9 @@ def show_progress(text):
 
 def run_bench(args):
     options = bench_options(args)
-    cases, rounds, has_failed = chosen_cases(options), 1 if options.quick else 3, False
-    if not options.json:
+    cases, rounds, has_failed, slower = chosen_cases(options), 1 if options.quick else 3, False, []
+    table = sys.stderr if options.json == "-" else sys.stdout
+    if options.json != "-":
         head = table_row("case", "server", COLUMNS)
         print(setting(args, rounds), "", head, re.sub(r"[^|]", "-", head), sep="\n", flush=True)
     for number, (name, job) in enumerate(cases.items(), 1):
@@ -17756,13 +17826,22 @@ def run_bench(args):
             if "failure" in result:
                 has_failed = True
                 print(f"{name}: {server} FAILED: {result['failure']}", file=sys.stderr)
-        if options.json:
-            about = {key: job[key] for key in ("what", "clients", "channels", "messages", "size", "window")}
+        about = {key: job[key] for key in ("what", "clients", "channels", "messages", "size", "window")}
+        if options.json == "-":
             say({"case": name, **about, "servers": results})
         else:
             for row in table_rows(name, results):
                 print(row, flush=True)
-    return 1 if has_failed else 0
+        if options.output:
+            print(json.dumps({"case": name, **about, "servers": results}), file=options.output, flush=True)
+        if options.against:
+            ratios, adjusted = compare(options.earlier.get(name, {}), results)
+            shown = ", ".join(f"{server} {ratio:.2f}" for server, ratio in ratios.items()) or "nothing to compare"
+            print(f"{name} against {options.against}: {shown}; adjusted {adjusted:.2f}", file=table, flush=True)
+            slower += [name] if adjusted > options.margin else []
+    if slower:
+        print(f"slower by more than {options.margin}: {', '.join(slower)}", file=sys.stderr)
+    return 1 if has_failed or slower else 0
 
 
 def bench(args):
