@@ -831,14 +831,15 @@ class Timer:
             self.stop()
         send(target, message)
 
-    def stop(self, *_down: Any) -> None:
+    def stop(self) -> None:
         """Stops the timer and releases the message."""
         self.watcher.close()
         if isinstance(self.target, Pid):
             self.target.unwatch(self.ref)
         self.target = self.message = None
 
-    down = stop
+    def down(self, *_down: Any) -> None:
+        self.stop()
 
 
 def send_after(seconds: float, target: Pid | str, message: Any) -> Timer:
@@ -2474,7 +2475,7 @@ def heartbeat(req: Request) -> Any:
     """
     registry = req.environ.get(REGISTRY_KEY)
     is_stopping = registry is not None and (registry.leaving or registry.draining)
-    is_cut_off = "cluster" in req["qs"] and not pubsub.adapter.connected
+    is_cut_off = not pubsub.adapter.connected and "cluster" in req["qs"]
     return ("status", 503, {"Retry-After": "5"}) if is_stopping or is_cut_off else ("status", 200)
 
 
@@ -2527,8 +2528,7 @@ class RequestHandler(UpgradeHandler):
     agreed = False  # whether the response is the one that starts a connection
     detached = False  # whether the socket belongs to a connection's process
     response_headers: list[tuple[bytes, bytes]]
-    socket: Any
-    code: Any
+    client_address, rfile, socket, code = None, None, None, None  # type: Any, Any, Any, Any
     logger = log  # gevent-websocket would set up one of its own
 
     def handle(self) -> None:
@@ -3392,7 +3392,7 @@ _date = lru_cache(maxsize=1)(gevent.pywsgi.format_date_time)
 
 def _tokens(value: str) -> list[str]:
     """Returns the options of a Connection header, in lower case (RFC 9110 §7.6.1)."""
-    return [token for token in re.split(r"[ \t,]+", value.lower()) if token]
+    return [token for token in re.split(r"[ \t,]+", value.lower()) if token] if value else []
 
 
 rooms["http"] = SimpleNamespace(handler=StrictRequestHandler)
