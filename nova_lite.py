@@ -2469,7 +2469,7 @@ def heartbeat(req: Request) -> Any:
     """
     registry = req.environ.get(REGISTRY_KEY)
     is_stopping = registry is not None and (registry.leaving or registry.draining)
-    is_cut_off = "cluster" in req["qs"] and not pubsub.adapter.connected
+    is_cut_off = not pubsub.adapter.connected and "cluster" in req["qs"]
     return ("status", 503, {"Retry-After": "5"}) if is_stopping or is_cut_off else ("status", 200)
 
 
@@ -3328,7 +3328,7 @@ _date = lru_cache(maxsize=1)(gevent.pywsgi.format_date_time)
 
 def _tokens(value: str) -> list[str]:
     """Returns the options of a Connection header, in lower case (RFC 9110 §7.6.1)."""
-    return [token for token in re.split(r"[ \t,]+", value.lower()) if token]
+    return [token for token in re.split(r"[ \t,]+", value.lower()) if token] if value else []
 
 
 class _SlicedBytes(BytesIO):
