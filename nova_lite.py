@@ -2403,7 +2403,8 @@ class Nova(bottle.Bottle):
                 room("sessions").send_cookies(bottle.request.environ)
 
     def default_error_handler(self, res: HTTPError) -> bytes:
-        accept, text = bottle.request.get_header("Accept", ""), str(res.body or res.status_line.partition(" ")[2])
+        accept = bottle.request.environ.get("HTTP_ACCEPT", "")
+        text = str(res.body or res.status_line.partition(" ")[2])
         bottle.response.content_type, body = error_body(res.status_line, text, accept)
         return body
 
