@@ -38,6 +38,7 @@ The map. A room uses the rooms above it, others only through `rooms`. Those afte
     plugins                 before and after controllers; cors; pages for statuses; mounted applications
     deflate                 compression (permessage-deflate)
     rate                    clients that may say so much a time
+    timers                  messages that are sent later
     gen_server              servers with calls; supervisors
     presence                who is in a channel, by name
     replay                  channels that keep their last messages
@@ -49,7 +50,8 @@ The map. A room uses the rooms above it, others only through `rooms`. Those afte
     logs                    the access log; lines in JSON
     stats                   figures of this node and of all nodes
     metrics                 figures of all nodes, for Prometheus
-    board                   a page that shows them
+    inspect                 processes and channels, found and described
+    board                   a page that shows all that
     demo, main              Nova's tutorial; the command line
 
 Erlang's terms, here. An atom is a string, a tuple a tuple, a pid a `Pid`; `Pid ! Msg` is `pid.send(msg)`, `self()` is
@@ -98,9 +100,9 @@ from datetime import datetime
 from functools import cache, lru_cache, partial
 from io import BytesIO
 from ipaddress import ip_address
-from itertools import count, islice
+from itertools import chain, count, islice
 from math import inf, isnan
-from operator import itemgetter
+from operator import attrgetter, itemgetter
 from socket import IPPROTO_TCP, TCP_NODELAY, gethostname
 from time import monotonic
 from types import FunctionType, ModuleType, SimpleNamespace
@@ -132,9 +134,9 @@ match sys.version_info:  # nova_lite needs Python 3.10 or later. An older one st
 __version__ = "0.1.0"
 __all__ = [  # the rooms after the core add their own
     "ChildSpec", "ClientFrame", "Frame", "HandlerResult", "Info", "Message", "Nova", "Pid", "ProcessExit", "Request",
-    "Server", "Settings", "WebSocketHandler", "cancel_timer", "demonitor", "exit", "heartbeat", "is_process_alive",
-    "link", "monitor", "process_flag", "pubsub", "read_timer", "receive", "register", "run", "self_pid", "send",
-    "send_after", "send_interval", "spawn", "spawn_link", "spawn_monitor", "unlink", "unregister", "whereis",
+    "Server", "Settings", "WebSocketHandler", "demonitor", "exit", "heartbeat", "is_process_alive", "link", "monitor",
+    "process_flag", "pubsub", "receive", "register", "run", "self_pid", "send", "spawn", "spawn_link", "spawn_monitor",
+    "unlink", "unregister", "whereis",
 ]  # fmt: skip
 
 log = logging.getLogger("nova_lite" if __name__ == "__main__" else __name__)
@@ -837,67 +839,6 @@ def process_flag(flag: str, value: bool) -> bool:
     me = calling_process()
     old, me.trapping = me.trapping, bool(value)
     return old
-
-
-class Timer:
-    """What `send_after` and `send_interval` return; for `cancel_timer` and `read_timer`."""
-
-    def __init__(self, target: Any, message: Any, seconds: float, interval: float = 0.0) -> None:
-        calling_process(), resolve(target)  # for what they raise
-        if isnan(seconds):
-            raise ValueError("expected seconds, got NaN")
-        self.target, self.message, self.interval = target, message, interval
-        self.due, self.ref = monotonic() + seconds, next(refs)
-        self.watcher = scheduler.hub.loop.timer(max(seconds, 0), interval)
-        self.watcher.start(self._fire, update=True)
-        if isinstance(target, Process) or (interval and isinstance(target, Pid)):
-            target.watch(self.ref, self)
-
-    def _fire(self) -> None:
-        target, message = self.target, self.message
-        self.due = max(self.due + self.interval, monotonic())  # as libev, which does not let intervals drift
-        if not self.interval:
-            self.stop()
-        send(target, message)
-
-    def stop(self, *_down: Any) -> None:
-        """Stops the timer and releases the message."""
-        self.watcher.close()
-        if isinstance(self.target, Pid):
-            self.target.unwatch(self.ref)
-        self.target = self.message = None
-
-    down = stop
-
-
-def send_after(seconds: float, target: Pid | str, message: Any) -> Timer:
-    """Sends `message` after so many seconds, unless the process has ended by then (erlang:send_after/3).
-
-    A timer to a name is not cancelled. Raises TypeError if `target` is not a pid or a name, ValueError for NaN.
-    """
-    return Timer(target, message, seconds)
-
-
-def send_interval(seconds: float, target: Pid | str, message: Any) -> Timer:
-    """Sends `message` every so many seconds, until the process ends or the timer is cancelled (timer:send_interval/3).
-
-    Raises what `send_after` does, and ValueError for an interval that is not above 0 seconds.
-    """
-    if not seconds > 0:
-        raise ValueError(f"expected an interval above 0 seconds, got {seconds!r}")
-    return Timer(target, message, seconds, seconds)
-
-
-def read_timer(timer: Timer) -> float | bool:
-    """Returns the seconds until a timer fires, or False if it has fired or was cancelled (erlang:read_timer/1)."""
-    return max(timer.due - monotonic(), 0.0) if timer.target is not None else False
-
-
-def cancel_timer(timer: Timer) -> float | bool:
-    """Cancels a timer; returns what `read_timer` would have returned (erlang:cancel_timer/1)."""
-    left = read_timer(timer)
-    timer.stop()
-    return left
 
 
 class Alias(Pid):
@@ -2305,7 +2246,7 @@ class RunOptions(TypedDict, total=False):  # of `run`, with those of `Server`
     log_level: str
     log_format: str
     children: Iterable[ChildSpec]
-    ready: Callable[[Server], Any] | None
+    ready: Callable[[Any], Any] | None
     certfile: str | None
     keyfile: str | None
     max_connections: int | None
@@ -2403,8 +2344,7 @@ class Nova(bottle.Bottle):
                 room("sessions").send_cookies(bottle.request.environ)
 
     def default_error_handler(self, res: HTTPError) -> bytes:
-        accept = bottle.request.environ.get("HTTP_ACCEPT", "")
-        text = str(res.body or res.status_line.partition(" ")[2])
+        accept, text = bottle.request.environ.get("HTTP_ACCEPT", ""), str(res.body or res.status_line.partition(" ")[2])
         bottle.response.content_type, body = error_body(res.status_line, text, accept)
         return body
 
@@ -2508,9 +2448,6 @@ def _call_outermost(callback: Any, route: bottle.Route, **bindings: Any) -> Any:
 class _WebSocketEndpoint(_Endpoint):
     """The gate before the 101: every refusal is plain HTTP."""
 
-    def __init__(self, handler: Any, security: Any, settings: Settings) -> None:
-        super().__init__(handler, security, settings)
-
     def __call__(self, **bindings: Any) -> HTTPResponse:
         req = self.make_request(bindings)
         if REGISTRY_KEY not in req.environ:
@@ -2607,6 +2544,7 @@ class RequestHandler(UpgradeHandler):
     agreed = False  # whether the response is the one that starts a connection
     detached = False  # whether the socket belongs to a connection's process
     response_headers: list[tuple[bytes, bytes]]
+    rfile: Any
     socket: Any
     code: Any
     logger = log  # gevent-websocket would set up one of its own
@@ -2728,6 +2666,7 @@ class Server(gevent.pywsgi.WSGIServer):
 
     KEEP_ALIVE, HEAD_TIME, BODY_TIME = 75.0, 10.0, 30.0  # seconds, by the room http: next request, head (or TLS), body
     WRITE_TIME = 30.0  # seconds, by the room http, in which a client reads nothing of a response
+    max_accept = 5  # clients between two looks at the others, not gevent's 100: 100 handshakes hold the hub for 20 ms
 
     def __init__(
         self,
@@ -2790,8 +2729,7 @@ class Server(gevent.pywsgi.WSGIServer):
             log.warning("no descriptors are left (ulimit -n): new clients wait")
         self.stop_accepting()
         self._timer = self.loop.timer(0.1)
-        self._timer.start(self._start_accepting_if_started)
-        return None
+        return self._timer.start(self._start_accepting_if_started)
 
     def stop(self, timeout: float | None = None) -> None:
         """Closes the listener, waits for requests, and closes WebSockets with 1001; aborts the rest after `timeout`.
@@ -4067,12 +4005,21 @@ def _is_names(value: Any) -> bool:
     return isinstance(value, Collection) and not isinstance(value, str | bytes)
 
 
+def _is_rate(value: Any) -> bool:
+    match value:
+        case (int(messages), int() | float() as seconds):
+            return messages > 0 and 0 < seconds < inf
+    return value is None
+
+
 _EXPECTED: dict[str, tuple[Callable[[Any], bool], str]] = {  # by a setting's name, or by its type
     "max_body": (_is_count, "a number of bytes"),
     "max_message_size": (_is_count, "a number of bytes"),
     "trust_proxy": (lambda value: isinstance(value, int) and value >= 0, "a number of proxies, or True for one"),
     "subprotocols": (_is_names, "a list of names"),
     "on_slow": (lambda value: value in ("close", "drop_oldest", "drop_new"), "'close', 'drop_oldest' or 'drop_new'"),
+    "rate": (_is_rate, "(messages, seconds), such as (50, 1)"),
+    "on_flood": (lambda value: value in ("wait", "close"), "'wait' or 'close'"),
     "origins": (lambda value: value in (None, "*") or _is_names(value), "a list of origins, or '*'"),
     "int": (_is_count, "a whole number of 0 or more"),
     "float": (_is_seconds, "a number of seconds above 0"),
@@ -4491,7 +4438,6 @@ rooms["views"] = SimpleNamespace(
 
 from copy import copy
 from inspect import signature
-from itertools import chain
 
 __all__ += ["cors"]
 
@@ -4860,9 +4806,6 @@ def _prepare(app: Nova, group: Mapping[str, Any]) -> Mapping[str, Any]:
     inherits = not ours and (bool(plugins) or "plugins" not in group)
     if inherits and not statuses and not isinstance(app.error_handler, _Extension):
         return group
-    if "checks" in rooms:
-        for route in statuses:
-            rooms["checks"].check_route(app, group, route, str)
     extension = _extend(app)
     entries = None if inherits else [_PluginEntry(extension, *plugin) for plugin in ours]
     mark = _Group(group.get("prefix", ""), entries, dict(_status_route(app, *route) for route in statuses))
@@ -5337,19 +5280,81 @@ def _limit(kind: Any) -> Any:
     return _rated(kind)
 
 
-def _check_rate(options: Mapping[str, Any]) -> None:
-    match options.get("rate"):
-        case None:
-            pass
-        case (int(messages), int() | float() as seconds) if messages > 0 and 0 < seconds < inf:
-            pass
-        case rate:
-            raise ValueError(f"rate is (messages, seconds), such as (50, 1), not {rate!r}")
-    if options.get("on_flood", "wait") not in ("wait", "close"):
-        raise ValueError(f"on_flood is 'wait' or 'close', not {options['on_flood']!r}")
+rooms["rate"] = SimpleNamespace(limit=_limit, check=lambda _options: None)
 
 
-rooms["rate"] = SimpleNamespace(limit=_limit, check=_check_rate)
+# ----- cut here: without timers --------------------------------------------------------------------------------------
+# Lost: send_after, send_interval, read_timer, cancel_timer.
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Timers: messages that are sent later.
+# Invariant: a timer to a pid goes with its process, and keeps nothing of it.
+# ---------------------------------------------------------------------------------------------------------------------
+
+__all__ += ["cancel_timer", "read_timer", "send_after", "send_interval"]
+
+
+class Timer:
+    """What `send_after` and `send_interval` return; for `cancel_timer` and `read_timer`."""
+
+    def __init__(self, target: Any, message: Any, seconds: float, interval: float = 0.0) -> None:
+        calling_process(), resolve(target)  # for what they raise
+        if isnan(seconds):
+            raise ValueError("expected seconds, got NaN")
+        self.target, self.message, self.interval = target, message, interval
+        self.due, self.ref = monotonic() + seconds, next(refs)
+        self.watcher = scheduler.hub.loop.timer(max(seconds, 0), interval)
+        self.watcher.start(self._fire, update=True)
+        if isinstance(target, Process) or (interval and isinstance(target, Pid)):
+            target.watch(self.ref, self)
+
+    def _fire(self) -> None:
+        target, message = self.target, self.message
+        self.due = max(self.due + self.interval, monotonic())  # as libev, which does not let intervals drift
+        if not self.interval:
+            self.stop()
+        send(target, message)
+
+    def stop(self) -> None:
+        """Stops the timer and releases the message."""
+        self.watcher.close()
+        if isinstance(self.target, Pid):
+            self.target.unwatch(self.ref)
+        self.target = self.message = None
+
+    def down(self, *_down: Any) -> None:
+        self.stop()
+
+
+def send_after(seconds: float, target: Pid | str, message: Any) -> Timer:
+    """Sends `message` after so many seconds, unless the process has ended by then (erlang:send_after/3).
+
+    A timer to a name is not cancelled. Raises TypeError if `target` is not a pid or a name, ValueError for NaN.
+    """
+    return Timer(target, message, seconds)
+
+
+def send_interval(seconds: float, target: Pid | str, message: Any) -> Timer:
+    """Sends `message` every so many seconds, until the process ends or the timer is cancelled (timer:send_interval/3).
+
+    Raises what `send_after` does, and ValueError for an interval that is not above 0 seconds.
+    """
+    if not seconds > 0:
+        raise ValueError(f"expected an interval above 0 seconds, got {seconds!r}")
+    return Timer(target, message, seconds, seconds)
+
+
+def read_timer(timer: Timer) -> float | bool:
+    """Returns the seconds until a timer fires, or False if it has fired or was cancelled (erlang:read_timer/1)."""
+    return max(timer.due - monotonic(), 0.0) if timer.target is not None else False
+
+
+def cancel_timer(timer: Timer) -> float | bool:
+    """Cancels a timer; returns what `read_timer` would have returned (erlang:cancel_timer/1)."""
+    left = read_timer(timer)
+    timer.stop()
+    return left
 
 
 # ----- cut here: without gen_server ----------------------------------------------------------------------------------
@@ -5926,7 +5931,7 @@ def count_children(supervisor: Pid | str) -> dict[str, int]:
 def supervisors(limit: int = 100) -> dict[Pid, dict[str, Any]]:
     """Returns the supervisors of this node, each as a dict of its attributes, without calling them.
 
-    "parent" has started it; "children" are the first `limit` of "count", each (id, pid, type, restart).
+    "parent" has started it; "children" are the first `limit` of "count": (id, pid, type, restart).
     """
     found: dict[Pid, dict[str, Any]] = {}
     for process in processes.values():
@@ -8210,7 +8215,7 @@ def log_handler(log_format: str = "plain", shows_process: bool = False) -> loggi
     The format is "plain" (the id of the OS process is shown if asked for) or "json". Raises ValueError for another one.
     """
     process = "%(process)d " if shows_process else ""
-    plain = logging.Formatter(f"%(asctime)s {process}%(levelname)s %(name)s: %(message)s")
+    plain = logging.Formatter(f"%(asctime)s {process}%(levelname)s %(message)s")
     formatters = {"plain": plain, "json": JSONFormatter()}
     if log_format not in formatters:
         raise ValueError(f"log_format is 'plain' or 'json', not {log_format!r}")
@@ -8512,132 +8517,524 @@ def _escape(value: Any) -> str:
 rooms["metrics"] = SimpleNamespace(metrics=metrics)
 
 
-# ----- cut here: without board ---------------------------------------------------------------------------------------
-# Lost: app.board.
+# ----- cut here: without inspect -------------------------------------------------------------------------------------
+# Lost: app.board, which shows what this room finds.
 # Needs: the room stats.
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Board: a page with the figures of this node.
-# Invariant: reads the state of other rooms and never changes it.
+# Inspect: finds processes and channels by their words, orders them, and describes one process closely.
+# Invariant: reads the state of other rooms; of a message or a state it returns the type, never the content. What takes
+# longer than a time slice lets others have their turns, so a process may end meanwhile.
 # ---------------------------------------------------------------------------------------------------------------------
 
-BOARD_TIME = 1.0  # seconds between updates
+from itertools import groupby
+
+ROWS = 100  # that a search returns; processes with a name come on top of that, as many
+DETAILS = 20  # links, monitors, channels and kinds of messages in a description
+LENGTH = 200  # characters of a text that a client may have chosen
+SLICE = 1000  # processes, between which others may get their turns
+_TAG = re.compile(r"[$\w][\w.-]{0,39}")
+_ORDERS: dict[str, Callable[[Any], Any]] = {  # of processes, besides "rate"
+    "title": lambda process: _natural(process.name) if process.name else [],
+    "mailbox": lambda process: len(process.mailbox),
+    "state": lambda process: rooms["stats"].state_of(process, False),
+    "handled": attrgetter("handled"),
+    "age_seconds": lambda process: -process.started_at,
+    "handler": lambda process: _role_of(process),
+    "channels": lambda process: sorted(islice(process.channels, 5)),
+    "peer": lambda process: process.req["peer"] if isinstance(process, Stream) else ("", 0),
+}
+_CHANNEL_ORDERS: dict[str, Callable[[str], Any]] = {  # besides "rate"
+    "channel": lambda channel: _natural(channel),
+    "members": lambda channel: _channel_members(channel) + pubsub.adapter.count_members(channel),
+    "local_members": lambda channel: _channel_members(channel),
+}
+
+
+def _find_processes(search: Any, rates: Mapping[Any, float], texts: dict[int, str], also: Any) -> dict[str, Any]:
+    """Returns the processes that have all words, and how many: the first ROWS, then the named, as many, and `also`.
+
+    `search` is (words, order, descending), `rates` are the messages a second of all processes, and `texts` keeps from
+    one search to the next what the words are looked for in.
+    """
+    words, order, is_descending = search
+    found: list[Any] = list(processes.values())
+    if words.strip():
+        found = _filter(found, words[:LENGTH].lower().split(), texts)
+    key = _ORDERS.get(order) or (lambda process: rates.get(process, 0))
+    rows = _first(found, key, is_descending)
+    named = {*islice(registered.values(), ROWS)} - {*rows}
+    rows += sorted(named.intersection(found), key=key, reverse=is_descending)
+    rows += [also] if also is not None and also not in rows else []
+    ready = set(scheduler.ready)
+    return {
+        "total": len(processes),
+        "count": len(found),
+        "rows": [_describe_row(process, process in ready, rates.get(process, 0)) for process in rows],
+    }
+
+
+def _describe_row(process: Process, is_ready: bool, rate: float) -> dict[str, Any]:
+    info = rooms["stats"].process_info(process, is_ready)
+    channels = [channel[:LENGTH] for channel in info["channels"]]
+    return {**info, "id": process.serial, "handler": _role_of(process), "rate": round(rate, 1), "channels": channels}
+
+
+def _find_channels(search: Any, rates: Mapping[str, float]) -> dict[str, Any]:
+    """Returns the first ROWS channels with all words, as `_find_processes` does."""
+    words, order, is_descending = search
+    names = sorted(name for name in pubsub.which_channels() if not name.startswith("$"))  # those are this file's own
+    wanted = words[:LENGTH].lower().split()
+    found = [name for name in names if all(word in name.lower() for word in wanted)] if wanted else names
+    first = _first(found, _CHANNEL_ORDERS.get(order) or (lambda name: rates.get(name[:LENGTH], 0)), is_descending)
+    rows = [{**rooms["stats"].channel_info(name), "channel": name[:LENGTH]} for name in first]
+    rows = [{**row, "rate": rates.get(row["channel"], 0)} for row in rows]
+    return {"total": len(names), "count": len(found), "rows": rows}
+
+
+def _channel_members(channel: str) -> int:
+    return len(pubsub.channels.get(channel, ()))
+
+
+def _natural(text: str) -> list[Any]:
+    """Returns a key by which "b2" precedes "b10"."""
+    return [int(part) if part.isdecimal() else part for part in re.split(r"(\d{1,9})", text.lower())]
+
+
+def _role_of(process: Process) -> str:
+    """Returns the name of the handler; of a greenlet that became a process, what it is."""
+    if isinstance(process, GreenletProcess):
+        is_main = process.runner is not None and process.runner.parent is None
+        return "main program" if is_main else "greenlet"
+    return process.role()
+
+
+def _first(items: list[Any], key: Callable[[Any], Any], is_descending: bool) -> list[Any]:
+    """Returns the first ROWS by `key`."""
+    first: list[Any] = []
+    for at in range(0, len(items), SLICE):
+        first = sorted(first + items[at : at + SLICE], key=key, reverse=is_descending)[:ROWS]
+        scheduler.yield_after_slice()
+    return first
+
+
+def _map_in_slices(fn: Callable[[Any], Any], items: list[Any]) -> list[Any]:
+    results: list[Any] = []
+    for at in range(0, len(items), SLICE):
+        results += map(fn, items[at : at + SLICE])
+        scheduler.yield_after_slice()
+    return results
+
+
+def _filter(found: list[Process], words: list[str], texts: dict[int, str]) -> list[Process]:
+    """Returns the processes that have all words in their pid, name, handler, peer, state or channels."""
+    if len(texts) > 2 * len(processes) + ROWS:  # most of them are of processes that have ended
+        texts.clear()
+    new = [process for process in found if process.serial not in texts]
+    texts.update(zip([process.serial for process in new], _map_in_slices(_searchable, new), strict=True))
+    for word in words:
+        others = _having(word, found)
+        found = [process for process in found if word in texts.get(process.serial, "") or process in others]
+    return found
+
+
+def _searchable(process: Process) -> str:
+    peer = process.req["peer"] if isinstance(process, Stream) else ()
+    return f"{process!r} {_role_of(process)} {':'.join(map(str, peer))}".lower()
+
+
+def _having(word: str, found: list[Process]) -> set[Process]:
+    """Returns the processes that have a word in what may change: name, channels and state."""
+    named = [process for name, process in registered.items() if word in name.lower()]
+    members = [pubsub.channels[channel] for channel in pubsub.channels if word in channel.lower()]
+    if any(state.startswith(word) for state in ("idle", "running", "waiting", "slow")):
+        states = _map_in_slices(lambda process: rooms["stats"].state_of(process, False), found)
+        named += [process for process, state in zip(found, states, strict=True) if state.startswith(word)]
+    return set(named).union(*members)
+
+
+def _describe(process: Process) -> dict[str, Any]:
+    """Returns what a process holds and whom it knows, of everything a bounded number."""
+    newest = [_kind_of(message) for message in islice(reversed(process.mailbox), ROWS)]
+    runs = [(kind, sum(1 for _ in run)) for kind, run in groupby(newest)]
+    state = getattr(process, "state", None)
+    size = f" of {len(state)}" if isinstance(state, dict | list | tuple | set) else ""
+    return {
+        "id": process.serial,
+        "client": isinstance(process, Stream),
+        "state": "none" if state is None else type(state).__name__ + size,
+        "links": _name_all(process.links),
+        "monitors": _name_all([thing for thing in (process.owned or {}).values() if isinstance(thing, Pid)]),
+        "monitored by": _name_all((process.monitored_by or {}).values()),
+        "channels": _name_all(process.channels),
+        "newest messages": _name_all([f"{number} {kind}" if number > 1 else kind for kind, number in runs]),
+    }
+
+
+def _name_all(things: Any) -> list[str]:
+    names, more = [_name_of(thing) for thing in islice(things, DETAILS)], len(things) - DETAILS
+    return [*names, f"and {more} more"] if more > 0 else names
+
+
+def _name_of(thing: Any) -> str:
+    if isinstance(thing, str):
+        return thing[:LENGTH]
+    if not isinstance(thing, Pid) or isinstance(thing, Alias):
+        return "a call" if isinstance(thing, Alias) else type(thing).__name__.lower()
+    return f"{getattr(thing, 'name', None) or ''} {thing!r}".strip()
+
+
+def _kind_of(message: Any) -> str:
+    """Returns the channel and the topic of a broadcast, else the tag of a tuple, else the type."""
+    if type(message) is Message:
+        _, channel, _, topic, _ = message
+        topic = topic[: LENGTH // 4]
+        return f"nova_pubsub/{channel[: LENGTH // 2]}/{topic if isinstance(topic, str) else repr(topic)}"
+    tag = _tag_of(message)
+    return f"{tag} {_tag_of(message[-1])}" if tag in ("$gen_call", "$gen_cast") else tag
+
+
+def _tag_of(value: Any) -> str:
+    is_tagged = type(value) is tuple and value and type(value[0]) is str and _TAG.fullmatch(value[0])
+    return value[0] if is_tagged else type(value).__name__
+
+
+rooms["inspect"] = SimpleNamespace(
+    find_processes=_find_processes, find_channels=_find_channels, describe_process=_describe
+)
+
+
+# ----- cut here: without board ---------------------------------------------------------------------------------------
+# Lost: app.board.
+# Needs: the rooms stats and inspect.
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Board: a page that shows what this node does, beside the figures of the other nodes.
+# Invariant: reads the state of other rooms. It changes one thing, if it is told to: it disconnects a client.
+#
+# Each second a timer of the hub takes a sample: a few numbers, for the charts and for the boards of other nodes. It
+# runs from `run` on, else from the first open board on. Tables are made only while a board is open here, and only with
+# the rows that its view selects. Boards with the same view share them.
+# ---------------------------------------------------------------------------------------------------------------------
+
+BOARD_TIME = 1.0  # seconds between samples, and between updates of a board
+SAMPLES, EVENTS = 60, 100  # that a node keeps
+BUSIEST, NAME_LENGTH = 100, 200  # channels in a sample, and characters of their names
+CHANNEL = "$board"  # of the boards, on all nodes
+SHARE, LONGEST = 0.005, 10.0  # of the processor, for the tables: what takes longer is made less often; seconds at most
+NODE_KEYS = "node", "version", "uptime_seconds", "cpu", "memory_bytes", "connections", "max_connections", "rate"
+DEFAULT_VIEW = ("", "rate", True), ("", "rate", True), None  # words, order, descending; the same of channels; open row
+BY_OPERATOR = Close(1008, "disconnected by an operator", ("error", "disconnected"))
+
+_events: deque[dict[str, Any]] = deque(maxlen=EVENTS)
+_event_numbers = count(1)
+_NOTABLE = re.compile("refused|^cluster: node ")  # lines of the log below WARNING that are events
+
+
+def _record_event(record: logging.LogRecord) -> bool:
+    """Keeps a line of the log that is an event. It is a filter: with a handler, logging would drop its default one."""
+    with suppress(Exception):  # of a value's own __repr__: logging itself reports it
+        if record.levelno >= logging.WARNING or _NOTABLE.search(str(record.msg)):
+            error = f": {record.exc_info[1]!r}" if record.exc_info and record.exc_info[1] else ""
+            event = {"number": next(_event_numbers), "time": record.created, "level": record.levelname.lower()}
+            _events.append({**event, "text": f"{record.getMessage()}{error}"[:500]})
+    return True
+
+
+class Sampler:
+    """Takes the samples of this node, and holds what its open boards share."""
+
+    def __init__(self) -> None:
+        self.timer: Any = None  # None before `start`
+        self.figures: dict[str, Any] = {}  # of the last sample
+        self.samples: deque[dict[str, Any]] = deque(maxlen=SAMPLES)
+        self.counts: dict[str, int] = {}  # channel -> messages at the last sample
+        self._forget()
+
+    def _forget(self) -> None:
+        self.handled: dict[Process, int] = {}  # process -> messages when they were last counted
+        self.counted_at: float | None = None  # when that was; None while no board is open
+        self.rates: dict[Process, float] = {}  # process -> messages a second
+        self.texts: dict[int, str] = {}  # serial -> what a search looks in
+        self.nodes: dict[str, dict[str, Any]] = {}  # id of another node -> its latest figures
+        self.updates: dict[Any, Any] = {}  # what boards get until the next sample, by what it depends on
+        self.next_tables = 0.0  # time when the tables may be made again, see SHARE
+
+    def start(self, _stop: Any = None) -> None:
+        if self.timer is None:
+            scheduler.bind_thread()
+            self._tick()
+
+    def _tick(self) -> None:
+        """Takes a sample and wakes the boards, here and on other nodes. The hub calls it."""
+        if self.timer is not None:
+            self.timer.close()
+        self.timer = scheduler.hub.loop.timer(BOARD_TIME, ref=False)
+        self.timer.start(self._tick)
+        self._take_sample()
+        self.updates = {}
+        if not pubsub.get_local_members(CHANNEL):
+            self._forget()
+        if pubsub.get_members(CHANNEL):
+            figures = {**self.figures, **self.samples[-1]}
+            pubsub.broadcast(CHANNEL, "figures", {key: figures[key] for key in NODE_KEYS})
+
+    def _take_sample(self) -> None:
+        figures, before = rooms["stats"].summary(), self.figures
+        counts, old, self.counts = pubsub.message_counts, self.counts, dict(pubsub.message_counts)
+        seconds = (figures["uptime_seconds"] - before["uptime_seconds"] if before else 0) or inf
+        sent = {channel: more for channel, number in counts.items() if (more := number - old.get(channel, 0)) > 0}
+        sent.pop(CHANNEL, None)
+        busiest = sorted(sent, key=sent.__getitem__, reverse=True)[:BUSIEST]
+
+        def rate(key: str) -> float:
+            return round(max(0, figures[key] - before.get(key, 0)) / seconds, 3)
+
+        sample = {key: figures[key] for key in ("uptime_seconds", "memory_bytes", "connections")}
+        sample |= {"cpu": 100 * rate("cpu_seconds"), "closed": rate("slow_closed"), "dropped": rate("messages_dropped")}
+        sample["rate"] = round(sum(sent.values()) / seconds, 1)
+        sample["channels"] = {channel[:NAME_LENGTH]: round(sent[channel] / seconds, 1) for channel in busiest}
+        self.figures = figures
+        self.samples.append(sample)
+
+    def may_make_tables(self) -> bool:
+        return monotonic() >= self.next_tables - BOARD_TIME / 2  # at the sample that is nearest to it
+
+    def spend(self, seconds: float) -> None:
+        now = monotonic()
+        self.next_tables = min(max(self.next_tables, now) + seconds / SHARE, now + LONGEST)
+
+    def count_handled(self) -> None:
+        """Computes the rates since the last count, in slices."""
+        now, before = monotonic(), self.counted_at
+        if before is not None and now - before < BOARD_TIME / 2:
+            return
+        self.counted_at, seconds, old = now, inf if before is None else now - before, self.handled.get
+        handled, rates = {}, {}
+        for number, process in enumerate(list(processes.values())):
+            handled[process] = messages = process.handled
+            rates[process] = (messages - old(process, 0)) / seconds
+            if not number % 500:
+                scheduler.yield_after_slice()
+        self.handled, self.rates = handled, rates
+
+
+sampler = Sampler()
 
 
 class BoardHandler(WebSocketHandler):
-    """The board's WebSocket. While a board is open, one process publishes the figures for all boards."""
+    """A board's WebSocket: sends an update each second, and immediately when the board asks for another view."""
+
+    __name__ = "board"  # in lists of processes
+    security: Any = None
 
     def init(self, state: Any) -> Any:
-        pubsub.join("nova_board")
-        if whereis("nova_board") is None:
-            register("nova_board", spawn(_publish_stats))
+        sampler.start()
+        pubsub.join(CHANNEL)
+        self.view: Any = DEFAULT_VIEW
+        self.since = -1.0, 0  # the newest sample and event that the board has
         return "ok", state
 
     def websocket_init(self, state: Any) -> Any:
-        return "reply", ("text", json.dumps(room("stats").stats())), state
+        return self.update(state, False)
+
+    def websocket_handle(self, frame: Any, state: Any) -> Any:
+        request: Any = None
+        with suppress(ValueError, RecursionError):
+            request = json.loads(frame[1])
+        match request:
+            case {"processes": [str(), str(), bool()] as one, "channels": [str(), str(), bool()] as two, "open": row}:
+                self.view = tuple(one), tuple(two), row if isinstance(row, int) else None
+                return self.update(state, True)
+            case {"disconnect": int(serial)}:
+                self.disconnect(processes.get(serial), state["req"])
+        return "ok", state
 
     def websocket_info(self, info: Any, state: Any) -> Any:
         match info:
-            case ("nova_pubsub", "nova_board", _sender, "stats", _figures):
-                return "reply", ("text", info.once(lambda message: json.dumps(message[4]))), state
+            case ("nova_pubsub", "$board", Process(), "figures", _):
+                return self.update(state, False)
+            case ("nova_pubsub", "$board", sender, "figures", dict() as figures):
+                known = {key: figures[key] for key in NODE_KEYS if isinstance(figures.get(key), int | float | str)}
+                sampler.nodes[sender.node.hex()] = known
         return "ok", state
 
+    def update(self, state: Any, is_answer: bool) -> Any:
+        updates, is_own = sampler.updates, is_answer or self.since[0] < 0  # a sample may replace `updates` meanwhile
+        key = self.view, self.since, is_answer, is_own or sampler.may_make_tables()
+        if is_own or key not in updates:
+            start, since = time.thread_time(), (sampler.samples[-1]["uptime_seconds"], _last_event())
+            updates[key] = since, json.dumps(_make_update(*key))
+            sampler.spend(time.thread_time() - start)
+        self.since, text = updates[key]
+        return "reply", ("text", text), state
 
-def _publish_stats() -> None:
-    while pubsub.get_local_members("nova_board"):
-        pubsub.local_broadcast("nova_board", "stats", room("stats").stats())
-        receive(BOARD_TIME)
+    def disconnect(self, process: Any, req: Request) -> None:
+        """Disconnects a client, if `security` still accepts the board: its login may have ended meanwhile."""
+        answer = self.security is None or self.security(req)
+        is_accepted = answer is True or (isinstance(answer, tuple) and answer[:1] == (True,))
+        if isinstance(process, Stream) and is_accepted:
+            log.warning("a board, opened by %s:%d, disconnects %r%s", *req["peer"], process, process.title())
+            process.interrupt(BY_OPERATOR)
+
+
+def _last_event() -> int:
+    return _events[-1]["number"] if _events else 0
+
+
+def _make_update(view: Any, since: tuple[float, int], is_answer: bool, has_tables: bool) -> dict[str, Any]:
+    """Returns what a board with this view gets, if it has the samples and events up to `since`."""
+    own, finder, opened = rooms["stats"], rooms["inspect"], processes.get(view[2])
+    update = {
+        **own.summary(),
+        "answer": is_answer,
+        "samples": [sample for sample in sampler.samples if sample["uptime_seconds"] > since[0]],
+        "events": [event for event in _events if event["number"] > since[1]],
+        "nodes": _list_nodes(),
+        "row": opened and finder.describe_process(opened),
+    }
+    if has_tables:
+        sampler.count_handled()
+        buffers = map(attrgetter("write_buffer"), chain(*[registry.connections for registry in registries]))
+        update["slow"] = sum(map(bool, buffers))
+        update["supervisors"], update["leases"] = own.list_supervisors() or [], own.list_leases() or []
+        update["channels"] = finder.find_channels(view[1], sampler.samples[-1]["channels"])
+        update["processes"] = finder.find_processes(view[0], sampler.rates, sampler.texts, opened)
+    return update
+
+
+def _list_nodes() -> list[dict[str, Any]]:
+    """Returns the figures of all nodes of the cluster, this one's first."""
+    cluster = sampler.figures["cluster"]
+    own = {**sampler.figures, **sampler.samples[-1], "id": "", "channels": None}
+    return [own, *({**node, **sampler.nodes.get(node["id"], {})} for node in cluster["nodes"])] if cluster else []
 
 
 def board(app: Nova, path: str = "/board", security: Any = False, logout: str = "") -> None:
     """Adds the board, a page and its WebSocket, to an application; `security` as in a group of routes.
 
-    With `logout`, a path for POST, the page has a button for it.
+    With `logout`, a path for POST, the page has a button for it. Events are lines of the log: those of WARNING and
+    above and, if the level is INFO, as `run` sets it, requests that are refused, and nodes that join and leave. A
+    client that is disconnected here gets the close code 1008.
     """
-    room("stats")  # raises here, and not at the first client, if it was cut off
-    page = {"Content-Type": "text/html; charset=utf-8", "Cache-Control": "no-cache"}
-    text = BOARD_PAGE.replace('action="" hidden', f'action="{bottle.html_escape(logout)}"') if logout else BOARD_PAGE
-    routes = [
-        ("/", lambda _req: ("status", 200, page, text), {"methods": ["get"]}),
-        ("/live", BoardHandler, {"protocol": "ws"}),
-    ]
-    app.add({"prefix": path, "security": security, "routes": routes})
+    room("stats"), room("inspect")  # raise here, and not at the first client, if they were cut off
+    log.addFilter(_record_event)
+    if sampler.start not in while_serving:
+        while_serving.append(sampler.start)
+    action = f'action="{bottle.html_escape(logout)}"' if logout else "hidden"
+    text = rooms["views"].HEAD if "views" in rooms else PLAIN_HEAD
+    text += BOARD_PAGE.replace('action="" hidden', action)
+
+    def show(req: Request) -> Any:
+        home = f'href="{bottle.html_escape(req.environ["SCRIPT_NAME"])}/"' if _has_home(app) else ""
+        return "status", 200, PAGE_HEADERS, text.replace('href="HOME"', home)
+
+    handler = type("BoardHandler", (BoardHandler,), {"security": staticmethod(security) if security else None})
+    live = {"protocol": "ws", "max_message_size": 4096}
+    if app.settings.origins == "*":  # for what the application offers to all sites, not for the board
+        live["origins"] = None
+    base = path.strip("/") and "/" + path.strip("/")
+    pages = [(page, show, {"methods": ["get"]}) for page in {base or "/", base + "/"}]
+    app.add({"security": security, "routes": [*pages, (base + "/live", handler, live)]})
+
+
+def _has_home(app: Nova) -> bool:
+    with suppress(HTTPError):
+        return bool(app.router.match({"REQUEST_METHOD": "GET", "PATH_INFO": "/"}))
+    return False
 
 
 rooms["board"] = SimpleNamespace(board=board)
 
-BOARD_PAGE = """<!doctype html>
-<html lang="en">
-<meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
-<title>Board</title><link rel="icon" href="data:,">
+PAGE_HEADERS = {
+    "Content-Type": "text/html; charset=utf-8",
+    "Cache-Control": "no-cache",
+    "Content-Security-Policy": "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; "
+    "img-src data:; connect-src 'self' ws: wss:; form-action 'self'; base-uri 'none'; frame-ancestors 'none'",
+}
+PLAIN_HEAD = """<!doctype html>
+<html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
 <style>
-  :root { color-scheme: light dark; --bg: #f6f5f2; --card: #fff; --ink: #1d1c1a; --dim: #6b6760; --line: #e3e0da;
-    --accent: #b3263a; --good: #2c7a4b; --warn: #a35b00; --edge: #8f8a82 }
-  @media (prefers-color-scheme: dark) { :root { --bg: #171614; --card: #211f1d; --ink: #eeebe6; --dim: #a29c92;
-    --line: #37332f; --accent: #f0788a; --good: #6cc592; --warn: #e8a64c; --edge: #7a746b } }
-  * { box-sizing: border-box } h1, h2, p, dd, dl { margin: 0 } a { color: inherit } .up { color: var(--good) }
-  body { margin: 0 auto; max-width: 84rem; padding: 1.25rem 1rem; background: var(--bg); color: var(--ink);
-    font: 15px/1.45 system-ui, sans-serif; font-variant-numeric: tabular-nums }
-  header, .bar { display: flex; flex-wrap: wrap; gap: .5rem 1rem; align-items: center } h2 { font-size: 1.05rem }
-  h1 { font-size: 1.35rem; overflow-wrap: anywhere } #about, .bar .note { margin-right: auto }
-  #state { font-size: .875rem; padding: .15rem .7rem; border: 1px solid; border-radius: 1rem } .old main { opacity: .6 }
-  section { padding-bottom: .25rem }
-  main { display: grid; grid-template-columns: minmax(0, 1fr); gap: 1rem; margin-top: 1rem }
-  .right { text-align: right } ul { margin: 0; padding-left: 1.2rem; list-style: none } details { padding: .2rem 1rem }
-  details details { padding: 0 }
-  section, .tile { background: var(--card); border: 1px solid var(--line); border-radius: .75rem; min-width: 0 }
-  dl { display: grid; grid-template-columns: repeat(auto-fit, minmax(11rem, 1fr)); gap: 1rem }
-  .tile { display: flex; flex-direction: column } .tile, .bar, .empty { padding: .75rem 1rem }
-  .figure { font-size: 1.5rem; font-weight: 600; line-height: 1.3 } .empty:empty, #nodes input { display: none }
-  #about, dt, .note, .empty { color: var(--dim) } .down, .hot .figure, .slow .state { color: var(--warn) }
-  svg { display: block; width: 100%; height: 1.1rem } .tile svg { height: 2.25rem }
-  polyline { fill: none; stroke: var(--accent); stroke-width: 1.5px; vector-effect: non-scaling-stroke }
-  input, button { font: inherit; color: inherit; background: var(--bg); border: 1px solid var(--edge);
-    padding: .3rem .6rem; border-radius: .4rem } button { cursor: pointer } button:hover { border-color: var(--ink) }
-  input { width: 14rem } [aria-pressed=true] { background: var(--accent); color: var(--card) }
-  dt, .note { font-size: .85rem }
-  .scroll { max-height: 34rem; overflow: auto; overflow-anchor: none; contain: content; border-radius: 0 0 .7rem .7rem }
-  tbody tr:last-child > * { border-bottom: 0 } table { border-spacing: 0; width: 100%; font-size: .875rem }
-  .chart { width: 30%; min-width: 6rem } .tile dd:last-child { margin-top: auto }
-  th, td { text-align: left; font-weight: inherit; padding: .3rem .75rem; border-bottom: 1px solid var(--line);
-    white-space: nowrap; max-width: 18rem; overflow: hidden; text-overflow: ellipsis }
-  tr > :first-child { position: sticky; left: 0; padding-left: 1rem; background: var(--card) }
-  thead th { position: sticky; top: 0; z-index: 1; background: var(--card); color: var(--dim) }
-  thead th:first-child { z-index: 2 } th[aria-sort] { color: var(--ink); font-weight: 600 }
-  th button { border: 0; background: none; padding: .2rem 0 } .right button { margin-right: -.8em }
-  th button::after { content: "▼"; font-size: .6em; display: inline-block; width: 1.33em; text-align: right;
-    opacity: 0 } [aria-sort] button::after { opacity: 1 } [aria-sort=ascending] button::after { content: "▲" }
-  tr > .right { padding-right: 1rem } :focus-visible { outline: 2px solid var(--accent); outline-offset: -1px }
-  @media (min-width: 64rem) { main { grid-template-columns: minmax(0, 2fr) minmax(0, 3fr) }
-    dl, #processes, [hidden] + #channels, [hidden] + #supervisors { grid-column: 1 / -1 }
-    section:not(#processes) .scroll { max-height: 18rem } }
-  @media (max-width: 40rem) { body { padding: .75rem .5rem } dl { grid-template-columns: 1fr 1fr }
-    main, dl { gap: .5rem } .tile { padding: .6rem .75rem } input { width: 100%; font-size: 16px } #about { order: 1;
-    width: 100% } h1 { margin-right: auto } .scroll { max-height: 70vh } tr > :first-child { max-width: 8rem } }
+  :root { color-scheme: light dark; --paper: Canvas; --card: Canvas; --ink: CanvasText; --dim: CanvasText; --on: Canvas;
+    --accent: LinkText; --line: #8886; --edge: #888; --tint: #8882; --good: #484 }
+  * { box-sizing: border-box } [hidden] { display: none !important } h1, h2, p, ul, dl, dd { margin: 0; padding: 0 }
 </style>
-<header><h1 id="node">Board</h1><p id="about">nova_lite</p>
-  <span id="state" class="down" role="status">connecting</span><a id="login" href="" hidden>Log in again</a>
+"""
+BOARD_PAGE = """<title>Board - nova_lite</title><meta name="description" content="What this node does">
+<style>
+  body { max-width: none; min-height: 100dvh; display: flex; flex-direction: column; gap: .75rem; padding: .75rem
+  1rem; font-size: .9375rem; font-variant-numeric: tabular-nums } header, .bar { display: flex; flex-wrap: wrap; gap:
+  .25rem .75rem; align-items: center } #node { font-weight: 600 } #about { margin-right: auto } .dim, dt, th, #about {
+  color: var(--dim) } button, input { min-height: 2rem; padding: .1rem .7rem } .bad { border-color: var(--bad); color:
+  var(--bad) } .plain { border: 0; padding: 0; min-height: 0; background: none; color: var(--accent); text-align:
+  left; font-size: inherit } .plain:hover { background: none; text-decoration: underline } [aria-pressed=true] {
+  background: var(--accent); border-color: var(--accent); color: var(--on) } #state::before { content: ""; display:
+  inline-block; width: 10px; height: 10px; border: 2px solid var(--good); border-radius: 50%; margin-right: .4rem;
+  background: var(--good) } #state.away::before { border-color: var(--warn); background: none } .away { color:
+  var(--warn) } main, #columns, #side { display: flex; flex-direction: column; gap: .75rem; min-height: 0 } main,
+  #columns { flex: 1 } #tiles { display: grid; gap: .75rem; grid-template-columns: repeat(auto-fit, minmax(10rem,
+  1fr)) } section, .tile { background: var(--card); border: 1px solid var(--line); border-radius: .75rem; min-width: 0
+  } section { display: flex; flex-direction: column; overflow: hidden; min-height: 0 } .bar { padding: .6rem 1rem }
+  .bar input { margin-left: auto; width: 14rem; max-width: 100% } .tile { overflow: hidden } .tile dt { padding: .5rem
+  .9rem 0 } .tile dd { padding: 0 .9rem } .tile dd:last-child { padding: .25rem 0 0 } .figure { font-size: 1.5rem;
+  font-weight: 600; line-height: 1.25 } .hot .figure, .slow .state { color: var(--warn) } dt, .note, table, .scroll {
+  font-size: .875rem } svg { display: block; width: 100%; height: 1.25rem } .tile svg { height: 2.5rem } polyline {
+  fill: none; stroke: var(--accent); stroke-width: 1.5px; vector-effect: non-scaling-stroke } polygon { fill:
+  var(--accent); opacity: .16 } .scroll { overflow: auto; overflow-anchor: none; max-height: 24rem; container-type:
+  inline-size; flex: 1 } .scroll:focus-visible { outline-offset: -2px } table { border-spacing: 0; width: 100% } th,
+  td { text-align: left; font-weight: inherit; padding: .25rem .75rem; border-top: 1px solid var(--line); white-space:
+  nowrap; max-width: 18rem; overflow: hidden; text-overflow: ellipsis } tbody th { color: inherit } tr > :first-child
+  { position: sticky; left: 0; padding-left: 1rem; background: var(--card) } thead th { position: sticky; top: 0;
+  z-index: 1; background: var(--card); border-top: 0 } thead th:first-child { z-index: 2 } thead .plain { color:
+  inherit } th[aria-sort] { color: var(--ink); font-weight: 600 } thead .plain::after { content: "▼"; content: "▼" /
+  ""; font-size: .6em; display: inline-block; width: 1.4em; text-align: right; opacity: 0 } [aria-sort] .plain::after
+  { opacity: 1 } [aria-sort=ascending] .plain::after { content: "▲"; content: "▲" / "" } .right { text-align: right }
+  .chart { min-width: 6rem; width: 30% } #processes tbody tr { cursor: pointer } tr:hover > :not([colspan]), .open >
+  tr > *, .here > * { background: var(--tint) !important } .more > td { max-width: none; white-space: normal; padding:
+  0; border: 0; cursor: auto } .gone { color: var(--dim) } .more div { position: sticky; left: 0; width: 100cqw;
+  padding: .25rem 1rem .75rem; max-width: 60rem } .more dl { display: grid; grid-template-columns: auto minmax(0,
+  1fr); gap: .1rem 1rem; margin-bottom: .5rem } .empty { padding: .5rem 1rem 1rem } .empty:empty { display: none } ul,
+  ol { list-style: none; margin: 0; padding: 0 } #supervisors .scroll { padding: 0 1rem .75rem } li ul { padding-left:
+  1.25rem } summary { border: 0; background: none; min-height: 0; padding: .1rem 0 } li { padding-block: .1rem }
+  #events li { padding: .3rem 1rem; border-top: 1px solid var(--line) } #events time { margin-right: .75rem } .warning
+  { color: var(--warn) } .error { color: var(--bad) } dialog { background: var(--card); color: inherit; border: 1px
+  solid var(--edge); border-radius: .75rem; max-width: min(28rem, 90vw) } dialog p { margin-bottom: 1rem } dialog form
+  { display: flex; gap: .75rem; justify-content: end } ::backdrop { background: #0006 } @media (min-width: 64rem) {
+  #tiles { grid-template-columns: repeat(6, 1fr) } #columns { display: grid; grid-template: minmax(0, 1fr) / minmax(0,
+  5fr) minmax(0, 3fr); align-items: start } } @media (min-width: 64rem) and (min-height: 40rem) { body { height:
+  100dvh } #processes, #side { max-height: 100% } #processes .scroll, #side .scroll { max-height: none } #side {
+  overflow: auto } #side section { min-height: 9rem } #side #leases { min-height: auto; flex-shrink: 0 } } @media
+  (max-width: 40rem) { body { padding: .5rem } #tiles { grid-template-columns: 1fr 1fr; gap: .5rem } .bar input {
+  width: 100%; font-size: 1rem; min-height: 2.5rem } h1 { margin-right: auto } #about, #state, #login { order: 1 }
+  .scroll { max-height: 70vh } tr > :first-child { max-width: 9rem } }
+</style>
+<header><h1><a class="home" href="HOME">nova_lite</a></h1>
+  <p id="about"><span id="node"></span> <span id="facts"></span></p>
+  <span id="state" class="away" role="status">connecting</span><a id="login" href="" hidden>Log in again</a>
   <button id="pause" aria-pressed="false">Pause</button>
   <form method="post" action="" hidden><button>Log out</button></form></header>
-<main id="main"><dl id="tiles"></dl></main>
-<template id="chart"><svg viewBox="0 -1 60 22" preserveAspectRatio="none" aria-hidden="true"><polyline/></svg>
+<main id="main"><dl id="tiles"></dl><div id="columns"><div id="side"></div></div></main>
+<dialog aria-labelledby="question"><p id="question"></p><form method="dialog"><button>Cancel</button>
+  <button class="bad" value="yes">Disconnect</button></form></dialog>
+<template id="chart"><svg viewBox="0 -1 60 22" preserveAspectRatio="none" aria-hidden="true"><polygon/><polyline/></svg>
 </template>
-<template id="table"><section>
-  <div class="bar"><h2></h2><span class="note"></span><input type="search" placeholder="Filter"></div>
-  <div class="scroll" tabindex="0" role="region">
-    <table><thead><tr></tr></thead><tbody></tbody></table><p class="empty"></p></div></section></template>
+<template id="table"><section><div class="bar"><h2></h2><span class="note dim"></span></div>
+  <div class="scroll" tabindex="0" role="region"></div></section></template>
 <script>
 "use strict";
 const $ = id => document.getElementById(id), made = id => $(id).content.firstElementChild.cloneNode(true);
-const english = new Intl.NumberFormat("en", { maximumFractionDigits: 1 });
-const number = value => english.format(value < 10 ? value : Math.round(value));
+const english = new Intl.NumberFormat("en", { maximumFractionDigits: 1 }), SPAN = 60;  // seconds of a chart
+const number = value => value === undefined ? "" : english.format(value < 10 ? value : Math.round(value));
 const size = bytes => bytes < 1e9 ? `${number(bytes / 1e6)} MB` : `${(bytes / 1e9).toFixed(2)} GB`;
 const age = time => [[86400, "d"], [3600, "h"], [60, "min"], [1, "s"]].filter(([length]) => time >= length).map(
   ([length, unit]) => `${Math.floor(time / length)} ${unit}`)[0] || "0 s";
-const byText = new Intl.Collator("en", { numeric: true }).compare, SPAN = 60, MOST = 500;  // seconds, rows
-const series = new Map();  // the points of the charts, [uptime, value], by the property or by "#" and the channel
-let now = null, frame = 0, paused = false, tries = 0, timer = 0;
+const clock = new Intl.DateTimeFormat("en-GB", { timeStyle: "medium" });
+const day = new Intl.DateTimeFormat("en-GB", { dateStyle: "medium", timeStyle: "medium" });
+const view = { open: null };  // what the server selects the rows by: [filter, order, descending] of a table
+let now = null, samples = [], frame = 0, paused = false, tries = 0, timer = 0, socket, wanted = null, typing = 0;
+
 function element(tag, properties, ...children) {  // strings from the server are inserted as text, never as HTML
   const node = Object.assign(document.createElement(tag), properties);
   node.append(...children);
@@ -8646,187 +9043,246 @@ function element(tag, properties, ...children) {  // strings from the server are
 function write(node, text, property = "textContent") {  // changes the DOM only if the text differs
   if (node["last " + property] !== text) node[property] = node["last " + property] = text;
 }
-function record(name, value) {
-  const points = (series.get(name) || []).filter(([at]) => at >= now.uptime_seconds - SPAN);
-  series.set(name, [...points, [now.uptime_seconds, value]]);
+function send(message) { if (socket.readyState === WebSocket.OPEN) socket.send(JSON.stringify(message)); }
+function plot(svg, values, least) {  // from the lowest to the highest value, which it returns, or `least` above
+  const low = Math.min(...values), high = Math.max(...values), times = samples.map(sample => sample.uptime_seconds);
+  const span = Math.max(5, times.at(-1) - times[0]), x = at => SPAN - SPAN * (times.at(-1) - times[at]) / span;
+  const y = value => 20 - 20 * (value - low) / Math.max(high - low, least);
+  const line = values.map((value, at) => `${x(at).toFixed(1)},${y(value).toFixed(1)}`);
+  if (svg.line !== (svg.line = line.join(" "))) {
+    svg.lastChild.setAttribute("points", svg.line);
+    svg.firstChild.setAttribute("points", `${line[0].split(",")[0]},21 ${svg.line} ${SPAN},21`);
+  }
+  return [low, high];
 }
-function plot(svg, name, least) {  // newest at the right, highest (or `least`) at the top; returns the highest
-  const points = series.get(name), highest = Math.max(...points.map(point => point[1])), top = Math.max(least, highest);
-  const place = ([at, value]) => `${(SPAN + at - now.uptime_seconds).toFixed(1)},${(20 - 20 * value / top).toFixed(1)}`;
-  const line = points.map(place).join(" ");
-  if (svg.line !== line) svg.firstElementChild.setAttribute("points", svg.line = line);
-  return highest;
-}
-const tiles = [  // title, series of the chart, figure, note, least top of the chart, whether above 0 is an alarm
-  ["CPU of one core", "cpu", () => `${number(now.cpu)} %`, peak => `peak ${number(peak)} %`, 10],
-  ["Memory", "memory_bytes", () => size(now.memory_bytes), peak => `peak ${size(peak)}`, 1],
-  ["Connections", "connections", () => number(now.connections), () => `of ${number(now.max_connections)}`, 10],
-  ["Messages/s", "rate", () => number(now.rate), peak => `peak ${number(peak)}`, 10],
-  ["Slow clients", "closing", () => number(now.slow_closed), () => `closed, ${number(now.slow)} slow now`, 1, true],
-  ["Messages dropped", "dropping", () => number(now.messages_dropped), () => "for slow clients", 1, true],
+const tiles = [  // title, value of a sample, figure, note (of the last minute's range), least range, whether an alarm
+  ["CPU of one core", "cpu", () => `${number(now.sample.cpu)} %`, (low, high) => `${number(low)} to ${number(high)} %`,
+    5],
+  ["Memory", "memory_bytes", () => size(now.memory_bytes), (low, high) => `${size(low)} to ${size(high)}`, 1e6],
+  ["Connections", "connections", () => number(now.connections), () => `of ${number(now.max_connections)}`, 5],
+  ["Messages/s", "rate", () => number(now.sample.rate), (low, high) => `${number(low)} to ${number(high)}`, 5],
+  ["Slow clients", "closed", () => number(now.slow_closed), () => `closed, ${number(now.slow)} slow now`, 1, true],
+  ["Messages dropped", "dropped", () => number(now.messages_dropped), () => "for slow clients", 1, true],
 ].map(([title, name, figure, note, least, alarm]) => {
-  const nodes = ["figure", "note"].map(className => element("dd", { className })), chart = made("chart");
+  const nodes = ["figure", "note dim"].map(className => element("dd", { className })), chart = made("chart");
   const box = element("div", {}, element("dt", { textContent: title }), ...nodes, element("dd", {}, chart));
   $("tiles").append(box);
-  return { name, draw() {
-    const peak = plot(chart, name, least);
+  return () => {
+    const [low, high] = plot(chart, samples.map(sample => sample[name]), least);
     write(nodes[0], figure());
-    write(nodes[1], note(peak));
-    write(box, alarm && peak > 0 ? "tile hot" : "tile", "className");
-  } };
+    write(nodes[1], note(low, high));
+    write(box, alarm && high > 0 ? "tile hot" : "tile", "className");
+  };
 });
-function table(name, key, by, columns) {  // columns: title, property (none: a chart), format (of a number)
-  const section = made("table"), find = selector => section.querySelector(selector), filter = find("input");
-  const kind = ([, property, format]) => format ? "right" : property || "chart", body = find("tbody"), rows = new Map();
-  const heads = columns.map((column, index) => element("th", { scope: "col", className: kind(column) },
-    column[1] ? element("button", { textContent: column[0], onclick: () => sort(index) }) : column[0]));
-  Object.assign(filter, { ariaLabel: "Filter " + name, oninput: redraw });
-  find(".scroll").ariaLabel = find("h2").textContent = name[0].toUpperCase() + name.slice(1);
-  find("tr").append(...heads);
-  section.id = name;
-  $("main").append(section);
-  let sign = 0;
-  function sort(to) {
-    sign = to === by && sign ? -sign : columns[to][2] ? -1 : 1;
-    heads[by].ariaSort = null;
-    heads[by = to].ariaSort = sign < 0 ? "descending" : "ascending";
-    redraw();
+function section(id, title, place = $("side")) {
+  const node = made("table");
+  node.id = id;
+  node.querySelector(".scroll").ariaLabel = node.querySelector("h2").textContent = title;
+  place.append(node);
+  return node;
+}
+function table(name, title, place, key, columns, order) {  // columns: title, property (none: a chart), number's format
+  const node = section(name, title, place), find = selector => node.querySelector(selector);
+  const isLive = order !== undefined, opens = name === "processes";  // selected by the server; rows that open
+  const kind = ([, property, format]) => format ? "right" : property || "chart";
+  const heads = columns.map((column, at) => element("th", { scope: "col", className: kind(column) }, isLive && column[1]
+    ? element("button", { className: "plain", textContent: column[0], onclick: () => sort(at) }) : column[0]));
+  const body = element("table", {}, element("thead", {}, element("tr", {}, ...heads)));
+  const filter = element("input", { type: "search", placeholder: "Filter", ariaLabel: `Filter ${name}`, oninput() {
+    clearTimeout(typing);
+    typing = setTimeout(ask, 150);
+  } });
+  let rows = new Map(), isAsked = false;
+  find(".scroll").append(body, element("p", { className: "empty dim" }));
+  if (isLive) find(".bar").append(filter);
+  function ask() {
+    view[name][0] = filter.value;
+    isAsked = true;
+    send(view);
   }
-  sort(by);
-  function compare(one, two) {
-    const [, property, isNumber] = columns[by], a = one[property], b = two[property];
-    return sign * (isNumber ? a - b : byText(a, b)) || byText(one[key], two[key]);
+  function show([, property, isDown]) {
+    const order = isDown ? "descending" : "ascending";
+    heads.forEach((head, at) => head.ariaSort = columns[at][1] === property ? order : null);
   }
-  const newRow = () => element("tr", {}, ...columns.map((column, index) =>
-    element(index ? "td" : "th", { className: kind(column) }, ...(column[1] ? [] : [made("chart")]))));
-  return (items, total) => {  // reuses rows, so that focus, selection and scroll position stay
-    const words = filter.value.toLowerCase().split(" "), texts = columns.filter(column => column[1] && !column[2]);
-    const text = item => [item[key], ...texts.map(column => item[column[1]])].join(" ").toLowerCase();
-    const matches = item => { const all = text(item); return words.every(word => all.includes(word)); };
-    const wanted = filter.value ? items.filter(matches) : [...items];
-    const shown = wanted.sort(compare).slice(0, MOST), ids = new Set(shown.map(item => item[key]));
-    for (const [id, row] of rows) if (!ids.has(id) && rows.delete(id)) row.remove();
-    let place = body.firstChild;
-    for (const item of shown) {
-      const row = rows.get(item[key]) || newRow();
+  function sort(at) {
+    const [, property, format] = columns[at], [words, old, isDown] = view[name];
+    show(view[name] = [words, property, old === property ? !isDown : Boolean(format)]);
+    ask();
+  }
+  if (isLive) show(view[name] = ["", columns[order][1], true]);
+  function newRow(item) {
+    const cells = columns.map((column, at) => element(at ? "td" : "th", { className: kind(column) },
+      ...(column[1] ? [] : [made("chart")])));
+    if (opens) cells[0].append(element("button", { className: "plain", id: "p" + item.id }));
+    return element("tbody", {}, element("tr", { onclick() {
+      if (opens && !String(getSelection())) open(view.open === item.id ? null : item.id);
+    } }, ...cells));
+  }
+  return (items, count = items.length, total = count) => {  // reuses rows, so that focus and selection stay
+    const isHeld = isLive && !(now.answer && isAsked) && (opens && view.open !== null ||
+      body.querySelector("tbody:is(:hover, :focus-within)"));  // nobody can click on a row that moves
+    const places = new Map([...rows.keys()].map((id, at) => [id, at])), place = item => places.get(item[key]) ?? 1e9;
+    const old = rows;
+    rows = new Map();
+    for (const item of isHeld ? [...items].sort((a, b) => place(a) - place(b)) : items) {
+      const row = old.get(item[key]) || newRow(item), cells = row.firstChild.children;
       rows.set(item[key], row);
-      columns.forEach(([, name, format = text => text], index) => name
-        ? write(row.children[index], format(item[name])) : plot(row.children[index].firstChild, "#" + item[key], 1));
-      write(row, item.state || "", "className");
-      const stays = row.value === (row.value = item[columns[by][1]]);  // their order is unchanged
-      for (let other = place; stays && other && other !== row; other = place) {
-        place = other.nextSibling;
-        other.remove();
-      }
-      if (place === row) place = row.nextSibling; else body.insertBefore(row, place);
+      columns.forEach(([, property, format = text => text ?? ""], at) => property
+        ? write(cells[at].firstElementChild || cells[at], format(item[property]))
+        : plot(cells[at].firstChild, samples.map(sample => sample.channels[item[key]] || 0), 1));
+      write(row.firstChild, `${item.state || ""} ${item.isHere ? "here" : ""}`, "className");
+      if (opens) unfold(row, item);
     }
-    write(find(".note"), number(shown.length) + (shown.length < total ? ` of ${number(total)}` : ""));
-    write(find(".empty"), shown.length ? "" : filter.value ? "Nothing matches the filter." : "There are none.");
+    for (const [id, row] of old) if (!rows.has(id)) row.remove();
+    let next = body.tHead.nextSibling;
+    for (const row of rows.values()) if (row === next) next = next.nextSibling; else body.insertBefore(row, next);
+    const some = [filter.value ? `${number(count)} match, ` : "", items.length < total ? ` of ${number(total)}` : ""];
+    write(find(".note"), some.join(number(items.length)) + (isHeld ? ", order held" : ""));
+    write(find(".empty"), items.length ? "" : filter.value ? "Nothing matches the filter." : "There are none.");
+    if (now.answer) isAsked = false;
   };
 }
-const drawNodes = table("nodes", "id", 0, [["Node", "name"], ["Id", "id"], ["Members", "members", number],
-  ["Silent", "silent_seconds", seconds => `${seconds.toFixed(1)} s`]]);
-const drawChannels = table("channels", "channel", 3, [["Channel", "channel"], ["Last minute"],
-  ["Messages/s", "rate", number], ["Members", "members", number], ["Here", "local_members", number]]);
-const drawLeases = table("leases", "id", 0, [["Child in the cluster", "id"], ["Node", "node"], ["Process", "pid"]]);
-const branches = new Map(), tree = element("div", { className: "scroll" });  // pid -> its element, which stays open
-$("main").append(element("section", { id: "supervisors" },
-  element("div", { className: "bar" }, element("h2", { textContent: "Supervisors" })), tree));
-function drawTree(supervisors) {
-  const found = new Map(supervisors.map(item => [item.pid, item]));
-  const inner = new Set(supervisors.flatMap(item => item.children.map(child => child.pid)));
-  const branch = item => {
-    const node = branches.get(item.pid) || element("details", {}, element("summary"), element("ul"));
-    branches.set(item.pid, node);
-    const hidden = item.count - item.children.length, more = hidden ? [`and ${number(hidden)} more`] : [];
-    const lines = item.children.map(child => found.has(child.pid)
-      ? [child.id, branch(found.get(child.pid))] : [`${child.id} ${shorten(child.pid || "does not run")}`]);
-    write(node.firstChild, `${shorten(item.pid)} ${item.name || ""} ${item.strategy}, children: ${number(item.count)}`);
-    if (node.lines !== (node.lines = JSON.stringify([item.children, more])))
-      node.lastChild.replaceChildren(...[...lines, more].map(line => element("li", {}, ...line)));
+function shorten(text) { return text.replaceAll(`<${now.node}.`, "<0."); }  // as in Erlang
+function linked(text) {  // the pid in it is a button that opens the row, if it is of this node
+  const textContent = shorten(text), [, serial] = textContent.match(/<0[.]([0-9]+)>/) || [];
+  const onclick = () => open(Number(serial), true);
+  return serial ? element("button", { className: "plain", textContent, onclick }) : textContent;
+}
+function open(id, isFar) {
+  view.open = id;
+  if (isFar) wanted = id;
+  send(view);
+  redraw();
+}
+function unfold(row, item) {
+  const isOpen = view.open === item.id;
+  write(row, isOpen ? "open" : "", "className");
+  row.querySelector("button").ariaExpanded = isOpen;
+  if (!isOpen) return void row.children[1]?.remove();
+  const more = row.children[1] || element("tr", { className: "more" }, element("td", { colSpan: 9 }, element("div", {},
+    element("dl"), element("button", { className: "bad", textContent: "Disconnect", hidden: true, onclick() {
+      const dialog = document.querySelector("dialog");
+      $("question").textContent = `Disconnect ${item.peer}, ${item.handler}? Its close code is 1008.`;
+      dialog.returnValue = "";
+      dialog.onclose = () => dialog.returnValue === "yes" && send({ disconnect: item.id });
+      dialog.showModal();
+    } }))));
+  const list = more.querySelector("dl"), { id, client, ...facts } = now.row || {};
+  row.append(more);
+  more.querySelector("button.bad").hidden = !client;
+  if (id !== item.id || list.last === (list.last = JSON.stringify(facts))) return;
+  const all = value => value.length ? [].concat(value).flatMap(text => [", ", linked(text)]).slice(1) : ["none"];
+  list.replaceChildren(...Object.entries(facts).flatMap(([name, value]) =>
+    [element("dt", {}, name), element("dd", {}, ...all(value))]));
+}
+const drawNodes = table("nodes", "Nodes", $("main"), "id", [["Node", "node"], ["Connections", "connections", number],
+  ["Messages/s", "rate", number], ["CPU, %", "cpu", number], ["Memory", "memory_bytes", size],
+  ["Up", "uptime_seconds", age], ["Silent, s", "silent_seconds", number], ["Version", "version"]]);
+$("main").append($("columns"));
+const drawProcesses = table("processes", "Processes", $("columns"), "id", [["Process", "title"],
+  ["Handled/s", "rate", number], ["Mailbox", "mailbox", number], ["State", "state"], ["Handler", "handler"],
+  ["Peer", "peer"], ["Channels", "channels"], ["Handled", "handled", number], ["Age", "age_seconds", age]], 1);
+$("columns").append($("side"));
+const drawChannels = table("channels", "Channels", $("side"), "channel", [["Channel", "channel"], ["Last minute"],
+  ["Messages/s", "rate", number], ["Members", "members", number], ["Here", "local_members", number]], 2);
+const log = element("ol"), quiet = element("p", { className: "empty dim" });
+section("events", "Events").querySelector(".scroll").append(log, quiet);
+const tree = section("supervisors", "Supervisors").querySelector(".scroll"), folds = new Map();
+function drawTree(all) {
+  if (tree.last === (tree.last = JSON.stringify(all))) return;
+  const found = new Map(all.map(item => [item.pid, item]));
+  const inner = new Set(all.flatMap(item => item.children.map(child => child.pid)));
+  const leaf = ({ id, pid, restart }) => element("li", {}, ...(found.has(pid) ? [branch(found.get(pid), id, restart)]
+    : [`${id} `, linked(pid || "does not run"), element("small", {}, ` ${restart}`)]));
+  function branch(item, id, restart) {
+    const limit = `${item.restarts} of ${item.intensity} restarts in ${number(item.period)} s`;
+    const more = item.count - item.children.length, note = [restart, item.strategy, limit].filter(Boolean).join(", ");
+    const title = element("summary", {}, `${id || item.name || shorten(item.pid)} `, element("small", {}, note));
+    const node = element("details", { open: folds.get(item.pid) ?? item.count <= 20 }, title, element("ul", {},
+      ...item.children.map(leaf), ...(more > 0 ? [element("li", {}, `and ${number(more)} more`)] : [])));
+    node.ontoggle = () => folds.set(item.pid, node.open);
     return node;
-  };
-  for (const pid of branches.keys()) if (!found.has(pid)) branches.delete(pid);
-  const roots = supervisors.filter(item => !inner.has(item.pid)).map(branch);
-  if (roots.length !== tree.childElementCount || roots.some((node, index) => node !== tree.children[index]))
-    tree.replaceChildren(...roots);
+  }
+  tree.replaceChildren(...all.filter(item => !inner.has(item.pid)).map(item => branch(item)));
 }
-const drawProcesses = table("processes", "pid", 2, [["Process", "title"], ["State", "state"],
-  ["Mailbox", "mailbox", number], ["Handled/s", "rate", number], ["Handled", "handled", number],
-  ["Age", "age_seconds", age], ["Handler", "handler"], ["Channels", "channels"], ["Peer", "peer"]]);
+const drawLeases = table("leases", "Once in the cluster", $("side"), "id",
+  [["Child", "id"], ["Node", "node"], ["Process", "pid"]]);
+function addEvents(events) {
+  for (const event of events) {
+    const at = new Date(event.time * 1000), dateTime = at.toISOString();
+    const time = element("time", { dateTime, title: day.format(at) }, clock.format(at));
+    log.prepend(element("li", { className: event.level }, time, shorten(event.text)));
+  }
+  while (log.children.length > 100) log.lastChild.remove();
+  write(quiet, log.children.length ? "" : "Nothing has happened: no crash, restart, slow callback or slow client.");
+}
 function redraw() { frame = frame || requestAnimationFrame(draw); }  // a hidden page gets no animation frames
+let opened = null;  // the item of the open row, which stays when its process has ended
 function draw() {
   frame = 0;
   if (!now) return;
-  const { node, version, cluster } = now;
-  const lost = cluster && cluster.dropped ? `, ${number(cluster.dropped)} dropped` : "";
-  const state = cluster ? `cluster ${cluster.up ? "up" : "disconnected"}${lost}` : "no cluster";
+  const { node, version, cluster, processes, channels } = now;
+  const lost = cluster && cluster.dropped ? `, ${number(cluster.dropped)} messages dropped` : "";
+  const state = cluster ? `, cluster ${cluster.up ? "up" : "disconnected"}${lost}` : "";
   write($("node"), node);
-  write($("about"), `nova_lite ${version}, up ${age(now.uptime_seconds)}, ${state}`);
-  for (const tile of tiles) tile.draw();
-  $("nodes").hidden = !cluster;
-  const members = now.channels.reduce((sum, item) => sum + item.local_members, 0);
-  drawNodes(cluster ? [{ id: "this one", name: node, members, silent_seconds: 0 }, ...cluster.nodes] : [], 0);
-  drawChannels(now.channels, now.channels.length);
-  drawProcesses(now.processes, now.process_count);
-  $("leases").hidden = !(now.leases && now.leases.length);
-  drawLeases((now.leases || []).map(item => ({ ...item, node: item.node || "none", pid: item.pid || "" })), 0);
-  $("supervisors").hidden = !(now.supervisors && now.supervisors.length);
-  drawTree(now.supervisors || []);
+  write($("facts"), `up ${age(now.uptime_seconds)}, version ${version}${state}`);
+  for (const drawTile of tiles) drawTile();
+  for (const name of ["nodes", "supervisors", "leases"]) $(name).hidden = !now[name].length;
+  drawNodes(now.nodes.map((item, at) => ({ ...item, node: item.node || item.name, isHere: !at })));
+  drawChannels(channels.rows, channels.count, channels.total);
+  const items = processes.rows.map(item => ({ ...item, channels: item.channels.join(", "),
+    title: `${item.name || ""} ${shorten(item.pid)}`.trim() }));
+  opened = view.open === null ? null : items.find(item => item.id === view.open) || opened;
+  if (opened && !items.some(item => item.id === opened.id)) items.push({ ...opened, state: "ended", rate: 0 });
+  drawProcesses(items, processes.count, processes.total);
+  drawTree(now.supervisors);
+  drawLeases(now.leases.map(item => ({ ...item, node: item.node || "none", pid: shorten(item.pid || "") })));
+  if (wanted !== null && $("p" + wanted)) wanted = $("p" + wanted).focus() ?? null;
 }
-function shorten(pid, data = now) { return pid.replace(`<${data.node}.`, "<0."); }
-function update(data) {  // rates are the difference from the last update
-  const same = now && now.node === data.node && now.uptime_seconds <= data.uptime_seconds, was = same ? now : data;
-  const time = data.uptime_seconds - was.uptime_seconds, rate = (value, old) => time && Math.max(0, value - old) / time;
-  if (same && time < 0.5) return;  // too short for a rate
-  for (const [kind, key, total] of [["channels", "channel", "messages"], ["processes", "pid", "handled"]]) {
-    const old = new Map(was[kind].map(item => [item[key], item[total]]));
-    for (const item of data[kind]) item.rate = old.has(item[key]) ? rate(item[total], old.get(item[key])) : 0;
-  }
-  for (const item of data.processes) {  // pids of this node are shortened to <0.N>, as in Erlang
-    item.title = `${item.name || ""} ${shorten(item.pid, data)}`.trim();
-    Object.assign(item, { handler: item.handler || "", peer: item.peer || "", channels: item.channels.join(", ") });
-  }
-  now = Object.assign(data, { cpu: 100 * rate(data.cpu_seconds, was.cpu_seconds),
-    rate: data.channels.reduce((sum, item) => sum + item.rate, 0), closing: rate(data.slow_closed, was.slow_closed),
-    dropping: rate(data.messages_dropped, was.messages_dropped),
-    slow: data.processes.filter(item => item.state === "slow").length });
-  if (!same) series.clear();  // another node, or the same one after a restart
-  for (const tile of tiles) record(tile.name, now[tile.name]);
-  for (const item of now.channels) record("#" + item.channel, item.rate);
-  for (const [name, points] of series) if (points.at(-1)[0] !== now.uptime_seconds) series.delete(name);
-  redraw();
-}
-function showState(text, good, wait, fn) {  // calls `fn` if there is no other state within `wait` seconds
+function showState(text, isGood, wait, fn) {  // calls `fn` if there is no other state within `wait` seconds
   write($("state"), text);
-  $("state").className = good ? "up" : "down";
+  $("state").className = isGood ? "" : "away";
   clearTimeout(timer);
   timer = setTimeout(fn, wait * 1000);
 }
 function connect() {
-  const base = location.origin.replace(/^http/, "ws") + location.pathname.replace(/[/]+$/, "");
-  const socket = new WebSocket(base + "/live");
+  let isFirst = true;
+  socket = new WebSocket(location.origin.replace(/^http/, "ws") + location.pathname.replace(/[/]+$/, "") + "/live");
   function lost() {  // 0.5 s, doubled up to 15 s, with jitter
     const delay = Math.min(15, 0.5 * 2 ** tries++) * (0.5 + Math.random() / 2);
     socket.onclose = socket.onmessage = null;
     socket.close();
+    view.open = null;
     document.body.className = "old";
     showState(`reconnecting in ${Math.ceil(delay)} s`, false, delay, connect);
     const show = answer => { $("login").hidden = answer.type !== "opaqueredirect" && answer.status !== 401; };
     fetch(location.pathname, { method: "HEAD", redirect: "manual" }).then(show, () => {});
   }
+  socket.onopen = () => JSON.stringify(view) === initial || send(view);
   socket.onclose = lost;
   socket.onmessage = event => {
-    if (!paused) update(JSON.parse(event.data));
+    const data = JSON.parse(event.data);
+    if (isFirst) samples = log.replaceChildren() ?? [];
+    if (!paused || data.answer) now = { ...now, ...data };
+    samples = [...samples, ...data.samples].filter(sample => sample.uptime_seconds > data.uptime_seconds - SPAN - 1);
+    now.sample = samples.at(-1);
+    addEvents(data.events);
+    if (!paused || data.answer) redraw();
     showState(paused ? "paused" : now.draining ? "draining" : "live", !paused && !now.draining, 10, lost);
     document.body.className = "";
     $("login").hidden = true;
+    isFirst = false;
     tries = 0;
   };
   showState($("state").textContent, false, 10, lost);
 }
+const initial = JSON.stringify(view);
 connect();
 $("pause").onclick = event => event.target.ariaPressed = paused = !paused;
+$("processes").onkeydown = event => {
+  if (event.key === "Escape" && view.open !== null && event.target.type !== "search")
+    open($("p" + view.open)?.focus() ?? null);
+};
 </script>
 </html>
 """
@@ -9285,7 +9741,7 @@ def demo(notes: Notes, password: str | None = None) -> Nova:
     ])  # fmt: skip
     if password:
         login = Login(password)
-        app.add({"routes": [(f"{path}/", redirect_to(path), {"methods": ["get"]}) for path in ("/login", login.home)]})
+        app.add({"routes": [("/login/", redirect_to("/login"), {"methods": ["get"]})]})
         app.add(login.routes)
         app.board(login.home, security=login.security, logout="/logout")
     return app
