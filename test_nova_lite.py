@@ -8369,35 +8369,15 @@ def test_the_articles_logger_and_rate_limiter_and_the_sub_applications_websocket
         assert client.recv(PATIENCE) == "hi"
 
 
-PLUGIN_RECIPES = """
-import hmac, re, secrets
-
-class RequestId:
-    \"\"\"Gives each request an id: the proxy's, or a new one. It is in req["request_id"] and in the response.\"\"\"
-
-    def pre_request(self, req, env, options, state):
-        request_id = req["headers"].get("X-Request-Id", "")
-        if not re.fullmatch(r"[\\w-]{1,64}", request_id):
-            request_id = secrets.token_hex(8)
-        req.set("request_id", request_id)
-        req["resp_headers"]["X-Request-Id"] = request_id
-        return "ok", req, state
-
-class Csrf:
-    \"\"\"Refuses forms of other sites. Its own have <input type=hidden name=_csrf_token value="{{csrf_token}}">.\"\"\"
-
-    def pre_request(self, req, env, options, state):
-        token = req["cookies"].get("csrf") or secrets.token_urlsafe(32)
-        req.set("csrf_token", token)
-        if not req["cookies"].get("csrf"):
-            req["resp_headers"].append("Set-Cookie", f"csrf={token}; Path=/; HttpOnly; SameSite=Lax")
-        if req["method"] in ("GET", "HEAD", "OPTIONS"):
-            return "ok", req, state
-        sent = req["headers"].get("X-CSRF-Token") or req["params"].get("_csrf_token")
-        if req.is_own_origin() and hmac.compare_digest(str(sent).encode(), token.encode()):
-            return "ok", req, state
-        return "stop", ("status", 403), req, state
-"""
+PLUGIN_RECIPES = (
+    Path(__file__)
+    .with_name("README.md")
+    .read_text()
+    .partition("### Plugins,")[2]
+    .split("```python\n")[1]
+    .partition("```")[0]
+)
+PLUGIN_RECIPES = "import hmac, re, secrets\n" + PLUGIN_RECIPES
 
 
 def test_the_recipe_for_request_ids():
