@@ -3445,6 +3445,7 @@ rooms["tls"] = SimpleNamespace(
 
 local_registries: weakref.WeakSet[Any] = weakref.WeakSet()  # of servers that only this machine reaches
 LOOPBACK_NAMES = ("localhost", "127.0.0.1", "[::1]")
+_FORWARDED = ("HTTP_FORWARDED", "HTTP_VIA", "HTTP_X_REAL_IP")  # as have all X-Forwarded-…, a proxy's requests
 _REWRITTEN = "nova_lite.rewritten"  # in WSGI's environ: nothing is rewritten twice
 _SCHEMES = {"http": "http", "https": "https", "ws": "http", "wss": "https"}  # some proxies forward wss
 _AUTHORITY = re.compile(r"([A-Za-z0-9._~-]+|\[[0-9A-Fa-f:.]+\])(?::([0-9]{1,5}))?")
@@ -3545,8 +3546,23 @@ def is_loopback(host: str) -> bool:
 
 
 def _is_local(req: Request) -> bool:
-    """The `security` of what is for this machine only."""
-    return is_loopback(req["peer"][0])
+    """The `security` of what is for this machine only.
+
+    A request from this machine may be another's: of a site whose name leads here (DNS rebinding), which is the Host
+    then, or of a client of a proxy that runs here.
+    """
+    host = _AUTHORITY.fullmatch(req.environ.get("HTTP_HOST", ""))
+    if not is_loopback(req["peer"][0]):
+        return False
+    if host is None or not is_loopback(host[1].strip("[]").lower()):
+        named = printable(req.environ.get("HTTP_HOST", ""))
+        req.environ[REFUSAL_KEY] = f"this is for this machine only, and the Host {named} is not localhost"
+        return False
+    marks = sorted(key for key in req.environ if key in _FORWARDED or key.startswith("HTTP_X_FORWARDED_"))
+    if marks:
+        header = marks[0].removeprefix("HTTP_").replace("_", "-").title()
+        req.environ[REFUSAL_KEY] = f"this is for this machine only, and {header} says that a proxy is in front"
+    return not marks
 
 
 def _check_exposure(app: Any, host: str) -> None:
@@ -5231,6 +5247,7 @@ class RatedConnection(Connection):
         self._drop_pause()
         if self.phase is not OPEN:
             return
+        self._hold_end()
         while self.held and len(self.inbox) < self.settings.backlog:
             if _takes_token(self.held[0]) and not self.bucket.take(1):
                 break
@@ -5255,13 +5272,17 @@ class RatedConnection(Connection):
         return is_full or super().should_pause()
 
     def step(self) -> None:
-        if self.held and self.inbox and isinstance(self.inbox[-1], Close):
-            self.held.append(self.inbox.pop())  # the client is gone: what it has sent comes first
+        self._hold_end()
         super().step()
 
+    def _hold_end(self) -> None:
+        """Puts the end of the client's bytes behind what is held. A callback may have blocked since it came."""
+        if self.held and self.inbox and isinstance(self.inbox[-1], Close):
+            self.held.append(self.inbox.pop())
+
     def check_timeouts(self, seconds: float) -> None:
-        if self.held:
-            self.idle_for = 0.0  # the pause is ours
+        if self.held and self.idle_for + seconds > self.settings.idle_timeout:
+            self.idle_for = 0.0  # the pause is ours; pings go on, for what is between
         super().check_timeouts(seconds)
 
     def abort(self) -> None:

@@ -8669,6 +8669,33 @@ def test_a_client_whose_messages_wait_is_not_silent(recorder):
             ended("timeout")
 
 
+def test_what_waits_is_not_lost_either_if_the_client_ends_while_the_handler_is_busy(recorder):
+    begun, may_end = gevent.event.Event(), gevent.event.Event()
+
+    def busy(frame, state):
+        begun.set()
+        may_end.wait()
+        return "ok", state
+
+    with serving(rated(recorder, busy, (2, 0.2))) as server, upgraded(server) as sock:
+        in_one_packet(sock, 6)
+        assert begun.wait(PATIENCE)
+        (connection,) = server.registry.connections
+        sock.close()
+        until(lambda: connection.input_over)
+        until(lambda: not connection.held or isinstance(connection.held[0], nova_lite.Close))
+        may_end.set()
+        texts(6)
+        ended(("error", "closed"))
+
+
+def test_a_client_whose_messages_wait_is_pinged(recorder):
+    with serving(rated(recorder, rate=(1, 60.0)), idle_timeout=0.5, ping_interval=0.1) as server:
+        with upgraded(server) as sock:
+            in_one_packet(sock, 3)
+            assert read_until(sock, b"\x89\0" * 7), "and that of the next count of silence"
+
+
 def test_a_client_that_is_silent_is_disconnected_with_a_rate_as_without(recorder):
     with serving(rated(recorder), idle_timeout=0.2, ping_interval=60.0) as server, upgraded(server):
         ended("timeout")
@@ -15758,6 +15785,28 @@ def test_a_board_for_this_machine_checks_that_at_the_request_as_well():
     assert ask(app, path="/board", REMOTE_ADDR="127.0.0.1")[0] == 200
     for address in ("192.0.2.1", "", "localhost.evil"):
         assert ask(app, path="/board", REMOTE_ADDR=address)[0] == 401
+
+
+@pytest.mark.parametrize(
+    ("given", "is_local"),
+    [
+        *[({"HTTP_HOST": host}, True) for host in ("localhost:8080", "LOCALHOST", "127.0.0.1", "127.8.9.1:80", "[::1]")],
+        *[({"HTTP_HOST": host}, False) for host in ("", "evil.example:8080", "localhost.evil.example", "192.0.2.1")],
+        *[({f"HTTP_{key}": "192.0.2.1"}, False) for key in ("X_FORWARDED_FOR", "FORWARDED", "VIA", "X_REAL_IP")],
+        ({"HTTP_X_FORWARDED_PROTO": "https"}, False),
+    ],
+)  # fmt: skip
+def test_nor_does_a_board_for_this_machine_serve_sites_by_dns_rebinding_or_the_clients_of_a_proxy(given, is_local):
+    changes = {"REMOTE_ADDR": "127.0.0.1", "HTTP_HOST": "localhost", **given}
+    assert ask(app_with_a_board(), path="/board", **changes)[0] == (200 if is_local else 401)
+
+
+def test_the_boards_websocket_is_not_for_a_site_whose_name_leads_to_this_machine(caplog):
+    with Server(app_with_a_board(), port=0) as server:
+        host = f"evil.example:{server.port}"
+        first = handshake("/board/live", Host=host, Origin=f"http://{host}")
+        assert statuses(server, first[:-2] + b"Connection: close\r\n\r\n")[:1] == [401]
+    assert f"for this machine only, and the Host {host} is not localhost" in caplog.text
 
 
 # -- metrics
