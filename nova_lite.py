@@ -1186,6 +1186,7 @@ pubsub = PubSub()
 # ---------------------------------------------------------------------------------------------------------------------
 
 REFUSAL_KEY = "nova_lite.refusal"  # in WSGI's environ: why the request was refused, for the server's log
+AUTH_KEY = "nova_lite.auth_data"  # in WSGI's environ: what the `security` of a mount has returned
 MAX_FIELDS = 10_000  # of a form
 COOKIES_KEY = "nova_lite.cookies"  # in WSGI's environ: those to send, by the room sessions; None: it is too late
 _ESCAPE = re.compile(r"\\(?:([0-3][0-7]{2})|(.))")  # in a cookie's value between quotes
@@ -1211,7 +1212,7 @@ class Request(Mapping[str, Any]):
         if settings.trust_proxy:
             room("proxy").rewrite(environ, settings.trust_proxy)
         self.environ, self.settings = environ, settings
-        self._known: dict[str, Any] = {"bindings": bindings, "auth_data": None, "subprotocol": None}
+        self._known: dict[str, Any] = {"bindings": bindings, "auth_data": environ.get(AUTH_KEY), "subprotocol": None}
 
     def __getitem__(self, key: str) -> Any:
         if key not in self._known:
@@ -1234,7 +1235,7 @@ class Request(Mapping[str, Any]):
     def detach(self) -> None:
         """Drops the server's buffers, for a request that outlives its HTTP connection."""
         strings = {key: _share(value) for key, value in self.environ.items() if type(value) is str}
-        self.environ = {**strings, COOKIES_KEY: None}
+        self.environ = {**strings, AUTH_KEY: self.environ.get(AUTH_KEY), COOKIES_KEY: None}
 
     def set_cookie(self, name: str, value: Any, **options: Any) -> None:
         """Sends a cookie with the response; `options` are those of the function `set_cookie`."""
@@ -3449,6 +3450,7 @@ rooms["tls"] = SimpleNamespace(
 
 local_registries: weakref.WeakSet[Any] = weakref.WeakSet()  # of servers that only this machine reaches
 LOOPBACK_NAMES = ("localhost", "127.0.0.1", "[::1]")
+_FORWARDED = ("HTTP_FORWARDED", "HTTP_VIA", "HTTP_X_REAL_IP")  # as have all X-Forwarded-…, a proxy's requests
 _REWRITTEN = "nova_lite.rewritten"  # in WSGI's environ: nothing is rewritten twice
 _SCHEMES = {"http": "http", "https": "https", "ws": "http", "wss": "https"}  # some proxies forward wss
 _AUTHORITY = re.compile(r"([A-Za-z0-9._~-]+|\[[0-9A-Fa-f:.]+\])(?::([0-9]{1,5}))?")
@@ -3549,8 +3551,23 @@ def is_loopback(host: str) -> bool:
 
 
 def _is_local(req: Request) -> bool:
-    """The `security` of what is for this machine only."""
-    return is_loopback(req["peer"][0])
+    """The `security` of what is for this machine only.
+
+    A request from this machine may be another's: of a site whose name leads here (DNS rebinding), which is the Host
+    then, or of a client of a proxy that runs here.
+    """
+    host = _AUTHORITY.fullmatch(req.environ.get("HTTP_HOST", ""))
+    if not is_loopback(req["peer"][0]):
+        return False
+    if host is None or not is_loopback(host[1].strip("[]").lower()):
+        named = printable(req.environ.get("HTTP_HOST", ""))
+        req.environ[REFUSAL_KEY] = f"this is for this machine only, and the Host {named} is not localhost"
+        return False
+    marks = sorted(key for key in req.environ if key in _FORWARDED or key.startswith("HTTP_X_FORWARDED_"))
+    if marks:
+        header = marks[0].removeprefix("HTTP_").replace("_", "-").title()
+        req.environ[REFUSAL_KEY] = f"this is for this machine only, and {header} says that a proxy is in front"
+    return not marks
 
 
 def _check_exposure(app: Any, host: str) -> None:
@@ -4917,8 +4934,8 @@ def _mount(app: Nova, prefix: str, other: Any, security: Any, options: dict[str,
     """Serves a WSGI application, bottle's and Nova's included, below `prefix`, with or without the slash behind it.
 
     At "/" it gets what no route of `app` is for. `security` is as in a group, for WebSockets too; the application finds
-    what it returns in `environ["nova_lite.auth_data"]`. Plugins and hooks of `app` are not those of the other, as in
-    bottle; its errors are its own. Raises ValueError for a prefix without a slash.
+    what it returns in `environ["nova_lite.auth_data"]`, a Nova in `req["auth_data"]`, too. Plugins and hooks of `app`
+    are not those of the other, as in bottle; its errors are its own. Raises ValueError for a prefix without a slash.
     """
     if not prefix.startswith("/") or not callable(other):
         raise ValueError(f'expected a prefix such as "/admin" and a WSGI application, got {prefix!r} and {other!r}')
@@ -5000,7 +5017,7 @@ def _make_environ(req: Request, depth: int) -> dict[str, Any]:
     parts = req.environ["bottle.raw_path"].split("/", depth + 1)  # in latin-1: bottle has decoded the other one
     environ["SCRIPT_NAME"] = environ.get("SCRIPT_NAME", "") + "/".join(parts[: depth + 1])
     environ["PATH_INFO"] = "/" + "".join(parts[depth + 1 :])
-    environ["nova_lite.auth_data"] = req["auth_data"]
+    environ[AUTH_KEY] = req["auth_data"]
     body = req.environ.get("bottle.request.body")
     if body is not None:
         environ["bottle.request.body"] = body
@@ -5235,6 +5252,7 @@ class RatedConnection(Connection):
         self._drop_pause()
         if self.phase is not OPEN:
             return
+        self._hold_end()
         while self.held and len(self.inbox) < self.settings.backlog:
             if _takes_token(self.held[0]) and not self.bucket.take(1):
                 break
@@ -5259,13 +5277,17 @@ class RatedConnection(Connection):
         return is_full or super().should_pause()
 
     def step(self) -> None:
-        if self.held and self.inbox and isinstance(self.inbox[-1], Close):
-            self.held.append(self.inbox.pop())  # the client is gone: what it has sent comes first
+        self._hold_end()
         super().step()
 
+    def _hold_end(self) -> None:
+        """Puts the end of the client's bytes behind what is held. A callback may have blocked since it came."""
+        if self.held and self.inbox and isinstance(self.inbox[-1], Close):
+            self.held.append(self.inbox.pop())
+
     def check_timeouts(self, seconds: float) -> None:
-        if self.held:
-            self.idle_for = 0.0  # the pause is ours
+        if self.held and self.idle_for + seconds > self.settings.idle_timeout:
+            self.idle_for = 0.0  # the pause is ours; pings go on, for what is between
         super().check_timeouts(seconds)
 
     def abort(self) -> None:
@@ -8545,6 +8567,7 @@ from itertools import groupby
 ROWS = 100  # that a search returns; processes with a name come on top of that, as many
 DETAILS = 20  # links, monitors, channels and kinds of messages in a description
 LENGTH = 200  # characters of a text that a client may have chosen
+WORDS = 8  # of a search that count
 SLICE = 1000  # processes, between which others may get their turns
 _TAG = re.compile(r"[$\w][\w.-]{0,39}")
 _ORDERS: dict[str, Callable[[Any], Any]] = {  # of processes, besides "rate"
@@ -8573,7 +8596,7 @@ def _find_processes(search: Any, rates: Mapping[Any, float], texts: dict[int, st
     words, order, is_descending = search
     found: list[Any] = list(processes.values())
     if words.strip():
-        found = _filter(found, words[:LENGTH].lower().split(), texts)
+        found = _filter(found, _split(words), texts)
     key = _ORDERS.get(order) or (lambda process: rates.get(process, 0))
     rows = _first(found, key, is_descending)
     named = {*islice(registered.values(), ROWS)} - {*rows}
@@ -8597,12 +8620,17 @@ def _find_channels(search: Any, rates: Mapping[str, float]) -> dict[str, Any]:
     """Returns the first ROWS channels with all words, as `_find_processes` does."""
     words, order, is_descending = search
     names = sorted(name for name in pubsub.which_channels() if not name.startswith("$"))  # those are this file's own
-    wanted = words[:LENGTH].lower().split()
+    wanted = _split(words)
     found = [name for name in names if all(word in name.lower() for word in wanted)] if wanted else names
     first = _first(found, _CHANNEL_ORDERS.get(order) or (lambda name: rates.get(name[:LENGTH], 0)), is_descending)
     rows = [{**rooms["stats"].channel_info(name), "channel": name[:LENGTH]} for name in first]
     rows = [{**row, "rate": rates.get(row["channel"], 0)} for row in rows]
     return {"total": len(names), "count": len(found), "rows": rows}
+
+
+def _split(words: str) -> list[str]:
+    """Returns the different words, WORDS at most: each is looked for everywhere."""
+    return list(dict.fromkeys(words[:LENGTH].lower().split()))[:WORDS]
 
 
 def _channel_members(channel: str) -> int:
@@ -8648,6 +8676,7 @@ def _filter(found: list[Process], words: list[str], texts: dict[int, str]) -> li
     for word in words:
         others = _having(word, found)
         found = [process for process in found if word in texts.get(process.serial, "") or process in others]
+        scheduler.yield_after_slice()
     return found
 
 
@@ -8947,6 +8976,8 @@ def board(app: Nova, path: str = "/board", security: Any = False, logout: str = 
     live = {"protocol": "ws", "max_message_size": 4096}
     if app.settings.origins == "*":  # for what the application offers to all sites, not for the board
         live["origins"] = None
+    if "rate" in rooms:
+        live["rate"] = 10, 1  # each view that a board asks for is an update of its own
     base = path.strip("/") and "/" + path.strip("/")
     pages = [(page, show, {"methods": ["get"]}) for page in {base or "/", base + "/"}]
     app.add({"security": security, "routes": [*pages, (base + "/live", handler, live)]})

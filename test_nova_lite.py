@@ -8129,7 +8129,9 @@ def test_security_of_a_mounted_application_is_before_all_of_it(prefix):
 
     class Who(Parrot):
         def websocket_handle(self, frame, state):
-            return "reply", ("text", json.dumps(state["req"].environ.get("nova_lite.auth_data"))), state
+            req = state["req"]
+            found = req["auth_data"], state["auth_data"], req.environ.get("nova_lite.auth_data")
+            return "reply", ("text", json.dumps(found)), state
 
     nova, path = Nova([{"routes": [("/ws", Who, {"protocol": "ws"})]}]), prefix.rstrip("/")
     for other in (flask_like, nova):
@@ -8146,7 +8148,17 @@ def test_security_of_a_mounted_application_is_before_all_of_it(prefix):
             else:
                 with ws(server, f"{path}/ws", additional_headers={"X-Token": "ann"}) as client:
                     client.send("")
-                    assert client.recv(PATIENCE)
+                    assert json.loads(client.recv(PATIENCE)) == [{"user": "ann"}] * 3
+
+
+def test_what_security_returns_reaches_an_application_mounted_in_a_mounted_one_unless_that_has_its_own():
+    own = {"prefix": "/own", "security": lambda _req: (True, "own"), "routes": [("/", shown("auth_data"))]}
+    inner, middle, app = Nova([{"routes": [("/", shown("auth_data"))]}, own]), Nova(), Nova()
+    middle.mount("/inner", inner)
+    app.mount("/middle", middle, security=lambda _req: (True, {"user": "ann"}))
+    assert json.loads(ask(app, path="/middle/inner/")[2]) == {"auth_data": {"user": "ann"}}
+    assert json.loads(ask(app, path="/middle/inner/own")[2]) == {"auth_data": "own"}
+    assert json.loads(ask(inner, HTTP_NOVA_LITE_AUTH_DATA="forged")[2]) == {"auth_data": None}
 
 
 def test_at_the_root_a_foreign_application_gets_what_no_route_is_for_in_any_order():
@@ -8666,6 +8678,33 @@ def test_a_client_whose_messages_wait_is_not_silent(recorder):
             in_one_packet(sock, 3)
             assert 0.5 < texts(3) < PATIENCE
             ended("timeout")
+
+
+def test_what_waits_is_not_lost_either_if_the_client_ends_while_the_handler_is_busy(recorder):
+    begun, may_end = gevent.event.Event(), gevent.event.Event()
+
+    def busy(frame, state):
+        begun.set()
+        may_end.wait()
+        return "ok", state
+
+    with serving(rated(recorder, busy, (2, 0.2))) as server, upgraded(server) as sock:
+        in_one_packet(sock, 6)
+        assert begun.wait(PATIENCE)
+        (connection,) = server.registry.connections
+        sock.close()
+        until(lambda: connection.input_over)
+        until(lambda: not connection.held or isinstance(connection.held[0], nova_lite.Close))
+        may_end.set()
+        texts(6)
+        ended(("error", "closed"))
+
+
+def test_a_client_whose_messages_wait_is_pinged(recorder):
+    with serving(rated(recorder, rate=(1, 60.0)), idle_timeout=0.5, ping_interval=0.1) as server:
+        with upgraded(server) as sock:
+            in_one_packet(sock, 3)
+            assert read_until(sock, b"\x89\0" * 7), "and that of the next count of silence"
 
 
 def test_a_client_that_is_silent_is_disconnected_with_a_rate_as_without(recorder):
@@ -15432,6 +15471,18 @@ def test_the_server_filters_all_processes_and_sends_a_part(crowd):
         assert "main program" in [row["handler"] for row in ask_board(client, "main program")["processes"]["rows"]]
 
 
+def test_of_a_search_eight_different_words_count_and_of_many_searches_ten_a_second(crowd):
+    with board_served() as server, ws(server, "/admin/board/live") as client:
+        words = "r re rec rece recei receiv receive"
+        assert ask_board(client, f"{words} v {words} nonsense")["processes"]["count"] >= 20
+        assert ask_board(client, f"{words} {words} nonsense")["processes"]["count"] == 0
+    with board_served() as server, upgraded(server, "/admin/board/live") as sock:
+        view = {"processes": ["", "rate", True], "channels": ["", "rate", True], "open": None}
+        sock.sendall(masked(1, json.dumps(view).encode()) * 40)
+        (connection,) = server.registry.connections
+        until(lambda: connection.held)
+
+
 @pytest.mark.parametrize("order", ["title", "rate", "mailbox", "state", "handled", "age_seconds", "handler", "channels",
                                    "peer", "nonsense"])  # fmt: skip
 @pytest.mark.parametrize("down", [False, True])
@@ -15758,6 +15809,28 @@ def test_a_board_for_this_machine_checks_that_at_the_request_as_well():
     assert ask(app, path="/board", REMOTE_ADDR="127.0.0.1")[0] == 200
     for address in ("192.0.2.1", "", "localhost.evil"):
         assert ask(app, path="/board", REMOTE_ADDR=address)[0] == 401
+
+
+@pytest.mark.parametrize(
+    ("given", "is_local"),
+    [
+        *[({"HTTP_HOST": host}, True) for host in ("localhost:80", "LOCALHOST", "127.0.0.1", "127.8.9.1:80", "[::1]")],
+        *[({"HTTP_HOST": host}, False) for host in ("", "evil.example:8080", "localhost.evil.example", "192.0.2.1")],
+        *[({f"HTTP_{key}": "192.0.2.1"}, False) for key in ("X_FORWARDED_FOR", "FORWARDED", "VIA", "X_REAL_IP")],
+        ({"HTTP_X_FORWARDED_PROTO": "https"}, False),
+    ],
+)  # fmt: skip
+def test_nor_does_a_board_for_this_machine_serve_sites_by_dns_rebinding_or_the_clients_of_a_proxy(given, is_local):
+    changes = {"REMOTE_ADDR": "127.0.0.1", "HTTP_HOST": "localhost", **given}
+    assert ask(app_with_a_board(), path="/board", **changes)[0] == (200 if is_local else 401)
+
+
+def test_the_boards_websocket_is_not_for_a_site_whose_name_leads_to_this_machine(caplog):
+    with Server(app_with_a_board(), port=0) as server:
+        host = f"evil.example:{server.port}"
+        first = handshake("/board/live", Host=host, Origin=f"http://{host}")
+        assert statuses(server, first[:-2] + b"Connection: close\r\n\r\n")[:1] == [401]
+    assert f"for this machine only, and the Host {host} is not localhost" in caplog.text
 
 
 # -- metrics
