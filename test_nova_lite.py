@@ -8586,7 +8586,7 @@ def test_a_client_that_sends_more_waits_and_loses_nothing(recorder, sent, option
             assert 0.2 < texts(80) < PATIENCE
             sock.sendall(masked(8))
             ended("remote")
-    assert (connection.pause, list(connection.held)) == (None, [])
+    assert (connection.release_timer, list(connection.held)) == (None, [])
 
 
 def test_compressed_messages_wait_as_well(recorder):
@@ -8658,7 +8658,7 @@ def test_a_flood_is_held_back_by_tcp_and_holds_little_memory(recorder):
         ended("shutdown")
         sock.close()
         until(lambda: not server.registry.connections)
-        assert (connection.pause, len(connection.held)) == (None, 0)
+        assert (connection.release_timer, len(connection.held)) == (None, 0)
 
 
 def test_a_client_whose_messages_wait_is_not_silent(recorder):
@@ -15308,7 +15308,7 @@ def board_served(**options):
 def quick_boards(monkeypatch):
     """Boards get a hundred updates a second, each with all tables, and their sampler begins anew."""
     monkeypatch.setattr(nova_lite, "BOARD_TIME", 0.01)
-    monkeypatch.setattr(nova_lite, "SHARE", 1e9)
+    monkeypatch.setattr(nova_lite, "CPU_SHARE", 1e9)
     sampler = nova_lite.Sampler()
     monkeypatch.setattr(nova_lite, "sampler", sampler)
     yield
@@ -15643,7 +15643,7 @@ nova_lite.log.warning("still printed")
 
 
 def test_tables_that_take_long_are_made_less_often(quick_boards, monkeypatch):
-    monkeypatch.setattr(nova_lite, "SHARE", 1e-9)
+    monkeypatch.setattr(nova_lite, "CPU_SHARE", 1e-9)
     with board_served() as server, ws(server, "/admin/board/live") as client:
         assert "processes" in json.loads(client.recv(PATIENCE))
         assert not any("processes" in json.loads(client.recv(PATIENCE)) for _ in range(5))
