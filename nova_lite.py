@@ -1233,7 +1233,8 @@ class Request(Mapping[str, Any]):
 
     def detach(self) -> None:
         """Drops the server's buffers, for a request that outlives its HTTP connection."""
-        self.environ = {key: value for key, value in self.environ.items() if type(value) is str} | {COOKIES_KEY: None}
+        strings = {key: _share(value) for key, value in self.environ.items() if type(value) is str}
+        self.environ = {**strings, COOKIES_KEY: None}
 
     def set_cookie(self, name: str, value: Any, **options: Any) -> None:
         """Sends a cookie with the response; `options` are those of the function `set_cookie`."""
@@ -1264,6 +1265,9 @@ class Request(Mapping[str, Any]):
 
     def content_type(self) -> str:
         return self.environ.get("CONTENT_TYPE", "").partition(";")[0].strip().lower()
+
+
+_share = lru_cache(maxsize=1024)(str)
 
 
 class RequestHeaders(bottle.WSGIHeaderDict):
