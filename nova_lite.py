@@ -5261,7 +5261,7 @@ class RatedConnection(Connection):
 
     def check_timeouts(self, seconds: float) -> None:
         if self.held:
-            self.idle_for = 0.0  # the client is not idle: the server makes it wait
+            self.idle_for = 0.0  # the pause is ours
         super().check_timeouts(seconds)
 
     def abort(self) -> None:
