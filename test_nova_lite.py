@@ -196,6 +196,7 @@ import http.client
 import importlib.util
 import inspect
 import logging
+import marshal
 import pydoc
 import random
 import shutil
@@ -13996,6 +13997,27 @@ Nova([{"routes": [("/chat", Chat, {"protocol": "ws"}), hello, echo]}]).run(port=
 """
 
 
+@functools.cache
+def compiled_rooms():
+    """Returns the text and the code of the core and of each room: compiled once, for many copies."""
+    lines = PROGRAM_TEXT.splitlines(keepends=True)
+    parts = {"core": slice(0, min(part.start for part in ROOMS.values())), **ROOMS}
+    texts = {name: "".join(lines[part]) for name, part in parts.items()}
+    return texts, {
+        name: compile(text, name, "exec") for name, text in texts.items()
+    }  # with the __future__ of this file
+
+
+def compiled(folder, without):
+    """Writes a copy into `folder` that runs what is compiled already: as `vendored`, in a third of the time."""
+    code = [code for name, code in compiled_rooms()[1].items() if name not in without]
+    (folder / "rooms").write_bytes(marshal.dumps(code))
+    load = (
+        "import marshal, pathlib\nfor code in marshal.loads(pathlib.Path(__file__).with_name('rooms').read_bytes()):\n"
+    )
+    (folder / "nova_lite.py").write_text(f"{load}    exec(code)\n")
+
+
 def vendored(folder, without):
     """Writes a copy into `folder` and returns its text."""
     text = nova_lite.vendor(PROGRAM_TEXT, without)
@@ -14022,9 +14044,8 @@ def names_in(source):
 
 ALWAYS_THERE = {*dir(builtins), "__file__", "__conditional_annotations__"}  # the last by Python 3.14
 EVERY_SET = """
-from __future__ import annotations  # inherited by what is compiled here
-import sys, types
-core, *rooms = [(name, compile(text, name, "exec")) for name, text in PIECES.items()]
+import marshal, pathlib, sys, types
+core, *rooms = marshal.loads(pathlib.Path("rooms").read_bytes()).items()
 for number, without in enumerate(SETS):
     module = sys.modules[f"copy_{number}"] = types.ModuleType(f"copy_{number}")
     for name, code in [core, *rooms]:
@@ -14035,16 +14056,15 @@ for number, without in enumerate(SETS):
 
 
 def test_every_set_of_rooms_can_be_left_out(tmp_path):
-    lines = PROGRAM_TEXT.splitlines(keepends=True)
-    parts = {"core": slice(0, min(part.start for part in ROOMS.values())), **ROOMS}
-    pieces = {name: "".join(lines[part]) for name, part in parts.items()}  # each is read and compiled once
-    names = {name: names_in(text)[:2] for name, text in pieces.items()}
+    texts, codes = compiled_rooms()
+    names = {name: names_in(text)[:2] for name, text in texts.items()}
     for without in SETS:
         used, defined = (
             set().union(*kind) for kind in zip(*[names[n] for n in names if n not in without], strict=True)
         )
         assert used - defined - ALWAYS_THERE == set(), without
-    (tmp_path / "sets.py").write_text(EVERY_SET.replace("PIECES", repr(pieces)).replace("SETS", repr(SETS)))
+    (tmp_path / "rooms").write_bytes(marshal.dumps(codes))
+    (tmp_path / "sets.py").write_text(EVERY_SET.replace("SETS", repr(SETS)))
     assert python("import sets", tmp_path) == ""
 
 
@@ -14056,9 +14076,13 @@ def test_a_copy_has_the_rooms_and_imports_that_it_uses_without(without):
     assert set(nova_lite.find_rooms(text + "# ----- delete from here")) == set(ROOMS) - set(without)
 
 
-@pytest.mark.parametrize("without", [*([room] for room in ROOMS), [*ROOMS]], ids="-".join)
+# A chat may use each room but these, which are left out together.
+UNUSED = ["tls", "timers", "presence", "codec", "leases", "stats", "metrics", "inspect", "board"]
+
+
+@pytest.mark.parametrize("without", [*([room] for room in ROOMS if room not in UNUSED), UNUSED, [*ROOMS]], ids="-".join)
 def test_a_chat_runs_on_a_copy_without(without, tmp_path):
-    vendored(tmp_path, without)
+    (vendored if without == [*ROOMS] else compiled)(tmp_path, without)
     as_json, as_page = {"Content-Type": "application/json"}, {"Accept": "text/html"}
     with program_running(CHAT, tmp_path, modules=tmp_path) as server, ws(server, "/chat") as one:
         with ws(server, "/chat") as two:
