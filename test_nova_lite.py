@@ -15102,45 +15102,46 @@ def typed(tmp_path_factory):
     return folder
 
 
-def reported(checker, folder, names, *options):
-    """The lines in which a checker reports an error, by file."""
-    if CHECKERS[checker] is None:
-        pytest.skip(f"{checker} is not installed")
-    files = [f"{name}.py" for name in names]
-    strict = ["--strict", "--ignore-missing-imports", "--no-warn-return-any", *options]
-    command = [CHECKERS[checker], *(strict if checker == "mypy" else ["--pythonpath", sys.executable])]
-    done = subprocess.run([*command, *files], cwd=folder, capture_output=True, text=True, timeout=600)
-    assert done.returncode in (0, 1), done.stdout + done.stderr
-    found = re.findall(r"^\s*(?:\S*/)?(\w+)\.py:(\d+):(?:\d+ -)? error: (.*)$", done.stdout, re.MULTILINE)
-    assert bool(found) == (done.returncode == 1), done.stdout
-    return [(name, int(line), message) for name, line, message in found]
+UNTYPED = "# mypy: allow-untyped-defs, allow-untyped-calls, allow-incomplete-defs\n"
 
 
-@pytest.mark.parametrize("checker", ["mypy", "pyright"])
-def test_checkers_report_nothing_of_the_readmes_programs_and_the_demo(typed, checker):
+def programs_to_check():
+    """Returns {name of a file: text} of all programs for the checkers, which then run once and not for each test."""
     programs = {**dict(programs_of_the_readme()), "demo": demo_beside_a_copy()}
-    for name, text in programs.items():
-        (typed / f"{name}.py").write_text(text)
-    untyped = ["--allow-untyped-defs", "--allow-untyped-calls", "--allow-incomplete-defs"]
-    assert reported(checker, typed, programs, *untyped) == []
-
-
-@pytest.mark.parametrize("checker", ["mypy", "pyright"])
-def test_checkers_report_nothing_of_a_program_with_annotations(typed, checker):
-    (typed / "annotated.py").write_text(ANNOTATED)
-    assert reported(checker, typed, ["annotated"]) == []
-
-
-@pytest.mark.parametrize("checker", ["mypy", "pyright"])
-def test_checkers_report_each_mistake(typed, checker):
+    programs = {name: UNTYPED + text for name, text in programs.items()}
     head = (
         "\nclass Wrong(WebSocketHandler):\n    def websocket_info(self, info: Info, state: State) -> HandlerResult:\n"
     )
-    for number, mistake in enumerate(WRONG.values()):
-        (typed / f"wrong_{number}.py").write_text(f"{ANNOTATED}{head}        {mistake}\n")
-    found = reported(checker, typed, [f"wrong_{number}" for number in range(len(WRONG))])
-    missed = [what for number, what in enumerate(WRONG) if f"wrong_{number}" not in {name for name, *_ in found}]
-    assert missed == []
+    wrong = {f"wrong_{number}": f"{ANNOTATED}{head}        {line}\n" for number, line in enumerate(WRONG.values())}
+    return {**programs, "annotated": ANNOTATED, **wrong}
+
+
+@pytest.fixture(scope="module", params=["mypy", "pyright"])
+def reported(request, typed):
+    """The errors that a checker reports: (line, message) by file."""
+    if CHECKERS[request.param] is None:
+        pytest.skip(f"{request.param} is not installed")
+    for name, text in programs_to_check().items():
+        (typed / f"{name}.py").write_text(text)
+    strict = ["--strict", "--ignore-missing-imports", "--no-warn-return-any"]
+    command = [CHECKERS[request.param], *(strict if request.param == "mypy" else ["--pythonpath", sys.executable])]
+    files = [f"{name}.py" for name in programs_to_check()]
+    done = subprocess.run([*command, *files], cwd=typed, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 1, done.stdout + done.stderr
+    found = {}
+    for name, line, text in re.findall(
+        r"^\s*(?:\S*/)?(\w+)\.py:(\d+):(?:\d+ -)? error: (.*)$", done.stdout, re.MULTILINE
+    ):
+        found.setdefault(name, []).append((int(line), text))
+    return found
+
+
+def test_checkers_report_nothing_of_the_readmes_programs_and_the_demo_and_one_with_annotations(reported):
+    assert {name: errors for name, errors in reported.items() if not name.startswith("wrong_")} == {}
+
+
+def test_checkers_report_each_mistake(reported):
+    assert [what for number, what in enumerate(WRONG) if f"wrong_{number}" not in reported] == []
 
 
 def test_run_has_the_options_that_its_type_names():
