@@ -18,6 +18,7 @@ are. The client is the `websockets` package, an independent judge; where it is t
 from __future__ import annotations
 
 import gc
+import importlib.util
 import json
 import os
 import re
@@ -193,7 +194,6 @@ import dataclasses
 import functools
 import hashlib
 import http.client
-import importlib.util
 import inspect
 import logging
 import marshal
