@@ -3493,10 +3493,10 @@ def _rewrite(environ: dict[str, Any], hops: int) -> None:
     if _REWRITTEN in environ:
         return
     environ[_REWRITTEN] = hops
-    addresses = filter(None, map(_parse_address, _list_believed(environ, "FOR", hops)))  # "unknown" is skipped
+    addresses = filter(None, map(_parse_address, _list_trusted(environ, "FOR", hops)))  # "unknown" is skipped
     address, port = next(addresses, ("", ""))
-    scheme = _SCHEMES.get("".join(_list_believed(environ, "PROTO", hops)[:1]).lower(), "")
-    host = "".join(_list_believed(environ, "HOST", hops)[:1])
+    scheme = _SCHEMES.get("".join(_list_trusted(environ, "PROTO", hops)[:1]).lower(), "")
+    host = "".join(_list_trusted(environ, "HOST", hops)[:1])
     host = host if _AUTHORITY.fullmatch(host) else ""
     own = {"REMOTE_ADDR": address, "REMOTE_PORT": port, "wsgi.url_scheme": scheme, "HTTP_HOST": host}
     environ |= {key: value for key, value in own.items() if value}
@@ -3506,7 +3506,7 @@ def _rewrite(environ: dict[str, Any], hops: int) -> None:
             environ[f"HTTP_X_FORWARDED_{name}"] = value
 
 
-def _list_believed(environ: Mapping[str, Any], name: str, hops: int) -> list[str]:
+def _list_trusted(environ: Mapping[str, Any], name: str, hops: int) -> list[str]:
     """Returns the entries that the proxies wrote, the farthest one's first. Each proxy appends one or begins a list."""
     values = [part.strip() for part in environ.get(f"HTTP_X_FORWARDED_{name}", "").split(",")]
     return [value for value in values if value][-hops:]
@@ -3621,7 +3621,7 @@ WEBSOCKET_CALLBACKS = {  # with the arguments of each
     "websocket_info": ("info", "state"),
     "terminate": ("reason", "req", "state"),
 }
-SERVER_CALLBACKS = {
+GEN_SERVER_CALLBACKS = {
     "init": ("args",),
     "handle_continue": ("term", "state"),
     "handle_call": ("request", "from_", "state"),
@@ -3638,7 +3638,7 @@ _METHODS = (  # IANA's registry, and those in wide use beside it
 _COMMON_METHODS = ("DELETE", "GET", "HEAD", "OPTIONS", "PATCH", "POST", "PUT")
 _PROTOCOLS = {"websocket": "ws", "websockets": "ws", "wss": "ws", "https": "http"}
 _routes: weakref.WeakKeyDictionary[Nova, dict[Any, str]] = weakref.WeakKeyDictionary()  # (rule, method) -> controller
-_checked_servers: weakref.WeakSet[Any] = weakref.WeakSet()  # classes
+_checked_classes: weakref.WeakSet[Any] = weakref.WeakSet()  # of servers, and modules
 _warned: weakref.WeakSet[Any] = weakref.WeakSet()  # endpoints whose `security` has been reported
 
 
@@ -3671,8 +3671,8 @@ InferredResult = _Result[_Inferred | Sequence[_Inferred]]
 
 
 # What a controller and `security` return. Each controller's result may end with the request.
-class _Bottles(Protocol):
-    """A response of bottle's. By its own name, which mypy does not know, anything would be a response."""
+class _BottleResponse(Protocol):
+    """A response of bottle's. mypy does not know bottle: by its own name, it would accept anything."""
 
     @property
     def status_code(self) -> int: ...
@@ -3697,7 +3697,7 @@ Response = (
     | tuple[Literal["redirect"], str, Request]
     | tuple[Literal["sendfile"], int, _Headers, _File, str]
     | tuple[Literal["sendfile"], int, _Headers, _File, str, Request]
-    | _Bottles
+    | _BottleResponse
 )
 SecurityResult = (
     bool
@@ -3706,7 +3706,7 @@ SecurityResult = (
     | tuple[Literal[False], int, _Headers]
     | tuple[Literal[False], int, _Headers, _Body]
     | tuple[Literal["redirect"], str]
-    | _Bottles
+    | _BottleResponse
 )
 
 
@@ -3800,7 +3800,7 @@ def _check_route(app: Nova, group: Mapping[str, Any], route: Any, make_rule: Cal
     else:
         _check_controller(rule, controller)
     if isinstance(path, str):
-        _check_twice(app, rule, options, controller)
+        _check_duplicate(app, rule, options, controller)
 
 
 def _check_options(rule: str, options: Mapping[str, Any]) -> None:
@@ -3845,7 +3845,7 @@ def _check_controller(rule: str, controller: Any) -> None:
     _check_call(f"{rule}: the controller {name_of(controller)}", controller, ("req",))
 
 
-def _check_twice(app: Nova, rule: str, options: Mapping[str, Any], controller: Any) -> None:
+def _check_duplicate(app: Nova, rule: str, options: Mapping[str, Any], controller: Any) -> None:
     """Raises ValueError for a rule and method that are taken. What a binding is called makes no difference."""
     methods = ["GET"] if options.get("protocol") == "ws" else options.get("methods") or ["_"]
     pattern = re.sub(r"<[^<>:]*", "<", rule)
@@ -3882,12 +3882,12 @@ def _check_handler(rule: str, handler: Any) -> None:
     _check_instantiable(where, handler, "every connection has an instance of its own")
 
 
-def _check_server(server: Any, base: type) -> None:
+def _check_gen_server(server: Any, base: type) -> None:
     """Checks a class, module or object that `start_link` was given; classes once. `base` has the default callbacks."""
     kind = server if isinstance(server, type | ModuleType) else type(server)
-    if kind not in _checked_servers:
-        _check_callbacks(f"the server {_shown(kind)}", kind, base, SERVER_CALLBACKS)
-        _checked_servers.add(kind)
+    if kind not in _checked_classes:
+        _check_callbacks(f"the server {_shown(kind)}", kind, base, GEN_SERVER_CALLBACKS)
+        _checked_classes.add(kind)
     _check_instantiable(f"the server {_shown(kind)}", server, "start_link makes the instance")
 
 
@@ -3934,10 +3934,10 @@ def _explain_result(server: Any, callback: str, result: Any) -> str:
 
 def _check_callbacks(where: str, thing: Any, base: type, callbacks: Mapping[str, tuple[str, ...]]) -> None:
     for name, arguments in callbacks.items():
-        callback, leading = _as_called(thing, name, inspect.getattr_static(thing, name, None))
+        callback, leading = _resolve_callback(thing, name, inspect.getattr_static(thing, name, None))
         if callable(callback):
             _check_call(f"{where}: {name}", callback, (*leading, *arguments))
-    own = _own_functions(thing, base)
+    own = _list_own_functions(thing, base)
     for name in sorted(own - callbacks.keys()):
         meant = [callback for callback in callbacks if callback not in own and _is_misspelt(name, callback)]
         if meant:
@@ -3945,7 +3945,7 @@ def _check_callbacks(where: str, thing: Any, base: type, callbacks: Mapping[str,
             raise ValueError(f"{where} has {name!r}, which is never called; did you mean {nearest!r}?")
 
 
-def _as_called(thing: Any, name: str, value: Any) -> tuple[Any, tuple[str, ...]]:
+def _resolve_callback(thing: Any, name: str, value: Any) -> tuple[Any, tuple[str, ...]]:
     """Returns the function that a call of the attribute reaches, and what precedes the arguments; None if unknown."""
     if isinstance(value, staticmethod | classmethod):
         return value.__func__, ("cls",) if isinstance(value, classmethod) else ()
@@ -3954,7 +3954,7 @@ def _as_called(thing: Any, name: str, value: Any) -> tuple[Any, tuple[str, ...]]
     return (value, ("self",)) if isinstance(value, FunctionType) else (None, ())
 
 
-def _own_functions(thing: Any, base: type) -> set[str]:
+def _list_own_functions(thing: Any, base: type) -> set[str]:
     """Returns the names of the public functions of a class, an object or a module, without those of `base`."""
     kind = thing if isinstance(thing, type) else type(thing)
     spaces: list[Any] = [vars(one) for one in kind.__mro__ if one not in (object, ModuleType, base)]
@@ -4122,7 +4122,7 @@ def _is_scalar(value: Any) -> bool:
 rooms["checks"] = SimpleNamespace(
     check_child=_check_spec,
     check_group=_check_group,
-    check_server=_check_server,
+    check_gen_server=_check_gen_server,
     check_settings=_check_settings,
     explain_json=_explain_json,
     explain_result=_explain_result,
@@ -4143,15 +4143,15 @@ __all__ += ["static"]
 def _to_response(result: Any, name: str) -> HTTPResponse:
     match result:
         case ("ok" | "view", Mapping() | list() as variables):
-            return _view(name, dict(variables), {})
+            return _render_view(name, dict(variables), {})
         case ("ok" | "view", Mapping() | list() as variables, Mapping() as options):
-            return _view(name, dict(variables), options)
+            return _render_view(name, dict(variables), options)
         case ("sendfile", status, headers, (int(at), int() | None as size, path), str(mime)):
-            return _file(status, headers, at, size, path, mime)
+            return _send_file(status, headers, at, size, path, mime)
     raise ValueError(f"not a response: {result!r}")
 
 
-def _view(name: str, variables: dict[str, Any], options: Mapping[str, Any]) -> HTTPResponse:
+def _render_view(name: str, variables: dict[str, Any], options: Mapping[str, Any]) -> HTTPResponse:
     """Renders a template. Raises ValueError for an unknown option, and with the folders if there is no template."""
     unknown = set(options) - {"view", "headers", "status_code"}
     if unknown:
@@ -4165,7 +4165,7 @@ def _view(name: str, variables: dict[str, Any], options: Mapping[str, Any]) -> H
     return make_response(options.get("status_code", 200), options.get("headers", {}), body)
 
 
-def _file(
+def _send_file(
     status: int, headers: Mapping[str, str], offset: int, length: int | None, path: Any, mime: str
 ) -> HTTPResponse:
     """Sends a file, or `length` bytes of it from `offset` on. Raises HTTPError 404 if it does not exist."""
@@ -4468,7 +4468,7 @@ from inspect import signature
 
 __all__ += ["cors"]
 
-PHASES = ("pre_request", "post_request")
+_KINDS = ("pre_request", "post_request")
 _REQUEST, _HEADERS, _PAGE = (f"nova_lite.plugins.{name}" for name in ("request", "headers", "page"))  # in the environ
 CORS_OPTIONS: dict[str, Any] = {  # and their defaults
     "origins": None, "headers": "*", "methods": "*", "expose": [], "credentials": False, "max_age": None,
@@ -4495,30 +4495,30 @@ class _Plugin:
 class _PluginEntry:
     """A plugin at one of its places, before or after the controllers of a group."""
 
-    def __init__(self, extension: _Extension, phase: str, plugin: Any, options: Any = None, priority: int = 0) -> None:
+    def __init__(self, extension: _Extension, kind: str, plugin: Any, options: Any = None, priority: int = 0) -> None:
         options = {} if options is None else options
-        if phase not in PHASES:
-            raise ValueError(f"a plugin runs at {' or '.join(PHASES)}, not at {phase!r}")
+        if kind not in _KINDS:
+            raise ValueError(f"a plugin runs at {' or '.join(_KINDS)}, not at {kind!r}")
         if id(plugin) not in extension.plugins:
             extension.plugins[id(plugin)] = _Plugin(plugin, options)
-        self.plugin, self.phase, self.priority = extension.plugins[id(plugin)], phase, priority
+        self.plugin, self.kind, self.priority = extension.plugins[id(plugin)], kind, priority
         try:
-            self.callback = getattr(self.plugin.instance, phase)
+            self.callback = getattr(self.plugin.instance, kind)
             signature(self.callback).bind(None, None, None, None)
         except (AttributeError, TypeError, ValueError):
-            raise ValueError(f"the plugin {self.plugin.name} needs {phase}(req, env, options, state)") from None
+            raise ValueError(f"the plugin {self.plugin.name} needs {kind}(req, env, options, state)") from None
         check = getattr(self.plugin.instance, "check_options", None)
         self.options = options if check is None else check(options)
 
     def run(self, req: Request, env: dict[str, Any]) -> tuple[str, Any, Request]:
         """Returns ("ok", "break" or "stop"; an answer or None; the request). What goes wrong is a 500 that stops."""
-        env["plugin_state"] = self.phase
+        env["plugin_state"] = self.kind
         try:
             result = self.callback(req, env, self.options, self.plugin.state)
         except HTTPResponse as response:
             return "stop", response, req
         except Exception as error:
-            where = self.plugin.name, self.phase, req["method"], printable(req["path"])
+            where = self.plugin.name, self.kind, req["method"], printable(req["path"])
             log.exception("the plugin %s crashed in %s at %s %s", *where)
             req.set("crash_info", {"status_code": 500, "class": type(error).__name__, "reason": error})
             return "stop", HTTPError(500), req
@@ -4529,9 +4529,9 @@ class _PluginEntry:
                 return verdict, answer[0] if answer else None, changed
             case ("error", reason):
                 path = printable(req["path"])
-                log.error("%s.%s: %r at %s %s", self.plugin.name, self.phase, reason, req["method"], path)
+                log.error("%s.%s: %r at %s %s", self.plugin.name, self.kind, reason, req["method"], path)
             case reason:
-                log.error("%s.%s answered %.500r; %s", self.plugin.name, self.phase, reason, _PLUGIN_RESULTS)
+                log.error("%s.%s answered %.500r; %s", self.plugin.name, self.kind, reason, _PLUGIN_RESULTS)
         req.set("crash_info", {"status_code": 500, "class": "error", "reason": reason})
         return "stop", HTTPError(500), req
 
@@ -4548,7 +4548,7 @@ class _PluginEntry:
         except HTTPResponse as response:
             return response
         except Exception:
-            log.exception("%s.%s answered with %r, which is no response", self.plugin.name, self.phase, answer)
+            log.exception("%s.%s answered with %r, which is no response", self.plugin.name, self.kind, answer)
             return HTTPError(500)
 
 
@@ -4564,8 +4564,8 @@ class _Group:
         self.inherits = entries is None  # whether it has the plugins for all
         # cors is the first: its headers are on what another plugin answers too, and a preflight has no cookies.
         ordered = sorted(entries or (), key=lambda entry: (entry.plugin.instance is not cors, entry.priority))
-        self.before = [entry for entry in ordered if entry.phase == "pre_request"]
-        self.after = [entry for entry in ordered if entry.phase == "post_request"]
+        self.before = [entry for entry in ordered if entry.kind == "pre_request"]
+        self.after = [entry for entry in ordered if entry.kind == "post_request"]
 
     def apply(self, callback: Any, _route: bottle.Route) -> Any:
         return callback
@@ -4621,7 +4621,7 @@ class _Extension(dict[int, Any]):
             plugin.stop()
 
     def find_group(self, route: bottle.Route | None) -> _Group:
-        """Returns the group of a route, or what is for all."""
+        """Returns the group of a route; without one, what is for all groups."""
         marks = [mark for mark in route.plugins if isinstance(mark, _Group)] if route is not None else []
         return marks[0] if marks else self.for_all
 
@@ -4931,7 +4931,7 @@ cors = Cors()
 
 
 def _mount(app: Nova, prefix: str, other: Any, security: Any, options: dict[str, Any]) -> None:
-    """Serves a WSGI application, bottle's and Nova's included, below `prefix`, with or without the slash behind it.
+    """Serves a WSGI application, bottle's and Nova's included, below `prefix`, with or without the slash after it.
 
     At "/" it gets what no route of `app` is for. `security` is as in a group, for WebSockets too; the application finds
     what it returns in `environ["nova_lite.auth_data"]`, a Nova in `req["auth_data"]`, too. Plugins and hooks of `app`
@@ -5007,12 +5007,8 @@ def _call_application(application: Any, depth: int, req: Request) -> HTTPRespons
 
 
 def _make_environ(req: Request, depth: int) -> dict[str, Any]:
-    own = (
-        "bottle.",
-        "route.",
-        "nova_lite.plugins.",
-        COOKIES_KEY,
-    )  # what `app` keeps there, and the cookies that it sends
+    """Returns the environ for an application that is mounted below `depth` segments, without what `app` keeps there."""
+    own = "bottle.", "route.", "nova_lite.plugins.", COOKIES_KEY
     environ = {name: value for name, value in req.environ.items() if not name.startswith(own)}
     parts = req.environ["bottle.raw_path"].split("/", depth + 1)  # in latin-1: bottle has decoded the other one
     environ["SCRIPT_NAME"] = environ.get("SCRIPT_NAME", "") + "/".join(parts[: depth + 1])
@@ -5166,7 +5162,7 @@ rooms["deflate"] = SimpleNamespace(negotiate=negotiate, check=lambda _options: N
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Rate: WebSockets whose clients may send so many messages a time.
+# Rate: limits how many messages the client of a WebSocket may send in a given time.
 # Invariant: a client that sends more waits, or is disconnected. No message is lost, and they stay in order.
 #
 # A client has `messages` tokens, which it gets back evenly in `seconds`. A message takes one. Without one it is held,
@@ -5175,11 +5171,11 @@ rooms["deflate"] = SimpleNamespace(negotiate=negotiate, check=lambda _options: N
 # `max_message_size` bytes, are held. Beyond that, TCP holds the client back, and its pings with it.
 # ---------------------------------------------------------------------------------------------------------------------
 
-SHORTEST_PAUSE = 0.02  # seconds: what is held comes in portions, not with a timer for each message
+RELEASE_INTERVAL = 0.02  # seconds, at least: what is held is released in portions, without a timer for each message
 
 
 class TokenBucket:
-    """So many tokens, which come back evenly in so many seconds."""
+    """Holds at most `size` tokens, which come back evenly in `seconds`."""
 
     __slots__ = ("changed_at", "per_second", "size", "tokens")
 
@@ -5210,8 +5206,8 @@ class RatedConnection(Connection):
         super().__init__(*args, **options)
         self.bucket = TokenBucket(*self.settings.rate)
         self.held: deque[Any] = deque()  # what the client has sent too early
-        self.held_bytes = 0  # about
-        self.pause: Any = None  # timer; None while nothing is held
+        self.held_bytes = 0  # of `held`; not reduced before all of it is released
+        self.release_timer: Any = None  # None while nothing is held
 
     def parse(self, data: bytes) -> list[Any]:
         frames = super().parse(data)
@@ -5240,16 +5236,16 @@ class RatedConnection(Connection):
     def _hold(self, frame: Any) -> None:
         self.held.append(frame)
         self.held_bytes += len(frame[-1]) if type(frame) is tuple else 0
-        if self.pause is None:
-            self._begin_pause()
+        if self.release_timer is None:
+            self._schedule_release()
 
-    def _begin_pause(self) -> None:
-        self.pause = scheduler.hub.loop.timer(max(SHORTEST_PAUSE, self.bucket.wait_time()))
-        self.pause.start(self._end_pause)
+    def _schedule_release(self) -> None:
+        self.release_timer = scheduler.hub.loop.timer(max(RELEASE_INTERVAL, self.bucket.wait_time()))
+        self.release_timer.start(self._release)
 
-    def _end_pause(self) -> None:
+    def _release(self) -> None:
         """Hub callback: puts what has a token now into the inbox."""
-        self._drop_pause()
+        self._cancel_release()
         if self.phase is not OPEN:
             return
         self._hold_end()
@@ -5258,7 +5254,7 @@ class RatedConnection(Connection):
                 break
             self.inbox.append(self.held.popleft())
         if self.held:
-            self._begin_pause()
+            self._schedule_release()
         else:
             self.held_bytes = 0
         if not self.reader.active and not self.should_pause():
@@ -5266,10 +5262,10 @@ class RatedConnection(Connection):
         if self.inbox and self.wake is enqueue:
             enqueue(self)
 
-    def _drop_pause(self) -> None:
-        if self.pause is not None:
-            self.pause.close()
-            self.pause = None
+    def _cancel_release(self) -> None:
+        if self.release_timer is not None:
+            self.release_timer.close()
+            self.release_timer = None
 
     def should_pause(self) -> bool:
         settings = self.settings
@@ -5292,7 +5288,7 @@ class RatedConnection(Connection):
 
     def abort(self) -> None:
         super().abort()
-        self._drop_pause()
+        self._cancel_release()
         self.held.clear()
 
 
@@ -5630,7 +5626,7 @@ def start_link(cls: Any, args: Any = None, name: str | None = None, timeout: flo
     """
     me = calling_process()
     if "checks" in rooms:
-        rooms["checks"].check_server(cls, GenServer)
+        rooms["checks"].check_gen_server(cls, GenServer)
     if name is not None and check_name(name) in registered:
         return "error", ("already_started", registered[name])
     server = ServerProcess(cls() if isinstance(cls, type) else cls, args, me)
@@ -7682,7 +7678,7 @@ from secrets import token_urlsafe
 from gevent.queue import LifoQueue
 
 MAX_COOKIE = 4096  # bytes of a name and its value: browsers ignore a larger cookie (RFC 6265bis §5.6)
-MAX_SWEEP = 100  # sessions that are over, removed when one is made: it makes one, so they never become more
+MAX_SWEEP = 100  # expired sessions that making one removes, at most
 MAX_LIFE = 1e9  # seconds
 REDIS_TIME = 1.0  # seconds until an operation fails, and between two tries while Redis is away
 REDIS_CONNECTIONS = 16  # of a node, at most; each operation has one for itself
@@ -7785,7 +7781,7 @@ def _signature(name: str, payload: str, secret: str | bytes) -> str:
 def _get_cookie(req: Request, name: str, secret: str | bytes | None = None) -> Any:
     if secret is None:
         return req["cookies"].get(name)
-    for text in _values(req, name):
+    for text in _cookie_values(req, name):
         payload, _, signature = text.rpartition(".")
         if hmac.compare_digest(signature.encode(), _signature(name, payload, secret).encode()):
             value, end = json.loads(urlsafe_b64decode(payload + "=" * (-len(payload) % 4)))
@@ -7794,7 +7790,7 @@ def _get_cookie(req: Request, name: str, secret: str | bytes | None = None) -> A
     return None
 
 
-def _values(req: Request, name: str) -> list[str]:
+def _cookie_values(req: Request, name: str) -> list[str]:
     """Returns the values of all cookies of this name: a page of a parent domain may have set another one."""
     pairs = (pair.partition("=") for pair in req.environ.get("HTTP_COOKIE", "").split(";"))
     return [value.strip(" \t") for key, _, value in pairs if key.strip(" \t") == name]
@@ -7813,7 +7809,7 @@ class Session:
 
     A value is anything that JSON can hold. A key's value is replaced as a whole, and requests that set different keys
     at the same time do not lose any. The functions take the request, in a controller, in `security` and in a WebSocket
-    handler. On a node of a cluster the sessions are in Redis; while that is away, they raise an HTTPError (503).
+    handler. On a node of a cluster the sessions are in Redis; while it is away, they raise an HTTPError (503).
     """
 
     def __init__(self) -> None:
@@ -7873,16 +7869,16 @@ class Session:
         if name:
             self._store().delete(name, key)
         if key is None:
-            if req.environ.get(COOKIES_KEY, {}) is not None and (name or _values(req, self._cookie_name(req))):
+            if req.environ.get(COOKIES_KEY, {}) is not None and (name or _cookie_values(req, self._cookie_name(req))):
                 req.set_cookie(self._cookie_name(req), "", max_age=0, secure=self._is_secure(req))
             req.environ[SESSION_KEY] = ""
         return "ok"
 
     def renew(self, req: Request) -> str:
-        """Gives the session a new id, at a login: who knew the old one, or chose it, has no session. Returns "ok".
+        """Gives the session a new id, at a login: a client that knew or chose the old id has none. Returns "ok".
 
-        Makes a session if there is none. A renewed session is not pushed out by others. Raises RuntimeError if the
-        response has been sent (a WebSocket's).
+        Makes a session if there is none. Sessions without a login never replace a renewed one. Raises RuntimeError
+        if the response has been sent (a WebSocket's).
         """
         old = self._find(req)
         self._start(req, lambda new: self._store().renew(old or "", new))
@@ -7901,13 +7897,13 @@ class Session:
     def _find(self, req: Request) -> str | None:
         """Returns the name of the session that the request may have, or None.
 
-        Of several cookies, one of which another site of the domain may have set, that of a session counts. Should more
-        than one have a session, or should they be many, none counts.
+        Another site of the domain may have set a cookie of this name. Of several, the one that has a session counts;
+        none does if two have one, or if there are five or more.
         """
         known: str | None = req.environ.get(SESSION_KEY)
         if known is not None:
             return known
-        ids = {text for text in _values(req, self._cookie_name(req)) if _SESSION_ID.fullmatch(text)}
+        ids = {text for text in _cookie_values(req, self._cookie_name(req)) if _SESSION_ID.fullmatch(text)}
         names = [_hash(text) for text in ids]
         if 1 < len(names) < 5:
             names = [name for name in names if self._store().is_live(name)]
@@ -7972,7 +7968,7 @@ class _Memory:
         return entry is not None
 
     def create(self, name: str, key: str, text: str) -> None:
-        self._make_room(is_renewed=False)
+        self._evict(is_renewed=False)
         self.others[name] = _Entry({key: text}, monotonic(), monotonic())
 
     def delete(self, name: str, key: str | None) -> None:
@@ -7985,7 +7981,7 @@ class _Memory:
     def renew(self, old: str, new: str) -> None:
         entry = self._use(old)
         self._drop(old)
-        self._make_room(is_renewed=True)
+        self._evict(is_renewed=True)
         self.renewed[new] = _Entry(entry.values if entry else {}, monotonic(), monotonic())
 
     def _use(self, name: str) -> _Entry | None:
@@ -8006,7 +8002,7 @@ class _Memory:
         self.renewed.pop(name, None)
         self.others.pop(name, None)
 
-    def _make_room(self, is_renewed: bool) -> None:
+    def _evict(self, is_renewed: bool) -> None:
         for table in (self.others, self.renewed):
             for _ in range(MAX_SWEEP):
                 if not table or not self._is_over(next(iter(table.values())), monotonic()):
@@ -8029,7 +8025,7 @@ local function drop(key)
   redis.call('DEL', key)
   for _, table in ipairs(tables) do redis.call('ZREM', table, key) end
 end
-local function make_room(is_renewed)
+local function evict(is_renewed)
   for _, table in ipairs(tables) do
     local over = redis.call('ZRANGEBYSCORE', table, '-inf', now - idle, 'LIMIT', 0, {MAX_SWEEP})
     for _, key in ipairs(over) do drop(key) end
@@ -8050,7 +8046,7 @@ local function use(key, table, is_new)
   return true
 end
 if op == 'create' then
-  if not make_room(false) then return {{3}} end
+  if not evict(false) then return {{3}} end
   redis.call('HSET', KEYS[1], 'created', now, field, value)
   use(KEYS[1], tables[1])
   return {{1}}
@@ -8058,7 +8054,7 @@ elseif op == 'renew' then
   if redis.call('EXISTS', KEYS[4]) == 1 then return {{1}} end
   if use(KEYS[1]) then redis.call('RENAME', KEYS[1], KEYS[4]) end
   drop(KEYS[1])
-  make_room(true)
+  evict(true)
   redis.call('HSET', KEYS[4], 'created', now)
   use(KEYS[4], tables[2])
   return {{1}}
@@ -8091,29 +8087,29 @@ class _RedisSessions:
         self.is_away, self.retry_at = False, 0.0  # the last operation failed; when the next one may try again
 
     def is_live(self, name: str) -> bool:
-        return bool(self._ask("live", name)[0] == 1)
+        return bool(self._execute("live", name)[0] == 1)
 
     def get(self, name: str, key: str) -> str | None:
-        _, *values = self._ask("get", name, key)
+        _, *values = self._execute("get", name, key)
         return values[0].decode() if values and values[0] is not None else None
 
     def set(self, name: str, key: str, text: str) -> bool:
-        status, *sizes = self._ask("set", name, key, text)
+        status, *sizes = self._execute("set", name, key, text)
         if status == 2:
             raise ValueError(f"a session may have {self.options.max_size} bytes; with {key!r} it has {sizes[0]}")
         return bool(status == 1)
 
     def create(self, name: str, key: str, text: str) -> None:
-        if self._ask("create", name, key, text)[0] == 3:
+        if self._execute("create", name, key, text)[0] == 3:
             raise _error_503("there are too many sessions")
 
     def delete(self, name: str, key: str | None) -> None:
-        self._ask("end", name) if key is None else self._ask("delete", name, key)
+        self._execute("end", name) if key is None else self._execute("delete", name, key)
 
     def renew(self, old: str, new: str) -> None:
-        self._ask("renew", old, new=new)
+        self._execute("renew", old, new=new)
 
-    def _ask(self, op: str, name: str, key: str = "", text: str = "", new: str = "") -> list[Any]:
+    def _execute(self, op: str, name: str, key: str = "", text: str = "", new: str = "") -> list[Any]:
         options = self.options
         limits = int(options.idle * 1000), int(options.absolute * 1000), options.limit, options.max_size
         keys = [self.key("session:", name), self.key("sessions"), self.key("logins"), self.key("session:", new)]
@@ -8246,7 +8242,7 @@ def _simplify(value: Any) -> Any:
 def log_handler(log_format: str = "plain", shows_process: bool = False) -> logging.Handler:
     """Returns a handler that writes to the standard error, for `logging.basicConfig(handlers=[...])`.
 
-    The format is "plain" (the id of the OS process is shown if asked for) or "json". Raises ValueError for another one.
+    The format is "plain" (the id of the OS process is shown if asked for) or "json". Raises ValueError for others.
     """
     process = "%(process)d " if shows_process else ""
     plain = logging.Formatter(f"%(asctime)s {process}%(levelname)s %(message)s")
@@ -8443,8 +8439,11 @@ def _answer(caller: Pid) -> None:
 
 
 __all__ += ["cluster_stats"]
-rooms["stats"] = SimpleNamespace(stats=stats, cluster_stats=cluster_stats, answer=_answer)
-vars(rooms["stats"]).update(  # for the board, which asks for what it shows only
+rooms["stats"] = SimpleNamespace(
+    stats=stats,
+    cluster_stats=cluster_stats,
+    answer=_answer,
+    # For the board, which computes only what it shows.
     summary=_summary,
     process_info=_process_info,
     channel_info=_channel_info,
@@ -8763,8 +8762,9 @@ rooms["inspect"] = SimpleNamespace(
 BOARD_TIME = 1.0  # seconds between samples, and between updates of a board
 SAMPLES, EVENTS = 60, 100  # that a node keeps
 BUSIEST, NAME_LENGTH = 100, 200  # channels in a sample, and characters of their names
-CHANNEL = "$board"  # of the boards, on all nodes
-SHARE, LONGEST = 0.005, 10.0  # of the processor, for the tables: what takes longer is made less often; seconds at most
+BOARD_CHANNEL = "$board"  # of the boards, on all nodes
+CPU_SHARE = 0.005  # of a core, for the tables: the longer they take, the less often they are made
+MAX_TABLE_INTERVAL = 10.0  # seconds
 NODE_KEYS = "node", "version", "uptime_seconds", "cpu", "memory_bytes", "connections", "max_connections", "rate"
 DEFAULT_VIEW = ("", "rate", True), ("", "rate", True), None  # words, order, descending; the same of channels; open row
 BY_OPERATOR = Close(1008, "disconnected by an operator", ("error", "disconnected"))
@@ -8792,16 +8792,16 @@ class Sampler:
         self.figures: dict[str, Any] = {}  # of the last sample
         self.samples: deque[dict[str, Any]] = deque(maxlen=SAMPLES)
         self.counts: dict[str, int] = {}  # channel -> messages at the last sample
-        self._forget()
+        self._reset()
 
-    def _forget(self) -> None:
+    def _reset(self) -> None:
         self.handled: dict[Process, int] = {}  # process -> messages when they were last counted
         self.counted_at: float | None = None  # when that was; None while no board is open
         self.rates: dict[Process, float] = {}  # process -> messages a second
         self.texts: dict[int, str] = {}  # serial -> what a search looks in
         self.nodes: dict[str, dict[str, Any]] = {}  # id of another node -> its latest figures
         self.updates: dict[Any, Any] = {}  # what boards get until the next sample, by what it depends on
-        self.next_tables = 0.0  # time when the tables may be made again, see SHARE
+        self.next_tables = 0.0  # time when the tables may be made again, see CPU_SHARE
 
     def start(self, _stop: Any = None) -> None:
         if self.timer is None:
@@ -8816,18 +8816,18 @@ class Sampler:
         self.timer.start(self._tick)
         self._take_sample()
         self.updates = {}
-        if not pubsub.get_local_members(CHANNEL):
-            self._forget()
-        if pubsub.get_members(CHANNEL):
+        if not pubsub.get_local_members(BOARD_CHANNEL):
+            self._reset()
+        if pubsub.get_members(BOARD_CHANNEL):
             figures = {**self.figures, **self.samples[-1]}
-            pubsub.broadcast(CHANNEL, "figures", {key: figures[key] for key in NODE_KEYS})
+            pubsub.broadcast(BOARD_CHANNEL, "figures", {key: figures[key] for key in NODE_KEYS})
 
     def _take_sample(self) -> None:
         figures, before = rooms["stats"].summary(), self.figures
         counts, old, self.counts = pubsub.message_counts, self.counts, dict(pubsub.message_counts)
         seconds = (figures["uptime_seconds"] - before["uptime_seconds"] if before else 0) or inf
         sent = {channel: more for channel, number in counts.items() if (more := number - old.get(channel, 0)) > 0}
-        sent.pop(CHANNEL, None)
+        sent.pop(BOARD_CHANNEL, None)
         busiest = sorted(sent, key=sent.__getitem__, reverse=True)[:BUSIEST]
 
         def rate(key: str) -> float:
@@ -8844,8 +8844,9 @@ class Sampler:
         return monotonic() >= self.next_tables - BOARD_TIME / 2  # at the sample that is nearest to it
 
     def spend(self, seconds: float) -> None:
+        """Counts the CPU time that tables took, and sets when the next ones may be made."""
         now = monotonic()
-        self.next_tables = min(max(self.next_tables, now) + seconds / SHARE, now + LONGEST)
+        self.next_tables = min(max(self.next_tables, now) + seconds / CPU_SHARE, now + MAX_TABLE_INTERVAL)
 
     def count_handled(self) -> None:
         """Computes the rates since the last count, in slices."""
@@ -8873,7 +8874,7 @@ class BoardHandler(WebSocketHandler):
 
     def init(self, state: Any) -> Any:
         sampler.start()
-        pubsub.join(CHANNEL)
+        pubsub.join(BOARD_CHANNEL)
         self.view: Any = DEFAULT_VIEW
         self.since = -1.0, 0  # the newest sample and event that the board has
         return "ok", state
@@ -9554,8 +9555,8 @@ class ChatHandler(WebSocketHandler):
             case ("binary", b""):
                 return "reply", frame, state
             case ("text", text) if text.startswith("say "):
-                id, _, said = text[4:].partition(" ")
-                return self.say(id[:100], said, state)
+                comment_id, _, said = text[4:].partition(" ")
+                return self.say(comment_id[:100], said, state)
             case ("text", text) if len(text) <= 100 and text != self.last:  # each key that is pressed repeats it
                 doing, _, name = re.sub("[\0-\x1f\u202a-\u202e\u2066-\u2069]", "", text).partition(" ")  # reversal
                 presence.untrack("comments", self.name)
@@ -9563,11 +9564,11 @@ class ChatHandler(WebSocketHandler):
                 presence.track("comments", self.name, {"typing": doing == "typing"})  # both changes are one event
         return "ok", state
 
-    def say(self, id: str, text: str, state: Any) -> Any:
-        comment = {"id": id, "name": self.name, "text": text, "at": time.time()}
-        if id in self.said:  # the client may have missed it
+    def say(self, comment_id: str, text: str, state: Any) -> Any:
+        comment = {"id": comment_id, "name": self.name, "text": text, "at": time.time()}
+        if comment_id in self.said:  # the client may have missed it
             return "reply", ("text", json.dumps({"event": "new_comment", "data": comment})), state
-        self.said.append(id)
+        self.said.append(comment_id)
         pubsub.broadcast("comments", "new_comment", comment)
         return "ok", state
 
@@ -10237,7 +10238,9 @@ function fault(field, text) {
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-MADE_UP = "NOVA_LITE_PASSWORD"  # in the environment of workers and reloads: the password, if nobody has chosen it
+GENERATED_PASSWORD = (
+    "NOVA_LITE_PASSWORD"  # in the environment of workers and reloads: the password, unless the user has set one
+)
 HELP = """\
 your own program:
   nova_lite.py vendor -o FILE     write the copy for your project, without the demo (vendor --help: which rooms)
@@ -10301,7 +10304,7 @@ def print_welcome(server: Server) -> None:
     mark, plain = ("\033[1;36m", "\033[0m") if is_terminal and not os.environ.get("NO_COLOR") else ("", "")
     scheme = "https" if server.ssl_enabled else "http"
     home, *others = [f"{scheme}://{f'[{it}]' if ':' in it else it}:{server.port}/" for it in find_addresses(host)]
-    password = os.environ.get(MADE_UP) or "as in NOVA_PASSWORD"
+    password = os.environ.get(GENERATED_PASSWORD) or "as in NOVA_PASSWORD"
     lines = [
         f"nova_lite {__version__}",
         "",
@@ -10341,7 +10344,7 @@ def main() -> int:
     handler = log_handler(args.log_format, args.workers > 1)
     logging.basicConfig(level=args.log_level.upper(), handlers=[handler])
     if sys.stdout.isatty() and not os.environ.get("NOVA_PASSWORD"):  # printed once the demo is served
-        os.environ["NOVA_PASSWORD"] = os.environ[MADE_UP] = secrets.token_urlsafe(12)
+        os.environ["NOVA_PASSWORD"] = os.environ[GENERATED_PASSWORD] = secrets.token_urlsafe(12)
     choose_password()  # before workers or a child are started: they must share it
     try:
         number = 1  # of this worker
@@ -10385,11 +10388,11 @@ def broadcast_main(arguments: list[str]) -> int:
     except ValueError as error:
         parser.error(f"the payload is not JSON ({error}); --text sends it as it is")
     try:
-        count = publish(args.cluster, args.channel, args.topic, payload)
+        nodes = publish(args.cluster, args.channel, args.topic, payload)
     except Exception as error:  # redis and msgpack raise their own
         print(f"nova_lite: nothing was sent: {error}", file=sys.stderr)
         return 1
-    print(f"{args.channel} {args.topic}: {count} node{'' if count == 1 else 's'} reached")
+    print(f"{args.channel} {args.topic}: {nodes} node{'' if nodes == 1 else 's'} reached")
     return 0
 
 
@@ -10425,9 +10428,9 @@ def find_rooms(source: str) -> dict[str, slice]:
 
 def list_rooms(source: str) -> str:
     """Returns a table: a room, its lines, and the comment below its cut line, which says what is lost without it."""
-    lines, rooms = source.splitlines(), find_rooms(source)
-    table = f"{'core':12}{min(part.start for part in rooms.values()):5} lines\n"
-    for name, part in rooms.items():
+    lines, parts = source.splitlines(), find_rooms(source)
+    table = f"{'core':12}{min(part.start for part in parts.values()):5} lines\n"
+    for name, part in parts.items():
         notes = " ".join(line.strip("# ") for line in takewhile(bool, lines[part][1:]))
         table += f"{name:12}{part.stop - part.start:5} lines  {notes}\n"
     return table
@@ -10435,10 +10438,10 @@ def list_rooms(source: str) -> str:
 
 def vendor(source: str, without: Iterable[str] = ()) -> str:
     """Returns the copy to vendor: `source` without the demo, the rooms `without`, and the imports used only there."""
-    lines, rooms = source.splitlines(keepends=True), find_rooms(source)
-    kept = [name for name in rooms if name not in without]
-    core = lines[: min(part.start for part in rooms.values())]
-    text = "".join(core + [line for name in kept for line in lines[rooms[name]]])
+    lines, parts = source.splitlines(keepends=True), find_rooms(source)
+    kept = [name for name in parts if name not in without]
+    core = lines[: min(part.start for part in parts.values())]
+    text = "".join(core + [line for name in kept for line in lines[parts[name]]])
     besides = ", ".join(kept) or "none"
     head = f"# nova_lite {__version__}, written by `nova_lite.py vendor`. Rooms besides the core: {besides}.\n"
     # Type checkers then report nothing of the copy, and apply its types to the program. If the comment began with
