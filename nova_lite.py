@@ -3938,7 +3938,8 @@ def _check_callbacks(where: str, thing: Any, base: type, callbacks: Mapping[str,
         if callable(callback):
             _check_call(f"{where}: {name}", callback, (*leading, *arguments))
     own = _list_own_functions(thing, base)
-    for name in sorted(own - callbacks.keys()):
+    called = {name for function in own.values() for name in _names_in(function)}  # by its own functions
+    for name in sorted(own.keys() - callbacks.keys() - called):
         meant = [callback for callback in callbacks if callback not in own and _is_misspelt(name, callback)]
         if meant:
             nearest = difflib.get_close_matches(name, meant, 1, 0)[0]
@@ -3954,19 +3955,26 @@ def _resolve_callback(thing: Any, name: str, value: Any) -> tuple[Any, tuple[str
     return (value, ("self",)) if isinstance(value, FunctionType) else (None, ())
 
 
-def _list_own_functions(thing: Any, base: type) -> set[str]:
-    """Returns the names of the public functions of a class, an object or a module, without those of `base`."""
+def _names_in(function: Any) -> Iterable[str]:
+    code = getattr(getattr(function, "__func__", function), "__code__", None)
+    return code.co_names if code is not None else ()
+
+
+def _list_own_functions(thing: Any, base: type) -> dict[str, Any]:
+    """Returns the public functions of a class, an object or a module, by name, without those of `base`."""
     kind = thing if isinstance(thing, type) else type(thing)
     spaces: list[Any] = [vars(one) for one in kind.__mro__ if one not in (object, ModuleType, base)]
     if not isinstance(thing, type):
         spaces.append(getattr(thing, "__dict__", {}))
     functions = FunctionType | staticmethod | classmethod | partial
-    own = {name for space in spaces for name, value in space.items() if isinstance(value, functions)}
-    return {name for name in own if not name.startswith("_")}
+    own = {name: value for space in spaces for name, value in space.items() if isinstance(value, functions)}
+    return {name: value for name, value in own.items() if not name.startswith("_")}
 
 
 def _is_misspelt(name: str, callback: str) -> bool:
     """Returns whether a name is a callback's with letters transposed, missing or added, or in another case."""
+    if name.startswith(callback + "_"):  # with one more word, as in terminate_all
+        return False
     head = callback.rpartition("_")[0] + "_"
     longer = callback.startswith("websocket")
     if name.startswith(head):

@@ -6658,7 +6658,8 @@ def test_an_unusual_controller_is_no_mistake(controller):
     [Fine, Fine(), WithState("a"), Handing, Handing(), Mock(), MagicMock(), Mock(spec=Fine), create_autospec(Fine),
      SimpleNamespace(init=print, websocket_handle=print, websocket_info=Mock(), terminate=lambda *_: None),
      fine_with(websocket_info=partial(of_two, 1)), fine_with(init=functools.cache(lambda self, state: ("ok", state))),
-     fine_with(terminated=5, handle=of_two, on_init=of_two)],
+     fine_with(terminated=5, handle=of_two, on_init=of_two), fine_with(terminate_all=of_two),
+     fine_with(terminated=of_two, helper=lambda self: self.terminated(1))],
 )  # fmt: skip
 def test_an_unusual_handler_is_no_mistake(handler):
     assert len(Nova(ws_route(handler, methods=["get"])).routes) == 1
@@ -6717,6 +6718,7 @@ def test_a_servers_mistake_is_told_when_it_is_started(me, server, message):
     [
         {"handle_call": lambda *args: ("reply", 1, args[-1])},
         {"handle_all": of_two, "handle_ball": of_two, "initial": of_two},
+        {"terminate_all": of_two, "handle_calls": of_two, "handle_info": lambda self, *_: self.handle_calls(1)},
     ],
 )
 def test_an_unusual_server_is_no_mistake(me, attributes):
