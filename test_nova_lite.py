@@ -14342,6 +14342,27 @@ def test_the_readmes_program_with_all_of_it_runs_as_printed_on_two_nodes(shared_
             enter(0, "lobby", "no%20name")
 
 
+def test_the_readmes_handler_for_the_browsers_client_sends_a_client_that_returns_only_what_it_missed(tmp_path):
+    handler = read_program((ROOT / "README.md").read_text(), "## The browser's client")
+    route = '{"routes": [("/room", Room, {"protocol": "ws"})]}'
+    program = f"{PATCH}{FRAGMENTS}{handler}\npubsub.keep('room')\nNova([{route}]).run(port=0)\n"
+    with program_running(program, tmp_path) as server:
+        with ws(server, "/room") as client:
+            client.send(b"")
+            assert client.recv(PATIENCE) == b""
+            client.send("one")
+            one = json.loads(client.recv(PATIENCE))
+        assert (one["event"], one["data"]) == ("said", {"name": "ann", "text": "one"})
+        with ws(server, "/room") as client:
+            assert json.loads(client.recv(PATIENCE)) == one, "a new client receives the history"
+            client.send("two")
+            two = json.loads(client.recv(PATIENCE))
+        with ws(server, f"/room?since={one['position']}") as client:
+            assert json.loads(client.recv(PATIENCE)) == two
+        with ws(server, "/room?since=0") as client:
+            assert json.loads(client.recv(PATIENCE)) == {"event": "nova_resync"}
+
+
 def test_the_readme_names_the_rooms_and_the_packages_of_the_tests():
     readme = (ROOT / "README.md").read_text()
     assert re.findall(r"^\| (\w+) \| [\d,]+ \|", readme, re.MULTILINE) == ["core", *ROOMS]
