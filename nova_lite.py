@@ -1412,7 +1412,7 @@ def to_response(result: Any, method: str = "GET", name: str = "") -> HTTPRespons
             return make_response(302, {"Location": url})
         case ("ok" | "view" | "sendfile", *_):
             return room("views").to_response(result, name)
-    raise ValueError(f"not a response: {result!r}")
+    raise ValueError(f'not a response: {result!r}; expected ("json", data), ("status", status, headers, body), ...')
 
 
 def make_response(status: Any, headers: Any, body: Any = None) -> HTTPResponse:
@@ -1785,7 +1785,7 @@ class Stream(Process):
             case ("ok", state):
                 self.state, self.init_waiter = state, None
             case result:
-                raise ValueError(f'{self.role()}.init answered {result!r}; expected ("ok", state)')
+                raise ValueError(f'{self.role()}.init returned {result!r}; expected ("ok", state)')
         init_waiter.send("ok")
         self.reschedule()
 
@@ -1883,7 +1883,7 @@ class Stream(Process):
                 pass
             case _:
                 expected = '("ok", state), ("reply", frame, state) or ("stop", state)'
-                raise ValueError(f"{self.role()}.{callback} answered {result!r}; expected {expected}")
+                raise ValueError(f"{self.role()}.{callback} returned {result!r}; expected {expected}")
         return 0
 
     def _queue_frame(self, frame: Any, callback: str = "websocket_info") -> int:
@@ -2821,9 +2821,9 @@ def _check_patch() -> None:
             is_late |= not isinstance(cell.cell_contents, gevent.local.local)  # which takes 4 µs in a new greenlet
             cell.cell_contents = _greenlet_local(f"bottle_{number}")
     if is_late or not gevent.monkey.is_module_patched("socket"):
-        when = "too late" if gevent.monkey.is_module_patched("threading") else "not at all"
+        problem = "is patched too late" if gevent.monkey.is_module_patched("threading") else "is not patched"
         advice = "Make this the first line of your program: from gevent import monkey; monkey.patch_all()"
-        log.warning("the standard library is patched %s: what blocks will block every connection. %s", when, advice)
+        log.warning("the standard library %s: what blocks will block every connection. %s", problem, advice)
 
 
 def _descriptor_limit(raised: bool = False) -> int:
@@ -3790,6 +3790,7 @@ def _check_route(app: Nova, group: Mapping[str, Any], route: Any, make_rule: Cal
     if isinstance(path, bool) or not isinstance(path, str | int):
         raise ValueError(f"{where}: a route must begin with its path, a string, got {_shown(path)}")
     rule = make_rule(group.get("prefix", ""), path) if isinstance(path, str) else f"the route of the status {path}"
+    _check_filters(app, rule)
     try:
         options = dict(options)
     except (TypeError, ValueError):
@@ -3801,6 +3802,14 @@ def _check_route(app: Nova, group: Mapping[str, Any], route: Any, make_rule: Cal
         _check_controller(rule, controller)
     if isinstance(path, str):
         _check_duplicate(app, rule, options, controller)
+
+
+def _check_filters(app: Nova, rule: str) -> None:
+    for name, kind in re.findall(r"<(\w*):(\w+)[:>]", rule):
+        if kind not in app.router.filters:
+            swapped = f"did you mean <{kind}:{name}>?" if name in app.router.filters else f"write <{kind}>"
+            advice = swapped if name in (*app.router.filters, "string") else _suggest(kind, app.router.filters)
+            raise ValueError(f"{rule}: there is no filter {kind!r}; {advice}")
 
 
 def _check_options(rule: str, options: Mapping[str, Any]) -> None:
@@ -3929,7 +3938,7 @@ def _explain_result(server: Any, callback: str, result: Any) -> str:
         "handle_call": '("reply", value, state), ("noreply", state) or ("stop", reason[, value], state)',
     }.get(callback, '("noreply", state) or ("stop", reason, state)')
     kind = server if isinstance(server, ModuleType) else type(server)
-    return f"; {kind.__name__}.{callback} answered {result!r}; expected {expected}"
+    return f"; {kind.__name__}.{callback} returned {result!r}; expected {expected}"
 
 
 def _check_callbacks(where: str, thing: Any, base: type, callbacks: Mapping[str, tuple[str, ...]]) -> None:
@@ -4088,7 +4097,7 @@ def _warn_of_answer(endpoint: Any, answer: Any, req: Request) -> None:
     if endpoint not in _warned:
         _warned.add(endpoint)
         log.warning(
-            "security %s answered %r at %s, which is neither yes nor no, so the client gets a 401; expected True, "
+            "security %s returned %r at %s, which is neither yes nor no, so the client gets a 401; expected True, "
             '(True, auth_data), False, (False, headers), (False, status, headers[, body]) or ("redirect", url)',
             _shown(endpoint.security),
             answer,
@@ -4539,7 +4548,7 @@ class _PluginEntry:
                 path = printable(req["path"])
                 log.error("%s.%s: %r at %s %s", self.plugin.name, self.kind, reason, req["method"], path)
             case reason:
-                log.error("%s.%s answered %.500r; %s", self.plugin.name, self.kind, reason, _PLUGIN_RESULTS)
+                log.error("%s.%s returned %.500r; %s", self.plugin.name, self.kind, reason, _PLUGIN_RESULTS)
         req.set("crash_info", {"status_code": 500, "class": "error", "reason": reason})
         return "stop", HTTPError(500), req
 
@@ -4556,7 +4565,7 @@ class _PluginEntry:
         except HTTPResponse as response:
             return response
         except Exception:
-            log.exception("%s.%s answered with %r, which is no response", self.plugin.name, self.kind, answer)
+            log.exception("%s.%s returned %r, which is no response", self.plugin.name, self.kind, answer)
             return HTTPError(500)
 
 

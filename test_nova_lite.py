@@ -2408,7 +2408,7 @@ def test_a_controllers_value_is_a_response(value, method, status, headers, body)
 def test_a_request_behind_a_controllers_value_is_taken_as_in_nova(value, status, body):
     response = to_response((*value, a_request()), "GET", "the {{who}} view")
     assert (response.status_code, response.body) == (status, body)
-    with pytest.raises(ValueError, match="not a response"):
+    with pytest.raises(ValueError, match=r"not a response: \(\); expected"):
         to_response((a_request(),))
 
 
@@ -6412,6 +6412,9 @@ MISTAKES = [
         "'methods' is an option of a route: (path, controller, {'methods': ...})",
     ),
     ([{"prefix": 5}], "the prefix must be a string, got 5"),
+    ([{"routes": [("/a/<int:id>", show)]}], "/a/<int:id>: there is no filter 'id'; did you mean <id:int>?"),
+    ([{"routes": [("/a/<string:id>", show)]}], "/a/<string:id>: there is no filter 'id'; write <id>"),
+    ([{"routes": [("/a/<id:itn>", show)]}], "/a/<id:itn>: there is no filter 'itn'; did you mean 'int'?"),
     ([{"security": True}], "security must be False or a function of req, got True"),
     (
         [{"prefix": "/b", "security": "admin"}],
@@ -6730,12 +6733,12 @@ def test_an_unusual_server_is_no_mistake(me, attributes):
     ("callbacks", "message"),
     [
         ({"websocket_handle": lambda *_: None},
-         'Mine.websocket_handle answered None; expected ("ok", state), ("reply", frame, state) or ("stop", state)'),
+         'Mine.websocket_handle returned None; expected ("ok", state), ("reply", frame, state) or ("stop", state)'),
         ({"websocket_handle": lambda *_: ("reply", "hi", 1)}, "websocket_handle replied with what is not a frame"),
-        ({"websocket_info": lambda *_: ("replay", 1)}, "Mine.websocket_info answered ('replay', 1); expected"),
+        ({"websocket_info": lambda *_: ("replay", 1)}, "Mine.websocket_info returned ('replay', 1); expected"),
         ({"websocket_info": lambda *_: ("reply", ("txt", ""), 1)}, "Mine.websocket_info replied with what is not a"),
-        ({"websocket_init": lambda *_: 5}, "Mine.websocket_init answered 5; expected"),
-        ({"init": lambda *_: None}, 'Mine.init answered None; expected ("ok", state)'),
+        ({"websocket_init": lambda *_: 5}, "Mine.websocket_init returned 5; expected"),
+        ({"init": lambda *_: None}, 'Mine.init returned None; expected ("ok", state)'),
     ],
 )  # fmt: skip
 def test_a_wrong_result_names_the_callback(caplog, callbacks, message):
@@ -6767,8 +6770,8 @@ def test_json_that_cannot_be_encoded_says_where(caplog, data, where):
 def test_security_that_is_neither_yes_nor_no_is_logged_once_a_route(caplog):
     app = Nova([{"security": lambda req: "yes", "routes": [("/a", show), ("/b", show)]}])
     assert [ask(app, "GET", path)[0] for path in ("/a", "/a", "/b")] == [401, 401, 401]
-    assert caplog.text.count("answered 'yes' at /a, which is neither yes nor no") == 1
-    assert caplog.text.count("answered 'yes' at /b, which is neither yes nor no") == 1
+    assert caplog.text.count("returned 'yes' at /a, which is neither yes nor no") == 1
+    assert caplog.text.count("returned 'yes' at /b, which is neither yes nor no") == 1
 
 
 def test_a_servers_wrong_result_and_a_start_that_fails_are_logged(me, caplog):
@@ -6776,7 +6779,7 @@ def test_a_servers_wrong_result_and_a_start_that_fails_are_logged(me, caplog):
     process_flag("trap_exit", True)
     cast(server, "a")
     assert receive(PATIENCE) == ("EXIT", server, ("bad_return_value", None))
-    assert 'Mine.handle_cast answered None; expected ("noreply", state) or ("stop", reason, state)' in caplog.text
+    assert 'Mine.handle_cast returned None; expected ("noreply", state) or ("stop", reason, state)' in caplog.text
     assert start_link(type("Lazy", (GenServer,), {"init": lambda *_: ("stop", "no file")})) == ("error", "no file")
     assert "Lazy did not start: 'no file'" in caplog.text
 
@@ -7146,15 +7149,15 @@ def yields(req, state):
     ("answer", "logged"),
     [
         (raises(RuntimeError("no")), "the plugin Recording crashed in {0} at GET /"),
-        (lambda *_: None, "Recording.{0} answered None; expected"),
-        (yields, "Recording.{0} answered <generator object yields"),
-        (lambda *_: "ok", "Recording.{0} answered 'ok'; expected"),
-        (lambda req, state: (req, state), "Recording.{0} answered (<Request GET />, {{}}); expected"),
-        (lambda req, state: ("ok", {}, state), "Recording.{0} answered ('ok', {{}}, {{}}); expected"),
-        (lambda req, state: ("halt", req, state), "Recording.{0} answered ('halt', <Request GET />, {{}}); expected"),
+        (lambda *_: None, "Recording.{0} returned None; expected"),
+        (yields, "Recording.{0} returned <generator object yields"),
+        (lambda *_: "ok", "Recording.{0} returned 'ok'; expected"),
+        (lambda req, state: (req, state), "Recording.{0} returned (<Request GET />, {{}}); expected"),
+        (lambda req, state: ("ok", {}, state), "Recording.{0} returned ('ok', {{}}, {{}}); expected"),
+        (lambda req, state: ("halt", req, state), "Recording.{0} returned ('halt', <Request GET />, {{}}); expected"),
         (lambda *_: ("error", "no database"), "Recording.{0}: 'no database' at GET /"),
         (lambda req, state: ("stop", ("jsn", 1), req, state),
-         "Recording.{0} answered with ('jsn', 1), which is no response"),
+         "Recording.{0} returned ('jsn', 1), which is no response"),
     ],
 )  # fmt: skip
 def test_what_a_plugin_does_wrong_is_a_500_that_names_it_with_its_callback_and_value(place, answer, logged, caplog):
@@ -14280,7 +14283,7 @@ PATCH = "from gevent import monkey; monkey.patch_all()\n"
 
 @pytest.mark.parametrize(
     ("first", "words"),
-    [(PATCH, []), ("import bottle\n", ["not at all"]), ("import bottle\n" + PATCH, ["too late"])],
+    [(PATCH, []), ("import bottle\n", ["is not patched"]), ("import bottle\n" + PATCH, ["too late"])],
 )
 def test_one_warning_says_that_the_patch_is_missing_or_late(tmp_path, first, words):
     with program_running(first + "from nova_lite import Nova\nNova([]).run(port=0)\n", tmp_path) as server:
@@ -14405,6 +14408,27 @@ def test_the_readmes_program_with_all_of_it_runs_as_printed_on_two_nodes(shared_
         assert mails == ["to ann", "to cat"]
         with pytest.raises(InvalidStatus, match="400"):
             enter(0, "lobby", "no%20name")
+
+
+def test_the_readmes_handler_for_the_browsers_client_sends_a_client_that_returns_only_what_it_missed(tmp_path):
+    handler = read_program((ROOT / "README.md").read_text(), "## The browser's client")
+    route = '{"routes": [("/room", Room, {"protocol": "ws"})]}'
+    program = f"{PATCH}{FRAGMENTS}{handler}\npubsub.keep('room')\nNova([{route}]).run(port=0)\n"
+    with program_running(program, tmp_path) as server:
+        with ws(server, "/room") as client:
+            client.send(b"")
+            assert client.recv(PATIENCE) == b""
+            client.send("one")
+            one = json.loads(client.recv(PATIENCE))
+        assert (one["event"], one["data"]) == ("said", {"name": "ann", "text": "one"})
+        with ws(server, "/room") as client:
+            assert json.loads(client.recv(PATIENCE)) == one, "a new client receives the history"
+            client.send("two")
+            two = json.loads(client.recv(PATIENCE))
+        with ws(server, f"/room?since={one['position']}") as client:
+            assert json.loads(client.recv(PATIENCE)) == two
+        with ws(server, "/room?since=0") as client:
+            assert json.loads(client.recv(PATIENCE)) == {"event": "nova_resync"}
 
 
 def test_the_readme_names_the_rooms_and_the_packages_of_the_tests():
@@ -15013,7 +15037,7 @@ CHECKERS = {
     for name in ("mypy", "pyright")
 }
 FRAGMENTS = """
-import json, logging
+import hmac, json, logging, re, secrets
 from typing import Any
 from nova_lite import *
 fetch: Any = None
