@@ -7882,11 +7882,11 @@ class Session:
 
     def delete(self, req: Request, key: str | None = None) -> str:
         """Deletes a key, or, without one, the session: a logout, on all nodes. Returns "ok", also if there is none."""
-        name = self._find(req)
-        if name:
+        names = self._find_all(req)
+        for name in names if key is None or len(names) == 1 else ():
             self._store().delete(name, key)
         if key is None:
-            if req.environ.get(COOKIES_KEY, {}) is not None and (name or _cookie_values(req, self._cookie_name(req))):
+            if req.environ.get(COOKIES_KEY, {}) is not None and (names or _cookie_values(req, self._cookie_name(req))):
                 req.set_cookie(self._cookie_name(req), "", max_age=0, secure=self._is_secure(req))
             req.environ[SESSION_KEY] = ""
         return "ok"
@@ -7897,8 +7897,10 @@ class Session:
         Makes a session if there is none. Sessions without a login never replace a renewed one. Raises RuntimeError
         if the response has been sent (a WebSocket's).
         """
-        old = self._find(req)
-        self._start(req, lambda new: self._store().renew(old or "", new))
+        names = self._find_all(req)
+        self._start(req, lambda new: self._store().renew(names[0] if len(names) == 1 else "", new))
+        for name in names if len(names) > 1 else ():  # one of them is the browser's own
+            self._store().delete(name, None)
         return "ok"
 
     def _start(self, req: Request, make: Callable[[str], None]) -> None:
@@ -7917,14 +7919,19 @@ class Session:
         Another site of the domain may have set a cookie of this name. Of several, the one that has a session counts;
         none does if two have one, or if there are five or more.
         """
+        names = self._find_all(req)
+        return names[0] if len(names) == 1 else None
+
+    def _find_all(self, req: Request) -> list[str]:
+        """Returns the names of the sessions whose cookies the request has, of four at most."""
         known: str | None = req.environ.get(SESSION_KEY)
         if known is not None:
-            return known
+            return [known] if known else []
         ids = {text for text in _cookie_values(req, self._cookie_name(req)) if _SESSION_ID.fullmatch(text)}
         names = [_hash(text) for text in ids]
         if 1 < len(names) < 5:
             names = [name for name in names if self._store().is_live(name)]
-        return names[0] if len(names) == 1 else None
+        return names if len(names) < 5 else []
 
     def _is_secure(self, req: Request) -> bool:
         return is_https(req) if self.secure is None else self.secure

@@ -13017,6 +13017,14 @@ def test_of_several_cookies_that_of_a_session_counts_and_of_several_sessions_non
         assert value_of(spaced) is None
 
 
+@pytest.mark.parametrize("end", [session.delete, session.renew])
+def test_a_cookie_that_another_site_has_added_keeps_no_session_from_ending(sessions, end):
+    ann, planted, bob = a_login(user="ann"), a_session(user="eve"), a_login(user="bob")
+    _, sent = on_request(end, f"{planted}; {ann}")
+    assert (value_of(ann), value_of(planted), value_of(bob)) == (None, None, "bob")
+    assert sent == "nova_session=" if end == session.delete else (sent, value_of(sent)) != ("", "ann")
+
+
 @pytest.mark.parametrize(("idle", "absolute", "last"), [(10, 1000, 10), (1000, 10, 10), (10, 10, 10)])
 def test_a_session_is_over_exactly_at_its_limit(sessions, clock, idle, absolute, last):
     session.configure(idle=idle, absolute=absolute)
