@@ -15531,17 +15531,17 @@ def test_channels_are_filtered_and_ordered_by_the_server(begin):
         assert found["count"] == 39
 
 
-SECRET = "do not show this"
+HIDDEN = "do not show this"
 MESSAGES = [  # a message, what an open row says of it
-    (Message(("nova_pubsub", "comments", None, "new_comment", SECRET)), "nova_pubsub/comments/new_comment"),
-    (Message(("nova_pubsub", "c" * 1000, None, b"t", SECRET)), f"nova_pubsub/{'c' * 100}/b't'"),
-    (("$gen_call", None, ("search", SECRET)), "$gen_call search"),
-    (("$gen_cast", SECRET), "$gen_cast str"),
-    (("DOWN", 1, "process", None, SECRET), "DOWN"),
-    ((SECRET, 1), "tuple"),
+    (Message(("nova_pubsub", "comments", None, "new_comment", HIDDEN)), "nova_pubsub/comments/new_comment"),
+    (Message(("nova_pubsub", "c" * 1000, None, b"t", HIDDEN)), f"nova_pubsub/{'c' * 100}/b't'"),
+    (("$gen_call", None, ("search", HIDDEN)), "$gen_call search"),
+    (("$gen_cast", HIDDEN), "$gen_cast str"),
+    (("DOWN", 1, "process", None, HIDDEN), "DOWN"),
+    ((HIDDEN, 1), "tuple"),
     ((), "tuple"),
-    (SECRET, "str"),
-    ({SECRET: 1}, "dict"),
+    (HIDDEN, "str"),
+    ({HIDDEN: 1}, "dict"),
     (None, "NoneType"),
 ]  # fmt: skip
 
@@ -15553,7 +15553,7 @@ def test_an_open_row_shows_the_type_of_a_message_and_not_what_it_holds(begin, me
     with board_served() as server, ws(server, "/admin/board/live") as client:
         update = ask_board(client, row=waiting.serial)
         assert update["row"]["newest messages"] == [kind]
-        assert SECRET not in json.dumps(update)
+        assert HIDDEN not in json.dumps(update)
 
 
 def test_an_open_row_shows_whom_a_process_knows(begin, me):
@@ -16127,7 +16127,7 @@ expect(details.get_by_role("button", name="Disconnect")).to_be_hidden()
 uptime = page.evaluate("now.uptime_seconds")
 while not page.evaluate("now.uptime_seconds > " + str(uptime + 1.5)): page.wait_for_timeout(20)
 expect(button).to_be_focused()
-assert {SECRET!r} not in page.content()
+assert {HIDDEN!r} not in page.content()
 page.keyboard.press("Escape")
 expect(details).to_have_count(0)
 expect(button).to_be_focused()
