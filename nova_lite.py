@@ -8464,17 +8464,10 @@ def _answer(caller: Pid) -> None:
 
 __all__ += ["cluster_stats"]
 rooms["stats"] = SimpleNamespace(
-    stats=stats,
-    cluster_stats=cluster_stats,
-    answer=_answer,
-    # For the board, which computes only what it shows.
-    summary=_summary,
-    process_info=_process_info,
-    channel_info=_channel_info,
-    state_of=_state_of,
-    list_supervisors=_list_supervisors,
-    list_leases=_leases,
-)
+    stats=stats, cluster_stats=cluster_stats, answer=_answer,
+    summary=_summary, process_info=_process_info, channel_info=_channel_info, state_of=_state_of,
+    list_supervisors=_list_supervisors, list_leases=_leases,  # these six for the board, which shows a part
+)  # fmt: skip
 
 
 # ----- cut here: without metrics -------------------------------------------------------------------------------------
@@ -8787,8 +8780,7 @@ BOARD_TIME = 1.0  # seconds between samples, and between updates of a board
 SAMPLES, EVENTS = 60, 100  # that a node keeps
 BUSIEST, NAME_LENGTH = 100, 200  # channels in a sample, and characters of their names
 BOARD_CHANNEL = "$board"  # of the boards, on all nodes
-CPU_SHARE = 0.005  # of a core, for the tables: the longer they take, the less often they are made
-MAX_TABLE_INTERVAL = 10.0  # seconds
+CPU_SHARE, MAX_TABLE_INTERVAL = 0.005, 10.0  # of a core; seconds: the longer tables take, the less often they are made
 NODE_KEYS = "node", "version", "uptime_seconds", "cpu", "memory_bytes", "connections", "max_connections", "rate"
 DEFAULT_VIEW = ("", "rate", True), ("", "rate", True), None  # words, order, descending; the same of channels; open row
 BY_OPERATOR = Close(1008, "disconnected by an operator", ("error", "disconnected"))
@@ -8931,7 +8923,8 @@ class BoardHandler(WebSocketHandler):
         updates, is_own = sampler.updates, is_answer or self.since[0] < 0  # a sample may replace `updates` meanwhile
         key = self.view, self.since, is_answer, is_own or sampler.may_make_tables()
         if is_own or key not in updates:
-            start, since = time.thread_time(), (sampler.samples[-1]["uptime_seconds"], _last_event())
+            start, last_event = time.thread_time(), _events[-1]["number"] if _events else 0
+            since = sampler.samples[-1]["uptime_seconds"], last_event
             updates[key] = since, json.dumps(_make_update(*key))
             sampler.spend(time.thread_time() - start)
         self.since, text = updates[key]
@@ -8944,10 +8937,6 @@ class BoardHandler(WebSocketHandler):
         if isinstance(process, Stream) and is_accepted:
             log.warning("a board, opened by %s:%d, disconnects %r%s", *req["peer"], process, process.title())
             process.interrupt(BY_OPERATOR)
-
-
-def _last_event() -> int:
-    return _events[-1]["number"] if _events else 0
 
 
 def _make_update(view: Any, since: tuple[float, int], is_answer: bool, has_tables: bool) -> dict[str, Any]:
@@ -10262,9 +10251,7 @@ function fault(field, text) {
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-GENERATED_PASSWORD = (
-    "NOVA_LITE_PASSWORD"  # in the environment of workers and reloads: the password, unless the user has set one
-)
+GENERATED_PASSWORD = "NOVA_LITE_PASSWORD"  # in the environment of workers and reloads, unless the user has set one
 HELP = """\
 your own program:
   nova_lite.py vendor -o FILE     write the copy for your project, without the demo (vendor --help: which rooms)
