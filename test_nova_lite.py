@@ -16021,6 +16021,7 @@ def browser():
 def browse(browser, monkeypatch):
     """browse(server, path, script): the script has `expect`, `page` and `url`, and fails by raising."""
     monkeypatch.setattr(nova_lite, "registries", type(nova_lite.registries)())  # without those of tests before
+    nova_lite._events.clear()
 
     def browse(server, path, script):
         job = json.dumps([f"http://127.0.0.1:{server.port}{path}", script])
