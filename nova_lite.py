@@ -9540,11 +9540,17 @@ class CommentsHandler(WebSocketHandler):
 
     def websocket_info(self, info: Message, state: Any) -> HandlerResult:
         match info:
-            case ("nova_pubsub", "comments", _sender, "new_comment", {"name": name, "text": text}):  # of the page
-                return "reply", ("text", f"{name}: {text}"), state
-            case ("nova_pubsub", "comments", _sender, "new_comment", str(text)):
+            # A pattern str(text) would cost 1 µs a delivery: Python looks for `str.__match_args__`, in vain.
+            case ("nova_pubsub", "comments", _sender, "new_comment", text) if isinstance(text, str):
                 return "reply", ("text", text), state
+            case ("nova_pubsub", "comments", _sender, "new_comment", _):  # of the page
+                return "reply", info.once(format_comment), state
         return "ok", state
+
+
+def format_comment(message: Message) -> ClientFrame:
+    """Returns the frame, at /comments, of a comment that the page has sent."""
+    return "text", "{name}: {text}".format(**message[4])
 
 
 class ChatHandler(WebSocketHandler):
@@ -9772,7 +9778,7 @@ def demo(notes: Notes, password: str | None = None) -> Nova:
     """Returns the tutorial's application; with a password, the board too."""
     pubsub.keep("notes")
     pubsub.keep("comments", seconds=24 * 3600)
-    small = {"protocol": "ws", "max_message_size": 65_536, "rate": (50, 1)}  # bytes of a comment that is kept
+    small = {"protocol": "ws", "max_message_size": 65_536}  # bytes of a comment that is kept
     api = NotesController(notes)
     page = {"Content-Type": "text/html; charset=utf-8", "Cache-Control": "no-cache"}
     text = PAGE if password else PAGE.replace('<nav><a href="/board">Board</a></nav>', "")
@@ -9784,7 +9790,7 @@ def demo(notes: Notes, password: str | None = None) -> Nova:
             ("/heartbeat", heartbeat, {"methods": ["get"]}),
             ("/ws", EchoHandler, {"protocol": "ws"}),
             ("/comments", CommentsHandler, small),
-            ("/chat", ChatHandler, small),
+            ("/chat", ChatHandler, {**small, "rate": (50, 1)}),
             ("/notifications", NotificationsHandler, {"protocol": "ws"}),
         ]},
         {"prefix": "/api/notes", "routes": [
