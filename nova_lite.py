@@ -9177,7 +9177,7 @@ function table(name, title, place, key, columns, order) {  // columns: title, pr
   }
   return (items, count = items.length, total = count) => {  // reuses rows, so that focus and selection stay
     const isHeld = isLive && !(now.answer && isAsked) && (opens && view.open !== null ||
-      body.querySelector("tbody:is(:hover, :focus-within)"));  // nobody can click on a row that moves
+      body.querySelector("tbody:is(:hover, :focus-within)"));  // a row that moves cannot be clicked
     const places = new Map([...rows.keys()].map((id, at) => [id, at])), place = item => places.get(item[key]) ?? 1e9;
     const old = rows;
     rows = new Map();
