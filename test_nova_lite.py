@@ -3085,6 +3085,102 @@ def test_what_was_said_before_a_callback_blocks_goes_out_before_it_waits(recorde
         assert sock.recv(100) == b"\x81\x04wait"
 
 
+def test_what_others_said_in_the_same_batch_goes_out_before_a_callback_waits(recorder):
+    """Up to SEND_TOGETHER connections send together: the last one of them blocks."""
+    members = []
+
+    def answer(what, state):
+        if self_pid() is members[-1]:
+            receive(PATIENCE, is_a("wake"))
+        return "reply", ("text", what), state
+
+    with serving(on(recorder, answer)) as server, ExitStack() as stack:
+        socks = [stack.enter_context(upgraded(server)) for _ in range(5)]
+        members += [expect(is_a("init"))[1] for _ in socks]
+        for pid in members:
+            pid.send("text")
+        for sock in socks[:-1]:
+            assert sock.recv(100) == b"\x81\x04text"
+        members[-1].send(("wake",))
+        assert socks[-1].recv(100) == b"\x81\x04text"
+
+
+@pytest.mark.parametrize("what", ["a message", "an exit signal"])
+def test_what_arrives_between_a_turn_and_its_send_is_handled_next(recorder, what):
+    members = []
+
+    def answer(info, state):
+        if info == "first" and self_pid() is members[1]:  # the turn of the other one has ended
+            members[0].send("second") if what == "a message" else exit(members[0], "shutdown")
+        return "reply", ("text", info), state
+
+    with serving(on(recorder, answer)) as server, upgraded(server) as sock, upgraded(server):
+        members += [expect(is_a("init"))[1] for _ in range(2)]
+        for pid in members:
+            pid.send("first")
+        expected = b"\x81\x06second" if what == "a message" else b"\x88\x02\x03\xe9"
+        assert read_until(sock, expected) == b"\x81\x05first" + expected
+
+
+def test_the_cost_of_a_long_mailbox_grows_with_its_length_and_not_with_its_square(recorder):
+    def drain(count):
+        pid.send("wait")
+        until(lambda: pid.runner is not None)  # it is blocked
+        for number in range(count):
+            pid.send(number)
+        start = time.process_time()
+        may_go.set()
+        until(lambda: seen and seen[-1] == count - 1)
+        assert seen == ["wait", *range(count)]
+        seen.clear()
+        may_go.clear()
+        return time.process_time() - start
+
+    def take(info, state):
+        seen.append(info)
+        if info == "wait":
+            may_go.wait()
+        return "ok", state
+
+    seen, may_go = [], gevent.event.Event()
+    with serving(on(recorder, take)) as server, upgraded(server):
+        pid = expect(is_a("init"))[1]
+        assert drain(200_000) < 60 * max(drain(10_000) for _ in range(3))
+
+
+def test_a_detached_request_holds_strings_and_unpacks_them_when_they_are_needed(recorder):
+    def show(frame, state):
+        req = state["req"]
+        headers = {req["headers"]["X-Mark"], req.environ["HTTP_X_MARK"]}
+        return "reply", ("text", f"{headers} {'wsgi.input' in req.environ} {hasattr(req, 'environs')}"), state
+
+    def read_headers(req):
+        return True, req["headers"]["X-Mark"]  # they would hold the server's environ
+
+    with serving(on(recorder, show), security=read_headers) as server, upgraded(server, **{"X-Mark": "ü"}) as sock:
+        sock.sendall(masked(1, b"?"))
+        assert read_until(sock, b"False").endswith("{'Ã¼'} False False".encode())
+
+
+def test_an_idle_connection_holds_less_than_three_kib():
+    class Handler(WebSocketHandler):
+        def init(self, state):
+            pubsub.join("idle")
+            return "ok", state
+
+    with serving(("/ws", Handler, {"protocol": "ws"})) as server, ExitStack() as stack:
+        for _ in range(20):
+            stack.enter_context(upgraded(server))
+        gc.collect()
+        tracemalloc.start()
+        socks = [stack.enter_context(upgraded(server)) for _ in range(200)]
+        gc.collect()
+        held, _ = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+        assert len(server.registry.connections) == 220
+        assert held / len(socks) < 3 * 1024 + sys.getsizeof(socks[0]) + 300, "with the client's socket"
+
+
 def greenlets(kind=gevent.Greenlet):
     return sum(issubclass(type(thing), kind) for thing in gc.get_objects())
 
