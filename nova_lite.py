@@ -1853,15 +1853,17 @@ class Stream(Process):
         self.reschedule()
 
     def _handle_mailbox(self) -> None:
-        callback, mailbox, outgoing, shared = self.handler.websocket_info, self.mailbox, self.outgoing, self.shared
+        handler, mailbox, outgoing, shared = self.handler, self.mailbox, self.outgoing, self.shared
         size, done, deadline = 0, 0, scheduler.deadline + TURN_TIME
         while True:
             info, done = mailbox[0], done + 1
             del mailbox[0]
-            result = callback(info, self.state)
+            result = handler.websocket_info(info, self.state)
             # A single frame is queued here, by type and not by pattern: a flood costs a fifth less.
-            is_reply = type(result) is tuple and len(result) == 3 and result[0] == "reply"
-            if is_reply and type(result[1]) is tuple and shared is not None:
+            if (
+                type(result) is tuple and len(result) == 3 and result[0] == "reply"
+                and type(result[1]) is tuple and shared is not None
+            ):  # fmt: skip
                 _, frame, self.state = result
                 try:
                     data = shared[frame]
