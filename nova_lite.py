@@ -1515,7 +1515,8 @@ def accelerate() -> None:
     log.debug("frames are unmasked by %s", "pure Python" if unmask is unmask_in_python else name)
 
 
-_SHORT_HEADS = [[bytes((0x80 | opcode, size)) for size in range(126)] for opcode in range(16)]
+_OPCODES = *range(16), 0x41, 0x42  # the last two with RSV1: compressed
+_SHORT_HEADS = {opcode: [bytes((0x80 | opcode, size)) for size in range(126)] for opcode in _OPCODES}
 
 
 def make_frame(opcode: int, data: bytes) -> bytes:
