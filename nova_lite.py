@@ -1530,7 +1530,8 @@ def accelerate() -> None:
     log.debug("frames are unmasked by %s", "pure Python" if unmask is unmask_in_python else name)
 
 
-_SHORT_HEADS = [[bytes((0x80 | opcode, size)) for size in range(126)] for opcode in range(16)]
+_OPCODES = *range(16), 0x41, 0x42  # the last two with RSV1: compressed
+_SHORT_HEADS = {opcode: [bytes((0x80 | opcode, size)) for size in range(126)] for opcode in _OPCODES}
 
 
 def make_frame(opcode: int, data: bytes) -> bytes:
@@ -1674,10 +1675,10 @@ class Parser:
     def add_part(self, part: bytes, ends: bool) -> None:
         """Adds an unmasked part to the message; `ends` marks the last one. Raises UnicodeDecodeError or Close."""
         self.message += part
-        if self.opcode != TEXT:
+        if self.opcode != TEXT or ends or (self.decoder is None and part.isascii()):  # `_decode` checks it all again
             return
         self.decoder = self.decoder or codecs.getincrementaldecoder("utf-8")()
-        self.decoder.decode(part, ends)
+        self.decoder.decode(part)
         if b"\xed\xa0" <= self.decoder.getstate()[0] < b"\xee":
             raise protocol_error(1007, "half a surrogate pair")  # the decoder would wait for its third byte
 
@@ -1769,7 +1770,7 @@ class Stream(Process):
         "read_size", "reader", "registry", "req", "settings", "sock", "stalled_for", "state", "write_buffer", "writer",
     )  # fmt: skip
     STATUS = 200  # of the response after which the server calls `open`
-    MAX_READ = READ_SIZE  # bytes per read of a client whose bytes are quickly parsed
+    MAX_READ = READ_SIZE + 14  # bytes per read of a client whose bytes are quickly parsed: 64 KiB and a frame's head
     shared: FrameCache | None = None  # results of `encode`; None if what is sent depends on more than the frame
 
     def __init__(self, handler: Any, req: Request, settings: Settings, registry: ConnectionRegistry) -> None:

@@ -2727,6 +2727,17 @@ def test_a_text_fails_at_its_first_bad_byte_inside_an_unfinished_frame(text, cut
     assert apart(parser.feed(data[-1:])) == ([], 1007)
 
 
+@pytest.mark.parametrize("last", [b"", b"\x82", b"\xff", b"\x82\xac\xff"])
+def test_a_text_that_is_ascii_until_its_last_part_fails_with_that_part(last):
+    parser = Parser(100_000)
+    assert parser.feed(masked(TEXT, b"x" * 70_000, fin=False) + masked(0, b"ok\xe2", fin=False)) == []
+    assert apart(parser.feed(masked(0, last))) == ([], 1007)
+
+
+def test_a_frame_of_64_kib_is_read_with_its_head_in_one_piece():
+    assert len(masked(TEXT, b"x" * nova_lite.READ_SIZE)) == nova_lite.Connection.MAX_READ
+
+
 @pytest.mark.parametrize("step", [None, 1])
 def test_a_message_may_be_as_large_as_the_limit_fragments_counted(step):
     whole, cut = masked(BINARY, b"x" * 100), masked(BINARY, b"x" * 60, fin=False) + masked(0, b"x" * 40)
