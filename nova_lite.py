@@ -1532,15 +1532,11 @@ def accelerate() -> None:
     log.debug("frames are unmasked by %s", "pure Python" if unmask is unmask_in_python else name)
 
 
-_OPCODES = *range(16), 0x41, 0x42  # the last two with RSV1: compressed
-_SHORT_HEADS = {opcode: [bytes((0x80 | opcode, size)) for size in range(126)] for opcode in _OPCODES}
-
-
 def make_frame(opcode: int, data: bytes) -> bytes:
     """Returns an unmasked, final frame (§5.2)."""
     size = len(data)
     if size < 126:
-        return _SHORT_HEADS[opcode][size] + data
+        return bytes((0x80 | opcode, size)) + data
     if size < 65536:
         return bytes((0x80 | opcode, 126)) + size.to_bytes(2, "big") + data
     return bytes((0x80 | opcode, 127)) + size.to_bytes(8, "big") + data
