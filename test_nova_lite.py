@@ -4733,8 +4733,10 @@ def test_a_controller_may_take_longer_than_the_client(me):
         return "status", 200, {}, body
 
     with Hasty(Nova([{"routes": [("/", slow)]}]), port=0) as server:
-        with bare(server, b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 2\r\n\r\nab") as sock:
-            (handler,) = until(lambda: [handler for handler in server.handlers if handler.wsgi_input.ended])
+        with bare(server, b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 2\r\n\r\n") as sock:
+            (handler,) = until(lambda: [handler for handler in server.handlers if handler.busy])
+            sock.sendall(b"ab")
+            until(lambda: handler.wsgi_input.ended)
             until(lambda: nova_lite.monotonic() > handler.stream.deadline + 0.05)
             (process,) = until(lambda: [p for p in nova_lite.processes.values() if p is not me])
             process.send("go on")
