@@ -2315,7 +2315,7 @@ class Nova(bottle.Bottle):
     def _cast(self, out: Any, peek: Any = None) -> Any:
         """Logs what bottle turns into a 500 without a word: a generator's first step, a body that cannot be encoded."""
         if type(out) is HTTPResponse and type(out.body) is bytes and COOKIES_KEY not in bottle.request.environ:
-            out.apply(bottle.response)  # as bottle does after five more calls (6 % of a request)
+            HTTPResponse.apply(out, bottle.response)  # as bottle does after five more calls (6 % of a request)
             out._headers.setdefault("Content-Length", [str(len(out.body))])
             return [out.body] if out.body else []
         is_error = isinstance(out, HTTPError) and out.status_code >= 500
