@@ -4840,12 +4840,78 @@ def test_a_controller_may_take_longer_than_the_client(me):
         return "status", 200, {}, body
 
     with Hasty(Nova([{"routes": [("/", slow)]}]), port=0) as server:
-        with bare(server, b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 2\r\n\r\nab") as sock:
-            (handler,) = until(lambda: [handler for handler in server.handlers if handler.wsgi_input.ended])
+        with bare(server, b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 2\r\n\r\n") as sock:
+            (handler,) = until(lambda: [handler for handler in server.handlers if handler.busy])
+            sock.sendall(b"ab")
+            until(lambda: handler.wsgi_input.ended)
             until(lambda: nova_lite.monotonic() > handler.stream.deadline + 0.05)
             (process,) = until(lambda: [p for p in nova_lite.processes.values() if p is not me])
             process.send("go on")
             assert sock.recv(1000).endswith(b"ab")
+
+
+USUAL = b"GET /hello HTTP/1.1\r\nHost: x\r\n"
+
+
+@pytest.mark.parametrize(
+    ("head", "status"),
+    [
+        (USUAL + b"X-A: 1\r\n\r\n", 200),
+        (USUAL + b"x-a: 1\r\nX-A: 2\r\n\r\n", 200),
+        (USUAL + b"X-A: \xe9\xff\t\r\n\r\n", 200),
+        (USUAL + b"X-A: 1\nX-B: 2\r\n\r\n", 200),
+        (b"\r\n" + USUAL + b"\r\n", 200),
+        (b"GET http://x/hello HTTP/1.1\r\nHost: y\r\n\r\n", 200),
+        (USUAL + b" folded\r\n\r\n", 400),
+        (USUAL + b"X-A: 1\r\n folded\r\n\r\n", 400),
+        (USUAL + b"X-A: \x00\r\n\r\n", 400),
+        (USUAL + b"X-A: 1\rX-B: 2\r\n\r\n", 400),
+        (USUAL + b"host: x\r\n\r\n", 400),
+        (USUAL + b"Content-Length: 0\r\ncontent-length: 0\r\n\r\n", 400),
+        (USUAL + b"Content-Length: -1\r\n\r\n", 400),
+        (b"GET /hello HTTP/1.1\r\nX-A: 1\r\n\r\n", 400),
+    ],
+)
+def test_a_head_means_the_same_in_one_piece_a_second_time_and_byte_by_byte(head, status):
+    expected = b"HTTP/1.1 %d " % status
+    with serving(HELLO) as server:
+        for pieces in ([head], [head], [head[:-1], head[-1:]], [bytes([byte]) for byte in head]):
+            with bare(server, b"") as sock, suppress(OSError):  # a refusal may come before the last byte
+                sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+                for piece in pieces:
+                    sock.sendall(piece)
+                    gevent.sleep(0)
+                assert sock.recv(1000).startswith(expected)
+
+
+def test_what_ends_at_an_empty_line_of_another_kind_is_not_part_of_the_head():
+    with serving(HELLO) as server, bare(server, USUAL + b"\n" + USUAL + b"Connection: close\r\n\r\n") as sock:
+        assert read_to_end(sock).count(b"HTTP/1.1 200 ") == 2
+
+
+@pytest.mark.parametrize(
+    ("start", "limit", "end", "status"),
+    [
+        (b"GET /", nova_lite.MAX_LINE, b" HTTP/1.1\r\nHost: x\r\n\r\n", 414),
+        (USUAL + b"X: ", nova_lite.MAX_HEADERS - 1, b"\r\n\r\n", 431),
+    ],
+)
+def test_a_head_one_byte_over_a_limit_is_refused_and_one_at_the_limit_is_not(start, limit, end, status):
+    line = end.partition(b"\r\n")[0] + b"\r\n"
+    counted = len(start.partition(b"Host")[0]) if status == 431 else 0  # the first line is not a header
+    size = limit - (len(start) - counted) - len(line)
+    with serving(HELLO) as server:
+        for extra, answers in ((0, (200, 404)), (1, (status,))):
+            with bare(server, start + b"x" * (size + extra) + end) as sock:
+                assert int(sock.recv(1000)[9:12]) in answers
+
+
+def test_secrets_are_not_among_the_lines_that_are_kept():
+    secrets = [b"Cookie: id=1", b"authorization: Basic eDp5", b"Proxy-Authorization: Basic eDp5"]
+    with serving(HELLO) as server, bare(server, USUAL + b"X-Kept: 1\r\n" + b"\r\n".join(secrets) + b"\r\n\r\n") as sock:
+        assert sock.recv(1000).startswith(b"HTTP/1.1 200 ")
+    kept = nova_lite._known_headers
+    assert [line in kept for line in [b"X-Kept: 1", *secrets]] == [True, False, False, False]
 
 
 def test_500_half_open_requests_do_not_stop_the_501st():
