@@ -1452,12 +1452,7 @@ def make_response(status: Any, headers: Any, body: Any = None) -> HTTPResponse:
     """
     if not (isinstance(status, int) and 200 <= status <= 999 and isinstance(headers, Mapping)):
         raise ValueError(f"expected a status from 200 to 999 and a dict of headers, got {status!r}, {headers!r}")
-    if body is None and status >= 400:
-        response: HTTPResponse = HTTPError(status)
-    else:  # HTTPResponse(body or b"", status), without the calls of its constructors (3 % of a request)
-        response = HTTPResponse.__new__(HTTPResponse)
-        response._cookies, response._headers, response.body, response._status_code = None, {}, body or b"", status
-        response._status_line = bottle._HTTP_STATUS_LINES.get(status) or f"{int(status)} Unknown"
+    response = HTTPError(status) if body is None and status >= 400 else HTTPResponse(body or b"", status)
     if headers:
         response.headers.update(headers)
     return response
