@@ -538,14 +538,14 @@ class Scheduler:
                 details = f"{process!r}{process.title()}", process.role(), (now - before) * 1000
                 gevent.spawn_raw(log.warning, "%s: a callback of %s held the hub for %d ms", *details)  # it may block
             self.runner = self.last = None
+        self.end_turns()  # of a runner whose callback blocks in a greenlet of its own: `switch_out` is not called
         self.scheduled = bool(self.ready or self.yielded)
         if self.scheduled:  # by a timer: gevent would run 50 callbacks before it polls sockets
             self.timer.start(self.serve)
 
     def end_turns(self) -> None:
-        unsent, self.unsent = self.unsent, []
-        for process in unsent:
-            process.end_turn()
+        while self.unsent:
+            self.unsent.pop(0).end_turn()
 
     def yield_after_slice(self) -> None:
         """Waits until others have had their turns, once the calling greenlet has used up its time slice.
@@ -1848,7 +1848,10 @@ class Stream(Process):
         scheduler.unsent.append(self)
 
     def end_turn(self) -> None:
-        self.flush()
+        try:
+            self.flush()
+        except BaseException as error:  # in no turn: it ends this process in the next one, and no other
+            self.exiting = error  # type: ignore[assignment]
         self.reschedule()
 
     def _handle_mailbox(self) -> None:

@@ -3133,6 +3133,52 @@ def test_what_arrives_between_a_turn_and_its_send_is_handled_next(recorder, what
         assert read_until(sock, expected) == b"\x81\x05first" + expected
 
 
+def test_what_others_said_goes_out_though_a_callback_blocks_in_a_greenlet_that_it_has_made(recorder):
+    """gevent does not tell the runner, which is not the greenlet that blocks."""
+    members, may_go = [], gevent.event.Event()
+
+    def answer(what, state):
+        if self_pid() is members[-1]:
+            greenlet(may_go.wait).switch()
+        return "reply", ("text", what), state
+
+    with serving(on(recorder, answer)) as server, upgraded(server) as sock, upgraded(server) as other:
+        members += [expect(is_a("init"))[1] for _ in range(2)]
+        for pid in members:
+            pid.send("text")
+        assert sock.recv(100) == b"\x81\x04text"
+        may_go.set()
+        until(lambda: members[-1].runner is None)
+        members[-1].send("text")
+        assert other.recv(100)[:6] == b"\x81\x04text"
+
+
+def test_a_send_that_fails_ends_its_connection_and_no_other(recorder, caplog):
+    class Broken:
+        fileno = shutdown = close = recv = None
+
+        def __init__(self, sock):
+            self.sock = sock
+            self.fileno, self.shutdown, self.close, self.recv = sock.fileno, sock.shutdown, sock.close, sock.recv
+
+        def send(self, _data):
+            self.send = self.sock.send
+            raise MemoryError
+
+    with serving(on(recorder, lambda what, state: ("reply", ("text", what), state))) as server, ExitStack() as stack:
+        socks = [stack.enter_context(upgraded(server)) for _ in range(3)]
+        members = [expect(is_a("init"))[1] for _ in socks]
+        members[1].sock = Broken(members[1].sock)
+        for text in ("one", "two"):
+            for pid in members:
+                pid.send(text)
+            for sock in (socks[0], socks[2]):
+                assert sock.recv(100) == b"\x81\x03" + text.encode()
+        assert socks[1].recv(100) == b"\x88\x02\x03\xf3"
+        assert expect(is_a("terminate"))[1][:2] == ("crash", MemoryError)
+    assert "crashed" in caplog.text
+
+
 def test_the_cost_of_a_long_mailbox_grows_with_its_length_and_not_with_its_square(recorder):
     def drain(count):
         pid.send("wait")
