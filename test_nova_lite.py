@@ -3219,6 +3219,19 @@ def test_a_detached_request_holds_strings_and_unpacks_them_when_they_are_needed(
         assert read_until(sock, b"False False").endswith("{'Ã¼'} False False".encode())
 
 
+def test_a_client_with_thousands_of_header_names_leaves_nothing_behind():
+    def held_by(count):
+        tracemalloc.start()
+        for number in range(20):
+            environ = {f"HTTP_X{number}_{name}": "" for name in range(count)}
+            Request(environ, {}).detach()
+        held, _ = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+        return held
+
+    assert held_by(2000) < 200_000
+
+
 def test_an_idle_connection_holds_less_than_three_kib():
     class Handler(WebSocketHandler):
         def init(self, state):
