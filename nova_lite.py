@@ -1888,7 +1888,7 @@ class Stream(Process):
 
     def _handle_inbox(self) -> None:
         inbox, size, deadline = self.inbox, 0, scheduler.deadline + TURN_TIME
-        for done, frame in enumerate(inbox, 1):
+        for done, frame in enumerate(inbox, 1):  # noqa: B007 -- it is used below
             if type(frame) is not tuple:
                 if frame != "$init":
                     raise frame
@@ -1902,10 +1902,8 @@ class Stream(Process):
                 self.handled += 1
                 result = self.handler.websocket_handle(frame, self.state)
             size += self.handle_result(result)
-            if size > READ_SIZE or self.write_buffer or self.exiting is not None:
+            if size > READ_SIZE or self.write_buffer or self.exiting is not None or monotonic() > deadline:
                 break  # the rest waits for the next turn, or until the client has read
-            if not done % 8 and monotonic() > deadline:
-                break
         del inbox[:done]
         if not inbox:
             self.inbox_bytes = 0

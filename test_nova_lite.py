@@ -3179,6 +3179,26 @@ def test_a_send_that_fails_ends_its_connection_and_no_other(recorder, caplog):
     assert "crashed" in caplog.text
 
 
+def test_a_client_whose_frames_take_long_holds_the_others_for_one_of_them_at_a_time(recorder):
+    def work(_frame, state):
+        started.append(time.monotonic())
+        while time.monotonic() < started[-1] + 0.02:
+            pass
+        return "ok", state
+
+    def look():
+        while len(started) < 16:
+            looks.append(len(started))
+            gevent.sleep(0.001)
+
+    started, looks = [], []
+    with serving(on(recorder, work)) as server, upgraded(server) as sock:
+        looking = gevent.spawn(look)
+        sock.sendall(masked(TEXT, b"x") * 16)
+        looking.join()
+    assert max(later - before for before, later in pairwise(looks)) < 4
+
+
 def test_the_cost_of_a_long_mailbox_grows_with_its_length_and_not_with_its_square(recorder):
     def drain(count):
         pid.send("wait")
