@@ -538,14 +538,14 @@ class Scheduler:
                 details = f"{process!r}{process.title()}", process.role(), (now - before) * 1000
                 gevent.spawn_raw(log.warning, "%s: a callback of %s held the hub for %d ms", *details)  # it may block
             self.runner = self.last = None
+        self.end_turns()  # of a runner whose callback blocks in a greenlet of its own: `switch_out` is not called
         self.scheduled = bool(self.ready or self.yielded)
         if self.scheduled:  # by a timer: gevent would run 50 callbacks before it polls sockets
             self.timer.start(self.serve)
 
     def end_turns(self) -> None:
-        unsent, self.unsent = self.unsent, []
-        for process in unsent:
-            process.end_turn()
+        while self.unsent:
+            self.unsent.pop(0).end_turn()
 
     def yield_after_slice(self) -> None:
         """Waits until others have had their turns, once the calling greenlet has used up its time slice.
@@ -1250,8 +1250,8 @@ class Request(Mapping[str, Any]):
     def detach(self) -> None:
         """Drops the server's buffers, for a request that outlives its HTTP connection, and packs what remains."""
         strings = {key: _share(value) for key, value in self.environ.items() if type(value) is str}
-        kept = {**strings, AUTH_KEY: self.environ.get(AUTH_KEY), COOKIES_KEY: None}
-        self._packed = _share(tuple(kept)), tuple(kept.values())  # a dict would hold 0.5 KiB more a connection
+        keys, values = zip(*{**strings, AUTH_KEY: self.environ.get(AUTH_KEY), COOKIES_KEY: None}.items(), strict=True)
+        self._packed = _share(keys) if len(keys) < 64 else keys, values  # a dict would hold 0.5 KiB more a connection
         self._known.pop("headers", None)
         del self.environ
 
@@ -1849,7 +1849,10 @@ class Stream(Process):
         scheduler.unsent.append(self)
 
     def end_turn(self) -> None:
-        self.flush()
+        try:
+            self.flush()
+        except BaseException as error:  # in no turn: it ends this process in the next one, and no other
+            self.exiting = error  # type: ignore[assignment]
         self.reschedule()
 
     def _handle_mailbox(self) -> None:
@@ -1886,7 +1889,7 @@ class Stream(Process):
 
     def _handle_inbox(self) -> None:
         inbox, size, deadline = self.inbox, 0, scheduler.deadline + TURN_TIME
-        for done, frame in enumerate(inbox, 1):
+        for done, frame in enumerate(inbox, 1):  # noqa: B007 -- it is used below
             if type(frame) is not tuple:
                 if frame != "$init":
                     raise frame
@@ -1900,10 +1903,8 @@ class Stream(Process):
                 self.handled += 1
                 result = self.handler.websocket_handle(frame, self.state)
             size += self.handle_result(result)
-            if size > READ_SIZE or self.write_buffer or self.exiting is not None:
+            if size > READ_SIZE or self.write_buffer or self.exiting is not None or monotonic() > deadline:
                 break  # the rest waits for the next turn, or until the client has read
-            if not done % 8 and monotonic() > deadline:
-                break
         del inbox[:done]
         if not inbox:
             self.inbox_bytes = 0

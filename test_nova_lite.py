@@ -228,6 +228,7 @@ import pytest
 import trustme
 from bottle import HTTPError, HTTPResponse
 from gevent import monkey
+from greenlet import greenlet
 from hypothesis import given, settings, strategies as st
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 from websockets.extensions.permessage_deflate import ClientPerMessageDeflateFactory
@@ -3133,6 +3134,70 @@ def test_what_arrives_between_a_turn_and_its_send_is_handled_next(recorder, what
         assert read_until(sock, expected) == b"\x81\x05first" + expected
 
 
+def test_what_others_said_goes_out_though_a_callback_blocks_in_a_greenlet_that_it_has_made(recorder):
+    """gevent does not tell the runner, which is not the greenlet that blocks."""
+    members, may_go = [], gevent.event.Event()
+
+    def answer(what, state):
+        if self_pid() is members[-1]:
+            greenlet(may_go.wait).switch()
+        return "reply", ("text", what), state
+
+    with serving(on(recorder, answer)) as server, upgraded(server) as sock, upgraded(server) as other:
+        members += [expect(is_a("init"))[1] for _ in range(2)]
+        for pid in members:
+            pid.send("text")
+        assert sock.recv(100) == b"\x81\x04text"
+        may_go.set()
+        until(lambda: members[-1].runner is None)
+        members[-1].send("text")
+        assert other.recv(100)[:6] == b"\x81\x04text"
+
+
+def test_a_send_that_fails_ends_its_connection_and_no_other(recorder, caplog):
+    class Broken:
+        def __init__(self, sock):
+            self.sock = sock
+            self.fileno, self.shutdown, self.close, self.recv = sock.fileno, sock.shutdown, sock.close, sock.recv
+
+        def send(self, _data):
+            self.send = self.sock.send
+            raise MemoryError
+
+    with serving(on(recorder, lambda what, state: ("reply", ("text", what), state))) as server, ExitStack() as stack:
+        socks = [stack.enter_context(upgraded(server)) for _ in range(3)]
+        members = [expect(is_a("init"))[1] for _ in socks]
+        members[1].sock = Broken(members[1].sock)
+        for text in ("one", "two"):
+            for pid in members:
+                pid.send(text)
+            for sock in (socks[0], socks[2]):
+                assert sock.recv(100) == b"\x81\x03" + text.encode()
+        assert socks[1].recv(100) == b"\x88\x02\x03\xf3"
+        assert expect(is_a("terminate"))[1][:2] == ("crash", MemoryError)
+    assert "crashed" in caplog.text
+
+
+def test_a_client_whose_frames_take_long_holds_the_others_for_one_of_them_at_a_time(recorder):
+    def work(_frame, state):
+        started.append(time.monotonic())
+        while time.monotonic() < started[-1] + 0.02:
+            pass
+        return "ok", state
+
+    def look():
+        while len(started) < 16:
+            looks.append(len(started))
+            gevent.sleep(0.001)
+
+    started, looks = [], []
+    with serving(on(recorder, work)) as server, upgraded(server) as sock:
+        looking = gevent.spawn(look)
+        sock.sendall(masked(TEXT, b"x") * 16)
+        looking.join()
+    assert max(later - before for before, later in pairwise(looks)) < 4
+
+
 def test_the_cost_of_a_long_mailbox_grows_with_its_length_and_not_with_its_square(recorder):
     def drain(count):
         pid.send("wait")
@@ -3171,6 +3236,15 @@ def test_a_detached_request_holds_strings_and_unpacks_them_when_they_are_needed(
     with serving(on(recorder, show), security=read_headers) as server, upgraded(server, **{"X-Mark": "ü"}) as sock:
         sock.sendall(masked(1, b"?"))
         assert read_until(sock, b"False False").endswith("{'Ã¼'} False False".encode())
+
+
+def test_a_client_with_thousands_of_header_names_leaves_nothing_behind():
+    tracemalloc.start()
+    for number in range(20):
+        Request({f"HTTP_X{number}_{name}": "" for name in range(2000)}, {}).detach()
+    held, _ = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert held < 500_000  # bytes: 150 KB each would be 3 MB
 
 
 def test_an_idle_connection_holds_less_than_three_kib():
