@@ -17457,6 +17457,13 @@ def test_the_benchmark_prints_json_and_nothing_else():
         assert 0 < seen["p50_ms"] <= seen["p99_ms"] <= seen["p999_ms"] <= seen["max_ms"]
 
 
+def test_the_benchmark_measures_how_long_the_hub_is_held_while_notes_are_written():
+    done = bench_command("--quick", "--json", "-", "hub")
+    assert done.returncode == 0, done.stderr
+    (case,) = map(json.loads, done.stdout.splitlines())
+    assert list(case["servers"])[:1] == ["nova_lite"]
+
+
 def test_the_benchmark_compares_with_the_figures_of_an_earlier_run(tmp_path, monkeypatch, capsys):
     """The peers tell what is the machine's doing: here it is twice as slow as it was."""
     file = tmp_path / "figures"
@@ -17719,6 +17726,7 @@ def serve_nova_lite(watch=None):
     notes = nova_lite.Notes(":memory:")
     notes.create(NOTE_1["title"], NOTE_1["body"], NOTE_1["author"])
     app = nova_lite.demo(notes)
+    nova_lite.pubsub.histories["notes"].begin("bench", 0)  # positions that the load generator can foretell
     app.merge(nova_lite.Nova([{"routes": [("/channel/:name", Channel, {"protocol": "ws"})]}]))
     with nova_lite.Server(app, port=0, children=nova_lite.children_of(notes)) as server:
         _watchers = watch and watch_hub()  # they end with the last reference
@@ -18158,7 +18166,11 @@ class Load:
             case "notes":
                 notes = [{**NOTE_1, "id": id, "title": f"Note {id}"} for id in range(2, each + 2)]
                 posts = [http_message("POST /api/notes", body=json.dumps(note)) for note in notes]
-                news = [json.dumps({"event": "note_created", "data": note}) for note in notes]
+                places = [f"bench.{number}" for number in range(1, each + 1)]
+                news = [
+                    json.dumps({"event": "note_created", "data": note, "position": place})
+                    for note, place in zip(notes, places, strict=True)
+                ]
                 yield Author(self, None), clients, posts, [text_frame(text) for text in news]
                 self.left += each  # the answers
 
