@@ -544,6 +544,7 @@ class Scheduler:
             self.timer.start(self.serve)
 
     def end_turns(self) -> None:
+        """Sends what the turns that are over have to send."""
         while self.unsent:
             self.unsent.pop(0).end_turn()
 
@@ -1714,7 +1715,7 @@ REGISTRY_KEY, UPGRADING_KEY = "nova_lite.registry", "nova_lite.upgrading"  # in 
 STARTING, OPEN, CLOSING, CLOSED = "starting", "open", "closing", "closed"
 READ_SIZE = 65536  # bytes per read or send, so that one client's flood leaves room for the others
 SMALL_READ = 4096  # bytes per read of a client whose bytes take long to parse: tiny frames, or compressed ones
-LONG_MAILBOX = 1_000  # messages
+LONG_MAILBOX = 1_000  # messages, from which a connection's mailbox is a deque and no list
 TURN_TIME = 0.007  # seconds after its time slice, when a turn ends: 64 broadcasts to 1,000, in one piece, take 5 ms
 REFUSALS = (1002, 1007, 1008, 1009, 1013)  # close codes for a client that breaks the protocol or exceeds a limit
 LINGER = 5.0  # seconds that a closed connection waits for the client to close as well
